@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check lint setup clean
+
+# trains, evaluates and streams a small SWAT model and its full-attention twin; see README
+demo: $(VENV)/.installed
+	$(BIN)/swat-lm demo --out demo
+
+test: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q tests
+
+check: lint test
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+setup: $(VENV)/.installed
+
+# a torch that is already in the environment is kept: its version replaces the pinned one
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@torch=$$($(BIN)/python -c "import importlib.metadata as m; print(m.version('torch'))" 2>/dev/null) \
+		&& sed "s/^torch==.*/torch==$$torch/" constraints.txt > $(VENV)/constraints.txt \
+		|| cp constraints.txt $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

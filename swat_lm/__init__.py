@@ -1,0 +1,1 @@
+"""swat-lm: language models whose attention is a sliding window."""
