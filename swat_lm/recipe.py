@@ -1,0 +1,289 @@
+"""A run as strict dataclasses: YAML file <- `key=value` overrides; the resolved recipe is part of every result.
+
+`model:` stays a plain mapping, checked by `swat_lm.model.configuration`. No torch here, so that anything may import it.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from swat_lm.strict import Origin, RecipeError, build, check_fields, describe, number, shown
+
+__all__ = ["DataRecipe", "Recipe", "RecipeError", "TrainRecipe", "describe", "dump_recipe", "load_recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """Text, tokenizer and how rows are packed. Paths are relative to the working directory."""
+
+    sources: tuple[str, ...]
+    """Files or folders of .txt .md .py .jsonl .parquet (also .gz .xz), `hub:NAME[:CONFIG][:SPLIT]`, `python:stdlib`."""
+    text_field: str = "text"
+    """The field of a .jsonl, .parquet or hub row that holds the document's text."""
+    tokenizer: str = "bytes"
+    """`bytes`, a tokenizer folder, a tokenizer.json, or a hub name."""
+    add_bos: bool = False
+    """Put the tokenizer's beginning-of-text token before each document."""
+    add_eos: bool = True
+    """Put the tokenizer's end-of-text token after each document; the only separator when documents are concatenated."""
+    sequence_length: int = number(1024, at_least=2)
+    """Tokens in a row."""
+    documents: Literal["separate", "concatenate"] = "separate"
+    """Whether documents packed in one row see each other (`concatenate`, as the paper does) or not (`separate`)."""
+    shuffle: bool = True
+    """Visit the rows of each epoch in an order drawn from the seed; off: in the order of the text."""
+    held_out: float = number(0.02, at_least=0, below=1)
+    """Share of documents kept out of training, at least one when above 0; the choice depends on `split_seed` only."""
+    split_seed: int = number(0, at_least=0)
+    """Draws the held-out documents; apart from the run's seed so that runs with other seeds stay comparable."""
+    cache: str | None = None
+    """Folder for prepared tokens; null: `swat-lm/tokens` under $XDG_CACHE_HOME or ~/.cache."""
+    workers: int | None = number(None, at_least=1)
+    """Processes that tokenise; null: one per processor core. The tokens do not depend on it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.sources:
+            raise RecipeError("data.sources is empty: name at least one file, folder or data set")
+        if any(not source.strip() for source in self.sources):
+            raise RecipeError("data.sources holds an empty name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """Optimisation, precision, distribution, logging and checkpoints. The optimizer is AdamW."""
+
+    steps: int = number(1000, at_least=1)
+    """Optimizer steps of the whole run."""
+    batch_size: int = number(32, at_least=1)
+    """Rows per optimizer step, over all processes and accumulation steps."""
+    micro_batch_size: int | None = number(None, at_least=1)
+    """Rows per forward pass of one process; null: the process's whole share of the batch."""
+    learning_rate: float = number(1e-3, above=0)
+    """Highest learning rate, reached after the warm-up."""
+    final_learning_rate_ratio: float = number(0.1, at_least=0)
+    """Learning rate of the last step over the highest; `constant` does not use it."""
+    warmup_steps: int = number(100, at_least=0)
+    """Steps of linear rise from 0."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to the last step; stable, then linear decay in the last `decay_steps`; or constant."""
+    decay_steps: int = number(0, at_least=0)
+    """Steps of the final decay; needed by `wsd`, must be 0 otherwise."""
+    weight_decay: float = number(0.1, at_least=0)
+    """Decoupled weight decay of the weight matrices; norms, biases and other vectors have none."""
+    betas: tuple[float, float] = number((0.9, 0.95), at_least=0, below=1)
+    """AdamW's averaging factors."""
+    eps: float = number(1e-8, above=0)
+    """AdamW's epsilon."""
+    grad_clip: float | None = number(1.0, above=0)
+    """Largest norm of the whole gradient; null: not clipped."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward and backward pass; auto: bf16 where the hardware computes in it, else fp32. Weights stay fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile (on a CPU this needs a C++ compiler)."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    sharding: Literal["auto", "none", "full", "hybrid"] = "auto"
+    """Over processes: none (replicated), full (FSDP2), hybrid (FSDP2 in `replicas` groups); auto: full if several."""
+    replicas: int = number(1, at_least=1)
+    """Number of whole copies of the model under `hybrid`."""
+    log_every: int = number(10, at_least=1)
+    """Steps between lines of metrics.jsonl and of the loggers."""
+    evaluate_every: int = number(200, at_least=0)
+    """Steps between evaluations on the held-out documents; 0: never."""
+    evaluate_batches: int = number(16, at_least=1)
+    """Most batches of one evaluation."""
+    save_every: int = number(500, at_least=0)
+    """Steps between checkpoints; 0: only the last step and an interruption save."""
+    keep: int = number(3, at_least=1)
+    """Checkpoints kept; older ones are removed."""
+    export: bool = True
+    """Write a `save_pretrained` folder with the tokenizer at the end."""
+    resume: str = "auto"
+    """`auto`: continue from the newest checkpoint in `out`, if any; `never`: start anew; else a checkpoint's path."""
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log there; metrics.jsonl is always written."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise RecipeError(
+                f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batch_size "
+                f"({self.micro_batch_size})"
+            )
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            raise RecipeError(
+                f"train.decay_steps ({self.decay_steps}) does not fit train.schedule ({self.schedule}): "
+                f"wsd needs it above 0 (for example {max(1, self.steps // 5)}), the others need 0"
+            )
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise RecipeError(
+                f"train.warmup_steps ({self.warmup_steps}) and train.decay_steps ({self.decay_steps}) together exceed "
+                f"train.steps ({self.steps}): set for example train.warmup_steps={self.steps // 10}"
+                + (f" train.decay_steps={max(1, self.steps // 5)}" if self.decay_steps else "")
+            )
+        if self.replicas > 1 and self.sharding != "hybrid":
+            raise RecipeError(f"train.replicas ({self.replicas}) needs train.sharding=hybrid; got {self.sharding}")
+        if not self.resume:
+            raise RecipeError("train.resume is empty: use auto, never or a checkpoint's path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, whole."""
+
+    name: str
+    """Name of the run; the recipe's file name if not given."""
+    seed: int = number(0, at_least=0)
+    """Draws the first weights, the order of rows and everything else random in the run."""
+    out: str
+    """Folder of the run's results; `runs/NAME` if not given."""
+    model: dict[str, Any]
+    """Fields of SwatConfig, and `preset: NAME` to start from a preset; `swat-lm info` lists them."""
+    data: DataRecipe
+    """What to read, with which tokenizer, and how rows are packed; at least `sources`."""
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    """Optimisation, precision, distribution, logging and checkpoints."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.name.strip() or not self.out.strip():
+            raise RecipeError("name and out must not be empty")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as `train.steps=100`, whose values are YAML.
+
+    `inherits: OTHER.yaml` (relative to the file) starts from another recipe; mappings are merged, lists replaced.
+    Raises RecipeError, which names the file and line, or the override, at fault.
+    """
+    path = Path(path)
+    places: dict[str, str] = {}
+    values = read_file(path, places, ())
+    for override in overrides:
+        apply_override(values, override, places)
+    values.setdefault("name", path.stem)
+    values.setdefault("out", f"runs/{values['name']}")
+
+    known = [one.key for one in describe(Recipe)]
+    return build(Recipe, values, place=Origin(str(path), places, known))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; loading it gives an equal recipe."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return yaml.safe_dump(plain(asdict(recipe)), sort_keys=False, width=120)
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader that reads `1e-3` as a number (YAML 1.2) instead of text."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def read_file(path: Path, places: dict[str, str], children: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's values over those it inherits; `places` learns where each key was written."""
+    if path.resolve() in children:
+        raise RecipeError(f"{path}: inherits from itself")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}{nearest_file(path)}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder; a recipe is a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}); a recipe is a YAML file") from None
+    found: dict[str, str] = {}
+    values = parse(text, str(path), found)
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: must hold a mapping with the keys model and data; got {shown(values)}")
+    parent = values.pop("inherits", None)
+    if parent is None:
+        places.update(found)
+        return values
+    if not isinstance(parent, str):
+        raise RecipeError(f"{found['inherits']}: inherits must be a file name; got {shown(parent)}")
+    inherited = read_file(path.parent / parent, places, (*children, path.resolve()))
+    places.update(found)
+    return merge(inherited, values)
+
+
+def parse(text: str, origin: str, places: dict[str, str]) -> Any:
+    """YAML to plain values; records `origin:line` of each key and refuses a key written twice."""
+    try:
+        loader = Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        record_places(node, "", origin, places)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{origin}{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin}: not valid YAML: {error}") from None
+
+
+def record_places(node: yaml.Node, at: str, origin: str, places: dict[str, str]) -> None:
+    """Walk the mappings below `node`; see `parse`."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        key = f"{at}.{key_node.value}" if at else str(key_node.value)
+        here = f"{origin}:{key_node.start_mark.line + 1}"
+        if places.get(key, "").startswith(f"{origin}:"):
+            raise RecipeError(f"{here}: key {key} is written twice, first at {places[key]}")
+        places[key] = here
+        record_places(value_node, key, origin, places)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the entries of `over`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def apply_override(values: dict[str, Any], override: str, places: dict[str, str]) -> None:
+    """Set one `dotted.key=value` in the plain values."""
+    key, equals, text = override.partition("=")
+    origin = f"override {override!r}"
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise RecipeError(f"{origin}: write key=value, for example train.steps=100")
+    key = key.strip()
+    value = parse(text, origin, {})
+    *parents, last = key.split(".")
+    target = values
+    for depth, parent in enumerate(parents):
+        dotted = ".".join(parents[: depth + 1])
+        if parent not in target:
+            target[parent] = {}
+            places[dotted] = origin
+        target = target[parent]
+        if not isinstance(target, dict):
+            raise RecipeError(f"{origin}: {dotted} is not a mapping in this recipe")
+    target[last] = value
+    places[key] = origin
+
+
+def nearest_file(path: Path) -> str:
+    """A hint naming the recipe in the same folder whose name is nearest."""
+    folder = path.parent
+    names = [one.name for one in folder.iterdir() if one.suffix in (".yaml", ".yml")] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; the nearest is {folder / near[0]}" if near else ""

@@ -1,0 +1,63 @@
+"""The import rules of DESIGN.md: the tree is the architecture, and imports only point down."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "swat_lm"
+FILES = sorted(ROOT.rglob("*.py"))
+BELOW = {
+    "strict": set(),
+    "recipe": {"strict"},
+    "ops": set(),
+    "mixers": {"ops"},
+    "model": {"mixers", "ops", "recipe"},
+    "data": {"recipe"},
+    "train": {"data", "model", "mixers", "ops", "recipe"},
+    "evaluate": {"data", "model", "mixers", "ops", "recipe"},
+    "serve": {"model", "mixers", "ops", "recipe"},
+    "experiments": {"train", "evaluate", "serve", "data", "model", "mixers", "ops", "recipe"},
+    "cli": {"experiments", "train", "evaluate", "serve", "data", "model", "mixers", "ops", "recipe"},
+    "": {"ops", "model", "mixers"},  # the package itself; the model lazily
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Names of the swat_lm parts a file imports, anywhere in it."""
+    package = ("swat_lm", *file.relative_to(ROOT).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join((*package[: len(package) - node.level + 1], node.module or "") if node.level else ())
+            base = (base or node.module or "").strip(".")
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("swat_lm.")}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_file_keeps_the_rules(file: Path):
+    relative = file.relative_to(ROOT)
+    part = relative.parts[0].removesuffix(".py").replace("__init__", "").replace("__main__", "cli")
+    wrong = imported(file) & set(BELOW) - BELOW[part] - {part}
+    assert not wrong, f"{relative} imports {sorted(wrong)}; allowed are {sorted(BELOW[part])}"
+    assert not set(relative.with_suffix("").parts) & {"utils", "util", "common", "helpers", "misc"}
+    limit = 600 if "triton" in relative.parts else 400
+    assert len(file.read_text().splitlines()) <= limit, f"{relative} is longer than {limit} lines"
+
+
+@pytest.mark.parametrize(("module", "absent"), [("recipe", "torch numpy transformers"), ("", "transformers datasets")])
+def test_import_stays_light(module: str, absent: str):
+    # recipe is imported past the package, whose own __init__ may import ops and so torch
+    program = (
+        f"import sys, types, importlib; package = types.ModuleType('swat_lm'); package.__path__ = [{str(ROOT)!r}]\n"
+        f"if {module!r}: sys.modules['swat_lm'] = package\n"
+        f"importlib.import_module('swat_lm.{module}'.strip('.'))\n"
+        f"print(sorted(set({absent.split()!r}) & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
