@@ -1,0 +1,143 @@
+"""Windowed attention in plain PyTorch, O(T * window) time and memory, forward and recomputing backward; any device.
+
+The band of visible pairs is cut into tiles; a tile's bias, -inf where a pair is not visible, enters the product as its
+addend, and one scratch of scores serves all tiles: on a CPU, fresh large temporaries cost more in page faults than the
+arithmetic. The backward saves nothing but query, key and value. Mathematics: docs/mathematics.md.
+"""
+
+import torch
+from torch import Tensor
+
+from swat_lm.ops.bands import Band
+from swat_lm.ops.head_bias import HeadBias, score_dtype
+from swat_lm.ops.tile_batches import Scratch, TileBatch, tile_batches
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: HeadBias,
+    first_visible: Tensor | None,
+    last_visible: Tensor | None,
+    window: int | None,
+    score_function: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return `(output [B, T, H, D], lse [B, T, H])`; the lse is empty for sigmoid. Arguments as in the contract."""
+    dtype = score_dtype(query)
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    output = torch.empty_like(q, memory_format=torch.contiguous_format)
+    softmax = score_function == "softmax"
+    lse = q.new_empty(q.shape[:3] if softmax else (0,))
+    band = Band.of(q.shape[0], q.shape[1], k.shape[1], window, q.device)
+    scratch = Scratch(q)
+    for batch in tile_batches(band, bias, k.shape[2], first_visible, last_visible):
+        rows = batch.rows(q)
+        scores = _scores(batch, rows, batch.keys(k), scale, scratch)
+        weights = _softmax(scores, scratch, batch.rows(lse)) if softmax else torch.sigmoid(scores, out=scores)
+        result = scratch.take("result", rows.shape)
+        batch.rows(output).copy_(torch.bmm(weights, batch.keys(v), out=result))
+    return output.to(query.dtype), lse
+
+
+def backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: HeadBias,
+    first_visible: Tensor | None,
+    last_visible: Tensor | None,
+    window: int | None,
+    score_function: str,
+    scale: float,
+    needs_per_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, HeadBias]:
+    """Return the gradients of query, key, value and of the bias (zeros unless `needs_per_head`).
+
+    With weights P and dP = dO V^T: dV = P^T dO; dS = dP * P * (1 - P) for sigmoid and
+    dS = P * (dP - rowsum(P * dP) + dlse) for softmax; dQ = scale * dS K; dK = scale * dS^T Q;
+    d slope = sum(dS * distance); d constant = sum(dS).
+    """
+    dtype = score_dtype(query)
+    q, k, v, d_output = (t.to(dtype) for t in (query, key, value, grad_output))
+    d_lse = None if grad_lse is None else grad_lse.to(dtype)
+    softmax = score_function == "softmax"
+    d_query = torch.empty_like(q, memory_format=torch.contiguous_format)
+    # head-major, so that the tiles of one head are one contiguous result of a batched product
+    d_key = k.new_zeros(k.shape[0], k.shape[2], k.shape[1], k.shape[3])
+    d_value = torch.zeros_like(d_key)
+    d_bias = HeadBias(torch.zeros_like(bias.slopes), torch.zeros_like(bias.constant))
+    band = Band.of(q.shape[0], q.shape[1], k.shape[1], window, q.device)
+    scratch = Scratch(q)
+    for batch in tile_batches(band, bias, k.shape[2], first_visible, last_visible):
+        rows, columns, d_rows = batch.rows(q), batch.keys(k), batch.rows(d_output)
+        scores = _scores(batch, rows, columns, scale, scratch)
+        weights = _softmax(scores, scratch, None) if softmax else torch.sigmoid(scores, out=scores)
+        _add_key_gradient(batch, d_value, weights, d_rows, 1.0, scratch)
+        d_scores = scratch.take("d_scores", weights.shape)
+        torch.bmm(d_rows, batch.keys(v).transpose(1, 2), out=d_scores)
+        if softmax:
+            _softmax_backward(d_scores, weights, None if d_lse is None else batch.rows(d_lse))
+        else:
+            torch.ops.aten.sigmoid_backward.grad_input(d_scores, weights, grad_input=d_scores)
+        result = scratch.take("result", rows.shape)
+        torch.baddbmm(result, d_scores, columns, beta=0, alpha=scale, out=result)
+        batch.rows(d_query).copy_(result)
+        _add_key_gradient(batch, d_key, d_scores, rows, scale, scratch)
+        if needs_per_head:
+            batch.add_per_head(d_scores, d_bias.slopes, d_bias.constant)
+    return (
+        d_query.to(query.dtype),
+        d_key.transpose(1, 2).to(key.dtype, memory_format=torch.contiguous_format),
+        d_value.transpose(1, 2).to(value.dtype, memory_format=torch.contiguous_format),
+        d_bias,
+    )
+
+
+def _scores(batch: TileBatch, rows: Tensor, columns: Tensor, scale: float, scratch: Scratch) -> Tensor:
+    shape = torch.Size((rows.shape[0], rows.shape[1], columns.shape[1]))
+    scores = scratch.take("scores", shape)
+    torch.baddbmm(batch.bias.expand(shape), rows, columns.transpose(1, 2), alpha=scale, out=scores)
+    if batch.tiles.hidden is not None:
+        scores.masked_fill_(batch.tiles.hidden, float("-inf"))
+    return scores
+
+
+def _softmax(scores: Tensor, scratch: Scratch, lse: Tensor | None) -> Tensor:
+    weights = scratch.take("weights", scores.shape)
+    if scores.shape[-1] == 0:
+        if lse is not None:
+            lse.fill_(float("-inf"))
+        return weights
+    largest = scores.amax(dim=-1)
+    torch.softmax(scores, dim=-1, out=weights)
+    empty = largest == float("-inf")
+    if bool(empty.any()):
+        weights.masked_fill_(empty[..., None], 0.0)
+    if lse is not None:
+        # the largest weight is exp(largest - lse), and never below 1 / keys: no sum over the row is needed
+        lse.copy_(torch.where(empty, largest, largest - weights.amax(dim=-1).log()))
+    return weights
+
+
+def _softmax_backward(d_weights: Tensor, weights: Tensor, d_lse: Tensor | None) -> None:
+    shift = (d_weights * weights).sum(dim=-1, keepdim=True)
+    if d_lse is not None:
+        shift -= d_lse[..., None]
+    d_weights.sub_(shift).mul_(weights)
+
+
+def _add_key_gradient(
+    batch: TileBatch, total: Tensor, weights: Tensor, rows: Tensor, scale: float, scratch: Scratch
+) -> None:
+    for run, columns in batch.key_runs(total):
+        left = weights[:, :, columns].transpose(1, 2)
+        if run.is_contiguous():
+            run.baddbmm_(left, rows, alpha=scale)
+        else:
+            # a batched product into a strided result would fall back to one product per tile
+            part = scratch.take("part", run.shape)
+            run.add_(torch.bmm(left, rows, out=part), alpha=scale)

@@ -1,0 +1,132 @@
+"""What the operator refuses: shapes, dtypes and devices, never values on a device (that would be a sync).
+
+Every message names the argument, what was expected and what came.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "blocked")
+SCORE_FUNCTIONS = ("sigmoid", "softmax")
+PRECISIONS = ("auto", "exact", "fast")
+
+
+def checked_window(window: int | None) -> int | None:
+    """Return the window, or raise ValueError where it is no positive integer and not None."""
+    if window is None:
+        return None
+    if isinstance(window, bool) or not isinstance(window, int | torch.SymInt):
+        raise ValueError(f"window: expected an integer (keys seen, the query included) or None, got {window!r}")
+    if window < 1:
+        raise ValueError(
+            f"window: expected at least 1 (a query always counts itself), got {window}; "
+            "pass window=None for full causal attention"
+        )
+    return window
+
+
+def check_choices(score_function: str, precision: str, backend: str) -> None:
+    """Refuse a name that is not on its list."""
+    for name, got, allowed in (
+        ("score_function", score_function, SCORE_FUNCTIONS),
+        ("precision", precision, PRECISIONS),
+        ("backend", backend, BACKENDS),
+    ):
+        if got not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {got!r}")
+
+
+def check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None, score_bias: float | Tensor, precision: str
+) -> None:
+    """Refuse tensors that do not fit together, before any backend sees them."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [batch, tokens, heads, head size], got {_shape(tensor)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name}: expected the query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected the key's shape {_shape(key)}, got {_shape(value)}")
+    if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"key: expected the query's batch and head size, [{query.shape[0]}, S, K, {query.shape[3]}], "
+            f"got {_shape(key)}"
+        )
+    if key.shape[2] < 1 or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"query: {query.shape[2]} query heads cannot be shared evenly by {key.shape[2]} key/value heads; "
+            "the first must be a multiple of the second"
+        )
+    if precision == "fast" and query.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"precision: 'fast' serves bfloat16 and float16 inputs only, got {query.dtype}; use 'exact'")
+    if slopes is not None:
+        _check_per_head("slopes", slopes, query)
+    if isinstance(score_bias, Tensor):
+        _check_per_head("score_bias", score_bias, query)
+    elif not math.isfinite(score_bias):
+        raise ValueError(f"score_bias: expected a finite number or a tensor [heads], got {score_bias}")
+
+
+def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tuple(tensor.shape) != (query.shape[2],):
+        raise ValueError(f"{name}: expected one number per query head, shape [{query.shape[2]}], got {_shape(tensor)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
+
+
+def check_visibility(query: Tensor, key: Tensor, first_visible: Tensor | None, last_visible: Tensor | None) -> None:
+    """Refuse visibility of the wrong shape or dtype; its values are `visibility.py`'s business."""
+    expected = (query.shape[0], query.shape[1])
+    for name, tensor in (("first_visible", first_visible), ("last_visible", last_visible)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name}: expected [batch, queries] = {list(expected)}, got {_shape(tensor)}")
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name}: expected int32 indices into the keys, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
+    if last_visible is None and query.shape[1] > key.shape[1]:
+        raise ValueError(
+            f"query: {query.shape[1]} queries over {key.shape[1]} keys; the queries are the last of the keys unless "
+            "last_visible says where each one stands"
+        )
+
+
+def check_rings(
+    query: Tensor, key: Tensor, key_ring: Tensor, value_ring: Tensor, slot: Tensor, position: Tensor
+) -> None:
+    """Refuse rings, slots and positions that do not fit one new token per sequence."""
+    if query.shape[1] != 1 or key.shape[1] != 1:
+        raise ValueError(
+            f"query: a step takes one token per sequence, got {query.shape[1]} queries and {key.shape[1]} keys; "
+            "use window_attention for chunks"
+        )
+    for name, ring in (("key_ring", key_ring), ("value_ring", value_ring)):
+        if ring.dim() != 4 or ring.shape[2:] != key.shape[2:] or ring.shape[1] < 1:
+            raise ValueError(
+                f"{name}: expected [slots, window, {key.shape[2]}, {key.shape[3]}] to hold the keys, got {_shape(ring)}"
+            )
+        if ring.dtype != key.dtype or ring.device != key.device:
+            raise ValueError(f"{name}: expected {key.dtype} on {key.device}, got {ring.dtype} on {ring.device}")
+    if key_ring.shape != value_ring.shape:
+        raise ValueError(f"value_ring: expected the key ring's shape {_shape(key_ring)}, got {_shape(value_ring)}")
+    for name, tensor in (("slot", slot), ("position", position)):
+        if tuple(tensor.shape) != (query.shape[0],) or tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: expected int64 [{query.shape[0]}], got {tensor.dtype} {_shape(tensor)}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
+    if query.shape[0] > key_ring.shape[0]:
+        raise ValueError(f"slot: {query.shape[0]} sequences cannot own {key_ring.shape[0]} rings, one each")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

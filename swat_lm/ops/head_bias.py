@@ -1,0 +1,34 @@
+"""What is added to the scores of a head: `slope * distance + bias`, as two tensors in the precision of the scores."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class HeadBias(NamedTuple):
+    """Slope and constant of every query head, each `[H]`."""
+
+    slopes: Tensor
+    constant: Tensor
+
+    def at(self, distance: Tensor) -> Tensor:
+        """Return the bias of every head at integer distances of any shape, `[H, *distance.shape]`."""
+        shape = (-1,) + (1,) * distance.dim()
+        return self.slopes.view(shape) * distance.to(self.slopes.dtype) + self.constant.view(shape)
+
+
+def head_bias(slopes: Tensor | None, score_bias: Tensor | None, number: float, query: Tensor) -> HeadBias:
+    """Bring the operator's arguments to one form: float64 for float64 queries, float32 otherwise."""
+    dtype = score_dtype(query)
+    num_heads = query.shape[2]
+    zeros = torch.zeros(num_heads, dtype=dtype, device=query.device)
+    return HeadBias(
+        zeros if slopes is None else slopes.to(dtype),
+        zeros + number if score_bias is None else score_bias.to(dtype),
+    )
+
+
+def score_dtype(query: Tensor) -> torch.dtype:
+    """Return the precision of scores and weights: that of the inputs, but never below float32."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32

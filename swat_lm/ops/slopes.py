@@ -1,0 +1,71 @@
+"""Slopes of the distance bias, one per query head (SWAT, arXiv 2502.18845, Eq. 4; ALiBi, arXiv 2108.12409).
+
+The bias is `slope * distance`: a negative slope favours recent keys, a positive one favours old keys.
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("swat", "alibi")
+KINDS = ("balanced", "negative", "positive", "none")
+
+
+def slopes_for(num_heads: int, kind: str = "balanced", schedule: str = "swat") -> Tensor | None:
+    """Return the slopes of one layer, negative heads first, float32 `[num_heads]`; None for kind "none".
+
+    Args:
+        num_heads: query heads of the layer.
+        kind: "balanced" (half negative, half positive; an odd head goes to the negative side), "negative", "positive",
+            "none" (no distance bias), or a split "n:m" of n negative and m positive heads, such as "8:4".
+        schedule: magnitudes on each side, counted with that side's own number of heads n.
+            "swat": 2**-k for k = 1..n (Eq. 4). "alibi": 2**(-8k/n), and ALiBi's own rule where n is no power of two.
+
+    Raises:
+        ValueError: a head count below 1, an unknown kind or schedule, a split that does not add up to the heads.
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}; got {schedule!r}")
+    if kind == "none":
+        return None
+    negative, positive = split_heads(num_heads, kind)
+    magnitudes = _powers_of_two if schedule == "swat" else _alibi_magnitudes
+    return torch.tensor([-m for m in magnitudes(negative)] + magnitudes(positive), dtype=torch.float32)
+
+
+def split_heads(num_heads: int, kind: str) -> tuple[int, int]:
+    """Return how many heads have a negative and how many a positive slope."""
+    if kind == "balanced":
+        return num_heads - num_heads // 2, num_heads // 2
+    if kind == "negative":
+        return num_heads, 0
+    if kind == "positive":
+        return 0, num_heads
+    match = re.fullmatch(r"(\d+):(\d+)", kind)
+    if match is None:
+        raise ValueError(f"slopes: expected one of {', '.join(KINDS)} or a split such as '8:4'; got {kind!r}")
+    negative, positive = int(match[1]), int(match[2])
+    if negative + positive != num_heads:
+        raise ValueError(
+            f"slopes: the split {kind!r} names {negative + positive} heads, the layer has {num_heads}; "
+            f"make the two numbers add up to {num_heads}"
+        )
+    return negative, positive
+
+
+def _powers_of_two(count: int) -> list[float]:
+    return [2.0**-k for k in range(1, count + 1)]
+
+
+def _alibi_magnitudes(count: int) -> list[float]:
+    # ALiBi's published code: the slopes of the next lower power of two, then every other one of the next higher
+    if count == 0:
+        return []
+    lower = 2 ** math.floor(math.log2(count))
+    slopes = [2.0 ** (-8.0 * k / lower) for k in range(1, lower + 1)]
+    between = [2.0 ** (-4.0 * k / lower) for k in range(1, 2 * lower + 1, 2)]
+    return slopes + between[: count - lower]

@@ -1,0 +1,336 @@
+"""The contract of windowed attention: two public entries, their checks, and the dispatch to a backend.
+
+`window_attention` serves training and prefill, `window_attention_step` decodes in place over rings. Both are one
+`torch.library` op each (positional tensors, a fixed number of outputs), so `torch.compile` sees a single node.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from swat_lm.ops import blocked, ring
+from swat_lm.ops.checks import (
+    check_choices,
+    check_inputs,
+    check_rings,
+    check_visibility,
+    checked_window,
+)
+from swat_lm.ops.head_bias import head_bias
+from swat_lm.ops.reference import window_attention_reference
+
+logger = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None,
+    score_function: str = "sigmoid",
+    slopes: Tensor | None = None,
+    score_bias: float | Tensor = 0.0,
+    scale: float | None = None,
+    first_visible: Tensor | None = None,
+    last_visible: Tensor | None = None,
+    precision: str = "auto",
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend over a causal sliding window (SWAT, arXiv 2502.18845, Eq. 5).
+
+    Row t of a sequence sees the keys `max(first, last - window + 1) .. last` and nothing else:
+
+        z[t, j]  = scale * query[t] . key[j]  +  slope * (last[t] - j)  +  score_bias
+        out[t]   = sum_j f(z[t, j]) * value[j]          f = sigmoid, or softmax over the visible keys
+
+    With T = S = 5 and window = 3, the keys seen (1) and their distances are:
+
+        1 0 0 0 0        0 . . . .
+        1 1 0 0 0        1 0 . . .
+        1 1 1 0 0        2 1 0 . .
+        0 1 1 1 0        . 2 1 0 .
+        0 0 1 1 1        . . 2 1 0
+
+    With T = 2 queries over S = 5 keys the queries are the last two rows of this picture. The window counts the query's
+    own key: flash-attn's `window_size=(window - 1, 0)`, Hugging Face's `sliding_window=window`.
+
+    Args:
+        query: `[B, T, H, D]`, already rotated where rotary is used; float32, float64, bfloat16 or float16.
+        key, value: `[B, S, K, D]`; H is a multiple of K (query head h reads key/value head `h // (H / K)`).
+        window: keys a row may see, itself included, at least 1; None is full causal attention.
+        score_function: "sigmoid" (weights are independent and do not sum to 1) or "softmax".
+        slopes: `[H]`, added as `slope * distance`; negative favours recent keys, positive old ones. None is no bias.
+            Gets a gradient when it requires one.
+        score_bias: a number or `[H]`, added to every score; `-log(window)` keeps sigmoid sums near 1 at the start.
+            A tensor gets a gradient when it requires one.
+        scale: of the product; `D ** -0.5` when None.
+        first_visible, last_visible: int32 `[B, T]`, indices into the keys, non-decreasing in t (the values are not
+            checked here); defaults 0 and `S - T + t`. `first > last`: the row sees nothing, its output and all its
+            gradients are exactly 0. `swat_lm.ops.visibility` makes them from masks, documents and lengths.
+        precision: "exact"; "fast" permits the hardware's approximate tanh for bfloat16 and float16 inputs; "auto"
+            leaves the choice to the backend. float32 and float64 are always exact.
+        return_lse: softmax only: also return the logarithm of the sum of exponentials, float32 (float64 for float64)
+            `[B, T, H]`, differentiable, `-inf` where a row sees nothing; it joins attention over disjoint key sets.
+        backend: "reference" (the equation, O(T * S)), "blocked" (PyTorch, O(T * window)), or "auto".
+
+    Returns:
+        `[B, T, H, D]` in the query's dtype; with `return_lse`, the pair `(output, lse)`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range; the message names it.
+    """
+    window = checked_window(window)
+    check_choices(score_function, precision, backend)
+    query, key, value = _under_autocast(query, key, value)
+    check_inputs(query, key, value, slopes, score_bias, precision)
+    check_visibility(query, key, first_visible, last_visible)
+    if return_lse and score_function != "softmax":
+        raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = _choose_backend(backend, query.device)
+
+    if backend == "reference":
+        output, lse = window_attention_reference(
+            query, key, value, slopes, score_bias, first_visible, last_visible, window, score_function, scale
+        )
+    else:
+        bias_tensor = score_bias if isinstance(score_bias, Tensor) else None
+        bias_number = 0.0 if isinstance(score_bias, Tensor) else float(score_bias)
+        output, lse = torch.ops.swat_lm.window_attention(
+            query, key, value, slopes, bias_tensor, first_visible, last_visible,
+            bias_number, window, score_function, scale, precision,
+        )  # fmt: skip
+    if return_lse:
+        assert lse is not None
+        return output, lse
+    return output
+
+
+def window_attention_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    *,
+    score_function: str = "sigmoid",
+    slopes: Tensor | None = None,
+    score_bias: float | Tensor = 0.0,
+    scale: float | None = None,
+    precision: str = "auto",
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Decode one token per sequence in place over rings of keys and values; inference only.
+
+    Sequence b owns the ring `slot[b]`. Its new key and value are written at place `position % window`, then the query
+    attends over the ring, where place i holds the key at distance `(position - i) mod window` and
+    `min(position + 1, window)` places are valid. Equal to `window_attention` over the whole stream.
+
+        window = 4, position = 5:   place      0 1 2 3
+                                    holds      4 5 2 3      (positions)
+                                    distance   1 0 3 2
+
+    Args:
+        query: `[B, 1, H, D]`, rotated.
+        key, value: `[B, 1, K, D]`, the new token's, the key rotated.
+        key_ring, value_ring: `[slots, window, K, D]`; changed in place.
+        slot: int64 `[B]`, all different (the values are not checked here).
+        position: int64 `[B]`, the new token's place in its stream, from 0.
+        score_function, slopes, score_bias, scale, precision, return_lse, backend: as in `window_attention`.
+
+    Returns:
+        `[B, 1, H, D]` in the query's dtype; with `return_lse`, also the lse `[B, 1, H]`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range, or one that requires a gradient.
+    """
+    check_choices(score_function, precision, backend)
+    check_inputs(query, key, value, slopes, score_bias, precision)
+    check_rings(query, key, key_ring, value_ring, slot, position)
+    if return_lse and score_function != "softmax":
+        raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
+    tensors = [t for t in (query, key, value, slopes, score_bias) if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ValueError("window_attention_step is for inference: call it under torch.no_grad() or inference_mode()")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if _choose_backend(backend, query.device) == "reference":
+        output, lse = ring.step_reference(
+            query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, score_function, scale
+        )
+        return (output, lse) if return_lse and lse is not None else output
+    # the op exists for torch.compile; called eagerly, its dispatch would cost as much as a small step
+    run = torch.ops.swat_lm.window_attention_step if torch.compiler.is_compiling() else _step_in_place
+    output, lse = run(
+        query, key, value, key_ring, value_ring, slot, position, slopes,
+        score_bias if isinstance(score_bias, Tensor) else None,
+        0.0 if isinstance(score_bias, Tensor) else float(score_bias), score_function, scale,
+    )  # fmt: skip
+    return (output, lse) if return_lse else output
+
+
+# the two ops and the backward, as torch.library sees them
+
+
+@torch.library.custom_op("swat_lm::window_attention", mutates_args=())
+def _window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor | None,
+    score_bias: Tensor | None,
+    first_visible: Tensor | None,
+    last_visible: Tensor | None,
+    bias: float,
+    window: int | None,
+    score_function: str,
+    scale: float,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    return blocked.forward(
+        query, key, value, head_bias(slopes, score_bias, bias, query), first_visible, last_visible, window,
+        score_function, scale,
+    )  # fmt: skip
+
+
+@_window_attention.register_fake
+def _(
+    query, key, value, slopes, score_bias, first_visible, last_visible, bias, window, score_function, scale, precision
+):
+    batch, num_queries, num_heads, _ = query.shape
+    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    shape = (batch, num_queries, num_heads) if score_function == "softmax" else (0,)
+    return query.new_empty(query.shape), query.new_empty(shape, dtype=statistics)
+
+
+@torch.library.custom_op("swat_lm::window_attention_backward", mutates_args=())
+def _window_attention_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor | None,
+    score_bias: Tensor | None,
+    first_visible: Tensor | None,
+    last_visible: Tensor | None,
+    bias: float,
+    window: int | None,
+    score_function: str,
+    scale: float,
+    precision: str,
+    needs_slopes: bool,
+    needs_score_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_query, grad_key, grad_value, grad_head = blocked.backward(
+        grad_output, grad_lse, query, key, value, head_bias(slopes, score_bias, bias, query), first_visible,
+        last_visible, window, score_function, scale, needs_slopes or needs_score_bias,
+    )  # fmt: skip
+    # an op has a fixed number of outputs: what nobody asked for is empty
+    grad_slopes = grad_head.slopes.to(slopes.dtype) if slopes is not None and needs_slopes else query.new_empty(0)
+    grad_bias = query.new_empty(0)
+    if score_bias is not None and needs_score_bias:
+        grad_bias = grad_head.constant.to(score_bias.dtype)
+    return grad_query, grad_key, grad_value, grad_slopes, grad_bias
+
+
+@_window_attention_backward.register_fake
+def _(
+    grad_output, grad_lse, query, key, value, slopes, score_bias, first_visible, last_visible, bias, window,
+    score_function, scale, precision, needs_slopes, needs_score_bias,
+):  # fmt: skip
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        torch.empty_like(slopes) if needs_slopes else query.new_empty(0),
+        torch.empty_like(score_bias) if needs_score_bias else query.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, slopes, score_bias, first_visible, last_visible, *numbers = inputs
+    ctx.save_for_backward(query, key, value, slopes, score_bias, first_visible, last_visible)
+    ctx.numbers = numbers
+    # the op's second output exists for sigmoid too, where it is empty and has no gradient
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, grad_lse):
+    saved = ctx.saved_tensors
+    query, _, _, slopes, score_bias, *_ = saved
+    if grad_output is None and grad_lse is None:
+        return (None,) * 12
+    if grad_output is None:
+        grad_output = torch.zeros_like(query)
+    if ctx.numbers[2] != "softmax":
+        grad_lse = None
+    needs_slopes = slopes is not None and ctx.needs_input_grad[3]
+    needs_bias = score_bias is not None and ctx.needs_input_grad[4]
+    grads = torch.ops.swat_lm.window_attention_backward(
+        grad_output, grad_lse, *saved, *ctx.numbers, needs_slopes, needs_bias
+    )
+    return (*grads[:3], grads[3] if needs_slopes else None, grads[4] if needs_bias else None, *(None,) * 7)
+
+
+_window_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _step_in_place(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    slopes: Tensor | None,
+    score_bias: Tensor | None,
+    bias: float,
+    score_function: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return ring.step(
+        query, key, value, key_ring, value_ring, slot, position,
+        head_bias(slopes, score_bias, bias, query), score_function, scale,
+    )  # fmt: skip
+
+
+_window_attention_step = torch.library.custom_op(
+    "swat_lm::window_attention_step", _step_in_place, mutates_args=("key_ring", "value_ring")
+)
+
+
+@_window_attention_step.register_fake
+def _(query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, bias, score_function, scale):
+    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    shape = query.shape[:3] if score_function == "softmax" else (0,)
+    return query.new_empty(query.shape), query.new_empty(shape, dtype=statistics)
+
+
+def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    device_type = query.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device_type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _choose_backend(backend: str, device: torch.device) -> str:
+    if backend != "auto":
+        return backend
+    if device.type != "cpu":
+        _announce_once(f"no fused kernel for {device.type} yet: window attention runs on the 'blocked' PyTorch backend")
+    return "blocked"
+
+
+def _announce_once(message: str) -> None:
+    if message not in _announced:
+        _announced.add(message)
+        logger.warning(message)
