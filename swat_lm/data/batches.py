@@ -1,0 +1,178 @@
+"""Packed batches as a pure function of (seed, step): resume and any number of processes see the same data."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swat_lm.data.mixing import permute
+from swat_lm.data.sources import DataError
+from swat_lm.data.store import TokenStore
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for a model, in Hugging Face's convention: the model shifts the labels."""
+
+    input_ids: Tensor
+    """int64 [B, T]."""
+    labels: Tensor
+    """int64 [B, T]: the input ids, -100 where a token is no target (each row's first, documents' first, repeats)."""
+    position_ids: Tensor
+    """int64 [B, T], from 0 at each row's start and, if documents are separate, at each document's start."""
+    document_ids: Tensor | None
+    """int32 [B, T], non-decreasing from 0 in each row; None if documents are concatenated."""
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device."""
+        return self.each(lambda tensor: tensor.to(device))
+
+    def split(self, rows: int) -> Iterator["Batch"]:
+        """Micro-batches of at most `rows` rows, in order; views."""
+        for first in range(0, len(self.input_ids), rows):
+            yield self.each(lambda tensor, part=slice(first, first + rows): tensor[part])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with each tensor changed."""
+        document_ids = None if self.document_ids is None else change(self.document_ids)
+        return Batch(change(self.input_ids), change(self.labels), change(self.position_ids), document_ids)
+
+
+class BatchSource:
+    """The rows of one split, in an order drawn from the seed, anew for each epoch.
+
+    The split's documents, laid end to end, are cut into rows of `sequence_length` tokens, each beginning with the last
+    token of the row before, so that every token after the first is a target exactly once in an epoch; the last row ends
+    at the end, and what it repeats of the row before is ignored in its labels. Every row is used once per epoch.
+
+    With documents `separate`, `document_ids` and positions keep the documents of a row apart and a document's first
+    token is no target, since only another document stands before it. With `concatenate` (as SWAT's authors train) the
+    stream is plain. A document longer than a row goes on in the next one, without memory of the row before.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        split: str,
+        sequence_length: int,
+        documents: Literal["separate", "concatenate"],
+        seed: int,
+        *,
+        batch_size: int,
+        shuffle: bool = True,
+    ) -> None:
+        """Raises DataError if the split is too small for one row."""
+        if documents not in ("separate", "concatenate"):
+            raise DataError(f"documents must be separate or concatenate; got {documents!r}")
+        if sequence_length < 2 or batch_size < 1:
+            raise DataError(f"need sequence_length >= 2 and batch_size >= 1; got {sequence_length} and {batch_size}")
+        self.documents = store.split(split)
+        self.sequence_length = sequence_length
+        self.separate = documents == "separate"
+        self.seed = seed
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        lengths = self.documents.spans[:, 1] - self.documents.spans[:, 0]
+        # where each document begins in the stream
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.num_tokens = int(self.starts[-1])
+        if self.num_tokens < sequence_length:
+            advice = "add text, lower data.sequence_length"
+            advice += " or raise data.held_out (0 holds out none)" if split == "held_out" else ""
+            raise DataError(
+                f"the {split} split has {self.num_tokens} tokens in {len(lengths)} documents; one row needs "
+                f"{sequence_length}: {advice}"
+            )
+        # a row brings sequence_length - 1 targets
+        self.num_rows = -(-(self.num_tokens - 1) // (sequence_length - 1))
+        # neighbouring documents that are also neighbours on disk are copied as one
+        firsts = np.flatnonzero(np.r_[True, self.documents.spans[1:, 0] != self.documents.spans[:-1, 1]])
+        self.run_starts, self.run_places = self.starts[firsts], self.documents.spans[firsts, 0]
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one epoch; the last may be filled up."""
+        return -(-self.num_rows // self.batch_size)
+
+    def batch(self, step: int, rows: range | None = None) -> Batch:
+        """Rows `rows` (all if None) of the global batch of a step, 0 for the first; epochs follow without a seam."""
+        places = step * self.batch_size + self.checked(rows)
+        epochs, places = np.divmod(places, self.num_rows)
+        for epoch in np.unique(epochs) if self.shuffle else ():
+            here = epochs == epoch
+            places[here] = permute(places[here], self.num_rows, (self.seed << 32) + int(epoch))
+        return self.rows(places)
+
+    def pass_over(self, rows: range | None = None, num_batches: int | None = None) -> Iterator[Batch]:
+        """Each row once, for evaluation: `num_batches` batches (all if None or more than there are), each rows `rows`.
+
+        The order is that of epoch 0, so that the first batches are a fair sample. The last batch is filled up with
+        rows without targets, so that each process gets as many batches as the others.
+        """
+        chosen = self.checked(rows)
+        for step in range(self.num_batches if num_batches is None else min(num_batches, self.num_batches)):
+            places = step * self.batch_size + chosen
+            real = places < self.num_rows
+            order = np.where(real, places, 0)
+            batch = self.rows(permute(order, self.num_rows, self.seed << 32) if self.shuffle else order)
+            batch.labels[torch.from_numpy(~real)] = IGNORED
+            yield batch
+
+    def checked(self, rows: range | None) -> np.ndarray:
+        """Row numbers within the global batch."""
+        chosen = np.array(range(self.batch_size) if rows is None else rows, dtype=np.int64)
+        if len(chosen) == 0 or chosen.min() < 0 or chosen.max() >= self.batch_size:
+            raise DataError(f"rows must be a non-empty part of range({self.batch_size}); got {rows}")
+        return chosen
+
+    def rows(self, numbers: np.ndarray) -> Batch:
+        """The rows of these numbers, `0 .. num_rows - 1` in the order of the text."""
+        T, stride = self.sequence_length, self.sequence_length - 1
+        wanted = numbers * stride
+        begins = np.minimum(wanted, self.num_tokens - T)
+        input_ids = np.empty((len(numbers), T), dtype=np.int64)
+        document_ids = np.zeros((len(numbers), T), dtype=np.int32)
+        position_ids = np.tile(np.arange(T, dtype=np.int64), (len(numbers), 1))
+        labels = np.empty_like(input_ids)
+        for i, begin in enumerate(begins):
+            self.copy_tokens(int(begin), input_ids[i])
+            labels[i] = input_ids[i]
+            # the row's first token has nothing before it; a last row moved back repeats targets of the row before
+            labels[i, : 1 + wanted[i] - begin] = IGNORED
+            if self.separate:
+                low, high = np.searchsorted(self.starts, [begin, begin + T], side="left")
+                openings = self.starts[low:high] - begin
+                labels[i, openings] = IGNORED
+                # a document that goes on from the row before is the first; one that opens at the row's start is too
+                later = openings[openings > 0]
+                document_ids[i, later] = 1
+                document_ids[i] = np.cumsum(document_ids[i], dtype=np.int32)
+                position_ids[i] -= np.concatenate([[0], later])[document_ids[i]]
+        return Batch(
+            torch.from_numpy(input_ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(position_ids),
+            torch.from_numpy(document_ids) if self.separate else None,
+        )
+
+    def copy_tokens(self, begin: int, into: np.ndarray) -> None:
+        """Fill a row with the stream's tokens from `begin` on, run by run."""
+        filled = 0
+        run = int(np.searchsorted(self.run_starts, begin, side="right")) - 1
+        while filled < len(into):
+            within = begin + filled - self.run_starts[run]
+            run_end = self.run_starts[run + 1] if run + 1 < len(self.run_starts) else self.num_tokens
+            count = min(len(into) - filled, int(run_end - self.run_starts[run] - within))
+            place = self.run_places[run] + within
+            into[filled : filled + count] = self.documents.tokens[place : place + count]
+            filled, run = filled + count, run + 1

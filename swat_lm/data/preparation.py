@@ -1,0 +1,271 @@
+"""Text to a token store, once: parallel, in bounded memory, and whole or not at all.
+
+A store is written beside its place and renamed, so an interruption leaves nothing that looks like one. Its name holds a
+key of the sources' identities, the tokenizer and the separators; preparing the same again opens what is there.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from swat_lm.data.encoding import encode_bytes, encode_parallel
+from swat_lm.data.readers import Piece, read_pieces
+from swat_lm.data.sources import DataError, Source, resolve_sources
+from swat_lm.data.store import DOCUMENTS, INDEX, TOKEN_BYTES, TOKENS, VERSION, TokenStore
+from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
+from swat_lm.recipe import DataRecipe
+
+# characters handed to a tokenizer at once; longer documents are cut where that does not change their tokens
+PIECE_CHARACTERS = 1 << 18
+TABLE = np.dtype([("token", np.int64), ("byte", np.int64), ("content", np.uint64)])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far `prepare` has come."""
+
+    bytes_read: int
+    """Of the sources, compressed as they are."""
+    bytes_total: int
+    documents: int
+    tokens: int
+
+
+def prepare(data: DataRecipe, progress: Callable[[Progress], None] | None = None) -> TokenStore:
+    """The token store of a recipe's data, made now if it is not there yet.
+
+    Several processes may call this at once for the same data: the first to finish wins, the others use its store.
+    Raises DataError for bad input and OSError, naming the path, if the cache cannot be written.
+    """
+    sources = resolve_sources(data.sources)
+    facts = byte_facts() if data.tokenizer == BYTES else tokenizer_facts(load_tokenizer(data.tokenizer))
+    for wanted, token, name in ((data.add_bos, facts.bos, "bos"), (data.add_eos, facts.eos, "eos")):
+        if wanted and token is None:
+            raise DataError(f"tokenizer {data.tokenizer!r} has no {name} token: set data.add_{name}=false")
+    key = store_key(data, sources, facts)
+    cache = Path(data.cache).expanduser() if data.cache else default_cache()
+    folder = cache / f"{Path(data.sources[0]).name.partition('.')[0].replace(':', '-') or 'data'}-{key[:16]}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with written_beside(folder) as beside:
+            write_store(beside, key, data, sources, facts, progress)
+    return TokenStore.open(folder, data.held_out, data.split_seed)
+
+
+def default_cache() -> Path:
+    """`swat-lm/tokens` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swat-lm" / "tokens"
+
+
+def store_key(data: DataRecipe, sources: list[Source], facts: TokenizerFacts) -> str:
+    """A hash of all that decides the tokens; the number of workers and the split do not."""
+    parts = {
+        "version": VERSION,
+        "sources": [source.identity for source in sources],
+        "text_field": data.text_field,
+        "tokenizer": facts.fingerprint,
+        "separators": [data.add_bos, data.add_eos],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A folder to write in, renamed to `folder` when all went well and removed otherwise."""
+    prefix = f".{folder.name}.{platform.node()}."
+    remove_abandoned(folder.parent, prefix)
+    beside = folder.parent / f"{prefix}{os.getpid()}"
+    try:
+        beside.mkdir()
+        yield beside
+        try:
+            beside.rename(folder)
+        except OSError:
+            # another process was faster; its store is as good
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def remove_abandoned(cache: Path, prefix: str) -> None:
+    """Remove half-written stores of processes of this machine that were killed."""
+    for left in cache.glob(f"{prefix}*"):
+        process = left.name.removeprefix(prefix)
+        if process.isdigit() and not is_running(int(process)):
+            shutil.rmtree(left)
+
+
+def is_running(process: int) -> bool:
+    """Whether another process has this number; our own number in an old name means an earlier process had it."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_store(
+    folder: Path,
+    key: str,
+    data: DataRecipe,
+    sources: list[Source],
+    facts: TokenizerFacts,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Read, tokenise and write everything; see the module's docstring."""
+    dtype = np.dtype(np.uint16 if facts.vocab_size <= 1 << 16 else np.uint32)
+    reading = Reading(sources, data.text_field, PIECE_CHARACTERS if facts.byte_level else None)
+    encoded = (
+        encode_bytes(reading.pieces())
+        if facts.tokenizer_json is None
+        else encode_parallel(reading.pieces(), facts.tokenizer_json, dtype, data.workers or os.cpu_count() or 1)
+    )
+    said = time.monotonic()
+    with (folder / TOKENS).open("wb") as file:
+        writer = Writer(file, dtype, facts.bos if data.add_bos else None, facts.eos if data.add_eos else None)
+        for piece, ids in encoded:
+            writer.add(piece, ids)
+            if progress and time.monotonic() - said > 0.1:
+                progress(Progress(reading.bytes_read, reading.total, len(writer.firsts), writer.tokens))
+                said = time.monotonic()
+        writer.close()
+    if not writer.text_bytes:
+        raise DataError(f"no text in {', '.join(data.sources)}")
+    if progress:
+        progress(Progress(reading.total, reading.total, len(writer.firsts), writer.tokens))
+    with naming(folder):
+        np.save(folder / DOCUMENTS, writer.table())
+        if facts.token_bytes is not None:
+            np.save(folder / TOKEN_BYTES, facts.token_bytes)
+        write_index(folder, key, data, facts, writer)
+
+
+def write_index(folder: Path, key: str, data: DataRecipe, facts: TokenizerFacts, writer: "Writer") -> None:
+    """What `TokenStore` reads first, and a person too."""
+    index = {
+        "version": VERSION,
+        "key": key,
+        "sources": list(data.sources),
+        "tokenizer": data.tokenizer,
+        "tokenizer_fingerprint": facts.fingerprint,
+        "vocab_size": facts.vocab_size,
+        "dtype": writer.dtype.name,
+        "num_tokens": writer.tokens,
+        "num_documents": len(writer.firsts),
+        "num_bytes": writer.text_bytes,
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class Reading:
+    """All pieces of all sources, counting the bytes read."""
+
+    def __init__(self, sources: list[Source], text_field: str, limit: int | None) -> None:
+        self.sources = sources
+        self.text_field = text_field
+        self.limit = limit
+        self.total = sum(source.size for source in sources)
+        self.before = 0
+        self.current = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Of `total`."""
+        return self.before + self.current
+
+    def pieces(self) -> Iterator[Piece]:
+        """In order."""
+        for source in self.sources:
+            yield from read_pieces(source, self.text_field, self.limit, self.on_bytes)
+            self.before, self.current = self.before + source.size, 0
+
+    def on_bytes(self, count: int) -> None:
+        """Told by the readers."""
+        self.current = count
+
+
+class Writer:
+    """Writes tokens with separators around documents and keeps the table of documents."""
+
+    def __init__(self, file: BinaryIO, dtype: np.dtype, bos: int | None, eos: int | None) -> None:
+        self.file = file
+        self.dtype = dtype
+        self.bos = bos
+        self.eos = eos
+        self.tokens = 0
+        self.text_bytes = 0
+        # the first token, first byte and content hash of each document
+        self.firsts, self.bytes, self.hashes = array("q"), array("q"), array("Q")
+        self.hash = hashlib.blake2b(digest_size=8)
+
+    def add(self, piece: Piece, ids: np.ndarray) -> None:
+        """Append a piece and, before a document's first, end the one before."""
+        if piece.opens:
+            self.end_document()
+            self.firsts.append(self.tokens)
+            self.bytes.append(self.text_bytes)
+            self.put(self.bos)
+        content = piece.text.encode("utf-8")
+        self.hash.update(content)
+        self.text_bytes += len(content)
+        self.write(ids)
+
+    def end_document(self) -> None:
+        """End the open document, if any."""
+        if self.firsts:
+            self.put(self.eos)
+            self.hashes.append(int.from_bytes(self.hash.digest(), "little"))
+            self.hash = hashlib.blake2b(digest_size=8)
+
+    def put(self, token: int | None) -> None:
+        """Append one separator, if wanted."""
+        if token is not None:
+            self.write(np.array([token]))
+
+    def write(self, ids: np.ndarray) -> None:
+        """Append tokens."""
+        with naming(Path(self.file.name)):
+            self.file.write(ids.astype(self.dtype).tobytes())
+        self.tokens += len(ids)
+
+    def close(self) -> None:
+        """End the last document and bring everything to the disk."""
+        self.end_document()
+        with naming(Path(self.file.name)):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def table(self) -> np.ndarray:
+        """One row per document, and one for the end."""
+        table = np.empty(len(self.firsts) + 1, dtype=TABLE)
+        table["token"] = [*self.firsts, self.tokens]
+        table["byte"] = [*self.bytes, self.text_bytes]
+        table["content"] = [*self.hashes, 0]
+        return table
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the path into an OSError, which writing to an open file leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error

@@ -1,0 +1,262 @@
+"""Reads a source as pieces of text: whole documents, or parts of long ones so that memory stays bounded.
+
+A .txt .md .py file is one document; a .jsonl, .parquet or hub row is one document. Text is kept byte for byte, except
+that a UTF-8 byte order mark at a file's start is dropped.
+"""
+
+import gzip
+import io
+import json
+import lzma
+import re
+import shutil
+import tempfile
+import tokenize
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from swat_lm.data.sources import DataError, HubSource, Source, SourceFile
+
+BLOCK = 1 << 20
+# a line break between two visible characters: byte-level tokenizers give the same tokens when cut there
+SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+class Piece(NamedTuple):
+    """Some text of one document."""
+
+    text: str
+    opens: bool
+    """Whether a document begins with this piece."""
+
+
+def read_pieces(
+    source: Source, text_field: str, limit: int | None, on_bytes: Callable[[int], None] = lambda count: None
+) -> Iterator[Piece]:
+    """The non-empty documents of a source in order, cut into pieces of about `limit` characters (None: not cut).
+
+    `on_bytes` is told, now and then, how many of `source.size` bytes have been read. Raises DataError for content that
+    is not what the suffix says, naming the file and the line, row or byte.
+    """
+    if isinstance(source, HubSource):
+        texts = read_hub(source, text_field, on_bytes)
+    elif source.kind == ".jsonl":
+        texts = read_jsonl(source, text_field, on_bytes)
+    elif source.kind == ".parquet":
+        texts = read_parquet(source, text_field, on_bytes)
+    elif source.kind == ".py":
+        texts = iter([read_python(source, on_bytes)])
+    else:
+        yield from read_text(source, limit, on_bytes)
+        return
+    for text in texts:
+        yield from cut(text, limit)
+
+
+def cut(text: str, limit: int | None) -> Iterator[Piece]:
+    """Cut one document at line breaks where byte-level tokens end.
+
+    Without such a place in 8 times the limit it is cut anyway: nothing is lost, but the tokens around the cut may be
+    others than without it.
+    """
+    start, opens = 0, True
+    while limit is not None and len(text) - start > limit:
+        found = SAFE_CUT.search(text, start + limit, start + 8 * limit)
+        if found is None and len(text) - start <= 8 * limit:
+            break
+        end = found.start() if found else start + 8 * limit
+        yield Piece(text[start:end], opens)
+        start, opens = end, False
+    if start < len(text):
+        yield Piece(text[start:] if start else text, opens)
+
+
+def read_text(source: SourceFile, limit: int | None, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
+    """A text file as one document, read block by block."""
+    waiting, opens = "", True
+    for text in decoded_blocks(source, on_bytes):
+        waiting += text
+        *complete, last = [*cut(waiting, limit)] or [Piece("", True)]
+        for piece in complete:
+            yield Piece(piece.text, opens)
+            opens = False
+        waiting = last.text
+    if waiting:
+        yield Piece(waiting, opens)
+    elif opens and source.named:
+        raise DataError(f"{source.path}: the file is empty")
+
+
+def decoded_blocks(source: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[str]:
+    """UTF-8 text of a file, about BLOCK bytes at a time; DataError with the byte offset for anything else."""
+    carried, offset = b"", 0
+    with opened(source, on_bytes) as stream:
+        while block := stream.read(BLOCK):
+            block = carried + block
+            check_text(source, block, offset)
+            try:
+                text, carried = block.decode("utf-8"), b""
+            except UnicodeDecodeError as error:
+                if error.end < len(block) or error.reason != "unexpected end of data":
+                    raise not_utf8(source, offset, error) from None
+                text, carried = block[: error.start].decode("utf-8"), block[error.start :]
+            yield text.removeprefix("\ufeff") if offset == 0 else text
+            offset += len(block) - len(carried)
+    if carried:
+        raise DataError(f"{source.path}: ends within a UTF-8 character, at byte {offset}; the file seems to be cut off")
+
+
+def read_python(source: SourceFile, on_bytes: Callable[[int], None]) -> str:
+    """A Python source in the encoding it declares (PEP 263)."""
+    with opened(source, on_bytes) as stream:
+        content = stream.read()
+    if not content and source.named:
+        raise DataError(f"{source.path}: the file is empty")
+    check_text(source, content, 0)
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise not_utf8(source, 0, error) from None
+    except SyntaxError as error:
+        # detect_encoding's way to say that the declared encoding does not exist or does not fit
+        raise DataError(f"{source.path}: {error.msg}") from None
+
+
+def read_jsonl(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
+    """The text field of each line."""
+    rows = 0
+    with opened(source, on_bytes) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            rows += 1
+            place = f"{source.path}:{number}"
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{place}: not UTF-8 text (byte {error.start} of the line)") from None
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place}: not a JSON object: {error.msg} at column {error.colno}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{place}: expected a JSON object with field {field!r}; got {type(row).__name__}")
+            if field not in row:
+                raise missing_field(place, field, list(row))
+            yield checked_text(row[field], place, field)
+    if not rows and source.named:
+        raise DataError(f"{source.path}: the file is empty")
+
+
+def read_parquet(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
+    """The text column, some rows at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with opened(source, on_bytes) as stream, tempfile.TemporaryFile() as plain:
+        seekable = stream
+        if source.compression:
+            shutil.copyfileobj(stream, plain, BLOCK)
+            seekable = plain
+        try:
+            table = pyarrow.parquet.ParquetFile(seekable)
+            if field not in table.schema_arrow.names:
+                raise missing_field(str(source.path), field, table.schema_arrow.names)
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    yield checked_text(value, f"{source.path}, row {row}", field)
+                    row += 1
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{source.path}: not a readable parquet file: {reason}") from error
+    if not row and source.named:
+        raise DataError(f"{source.path}: the file holds no rows")
+
+
+def read_hub(source: HubSource, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
+    """The text column of a data set."""
+    dataset, row = source.dataset, 0
+    if field not in dataset.column_names:
+        raise missing_field(str(source), field, dataset.column_names)
+    for batch in dataset.select_columns([field]).iter(256):
+        for value in batch[field]:
+            yield checked_text(value, f"{source}, row {row}", field)
+            row += 1
+        on_bytes(source.size * row // dataset.num_rows)
+
+
+def checked_text(value: Any, place: str, field: str) -> str:
+    """The value as text that UTF-8 can hold."""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{place}: field {field!r} must be text; got {'null' if value is None else type(value).__name__}"
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: field {field!r} is not valid Unicode: half a surrogate pair at character {error.start}"
+        ) from None
+    return value
+
+
+def missing_field(place: str, field: str, found: list[str]) -> DataError:
+    """The error for a row or table without the text field."""
+    return DataError(
+        f"{place}: no field {field!r}; it has {', '.join(map(str, found)) or 'none'} (set data.text_field)"
+    )
+
+
+def check_text(source: SourceFile, block: bytes, offset: int) -> None:
+    """Refuse binary content."""
+    if offset == 0 and block.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{source.path}: UTF-16 text; convert it to UTF-8 (iconv -f utf-16 -t utf-8)")
+    if (place := block.find(0)) >= 0:
+        raise DataError(f"{source.path}: a binary file (zero byte at byte {offset + place}); expected UTF-8 text")
+
+
+def not_utf8(source: SourceFile, offset: int, error: UnicodeDecodeError) -> DataError:
+    """The error for bytes that are not UTF-8."""
+    value = error.object[error.start]
+    place = offset + error.start
+    return DataError(f"{source.path}: not {error.encoding.upper()} text: byte 0x{value:02x} at byte {place}")
+
+
+@contextmanager
+def opened(source: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed; damage to the compressed stream becomes a DataError."""
+    with io.BufferedReader(Counted(source.path, on_bytes), BLOCK) as plain:
+        try:
+            if source.compression == ".gz":
+                with gzip.GzipFile(fileobj=plain) as stream:
+                    yield cast(IO[bytes], stream)
+            elif source.compression == ".xz":
+                with lzma.LZMAFile(plain) as stream:
+                    yield stream
+            else:
+                yield plain
+        except EOFError:
+            raise DataError(
+                f"{source.path}: the {source.compression} file is cut off: it ends before its end mark"
+            ) from None
+        except (gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise DataError(f"{source.path}: damaged, or not a {source.compression} file: {error}") from None
+
+
+class Counted(io.FileIO):
+    """A file that reports how far it has been read."""
+
+    def __init__(self, path: Path, on_bytes: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self.on_bytes = on_bytes
+
+    def readinto(self, buffer: Any) -> int:
+        """As the base class; then reports."""
+        count = super().readinto(buffer)
+        self.on_bytes(self.tell())
+        return count
