@@ -1,1 +1,52 @@
-"""swat-lm: language models whose attention is a sliding window."""
+"""swat-lm: language models whose attention is a sliding window.
+
+The operator needs PyTorch alone. Model classes are imported on first use and need `pip install swat-lm[model]`;
+Hugging Face's Auto classes know them as soon as `swat_lm` is imported.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from swat_lm.model import registration as _registration
+from swat_lm.ops import window_attention, window_attention_step
+
+if TYPE_CHECKING:
+    from swat_lm.model.configuration import SwatConfig
+    from swat_lm.model.modeling import SwatForCausalLM, SwatModel, SwatPreTrainedModel
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "SwatConfig": "swat_lm.model.configuration",
+    "SwatForCausalLM": "swat_lm.model.modeling",
+    "SwatModel": "swat_lm.model.modeling",
+    "SwatPreTrainedModel": "swat_lm.model.modeling",
+}
+
+_MODEL_PACKAGES = ("transformers", "safetensors", "huggingface_hub", "yaml")
+
+__all__ = [
+    "SwatConfig",
+    "SwatForCausalLM",
+    "SwatModel",
+    "SwatPreTrainedModel",
+    "window_attention",
+    "window_attention_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'swat_lm' has no attribute {name!r}")
+    try:
+        module = import_module(_LAZY[name])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in _MODEL_PACKAGES:
+            raise
+        raise ImportError(
+            f"swat_lm.{name} needs the package {error.name!r}: pip install 'swat-lm[model]'", name=error.name
+        ) from error
+    return getattr(module, name)
+
+
+_registration.arrange()

@@ -1,0 +1,1 @@
+"""Hugging Face model classes, caches, streams, presets, cost formulas and conversion; `swat_lm` imports them lazily."""

@@ -1,0 +1,338 @@
+"""SwatConfig: one configuration for SWAT, softmax windows, interleaved plans and full attention.
+
+Every per-layer setting is one value for all layers or a list with one value per layer.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from swat_lm.mixers import MIXERS, AttentionSettings
+from swat_lm.model.presets import preset_fields
+from swat_lm.ops.slopes import slopes_for
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+INVERSE_WINDOW = "-log(window)"
+
+
+class LayerView:
+    """The configuration as one layer has it: `sliding_window` is the layer's own, everything else is shared.
+
+    Hugging Face's caches read `config.per_layer_config[i].sliding_window`, so per-layer windows work in them.
+    """
+
+    def __init__(self, config: "SwatConfig", layer_index: int) -> None:
+        self._config = config
+        self.sliding_window = config.window(layer_index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+class LayerViews(Sequence[LayerView]):
+    """The views of all layers, by index."""
+
+    def __init__(self, config: "SwatConfig") -> None:
+        self._views = [LayerView(config, index) for index in range(config.num_hidden_layers)]
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._views[index]
+
+    def __iter__(self) -> Iterator[LayerView]:
+        return iter(self._views)
+
+
+@strict
+class SwatConfig(PreTrainedConfig):
+    """Configuration of a SwatModel; the defaults are the paper's 340M model (arXiv 2502.18845).
+
+    Args:
+        sliding_window: keys a query sees, itself included; None = full causal attention; or one per layer.
+        layer_types: Hugging Face's names, "sliding_attention" or "full_attention"; derived from the windows when None.
+            Given beside a single window, it says which layers have that window and which see everything.
+        mixers: names from `swat_lm.mixers.MIXERS`; "attention" everywhere when None.
+        score_function: "sigmoid" or "softmax"; or one per layer.
+        slopes: "balanced", "negative", "positive", "none" or a split such as "8:4"; or one per layer.
+        slope_schedule: "swat" (2**-k) or "alibi" (standard ALiBi magnitudes).
+        score_bias: added to every score; a number or "-log(window)" (arXiv 2409.04431); or one per layer.
+        qk_norm: RMS norm per head on queries and keys before rotary.
+        output_norm: RMS norm per head on the attention's output (hybrid-norm).
+        learned_sink: softmax only: one more key per head with a learned score and the value zero.
+        output_projection_init_scale: multiplies the start of `o_proj` and `down_proj`.
+        use_rotary: rotary position embedding on or off; or one per layer.
+        rope_theta: rotary base; a list gives one per layer. A single base is kept in `rope_parameters`.
+        rope_parameters: Hugging Face's form: rope_theta, rope_type ("default", "linear", "llama3", "yarn"), ...
+        max_position_embeddings: the training length, for tools that ask; a window model has no limit.
+        attention_backend: backend of `swat_lm.ops.window_attention`.
+
+    Raises:
+        ValueError: a value out of range or lists that do not fit the layers; the message names the argument.
+    """
+
+    model_type = "swat"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 Hugging Face reads it from the class
+
+    vocab_size: int = 32_000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: Literal["silu"] = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    output_projection_init_scale: float | int = 1.0
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    rope_theta: float | int | list[float | int] | None = None
+    use_rotary: bool | list[bool] = True
+    sliding_window: int | list[int | None] | None = 1024
+    layer_types: list[str] | None = None
+    mixers: str | list[str] | None = None
+    score_function: str | list[str] = "sigmoid"
+    slopes: str | list[str] = "balanced"
+    slope_schedule: Literal["swat", "alibi"] = "swat"
+    score_bias: float | int | str | list[float | int | str] = 0.0
+    qk_norm: bool = False
+    output_norm: bool = False
+    learned_sink: bool = False
+    attention_backend: str = "auto"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Fill what was left open, check everything, then let Hugging Face do its part."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_sizes()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        mixers = self.mixers
+        self.mixers = mixers if isinstance(mixers, list) else [mixers or "attention"] * self.num_hidden_layers
+        self._settle_windows()
+        self._settle_rotary(kwargs)
+        self._check_layers()
+        super().__post_init__(**kwargs)
+
+    @property
+    def per_layer_config(self) -> LayerViews:
+        """One view per layer, as Hugging Face's caches read them."""
+        return LayerViews(self)
+
+    def window(self, layer_index: int) -> int | None:
+        """Keys a query of this layer sees, itself included; None = all."""
+        if self.layer_types is not None and self.layer_types[layer_index] == "full_attention":
+            return None
+        return self._per_layer("sliding_window")[layer_index]
+
+    def rotary(self, layer_index: int) -> dict[str, Any] | None:
+        """Rotary parameters of this layer (rope_theta, rope_type, ...), or None where rotary is off."""
+        if not self._per_layer("use_rotary")[layer_index]:
+            return None
+        assert self.rope_parameters is not None
+        assert self.layer_types is not None
+        parameters = self.rope_parameters.get(self.layer_types[layer_index], self.rope_parameters)
+        if isinstance(self.rope_theta, list):
+            parameters = {**parameters, "rope_theta": self.rope_theta[layer_index]}
+        return parameters
+
+    def attention_settings(self, layer_index: int) -> AttentionSettings:
+        """What defines the attention of one layer."""
+        assert self.head_dim is not None
+        assert self.num_key_value_heads is not None
+        window = self.window(layer_index)
+        bias = self._per_layer("score_bias")[layer_index]
+        if isinstance(bias, str):
+            assert window is not None
+            bias = -math.log(window)
+        return AttentionSettings(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            window=window,
+            score_function=self._per_layer("score_function")[layer_index],
+            slopes=self._per_layer("slopes")[layer_index],
+            slope_schedule=self.slope_schedule,
+            score_bias=float(bias),
+            qk_norm=self.qk_norm,
+            output_norm=self.output_norm,
+            learned_sink=self.learned_sink,
+            bias=self.attention_bias,
+            norm_eps=self.rms_norm_eps,
+            backend=self.attention_backend,
+        )
+
+    def _per_layer(self, name: str) -> list[Any]:
+        value = getattr(self, name)
+        if not isinstance(value, list):
+            return [value] * self.num_hidden_layers
+        if len(value) != self.num_hidden_layers:
+            raise ValueError(
+                f"{name}: expected one value or one per layer ({self.num_hidden_layers}), got a list of {len(value)}"
+            )
+        return value
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        assert kv_heads is not None
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected a divisor of num_attention_heads ({heads}), got {kv_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"num_attention_heads: {heads} heads do not divide hidden_size {self.hidden_size}; "
+                "change one of them or give head_dim"
+            )
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"head_dim: expected at least 1, got {self.head_dim}")
+
+    def _settle_windows(self) -> None:
+        windows = self._per_layer("sliding_window")
+        for window in windows:
+            if window is not None and (isinstance(window, bool) or window < 1):
+                raise ValueError(
+                    f"sliding_window: expected at least 1 (a query counts itself) or None for full attention, "
+                    f"got {window}"
+                )
+        given = self.layer_types
+        if given is None:
+            self.layer_types = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        else:
+            self._check_layer_types(given, windows)
+        # Hugging Face's tools understand a single integer: keep the list only where windows really differ
+        different = {self.window(index) for index in range(self.num_hidden_layers)} - {None}
+        if len(different) <= 1:
+            self.sliding_window = different.pop() if different else None
+
+    def _check_layer_types(self, given: list[str], windows: list[int | None]) -> None:
+        if len(given) != self.num_hidden_layers:
+            raise ValueError(f"layer_types: expected {self.num_hidden_layers} entries, one per layer, got {len(given)}")
+        for index, (layer_type, window) in enumerate(zip(given, windows, strict=True)):
+            if layer_type not in ("sliding_attention", "full_attention"):
+                raise ValueError(
+                    f"layer_types: layer {index} is {layer_type!r}; expected 'sliding_attention' or 'full_attention'"
+                )
+            if layer_type == "sliding_attention" and window is None:
+                raise ValueError(f"layer_types: layer {index} is 'sliding_attention' but its sliding_window is None")
+            if layer_type == "full_attention" and isinstance(self.sliding_window, list) and window is not None:
+                raise ValueError(f"layer_types: layer {index} is 'full_attention' but its sliding_window is {window}")
+
+    def _settle_rotary(self, kwargs: dict[str, Any]) -> None:
+        # copied: a dictionary shared with another configuration must not change under it
+        legacy = kwargs.pop("rope_scaling", None)
+        parameters = {key: dict(value) if isinstance(value, Mapping) else value
+                      for key, value in (self.rope_parameters or legacy or {}).items()}  # fmt: skip
+        theta = self.rope_theta
+        bases = self._per_layer("rope_theta") if isinstance(theta, list) else [] if theta is None else [theta]
+        if any(not base > 0 for base in bases):
+            raise ValueError(f"rope_theta: expected positive rotary bases, got {theta}")
+        nested = [parameters[name] for name in ("sliding_attention", "full_attention") if name in parameters]
+        for entry in nested or [parameters]:
+            if theta is not None and not isinstance(theta, list):
+                held = entry.setdefault("rope_theta", theta)
+                if held != theta:
+                    raise ValueError(f"rope_theta: {theta} contradicts rope_parameters, which says {held}")
+            entry.setdefault("rope_theta", self.default_theta)
+            rope_type = entry.setdefault("rope_type", entry.pop("type", "default"))
+            if rope_type not in ROPE_TYPES:
+                raise ValueError(
+                    f"rope_parameters: rope_type {rope_type!r} depends on the length of the sequence or is unknown; "
+                    f"expected one of {', '.join(ROPE_TYPES)}"
+                )
+            if entry.get("partial_rotary_factor") not in (None, 1, 1.0):
+                raise ValueError("rope_parameters: partial_rotary_factor other than 1 is not supported")
+        self.rope_parameters = parameters
+        if not isinstance(theta, list):
+            self.rope_theta = None
+        if any(self._per_layer("use_rotary")) and self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
+
+    def _check_layers(self) -> None:
+        mixers = self._per_layer("mixers")
+        functions, slopes, biases = (self._per_layer(name) for name in ("score_function", "slopes", "score_bias"))
+        for index in range(self.num_hidden_layers):
+            if mixers[index] not in MIXERS:
+                raise ValueError(f"mixers: layer {index} is {mixers[index]!r}; expected one of {', '.join(MIXERS)}")
+            if functions[index] not in ("sigmoid", "softmax"):
+                raise ValueError(f"score_function: expected 'sigmoid' or 'softmax', got {functions[index]!r}")
+            slopes_for(self.num_attention_heads, slopes[index], self.slope_schedule)
+            bias = biases[index]
+            if isinstance(bias, str):
+                if bias != INVERSE_WINDOW:
+                    raise ValueError(f"score_bias: expected a number or {INVERSE_WINDOW!r}, got {bias!r}")
+                if self.window(index) is None:
+                    raise ValueError(f"score_bias: layer {index} has no window, so {INVERSE_WINDOW!r} has no meaning")
+            elif not math.isfinite(bias):
+                raise ValueError(f"score_bias: expected a finite number, got {bias}")
+            if self.learned_sink and functions[index] != "softmax":
+                raise ValueError(
+                    "learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it"
+                )
+        if self.attention_backend not in ("auto", "reference", "blocked", "triton"):
+            raise ValueError(
+                f"attention_backend: expected auto, reference, blocked or triton, got {self.attention_backend!r}"
+            )
+
+
+RECIPE_KEYS = tuple(field.name for field in fields(SwatConfig) if field.name in SwatConfig.__annotations__)  # type: ignore[arg-type]
+
+
+def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) -> SwatConfig:
+    """Build the configuration that a recipe's `model:` mapping describes.
+
+    Args:
+        model: fields of SwatConfig, and optionally `preset: NAME` whose values they replace.
+        vocab_size: the tokenizer's; used where the mapping itself names no vocab_size.
+
+    Raises:
+        ValueError: an unknown key (the nearest valid one is named), an unknown preset, a wrong value, or a vocab_size
+            smaller than the tokenizer's.
+    """
+    values = dict(model)
+    known = (*RECIPE_KEYS, "preset")
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(known)}"
+            raise ValueError(f"model: unknown key {key!r}{hint}")
+    preset = values.pop("preset", None)
+    if vocab_size is not None:
+        if values.get("vocab_size", vocab_size) < vocab_size:
+            raise ValueError(
+                f"model: vocab_size {values['vocab_size']} is smaller than the tokenizer's {vocab_size}; "
+                "leave it out or raise it"
+            )
+        values.setdefault("vocab_size", vocab_size)
+    if preset is not None:
+        values = {**preset_fields(preset), **values}
+    if isinstance(values.get("slopes"), int):
+        # YAML 1.1 reads 8:4 as a number to the base 60
+        raise ValueError("model: slopes came as a number; a split such as 8:4 must be quoted in YAML: '8:4'")
+    try:
+        return SwatConfig(**values)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {' '.join(str(error).split())}") from error
+
+
+AutoConfig.register(SwatConfig.model_type, SwatConfig, exist_ok=True)

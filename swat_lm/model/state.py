@@ -1,0 +1,147 @@
+"""The state of endless streams: rings made from what the mixers keep, their bytes, and their way to disk and back.
+
+Constant in size where every layer has a window. Legend: B sequences, T tokens, W window, K key/value heads, D head.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from swat_lm.mixers.protocol import RingMemory, StateTensor
+
+FIRST_CAPACITY = 64
+FORMAT = "swat-lm stream state 1"
+
+
+@dataclass
+class StreamState:
+    """What B streams keep of their past: rings per layer, and how many tokens each has seen.
+
+    Constant in size where every layer has a window. A full-attention layer's ring is doubled before it would wrap.
+    """
+
+    rings: list[dict[str, Tensor]]
+    """Per layer, by the names of the mixer's state: `[B, W, K, D]`."""
+    windows: tuple[int | None, ...]
+    position: Tensor
+    """int64 `[B]`: real tokens seen; the position of the next one."""
+    num_columns: int = 0
+    """Tokens fed to each stream, padding included."""
+    ragged: bool = False
+    """Whether padding has set the streams apart."""
+    _memories: list[RingMemory] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held for all streams: rings and positions."""
+        tensors = [tensor for layer in self.rings for tensor in layer.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, self.position))
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.position.shape[0]
+
+    def step_memories(self) -> list[RingMemory]:
+        """The layers' memories for one more token, made once."""
+        self._reserve(1)
+        if not self._memories:
+            self._memories = self._new_memories(None)
+        return self._memories
+
+    def chunk_memories(self, num_tokens: int, num_real: Tensor | None) -> list[RingMemory]:
+        """The layers' memories for a chunk of T tokens."""
+        self._reserve(num_tokens)
+        return self._new_memories(num_real)
+
+    def _new_memories(self, num_real: Tensor | None) -> list[RingMemory]:
+        slot = torch.arange(self.batch_size, device=self.position.device)
+        return [
+            RingMemory(
+                layer["key"],
+                layer["value"],
+                slot,
+                self.position,
+                num_real,
+                reach_back=min(self.num_columns, layer["key"].shape[1] - 1),
+            )
+            for layer in self.rings
+        ]
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Enlarge the rings of full-attention layers; places are positions until they wrap, so copying is enough."""
+        needed = self.num_columns + num_tokens
+        for window, layer in zip(self.windows, self.rings, strict=True):
+            if window is not None or layer["key"].shape[1] >= needed:
+                continue
+            capacity = layer["key"].shape[1]
+            while capacity < needed:
+                capacity *= 2
+            for name, ring in layer.items():
+                larger = ring.new_zeros(ring.shape[0], capacity, *ring.shape[2:])
+                larger[:, : ring.shape[1]] = ring
+                layer[name] = larger
+            self._memories = []
+
+
+def empty_rings(
+    specs: Iterable[tuple[StateTensor, ...]], batch_size: int, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Zeroed rings for B streams, one mapping per layer, from what each mixer says it keeps."""
+    return [
+        {tensor.name: torch.zeros(batch_size, *_capacity(tensor), dtype=dtype, device=device) for tensor in spec}
+        for spec in specs
+    ]
+
+
+def save_state(state: StreamState, path: str | Path) -> None:
+    """Write a state as one safetensors file, beside and then renamed."""
+    path = Path(path)
+    tensors = {f"layers.{i}.{name}": ring for i, layer in enumerate(state.rings) for name, ring in layer.items()}
+    metadata = {
+        "format": FORMAT,
+        "windows": json.dumps(state.windows),
+        "num_columns": str(state.num_columns),
+        "ragged": json.dumps(state.ragged),
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({**tensors, "position": state.position}, beside, metadata)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_state(path: str | Path, device: torch.device | str = "cpu") -> StreamState:
+    """Read a state that `save_state` wrote; the stream continues bit for bit.
+
+    Raises:
+        ValueError: not such a file, or a damaged one.
+        OSError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a stream state, or damaged: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: a safetensors file, but not a stream state of swat-lm")
+    windows = tuple(json.loads(metadata["windows"]))
+    position = tensors.pop("position")
+    rings: list[dict[str, Tensor]] = [{} for _ in windows]
+    for name, tensor in tensors.items():
+        _, index, short = name.split(".")
+        rings[int(index)][short] = tensor
+    return StreamState(rings, windows, position, int(metadata["num_columns"]), json.loads(metadata["ragged"]))
+
+
+def _capacity(tensor: StateTensor) -> tuple[int, ...]:
+    return tuple(FIRST_CAPACITY if size is None else size for size in tensor.shape)

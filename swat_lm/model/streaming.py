@@ -1,0 +1,235 @@
+"""Endless streams: prefill in chunks and a lean decode step over a constant state; and training chunk by chunk.
+
+Legend: B sequences, T tokens, M model width, V vocabulary, W window.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from swat_lm.mixers.protocol import CarryMemory, Visible
+from swat_lm.model.state import StreamState, empty_rings
+from swat_lm.ops.visibility import from_attention_mask, from_document_ids
+
+if TYPE_CHECKING:
+    from swat_lm.model.configuration import SwatConfig
+    from swat_lm.model.modeling import SwatModel
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What one chunk hands to the next in training: functional, never changed in place.
+
+    `exact` lets gradients flow to older chunks; `detached` cuts them.
+    """
+
+    mode: Literal["exact", "detached"]
+    memories: tuple[CarryMemory, ...]
+    num_tokens: int = 0
+    """Tokens before the next chunk."""
+    document: Tensor | None = None
+    """int64 `[B]`: id of the document that the last token belongs to; None where no ids are given."""
+    document_length: Tensor | None = None
+    """int64 `[B]`: tokens of that document so far."""
+
+
+class Streaming:
+    """Mixed into the language model: states, prefill, the decode step, and chunks with a carry."""
+
+    if TYPE_CHECKING:
+        model: SwatModel
+        lm_head: nn.Module
+        config: SwatConfig
+
+    def init_state(
+        self, batch_size: int = 1, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> StreamState:
+        """Empty state for B streams; dtype and device are the model's unless given.
+
+        Raises:
+            ValueError: a batch size below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        weight = self.model.embed_tokens.weight
+        dtype, device = dtype or weight.dtype, torch.device(device or weight.device)
+        # never inference tensors, so that a state made under inference_mode can be used outside it
+        with torch.inference_mode(False):
+            specs = (layer.self_attn.state_spec() for layer in self.model.stack)
+            rings = empty_rings(specs, batch_size, dtype, device)
+            position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        windows = tuple(self.config.window(index) for index in range(self.config.num_hidden_layers))
+        return StreamState(rings, windows, position)
+
+    @torch.no_grad()
+    def extend(self, input_ids: Tensor, state: StreamState, attention_mask: Tensor | None = None) -> Tensor:
+        """Feed one chunk `[B, T]` of any length; returns the hidden states `[B, T, M]` after the final norm.
+
+        Args:
+            state: changed in place.
+            attention_mask: `[B, T]`, left padding, allowed for streams that have not begun.
+
+        Raises:
+            ValueError: a batch that is not the state's, right padding, or padding in a stream that has begun.
+        """
+        self._check_state(input_ids, state)
+        num_tokens = input_ids.shape[1]
+        num_real = _left_padding(attention_mask, input_ids, state)
+        state.ragged = state.ragged or num_real is not None
+        hidden = self.model.embed_tokens(input_ids)
+        padding = 0 if num_real is None else num_tokens - num_real
+        start = state.position - padding
+        positions = (start[:, None] + torch.arange(num_tokens, device=start.device)).clamp(min=0)
+        visible = Visible()
+        if state.ragged:
+            # what stands before a stream's first token is not there; padding has moved that token to the right
+            visible = Visible((-start).to(torch.int32)[:, None].expand(-1, num_tokens).contiguous())
+        angles = self.model.rotary.angles(positions, hidden.dtype)
+        memories = state.chunk_memories(num_tokens, num_real)
+        for layer, layer_angles, memory in zip(self.model.stack, angles, memories, strict=True):
+            hidden, _ = layer(hidden, layer_angles, visible, memory)
+        state.position += num_tokens if num_real is None else num_real
+        state.num_columns += num_tokens
+        return self.model.norm(hidden)
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Tensor, state: StreamState, chunk: int = 512, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, StreamState]:
+        """Feed a prompt `[B, T]` in chunks; returns the logits after its last token, `[B, V]`, and the state.
+
+        Args:
+            state: changed in place.
+            chunk: tokens per chunk, any size; only speed and memory depend on it.
+            attention_mask: `[B, T]`, left padding.
+
+        Raises:
+            ValueError: an empty prompt or a chunk below 1, and what `extend` refuses.
+        """
+        if chunk < 1:
+            raise ValueError(f"chunk: expected at least 1 token, got {chunk}")
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids: expected [batch, tokens] with at least one token, got {list(input_ids.shape)}"
+            )
+        masks: Sequence[Tensor | None] = [None] * -(-input_ids.shape[1] // chunk)
+        if attention_mask is not None:
+            from_attention_mask(attention_mask)
+            masks = attention_mask.split(chunk, dim=1)
+        hidden = None
+        for part, mask in zip(input_ids.split(chunk, dim=1), masks, strict=True):
+            hidden = self.extend(part, state, mask)
+        assert hidden is not None
+        return self.lm_head(hidden[:, -1]), state
+
+    @torch.no_grad()
+    def decode_step(self, token: Tensor, state: StreamState) -> Tensor:
+        """Feed one token per stream, `[B, 1]`; returns the logits `[B, V]`. The state is changed in place."""
+        memories = state.step_memories()
+        model = self.model
+        hidden = model.embed_tokens(token)
+        angles = model.rotary.angles(state.position.unsqueeze(1), hidden.dtype)
+        for layer, layer_angles, memory in zip(model.stack, angles, memories, strict=True):
+            hidden = layer.step(hidden, layer_angles, memory)
+        state.position += 1
+        state.num_columns += 1
+        return self.lm_head(model.norm(hidden)).squeeze(1)
+
+    def init_carry(self, mode: Literal["exact", "detached"] = "exact") -> Carry:
+        """An empty carry for `forward_chunk`.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        if mode not in ("exact", "detached"):
+            raise ValueError(f"mode: expected 'exact' or 'detached', got {mode!r}")
+        keeps = [self.config.window(index) for index in range(self.config.num_hidden_layers)]
+        return Carry(mode, tuple(CarryMemory(None if keep is None else keep - 1) for keep in keeps))
+
+    def forward_chunk(
+        self, input_ids: Tensor, carry: Carry, document_ids: Tensor | None = None
+    ) -> tuple[Tensor, Carry]:
+        """Run one chunk `[B, T]` after the carry; all chunks together equal one pass.
+
+        Args:
+            document_ids: integers `[B, T]`; a change, also from the previous chunk's last id, begins a document.
+                Give them for every chunk of a stream or for none.
+
+        Returns:
+            Hidden states `[B, T, M]` after the final norm (for `model.loss`), and the carry for the next chunk.
+        """
+        if document_ids is not None or carry.document is not None:
+            positions, visible, document, length = _document_chunk(input_ids, document_ids, carry)
+        else:
+            start, end = carry.num_tokens, carry.num_tokens + input_ids.shape[1]
+            positions, visible = torch.arange(start, end, device=input_ids.device).unsqueeze(0), Visible()
+            document = length = None
+        hidden = self.model.embed_tokens(input_ids)
+        angles = self.model.rotary.angles(positions, hidden.dtype)
+        memories = []
+        for layer, layer_angles, memory in zip(self.model.stack, angles, carry.memories, strict=True):
+            hidden, after = layer(hidden, layer_angles, visible, memory)
+            memories.append(after.detached() if carry.mode == "detached" else after)
+        num_tokens = carry.num_tokens + input_ids.shape[1]
+        return self.model.norm(hidden), Carry(carry.mode, tuple(memories), num_tokens, document, length)
+
+    def _check_state(self, input_ids: Tensor, state: StreamState) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size:
+            raise ValueError(f"input_ids: expected [{state.batch_size}, tokens], got {list(input_ids.shape)}")
+        for index, (layer, rings) in enumerate(zip(self.model.stack, state.rings, strict=True)):
+            for tensor in layer.self_attn.state_spec():
+                held = tuple(rings[tensor.name].shape[1:])
+                if any(want not in (None, have) for want, have in zip(tensor.shape, held, strict=True)):
+                    raise ValueError(
+                        f"state: layer {index} keeps {tensor.name} as {list(tensor.shape)}, the state holds "
+                        f"{list(held)}; it belongs to another model"
+                    )
+
+
+def _left_padding(attention_mask: Tensor | None, input_ids: Tensor, state: StreamState) -> Tensor | None:
+    """Real tokens per row, int64 `[B]`, or None where there is no padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask: expected {list(input_ids.shape)}, got {list(attention_mask.shape)}")
+    if from_attention_mask(attention_mask).first_visible is None:
+        return None
+    num_real = (attention_mask != 0).sum(dim=1)
+    on_the_right = ((attention_mask[:, -1] == 0) & (num_real > 0)).nonzero()
+    if on_the_right.numel():
+        raise ValueError(f"attention_mask: row {int(on_the_right[0])} is padded on the right; pad streams on the left")
+    begun = ((num_real < input_ids.shape[1]) & (state.position > 0)).nonzero()
+    if begun.numel():
+        raise ValueError(f"attention_mask: row {int(begun[0])} has begun, so padding would be a hole in its stream")
+    return num_real
+
+
+def _document_chunk(
+    input_ids: Tensor, document_ids: Tensor | None, carry: Carry
+) -> tuple[Tensor, Visible, Tensor, Tensor]:
+    """Positions, visibility, and the last document's id and length, where a document may begin in an older chunk."""
+    if document_ids is None or (carry.document is None and carry.num_tokens):
+        raise ValueError("document_ids: give them for every chunk of a stream or for none")
+    if document_ids.shape != input_ids.shape:
+        raise ValueError(f"document_ids: expected {list(input_ids.shape)}, got {list(document_ids.shape)}")
+    ids = document_ids.long()
+    before, length = carry.document, carry.document_length
+    if before is None or length is None:
+        before, length = torch.full_like(ids[:, 0], -1), torch.zeros_like(ids[:, 0])
+    joined = torch.cat((before.unsqueeze(1), ids), dim=1)
+    # numbered by their changes: ids need to differ between neighbours only
+    numbers = (joined[:, 1:] != joined[:, :-1]).cumsum(1)
+    numbers = torch.cat((torch.zeros_like(numbers[:, :1]), numbers), dim=1).masked_fill(joined < 0, -1)
+    first = from_document_ids(numbers).first_visible
+    own = torch.arange(ids.shape[1], device=ids.device)
+    if first is None:
+        start = (-length).unsqueeze(1).expand_as(ids)
+    else:
+        # index 0 is the carried document, which began `length` tokens before this chunk
+        start = torch.where(first[:, 1:] == 0, -length.unsqueeze(1), first[:, 1:].long() - 1)
+    positions = (own - start).clamp(min=0)
+    after = torch.where(ids[:, -1] < 0, 0, ids.shape[1] - start[:, -1])
+    return positions, Visible(start.to(torch.int32)), ids[:, -1], after

@@ -1,0 +1,120 @@
+"""Saving and loading: bit for bit, under any dtype, through the Auto classes, in any order of imports."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from swat_lm import SwatConfig, SwatForCausalLM, SwatModel
+
+from .models import close, tiny_config, tiny_model, tokens
+
+
+def test_save_and_load_is_bitwise(tmp_path):
+    model, ids = tiny_model(slopes="3:1", score_bias="-log(window)", qk_norm=True), tokens(2, 30)
+    model.save_pretrained(tmp_path)
+    loaded = SwatForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
+    assert "slopes" not in loaded.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("import swat_lm", "from transformers import AutoModelForCausalLM as A"),
+        ("from swat_lm import SwatForCausalLM", "from transformers import AutoModelForCausalLM as A"),
+    ],
+)
+def test_auto_classes_know_the_model(tmp_path, first, then):
+    tiny_model().save_pretrained(tmp_path)
+    program = f"{first}\n{then}\nprint(type(A.from_pretrained({str(tmp_path)!r})).__name__)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ran.stdout.strip() == "SwatForCausalLM", ran.stderr
+
+
+def test_bfloat16_keeps_slopes_and_angles_exact(tmp_path):
+    model, ids = tiny_model(), tokens(1, 20)
+    model.save_pretrained(tmp_path)
+    loaded = SwatForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for layer, original in zip(loaded.model.stack, model.model.stack, strict=True):
+        slopes, expected = layer.self_attn._slopes, original.self_attn._slopes
+        assert slopes.dtype == torch.float32
+        assert torch.equal(slopes, expected)
+    positions = torch.tensor([[10**7]])
+    for (cos, sin), (other_cos, other_sin) in zip(
+        loaded.model.rotary.angles(positions, torch.bfloat16),
+        model.model.rotary.angles(positions, torch.float32),
+        strict=True,
+    ):
+        assert torch.equal(cos, other_cos)
+        assert torch.equal(sin, other_sin)
+    assert loaded(ids).logits.dtype == torch.bfloat16
+    # the error of bf16 weights, not of bf16 slopes
+    difference = (loaded(ids).logits.float() - model(ids).logits).abs().max()
+    assert difference < 0.05 * model(ids).logits.abs().max()
+
+
+def test_meta_initialisation_leaves_nothing_uninitialised():
+    config, ids = (
+        tiny_config(output_projection_init_scale=0.5, score_function="softmax", learned_sink=True),
+        tokens(1, 12),
+    )
+    with torch.device("meta"):
+        model = SwatForCausalLM(config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    model.init_weights()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    whole = SwatForCausalLM(config)
+    whole.load_state_dict(model.state_dict())
+    assert torch.equal(whole.eval()(ids).logits, model.eval()(ids).logits)
+    for layer in model.model.stack:
+        ratio = layer.self_attn.o_proj.weight.std() / layer.self_attn.q_proj.weight.std()
+        assert 0.4 < ratio.item() < 0.6
+
+
+def test_tied_embeddings_are_stored_once(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    loaded = SwatForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+
+
+def test_base_model_gives_the_hidden_states():
+    model, ids = tiny_model(), tokens(2, 12)
+    hidden = model.model(ids).last_hidden_state
+    assert isinstance(model.model, SwatModel)
+    close(model.lm_head(hidden), model(ids).logits)
+    states = model(ids, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    close(states[-1], hidden)
+    close(states[0], model.model.embed_tokens(ids))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", "flex_attention", "paged|eager"])
+def test_other_attention_is_refused(tmp_path, implementation):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its own operator"):
+        SwatForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
+    with pytest.raises(ValueError, match="its own operator"):
+        model.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match="its own operator"):
+        SwatForCausalLM(
+            SwatConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, attn_implementation=implementation)
+        )
+    assert SwatForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_attention_weights_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="output_attentions"):
+        tiny_model()(tokens(1, 4), output_attentions=True)
+    with pytest.raises(TypeError, match="atention_mask"):
+        tiny_model()(tokens(1, 4), atention_mask=torch.ones(1, 4))
