@@ -53,13 +53,13 @@ def prepare(data: DataRecipe, progress: Callable[[Progress], None] | None = None
     for wanted, token, name in ((data.add_bos, facts.bos, "bos"), (data.add_eos, facts.eos, "eos")):
         if wanted and token is None:
             raise DataError(f"tokenizer {data.tokenizer!r} has no {name} token: set data.add_{name}=false")
-    key = store_key(data, sources, facts)
+    key = request_key(data, sources, facts)
     cache = Path(data.cache).expanduser() if data.cache else default_cache()
     folder = cache / f"{Path(data.sources[0]).name.partition('.')[0].replace(':', '-') or 'data'}-{key[:16]}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with written_beside(folder) as beside:
-            write_store(beside, key, data, sources, facts, progress)
+            write_store(beside, data, sources, facts, progress)
     return TokenStore.open(folder, data.held_out, data.split_seed)
 
 
@@ -68,8 +68,8 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swat-lm" / "tokens"
 
 
-def store_key(data: DataRecipe, sources: list[Source], facts: TokenizerFacts) -> str:
-    """A hash of all that decides the tokens; the number of workers and the split do not."""
+def request_key(data: DataRecipe, sources: list[Source], facts: TokenizerFacts) -> str:
+    """A hash of all that decides the tokens, without reading the text; the number of workers and the split do not."""
     parts = {
         "version": VERSION,
         "sources": [source.identity for source in sources],
@@ -122,13 +122,12 @@ def is_running(process: int) -> bool:
 
 def write_store(
     folder: Path,
-    key: str,
     data: DataRecipe,
     sources: list[Source],
     facts: TokenizerFacts,
     progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Read, tokenise and write everything; see the module's docstring."""
+    """Read, tokenise and write everything into an empty folder."""
     dtype = np.dtype(np.uint16 if facts.vocab_size <= 1 << 16 else np.uint32)
     reading = Reading(sources, data.text_field, PIECE_CHARACTERS if facts.byte_level else None)
     encoded = (
@@ -153,14 +152,17 @@ def write_store(
         np.save(folder / DOCUMENTS, writer.table())
         if facts.token_bytes is not None:
             np.save(folder / TOKEN_BYTES, facts.token_bytes)
-        write_index(folder, key, data, facts, writer)
+        write_index(folder, data, facts, writer)
 
 
-def write_index(folder: Path, key: str, data: DataRecipe, facts: TokenizerFacts, writer: "Writer") -> None:
+def write_index(folder: Path, data: DataRecipe, facts: TokenizerFacts, writer: "Writer") -> None:
     """What `TokenStore` reads first, and a person too."""
+    # unlike the folder's name, the same wherever and whenever the same text was prepared
+    content = hashlib.sha256(writer.table().tobytes())
+    content.update(json.dumps([VERSION, facts.fingerprint, data.add_bos, data.add_eos]).encode())
     index = {
         "version": VERSION,
-        "key": key,
+        "key": content.hexdigest(),
         "sources": list(data.sources),
         "tokenizer": data.tokenizer,
         "tokenizer_fingerprint": facts.fingerprint,

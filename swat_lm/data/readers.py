@@ -122,8 +122,13 @@ def read_python(source: SourceFile, on_bytes: Callable[[int], None]) -> str:
     except UnicodeDecodeError as error:
         raise not_utf8(source, 0, error) from None
     except SyntaxError as error:
-        # detect_encoding's way to say that the declared encoding does not exist or does not fit
-        raise DataError(f"{source.path}: {error.msg}") from None
+        # detect_encoding's way to say that the declared encoding does not exist, or that undeclared UTF-8 is not UTF-8
+        reason = error.msg
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(source, 0, error) from None
+    raise DataError(f"{source.path}: {reason}")
 
 
 def read_jsonl(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:

@@ -53,7 +53,7 @@ class TokenStore:
     def __init__(self, folder: Path, index: dict[str, Any], held_out: float, split_seed: int) -> None:
         self.folder = folder
         self.key: str = index["key"]
-        """Identity of the tokens: sources, tokenizer and how documents are separated, content included."""
+        """Identity of the tokens: equal for the same text, tokenizer and separators, wherever the files lie."""
         self.vocab_size: int = index["vocab_size"]
         self.num_tokens: int = index["num_tokens"]
         self.num_documents: int = index["num_documents"]

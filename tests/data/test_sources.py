@@ -1,0 +1,184 @@
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swat_lm.data.readers import Piece, cut, read_pieces
+from swat_lm.data.sources import DataError, HubSource, SourceFile, hub_source, resolve_sources
+
+
+def read(*names: object, field: str = "text", limit: int | None = None) -> list[Piece]:
+    return [piece for source in resolve_sources(map(str, names)) for piece in read_pieces(source, field, limit)]
+
+
+def texts(*names: object, **options) -> list[str]:
+    return [piece.text for piece in read(*names, **options)]
+
+
+def make(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+def test_folder_is_read_whole_sorted_without_hidden_or_empty_files(tmp_path):
+    make(tmp_path / "b.txt", b"zwei\r\n")
+    make(tmp_path / "a" / "z.md.gz", "# \u00e9ins".encode())
+    make(tmp_path / "c.jsonl.xz", b'{"text": "drei"}\n\n{"text": ""}\n{"text": "vier", "id": 3}\n')
+    make(tmp_path / "d.py", "# -*- coding: latin-1 -*-\nx = '\u00e9'\n".encode("latin-1"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["f\u00fcnf", "sechs"]}), tmp_path / "e.parquet")
+    make(tmp_path / "f.parquet.gz", (tmp_path / "e.parquet").read_bytes())
+    make(tmp_path / "g.txt", b"\xef\xbb\xbfseven")
+    for ignored in (".hidden.txt", ".git/x.txt", "picture.png", "empty.txt", "a/__init__.py"):
+        make(tmp_path / ignored, b"" if ignored.startswith(("empty", "a/")) else b"ignored")
+    expected = ["# \u00e9ins", "zwei\r\n", "drei", "vier", "# -*- coding: latin-1 -*-\nx = '\u00e9'\n"]
+    expected += ["f\u00fcnf", "sechs"] * 2 + ["seven"]
+    assert texts(tmp_path) == expected
+    assert all(piece.opens for piece in read(tmp_path))
+
+
+def test_identity_changes_with_the_file(tmp_path):
+    path = make(tmp_path / "a.txt", b"one")
+    before = resolve_sources([str(path)])[0].identity
+    assert resolve_sources([str(path)])[0].identity == before
+    make(path, b"three")
+    assert resolve_sources([str(path)])[0].identity != before
+
+
+def test_standard_library_is_there_and_decodes():
+    sources = resolve_sources(["python:stdlib"])
+    names = [str(source.path) for source in sources if isinstance(source, SourceFile)]
+    assert len(names) > 300
+    assert names == sorted(names)
+    assert any(name.endswith("json/decoder.py") for name in names)
+    assert not any("site-packages" in name or "/test/" in name for name in names)
+    assert "def " in "".join(piece.text for source in sources[:20] for piece in read_pieces(source, "text", None))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.txt", b"", ["a.txt", "empty"]),
+        ("a.jsonl", b"\n", ["a.jsonl", "empty"]),
+        ("a.py", b"", ["a.py", "empty"]),
+        ("a.txt.gz", b"", ["a.txt.gz", "empty"]),
+        ("a.txt", b"abc\x00def", ["a.txt", "binary", "byte 3"]),
+        ("a.txt", b"x" * (1 << 20) + b"\x00", ["binary", f"byte {1 << 20}"]),
+        ("a.txt", b"abc\xffdef", ["a.txt", "UTF-8", "0xff", "byte 3"]),
+        ("a.txt", b"x" * ((1 << 20) - 1) + b"\xc3(", ["UTF-8", "0xc3", f"byte {(1 << 20) - 1}"]),
+        ("a.txt", b"abc\xc3", ["ends within a UTF-8 character, at byte 3"]),
+        ("a.txt", "text".encode("utf-16"), ["UTF-16", "iconv"]),
+        ("a.py", b"x = '\xff'", ["a.py", "UTF-8", "byte 5"]),
+        ("a.py", b"# coding: nonsense\n", ["a.py", "unknown encoding"]),
+        ("a.jsonl", b'{"text": "a"}\n{"body": 1, "id": 2}\n', ["a.jsonl:2", "'text'", "body, id", "data.text_field"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl:2", "not a JSON object"]),
+        ("a.jsonl", b"[1]\n", ["a.jsonl:1", "list"]),
+        ("a.jsonl", b'{"text": null}\n', ["a.jsonl:1", "must be text; got null"]),
+        ("a.jsonl", b'{"text": 3}\n', ["a.jsonl:1", "must be text; got int"]),
+        ("a.jsonl", b'{"text": "a\\ud800"}\n', ["a.jsonl:1", "surrogate", "character 1"]),
+        ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl:1", "UTF-8"]),
+        ("a.parquet", b"nonsense, and long enough", ["a.parquet", "not a readable parquet"]),
+        ("a.doc", b"x", ["a.doc", "unknown kind", ".jsonl"]),
+        ("a.gz", b"x", ["a.gz", "unknown kind"]),
+    ],
+)
+def test_bad_content_is_named(tmp_path, name, content, parts):
+    path = make(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_damaged_compression_is_named(tmp_path, name, suffix):
+    row = json.dumps({"text": "".join(map(chr, range(32, 2000)))}).encode() + b"\n"
+    path = make(tmp_path / (name + suffix), row * 20)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"{name}{suffix}: the {suffix} file is cut off"):
+        read(path)
+    path.write_bytes(b"not compressed at all")
+    with pytest.raises(DataError, match=rf"{name}{suffix}: damaged, or not a {suffix} file"):
+        read(path)
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    make(tmp_path / "corpus" / "novels.txt", b"x")
+    with pytest.raises(DataError, match=r"no file or folder .*novel\.txt; the nearest is .*novels\.txt"):
+        resolve_sources([str(tmp_path / "corpus" / "novel.txt")])
+    with pytest.raises(DataError, match=r"the nearest is .*corpus"):
+        resolve_sources([str(tmp_path / "corpsu" / "novels.txt")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no file to read; accepted are \.txt \.md \.py \.jsonl \.parquet"):
+        resolve_sources([str(tmp_path / "empty")])
+    with pytest.raises(DataError, match="only python:stdlib is known"):
+        resolve_sources(["python:os"])
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet: no field 'text'; it has body"):
+        read(tmp_path / "t.parquet")
+
+
+def test_hub_names():
+    assert resolve_sources(["some-owner/some.set"]) == [HubSource("some-owner/some.set")]
+    assert hub_source("hub:o/n") == HubSource("o/n", None, "train")
+    assert hub_source("hub:o/n:validation") == HubSource("o/n", None, "validation")
+    assert hub_source("hub:o/n:en") == HubSource("o/n", "en", "train")
+    assert hub_source("hub:o/n:en:test[:5%]".replace("[:5%]", "")) == HubSource("o/n", "en", "test")
+    for wrong in ("hub:", "hub:a::b", "hub:a:b:c:d"):
+        with pytest.raises(DataError, match="write hub:NAME"):
+            hub_source(wrong)
+
+
+def test_hub_data_set_is_loaded_through_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [f"row {i}" for i in range(600)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows, "id": range(600)}), folder / "train.parquet")
+    source = f"hub:{folder}"
+    assert texts(source) == rows
+    identity = resolve_sources([source])[0].identity
+    assert identity == resolve_sources([source])[0].identity
+    with pytest.raises(DataError, match="no field 'body'; it has text, id"):
+        texts(source, field="body")
+    with pytest.raises(DataError, match="cannot load this data set"):
+        texts(f"{source}:validation")
+
+
+def test_hub_data_set_offline_says_so(monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"hub:nobody/nothing:train: cannot load .* is set, so only data sets already"):
+        texts("nobody/nothing")
+
+
+@given(st.text(alphabet="a \n\u00e9.", max_size=300), st.integers(1, 20))
+def test_cutting_loses_nothing(text, limit):
+    pieces = list(cut(text, limit))
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.opens for piece in pieces] == [True, *[False] * (len(pieces) - 1)][: len(pieces)]
+    assert all(len(piece.text) <= 8 * limit for piece in pieces)
+
+
+@given(st.text(alphabet="a \n\u00e9.", max_size=300), st.integers(1, 20), st.integers(1, 7))
+def test_streamed_file_is_cut_like_the_whole_text(tmp_path_factory, text, limit, block):
+    path = tmp_path_factory.mktemp("streamed") / "a.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("swat_lm.data.readers.BLOCK", block)
+        sources = [SourceFile(path, 0, 0, named=False)]
+        assert [piece for source in sources for piece in read_pieces(source, "text", limit)] == list(cut(text, limit))
