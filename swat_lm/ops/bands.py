@@ -16,7 +16,7 @@ TILE_BUDGET = 192 * 1024
 
 @dataclass(frozen=True)
 class Tiles:
-    """`count` tiles of one sequence, `rows x keys` each; tile i starts at row `row + i * rows`, key `key + i * rows`."""
+    """`count` tiles of one sequence, `rows x keys` each; tile i starts `i * rows` after the first row and key."""
 
     sequence: int
     row: int

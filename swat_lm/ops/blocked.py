@@ -69,7 +69,8 @@ def backward(
     # head-major, so that the tiles of one head are one contiguous result of a batched product
     d_key = k.new_zeros(k.shape[0], k.shape[2], k.shape[1], k.shape[3])
     d_value = torch.zeros_like(d_key)
-    d_bias = HeadBias(torch.zeros_like(bias.slopes), torch.zeros_like(bias.constant))
+    # one number per head out of a whole call's pairs, whose signs cancel: summed in float64
+    d_bias = HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias))
     band = Band.of(q.shape[0], q.shape[1], k.shape[1], window, q.device)
     scratch = Scratch(q)
     for batch in tile_batches(band, bias, k.shape[2], first_visible, last_visible):

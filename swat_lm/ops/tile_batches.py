@@ -48,9 +48,9 @@ class TilesOfHead:
 
     def add_per_head(self, d_scores: Tensor, d_slopes: Tensor, d_constant: Tensor) -> None:
         """Add this head's sums of dS * distance and of dS to `[H]` each."""
-        total = d_scores.sum(0)
+        total = d_scores.sum(0, dtype=d_slopes.dtype)
         d_constant[self.head] += total.sum()
-        d_slopes[self.head] += (total * self.tiles.distance.to(total.dtype)).sum()
+        d_slopes[self.head] += (total * self.tiles.distance).sum()
 
 
 class HeadsOfTile:
@@ -78,8 +78,9 @@ class HeadsOfTile:
 
     def add_per_head(self, d_scores: Tensor, d_slopes: Tensor, d_constant: Tensor) -> None:
         """Add these heads' sums of dS * distance and of dS to `[H]` each."""
-        d_constant[self.heads] += d_scores.sum((1, 2))
-        d_slopes[self.heads] += (d_scores * self.tiles.distance.to(d_scores.dtype)).sum((1, 2))
+        total = d_scores.to(d_slopes.dtype)
+        d_constant[self.heads] += total.sum((1, 2))
+        d_slopes[self.heads] += (total * self.tiles.distance).sum((1, 2))
 
 
 TileBatch = TilesOfHead | HeadsOfTile

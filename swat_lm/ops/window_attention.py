@@ -90,19 +90,19 @@ def window_attention(
     check_visibility(query, key, first_visible, last_visible)
     if return_lse and score_function != "softmax":
         raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
     backend = _choose_backend(backend, query.device)
 
     if backend == "reference":
         output, lse = window_attention_reference(
-            query, key, value, slopes, score_bias, first_visible, last_visible, window, score_function, scale
+            query, key, value, slopes, score_bias, first_visible, last_visible, window, score_function, factor
         )
     else:
         bias_tensor = score_bias if isinstance(score_bias, Tensor) else None
         bias_number = 0.0 if isinstance(score_bias, Tensor) else float(score_bias)
         output, lse = torch.ops.swat_lm.window_attention(
             query, key, value, slopes, bias_tensor, first_visible, last_visible,
-            bias_number, window, score_function, scale, precision,
+            bias_number, window, score_function, factor, precision,
         )  # fmt: skip
     if return_lse:
         assert lse is not None
@@ -159,10 +159,10 @@ def window_attention_step(
     tensors = [t for t in (query, key, value, slopes, score_bias) if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError("window_attention_step is for inference: call it under torch.no_grad() or inference_mode()")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
     if _choose_backend(backend, query.device) == "reference":
         output, lse = ring.step_reference(
-            query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, score_function, scale
+            query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, score_function, factor
         )
         return (output, lse) if return_lse and lse is not None else output
     # the op exists for torch.compile; called eagerly, its dispatch would cost as much as a small step
@@ -170,7 +170,7 @@ def window_attention_step(
     output, lse = run(
         query, key, value, key_ring, value_ring, slot, position, slopes,
         score_bias if isinstance(score_bias, Tensor) else None,
-        0.0 if isinstance(score_bias, Tensor) else float(score_bias), score_function, scale,
+        0.0 if isinstance(score_bias, Tensor) else float(score_bias), score_function, factor,
     )  # fmt: skip
     return (output, lse) if return_lse else output
 

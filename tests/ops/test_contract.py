@@ -1,0 +1,134 @@
+"""The wrapper: bad input, autocast, torch.compile and the checks of torch.library."""
+
+import logging
+
+import pytest
+import torch
+
+from swat_lm.ops import window_attention, window_attention_step
+from swat_lm.ops import window_attention as entry
+
+
+def tensors(heads=4, kv_heads=2, dtype=torch.float32):
+    torch.manual_seed(0)
+    return (
+        torch.randn(2, 10, heads, 8, dtype=dtype),
+        torch.randn(2, 10, kv_heads, 8, dtype=dtype),
+        torch.randn(2, 10, kv_heads, 8, dtype=dtype),
+    )
+
+
+BAD = [
+    ({"window": 0}, r"^window: expected at least 1 .* got 0"),
+    ({"window": -3}, r"^window: expected at least 1 .* got -3"),
+    ({"window": 2.5}, r"^window: expected an integer .* got 2.5"),
+    ({"window": True}, r"^window: expected an integer .* got True"),
+    ({"score_function": "tanh"}, r"^score_function: expected one of sigmoid, softmax; got 'tanh'"),
+    ({"backend": "cuda"}, r"^backend: expected one of auto, reference, blocked; got 'cuda'"),
+    ({"precision": "half"}, r"^precision: expected one of"),
+    ({"precision": "fast"}, r"^precision: 'fast' serves bfloat16 and float16 inputs only, got torch.float32"),
+    ({"slopes": torch.zeros(3)}, r"^slopes: expected one number per query head, shape \[4\], got \[3\]"),
+    ({"slopes": torch.zeros(4, dtype=torch.int64)}, r"^slopes: expected a floating-point tensor"),
+    ({"slopes": torch.zeros(4, device="meta")}, r"^slopes: expected the query's device cpu, got meta"),
+    ({"score_bias": torch.zeros(1)}, r"^score_bias: expected one number per query head"),
+    ({"score_bias": float("nan")}, r"^score_bias: expected a finite number"),
+    (
+        {"first_visible": torch.zeros(2, 9, dtype=torch.int32)},
+        r"^first_visible: expected \[batch, queries\] = \[2, 10\]",
+    ),
+    ({"last_visible": torch.zeros(2, 10)}, r"^last_visible: expected int32"),
+    ({"return_lse": True}, r"^return_lse: only softmax has a normaliser"),
+    ({"query": torch.zeros(2, 10, 8)}, r"^query: expected 4 dimensions"),
+    ({"query": torch.zeros(2, 10, 3, 8)}, r"^query: 3 query heads cannot be shared evenly by 2"),
+    ({"query": torch.zeros(2, 11, 4, 8)}, r"^query: 11 queries over 10 keys"),
+    ({"key": torch.zeros(2, 10, 2, 8, dtype=torch.float64)}, r"^key: expected the query's dtype torch.float32"),
+    ({"key": torch.zeros(2, 10, 2, 8, device="meta")}, r"^key: expected the query's device cpu, got meta"),
+    ({"key": torch.zeros(1, 10, 2, 8), "value": torch.zeros(1, 10, 2, 8)}, r"^key: expected the query's batch"),
+    ({"value": torch.zeros(2, 9, 2, 8)}, r"^value: expected the key's shape"),
+    ({"query": torch.zeros(2, 10, 4, 8, dtype=torch.int64)}, r"^query: expected a floating-point"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(BAD)])
+def test_bad_input_names_the_argument(change, message):
+    query, key, value = tensors()
+    arguments = {"query": query, "key": key, "value": value, "window": 4, **change}
+    with pytest.raises(ValueError, match=message):
+        window_attention(**arguments)
+
+
+def test_autocast_casts_query_key_and_value_only():
+    query, key, value = tensors()
+    slopes = torch.tensor([-0.3, -0.1, 0.1, 0.3]).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = window_attention(query, key, value, window=4, slopes=slopes)
+    assert output.dtype == torch.bfloat16
+    assert torch.autograd.grad(output.float().sum(), slopes)[0].dtype == torch.float32
+    expected = window_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), window=4, slopes=slopes)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_opcheck(score_function):
+    query, key, value = (t.requires_grad_() for t in tensors())
+    slopes, bias = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    first = torch.zeros(2, 10, dtype=torch.int32)
+    tail = (0.0, 4, score_function, 0.3, "auto")
+    for arguments in (
+        (query, key, value, slopes, bias, first, None, *tail),
+        (query, key, value, None, None, None, None, *tail),
+        (query, key, value, slopes.detach(), bias, None, first, *tail),
+    ):
+        torch.library.opcheck(torch.ops.swat_lm.window_attention, arguments)
+
+
+def test_opcheck_of_the_step():
+    query, key, value = (t[:, :1] for t in tensors())
+    rings = torch.zeros(2, 3, 4, 2, 8)
+    arguments = (query, key, value, rings[0], rings[1], torch.tensor([0, 2]), torch.tensor([5, 1]), None, None, 0.0)
+    torch.library.opcheck(torch.ops.swat_lm.window_attention_step, (*arguments, "softmax", 0.3))
+
+
+def test_compiles_to_one_graph():
+    query, key, value = (t.requires_grad_() for t in tensors())
+    slopes = torch.randn(4, requires_grad=True)
+
+    def loss(query, key, value, slopes):
+        output, lse = window_attention(
+            query, key, value, window=3, score_function="softmax", slopes=slopes, return_lse=True
+        )
+        return output.square().sum() + lse.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(query, key, value, slopes), (query, key, value, slopes))
+    gradients = torch.autograd.grad(compiled(query, key, value, slopes), (query, key, value, slopes))
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_step_compiles_and_mutates_its_rings():
+    query, key, value = (t[:, :1].contiguous() for t in tensors())
+    position, slot = torch.tensor([0, 3]), torch.tensor([0, 1])
+
+    def run(step):
+        rings = torch.zeros(2, 2, 4, 2, 8)
+        with torch.no_grad():
+            return step(query, key, value, rings[0], rings[1], slot, position), rings
+
+    compiled = torch.compile(window_attention_step, fullgraph=True, backend="aot_eager")
+    (expected, expected_rings), (output, rings) = run(window_attention_step), run(compiled)
+    torch.testing.assert_close(output, expected)
+    assert torch.equal(rings, expected_rings)
+    assert rings.count_nonzero() > 0
+
+
+def test_a_slower_path_is_announced_once_by_name(caplog):
+    entry_module = __import__("sys").modules["swat_lm.ops.window_attention"]
+    entry_module._announced.clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert entry_module._choose_backend("auto", torch.device("cuda")) == "blocked"
+    assert len(caplog.records) == 1
+    assert "blocked" in caplog.text
+    assert entry_module._choose_backend("reference", torch.device("cuda")) == "reference"
+    assert entry is window_attention

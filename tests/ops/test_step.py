@@ -1,0 +1,115 @@
+"""Decoding over rings equals the first entry over the whole stream, at every step."""
+
+import pytest
+import torch
+
+from swat_lm.ops import window_attention, window_attention_step
+
+
+def stream(batch, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda heads: torch.randn(batch, length, heads, 8, generator=generator)  # noqa: E731
+    return draw(4), draw(2), draw(2), torch.tensor([-0.5, -0.25, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("window", [1, 2, 7, 64])
+def test_every_step_equals_the_full_pass(window, score_function, backend):
+    length = min(5 * window + 3, 200) if window < 64 else 330
+    query, key, value, slopes = stream(2, length)
+    options = {"score_function": score_function, "slopes": slopes, "score_bias": -0.3}
+    full = window_attention(query, key, value, window=window, **options)
+    key_ring, value_ring = torch.zeros(2, window, 2, 8), torch.zeros(2, window, 2, 8)
+    slot = torch.tensor([1, 0])
+    for t in range(length):
+        now = slice(t, t + 1)
+        output = window_attention_step(
+            query[:, now], key[:, now], value[:, now], key_ring, value_ring, slot, torch.full((2,), t),
+            backend=backend, **options,
+        )  # fmt: skip
+        torch.testing.assert_close(output, full[:, now], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("slots", [[0, 1, 2], [5, 0, 3], [2, 1, 0]])
+def test_ragged_positions_agree_with_the_first_entry(slots, score_function):
+    """Sequences at different places of their streams, some younger than the window, in any slots of a larger pool."""
+    window, positions = 6, [2, 19, 7]
+    query, key, value, slopes = stream(3, 20)
+    key_ring, value_ring = torch.full((7, window, 2, 8), float("nan")), torch.full((7, window, 2, 8), float("nan"))
+    for b, (s, p) in enumerate(zip(slots, positions, strict=True)):
+        key_ring[s], value_ring[s] = 0.0, 0.0
+        for t in range(p):
+            key_ring[s, t % window], value_ring[s, t % window] = key[b, t], value[b, t]
+    pick = torch.tensor(positions)
+    rows = torch.arange(3)
+    output, *lse = _pair(
+        window_attention_step(
+            query[rows, pick, None],
+            key[rows, pick, None],
+            value[rows, pick, None],
+            key_ring,
+            value_ring,
+            torch.tensor(slots),
+            pick,
+            score_function=score_function,
+            slopes=slopes,
+            return_lse=score_function == "softmax",
+        )
+    )
+    # the same three rows by the first entry: one query each, its last visible key given
+    expected, *expected_lse = _pair(
+        window_attention(
+            query[rows, pick, None],
+            key,
+            value,
+            window=window,
+            score_function=score_function,
+            slopes=slopes,
+            last_visible=pick[:, None].to(torch.int32),
+            return_lse=score_function == "softmax",
+        )
+    )
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(lse, expected_lse, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    # rings of other slots are never touched
+    others = [s for s in range(7) if s not in slots]
+    assert key_ring[others].isnan().all()
+
+
+def _pair(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_half_precision_rings():
+    query, key, value, slopes = (t.to(torch.bfloat16) for t in stream(1, 12))
+    full = window_attention(query, key, value, window=5, slopes=slopes.float())
+    rings = torch.zeros(2, 1, 5, 2, 8, dtype=torch.bfloat16)
+    for t in range(12):
+        now = slice(t, t + 1)
+        output = window_attention_step(
+            query[:, now], key[:, now], value[:, now], rings[0], rings[1], torch.tensor([0]), torch.tensor([t]),
+            slopes=slopes.float(),
+        )  # fmt: skip
+        torch.testing.assert_close(output, full[:, now], atol=0.02, rtol=0.01)
+
+
+def test_refusals():
+    query, key, value, slopes = stream(2, 1)
+    ring = torch.zeros(3, 4, 2, 8)
+    slot, position = torch.tensor([0, 1]), torch.tensor([0, 0])
+    call = lambda *args, **kw: window_attention_step(*args, **kw)  # noqa: E731
+    with pytest.raises(ValueError, match=r"^query: a step takes one token"):
+        call(query.repeat(1, 2, 1, 1), key, value, ring, ring.clone(), slot, position)
+    with pytest.raises(ValueError, match=r"^key_ring: expected \[slots, window, 2, 8\].*got \[3, 4, 1, 8\]"):
+        call(query, key, value, ring[:, :, :1], ring, slot, position)
+    with pytest.raises(ValueError, match=r"^position: expected int64 \[2\]"):
+        call(query, key, value, ring, ring.clone(), slot, position.int())
+    with pytest.raises(ValueError, match=r"^slot: 2 sequences cannot own 1 rings"):
+        call(query, key, value, ring[:1], ring[:1].clone(), slot, position)
+    with pytest.raises(ValueError, match="for inference"):
+        call(query, key.requires_grad_(), value, ring, ring.clone(), slot, position)
+    with pytest.raises(ValueError, match=r"^slopes: expected one number per query head, shape \[4\], got \[3\]"):
+        call(query, key.detach(), value, ring, ring.clone(), slot, position, slopes=slopes[:3])
