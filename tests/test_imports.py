@@ -16,13 +16,12 @@ BELOW = {
     "mixers": {"ops"},
     "model": {"mixers", "ops", "recipe"},
     "data": {"recipe"},
-    "train": {"data", "model", "mixers", "ops", "recipe"},
-    "evaluate": {"data", "model", "mixers", "ops", "recipe"},
-    "serve": {"model", "mixers", "ops", "recipe"},
-    "experiments": {"train", "evaluate", "serve", "data", "model", "mixers", "ops", "recipe"},
-    "cli": {"experiments", "train", "evaluate", "serve", "data", "model", "mixers", "ops", "recipe"},
     "": {"ops", "model", "mixers"},  # the package itself; the model lazily
 }
+BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data"}
+BELOW["serve"] = BELOW["model"] | {"model"}
+BELOW["experiments"] = BELOW["train"] | {"train", "evaluate", "serve"}
+BELOW["cli"] = BELOW["experiments"] | {"experiments"}
 
 
 def imported(file: Path) -> set[str]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from swat_lm.data.encoding import encode_bytes, encode_parallel
 from swat_lm.data.readers import Piece, read_pieces
-from swat_lm.data.sources import DataError, Source, resolve_sources
+from swat_lm.data.sources import DataError, Source, naming, resolve_sources
 from swat_lm.data.store import DOCUMENTS, INDEX, TOKEN_BYTES, TOKENS, VERSION, TokenStore
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
 from swat_lm.recipe import DataRecipe
@@ -136,7 +136,8 @@ def write_store(
         else encode_parallel(reading.pieces(), facts.tokenizer_json, dtype, data.workers or os.cpu_count() or 1)
     )
     said = time.monotonic()
-    with (folder / TOKENS).open("wb") as file:
+    # closing the file writes too, so the path is put into errors around all of it; readers name their own
+    with naming(folder / TOKENS), (folder / TOKENS).open("wb") as file:
         writer = Writer(file, dtype, facts.bos if data.add_bos else None, facts.eos if data.add_eos else None)
         for piece, ids in encoded:
             writer.add(piece, ids)
@@ -242,16 +243,14 @@ class Writer:
 
     def write(self, ids: np.ndarray) -> None:
         """Append tokens."""
-        with naming(Path(self.file.name)):
-            self.file.write(ids.astype(self.dtype).tobytes())
+        self.file.write(ids.astype(self.dtype).tobytes())
         self.tokens += len(ids)
 
     def close(self) -> None:
         """End the last document and bring everything to the disk."""
         self.end_document()
-        with naming(Path(self.file.name)):
-            self.file.flush()
-            os.fsync(self.file.fileno())
+        self.file.flush()
+        os.fsync(self.file.fileno())
 
     def table(self) -> np.ndarray:
         """One row per document, and one for the end."""
@@ -260,14 +259,3 @@ class Writer:
         table["byte"] = [*self.bytes, self.text_bytes]
         table["content"] = [*self.hashes, 0]
         return table
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts the path into an OSError, which writing to an open file leaves out."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename:
-            raise
-        raise type(error)(error.errno, error.strerror, str(path)) from error

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from swat_lm.data.sources import DataError, HubSource, Source, SourceFile
+from swat_lm.data.sources import DataError, HubSource, Source, SourceFile, naming
 
 BLOCK = 1 << 20
 # a line break between two visible characters: byte-level tokenizers give the same tokens when cut there
@@ -235,7 +235,7 @@ def not_utf8(source: SourceFile, offset: int, error: UnicodeDecodeError) -> Data
 @contextmanager
 def opened(source: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed; damage to the compressed stream becomes a DataError."""
-    with io.BufferedReader(Counted(source.path, on_bytes), BLOCK) as plain:
+    with naming(source.path), io.BufferedReader(Counted(source.path, on_bytes), BLOCK) as plain:
         try:
             if source.compression == ".gz":
                 with gzip.GzipFile(fileobj=plain) as stream:

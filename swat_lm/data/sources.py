@@ -9,6 +9,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,3 +197,14 @@ def nearest_name(path: Path) -> str:
     names = [one.name for one in parent.iterdir()] if parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"; the nearest is {parent / near[0]}" if near else f"; {path} does not exist"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the path into an OSError, which reading or writing an open file leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error

@@ -174,7 +174,7 @@ def test_cutting_loses_nothing(text, limit):
     assert all(len(piece.text) <= 8 * limit for piece in pieces)
 
 
-@given(st.text(alphabet="a \n\u00e9.", max_size=300), st.integers(1, 20), st.integers(1, 7))
+@given(st.text(alphabet="a \n\u00e9.", max_size=300), st.integers(2, 20), st.integers(1, 7))
 def test_streamed_file_is_cut_like_the_whole_text(tmp_path_factory, text, limit, block):
     path = tmp_path_factory.mktemp("streamed") / "a.txt"
     path.write_bytes(text.encode())

@@ -1,0 +1,273 @@
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from swat_lm.data import DataError, Progress, TokenStore, load_tokenizer, prepare, train_tokenizer
+from swat_lm.data.preparation import default_cache
+from swat_lm.recipe import DataRecipe
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    draw = random.Random(1)
+    words = ["window", "attention", "na\u00efve", "streams", "\u6f22\u5b57", "<|eos|>", "42", "\n", "  "]
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [json.dumps({"text": " ".join(draw.choices(words, k=draw.randrange(1, 400)))}) for _ in range(1200)]
+    (folder / "a.jsonl").write_text("\n".join(rows))
+    (folder / "b.md").write_text("# title\n" + "\n".join("x" * draw.randrange(100) for _ in range(15_000)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus, tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    train_tokenizer([str(corpus)], 400, out)
+    return str(out)
+
+
+def recipe(corpus: Path, cache: Path, **changes) -> DataRecipe:
+    return DataRecipe(**{"sources": (str(corpus),), "cache": str(cache), "workers": 1, **changes})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {one.name: one.read_bytes() for one in sorted(folder.iterdir())}
+
+
+def test_store_holds_each_document_with_its_end(corpus, tmp_path):
+    seen: list[Progress] = []
+    store = prepare(recipe(corpus, tmp_path), seen.append)
+    rows = [json.loads(line)["text"] for line in (corpus / "a.jsonl").read_text().splitlines()]
+    expected = [*rows, (corpus / "b.md").read_text()]
+    assert store.num_documents == len(expected)
+    for i, text in enumerate(expected):
+        assert bytes(store.document(i)[:-1].astype(np.uint8)).decode() == text
+        assert store.document(i)[-1] == 257
+    assert store.num_bytes == sum(len(text.encode()) for text in expected)
+    assert store.num_tokens == store.num_bytes + len(expected)
+    assert (store.vocab_size, store.tokens.dtype) == (259, np.uint16)
+    total = sum(one.stat().st_size for one in corpus.iterdir())
+    assert seen[-1] == Progress(total, total, len(expected), store.num_tokens)
+
+
+def test_bpe_store_equals_the_tokenizer_document_by_document(corpus, tokenizer, tmp_path):
+    store = prepare(recipe(corpus, tmp_path, tokenizer=tokenizer, add_bos=True))
+    hugging_face = load_tokenizer(tokenizer)
+    texts = [json.loads(line)["text"] for line in (corpus / "a.jsonl").read_text().splitlines()]
+    texts.append((corpus / "b.md").read_text())
+    assert len(texts[-1]) > 1 << 19, "the last document must be long enough to be cut for the tokenizer"
+    for i in (0, 7, 1199, 1200):
+        # text that spells a special token stays text
+        ids = hugging_face.encode(texts[i], add_special_tokens=False, split_special_tokens=True)
+        expected = [hugging_face.bos_token_id, *ids, hugging_face.eos_token_id]
+        assert store.document(i).tolist() == expected
+    assert store.token_bytes is not None
+    assert store.token_bytes[store.tokens].sum() == store.num_bytes
+
+
+def test_number_of_workers_changes_no_byte(corpus, tokenizer, tmp_path):
+    stores = [prepare(recipe(corpus, tmp_path / str(n), tokenizer=tokenizer, workers=n)) for n in (1, 2)]
+    assert contents(stores[0].folder) == contents(stores[1].folder)
+    assert stores[0].folder.name == stores[1].folder.name
+
+
+def test_second_call_opens_what_is_there(corpus, tmp_path, monkeypatch):
+    first = prepare(recipe(corpus, tmp_path))
+    monkeypatch.setattr("swat_lm.data.preparation.write_store", None)
+    again = prepare(recipe(corpus, tmp_path, held_out=0.5, workers=2))
+    assert (again.folder, again.key) == (first.folder, first.key)
+
+
+def test_whatever_changes_the_tokens_makes_another_store(corpus, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    base = recipe(tmp_path / "a.txt", tmp_path / "cache")
+    stores = [prepare(base), prepare(recipe(tmp_path / "a.txt", tmp_path / "cache", add_eos=False))]
+    stores.append(prepare(recipe(tmp_path / "a.txt", tmp_path / "cache", tokenizer=tokenizer)))
+    (tmp_path / "a.txt").write_text("three")
+    stores.append(prepare(base))
+    assert len({store.folder for store in stores}) == len({store.key for store in stores}) == 4
+    (tmp_path / "elsewhere.txt").write_text("three")
+    moved = prepare(recipe(tmp_path / "elsewhere.txt", tmp_path / "cache"))
+    assert moved.folder != stores[-1].folder
+    assert moved.key == stores[-1].key
+
+
+def test_split_is_by_content_and_never_empty(tmp_path):
+    texts = [f"document {i}" for i in range(200)]
+
+    def split(order: list[str], held_out: float, seed: int = 0) -> set[str]:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in order))
+        data = recipe(tmp_path / "a.jsonl", tmp_path / "cache", held_out=held_out, split_seed=seed)
+        store = prepare(data)
+        train, held = store.split("train"), store.split("held_out")
+        assert train.num_tokens + held.num_tokens == store.num_tokens
+        assert train.num_bytes + held.num_bytes == store.num_bytes
+        names = [bytes(one[:-1].astype(np.uint8)).decode() for one in held]
+        assert held.num_bytes == sum(map(len, names))
+        return set(names)
+
+    chosen = split(texts, 0.2)
+    assert 20 <= len(chosen) <= 60
+    assert split(texts[::-1], 0.2) == chosen
+    assert split(texts[:100], 0.2) == chosen & set(texts[:100])
+    assert split(texts, 0.2, seed=1) != chosen
+    assert len(split(texts[:2], 1e-9)) == 1
+    assert len(split(texts[:2], 0.999999)) == 1
+    assert split(texts, 0.0) == set()
+    with pytest.raises(DataError, match="all 2 documents are equal"):
+        split(["same", "same"], 0.1)
+
+
+def test_a_single_document_holds_out_its_end(tmp_path):
+    (tmp_path / "book.txt").write_text("\u00e9" * 500)
+    store = prepare(recipe(tmp_path / "book.txt", tmp_path, held_out=0.1))
+    train, held = store.split("train"), store.split("held_out")
+    assert (train.num_tokens, held.num_tokens) == (901, 100)
+    assert (train.num_bytes, held.num_bytes) == (901, 99)
+    np.testing.assert_array_equal(np.concatenate([train[0], held[0]]), store.tokens)
+
+
+def test_bad_input_leaves_nothing(tmp_path):
+    cache = tmp_path / "cache"
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "x" * 10**6 + '"}\n{"body": 1}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2"):
+        prepare(recipe(tmp_path / "a.jsonl", cache))
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="no text in"):
+        prepare(recipe(tmp_path / "a.jsonl", cache))
+    assert list(cache.iterdir()) == []
+
+
+def test_tokenizer_without_an_end_is_refused(corpus, tokenizer, tmp_path):
+    content = json.loads((Path(tokenizer) / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"] = []
+    for token in ("<|bos|>", "<|eos|>", "<|pad|>"):
+        content["model"]["vocab"][token.replace("|", "@")] = content["model"]["vocab"].pop(token)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"no eos token: set data\.add_eos=false"):
+        prepare(recipe(corpus, tmp_path, tokenizer=str(tmp_path / "tokenizer.json")))
+
+
+def test_cache_that_cannot_be_written(corpus, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        prepare(recipe(corpus, tmp_path / "file" / "cache"))
+    assert (tmp_path / "file").read_text() == "mine"
+    if os.getuid() == 0:
+        return
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(PermissionError, match="locked"):
+        prepare(recipe(corpus, tmp_path / "locked"))
+
+
+def test_full_disk_names_the_path_and_leaves_what_was_there(corpus, tmp_path):
+    (tmp_path / "a.txt").write_text("small")
+    before = prepare(recipe(tmp_path / "a.txt", tmp_path / "cache"))
+    kept = contents(before.folder)
+    # a limit on file sizes stands for the full disk: writing fails part way with an OSError
+    program = f"""
+import resource, signal
+from swat_lm.data import prepare
+from swat_lm.recipe import DataRecipe
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    prepare(DataRecipe(sources=({str(corpus)!r},), cache={str(tmp_path / "cache")!r}))
+except OSError as error:
+    print(error.errno, error.filename)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    number, _, path = ran.stdout.strip().partition(" ")
+    assert int(number) == errno.EFBIG
+    assert path.startswith(str(tmp_path / "cache"))
+    assert [one.name for one in (tmp_path / "cache").iterdir()] == [before.folder.name]
+    assert contents(before.folder) == kept
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the workers through /proc")
+def test_killed_process_leaves_no_store_no_worker_and_the_next_call_cleans_up(corpus, tokenizer, tmp_path):
+    # a pipe as the source would block; instead the process stops itself after the first report and waits to be killed
+    program = f"""
+import time
+from swat_lm.data import prepare
+from swat_lm.recipe import DataRecipe
+def report(progress):
+    print("started", flush=True)
+    time.sleep(60)
+prepare(DataRecipe(sources=({str(corpus)!r},), cache={str(tmp_path)!r}, tokenizer={tokenizer!r}, workers=2), report)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"started\n"
+    children = [int(one) for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(children) == 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1
+    assert left[0].name.startswith(".")
+    store = prepare(recipe(corpus, tmp_path, tokenizer=tokenizer))
+    assert [one.name for one in tmp_path.iterdir()] == [store.folder.name]
+    deadline = time.monotonic() + 10
+    while any(is_alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(child) for child in children)
+
+
+def is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_interrupted_call_cleans_up_at_once(corpus, tokenizer, tmp_path):
+    def interrupt(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(recipe(corpus, tmp_path, tokenizer=tokenizer, workers=2), interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lost_race_uses_the_other_store(corpus, tmp_path):
+    def other_finishes_first(progress: Progress) -> None:
+        if not [one for one in tmp_path.iterdir() if not one.name.startswith(".")]:
+            subprocess.run([sys.executable, "-c", program], check=True)
+
+    program = (
+        "from swat_lm.data import prepare; from swat_lm.recipe import DataRecipe;"
+        f"prepare(DataRecipe(sources=({str(corpus)!r},), cache={str(tmp_path)!r}))"
+    )
+    store = prepare(recipe(corpus, tmp_path), other_finishes_first)
+    assert [one.name for one in tmp_path.iterdir()] == [store.folder.name]
+
+
+def test_damaged_stores_are_named(corpus, tmp_path):
+    with pytest.raises(DataError, match="no prepared tokens here"):
+        TokenStore.open(tmp_path)
+    store = prepare(recipe(corpus, tmp_path))
+    tokens = store.folder / "tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"tokens\.bin: \d+ bytes, expected \d+; remove the folder"):
+        TokenStore.open(store.folder)
+    (store.folder / "index.json").write_text('{"version": 0}')
+    with pytest.raises(DataError, match="version 0, expected 1"):
+        TokenStore.open(store.folder)
+    (store.folder / "index.json").write_text("{")
+    with pytest.raises(DataError, match=r"index\.json: damaged"):
+        TokenStore.open(store.folder)
+
+
+def test_default_cache_honours_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "swat-lm" / "tokens"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "swat-lm" / "tokens"
