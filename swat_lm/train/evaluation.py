@@ -1,0 +1,62 @@
+"""Loss on held-out rows during training; evaluation against length lives in `swat_lm.evaluate`."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from swat_lm.data import BatchSource
+from swat_lm.train.engine import Engine
+from swat_lm.train.objectives import NextToken
+
+__all__ = ["HeldOut", "HeldOutLoss"]
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Result of an evaluation over all processes."""
+
+    loss: float
+    """Nats per target token."""
+    num_targets: int
+    num_bytes: int | None
+    """UTF-8 bytes that the targets stand for, where the tokenizer lets them be counted."""
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers under the names metrics.jsonl uses."""
+        found = {"held_out_loss": self.loss}
+        # beyond, the number fits no float and says nothing
+        if self.loss < 700:
+            found["held_out_perplexity"] = math.exp(self.loss)
+        if self.num_bytes:
+            found["held_out_bits_per_byte"] = self.loss * self.num_targets / self.num_bytes / math.log(2)
+        return found
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The same rows at every evaluation: the first `num_batches` batches of `source`, or all if there are fewer."""
+
+    source: BatchSource
+    num_batches: int
+    token_bytes: Tensor | None
+    """Bytes each token id stands for, int64 [V]; None if unknown."""
+
+    @torch.no_grad()
+    def evaluate(self, engine: Engine, model: nn.Module, objective: NextToken) -> HeldOutLoss:
+        """Mean loss per target token, each process computing its own rows; leaves the model in training mode."""
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        counts = torch.zeros(2, dtype=torch.int64)
+        for batch in self.source.pass_over(engine.rows(), self.num_batches):
+            for part in engine.micro_batches(batch):
+                with engine.autocast():
+                    total += objective.loss(model, part, num_targets=1.0).double().cpu()
+            counts[0] += objective.num_targets(batch)
+            if self.token_bytes is not None:
+                counts[1] += self.token_bytes[batch.labels[batch.labels >= 0]].sum()
+        model.train()
+        num_targets, num_bytes = engine.sum(counts).tolist()
+        loss = engine.sum(total.to(engine.device)).item() / max(num_targets, 1)
+        return HeldOutLoss(loss, num_targets, num_bytes if self.token_bytes is not None else None)

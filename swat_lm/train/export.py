@@ -1,0 +1,85 @@
+"""The finished model as a folder that `AutoModelForCausalLM.from_pretrained` reads."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from swat_lm.recipe import Recipe, dump_recipe
+from swat_lm.train.checkpoint import replace_folder
+from swat_lm.train.engine import Engine
+
+__all__ = ["export_model"]
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [swat-lm]
+---
+# {name}
+
+Trained with swat-lm: {step} optimizer steps, {tokens:,} target tokens{held_out}.
+
+```python
+import swat_lm  # registers the architecture
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+The recipe, resolved:
+
+```yaml
+{recipe}```
+"""
+
+
+def export_model(
+    engine: Engine,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    step: int,
+    tokens: int,
+    held_out_loss: float | None,
+) -> Path:
+    """Write `OUT/export` (weights in fp32, configuration, tokenizer, model card) in one piece; all processes call it.
+
+    Raises OSError; then an export that was there before is as it was.
+    """
+    folder = Path(recipe.out, "export")
+    weights = engine.whole_weights(model)
+
+    def write() -> None:
+        beside = folder.with_name(".tmp-export")
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            plain_copy(model, weights).save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            held_out = "" if held_out_loss is None else f", held-out loss {held_out_loss:.4f} nats per token"
+            card = CARD.format(
+                name=recipe.name, step=step, tokens=tokens, held_out=held_out, recipe=dump_recipe(recipe)
+            )
+            (beside / "README.md").write_text(card, encoding="utf-8")
+            replace_folder(beside, folder)
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise OSError(error.errno, f"cannot write {folder} ({error.strerror or error})") from error
+
+    engine.on_main(write)
+    return folder
+
+
+def plain_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """The model without shards, compilation or checkpointing, around these very tensors."""
+    config = model.config
+    # fully_shard replaces the class by a subclass of its own; the registered one is in the line of bases
+    kind = next(base for base in type(model).__mro__ if base.__module__.startswith("swat_lm."))
+    with torch.device("meta"):
+        copy = kind(config)  # type: ignore[call-arg]
+    copy.load_state_dict(weights, assign=True)  # type: ignore[attr-defined]
+    copy.tie_weights()  # type: ignore[attr-defined]
+    return copy  # type: ignore[return-value]

@@ -1,0 +1,135 @@
+"""The folder of a run: whether it can be written, what it holds, and whether a recipe may continue it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swat_lm.recipe import Recipe, dump_recipe
+from swat_lm.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    find_checkpoints,
+    newest_checkpoint,
+    read_manifest,
+    remove_leftovers,
+)
+
+__all__ = ["CHANGEABLE", "check_continuation", "check_model", "check_writable", "choose_start", "write_recipe"]
+
+CHANGEABLE = frozenset(
+    {
+        "name", "out", "data.cache", "data.workers",
+        "train.steps", "train.decay_steps", "train.final_learning_rate_ratio",
+        "train.micro_batch_size", "train.precision", "train.compile", "train.activation_checkpointing",
+        "train.sharding", "train.replicas",
+        "train.log_every", "train.evaluate_every", "train.evaluate_batches", "train.save_every", "train.keep",
+        "train.export", "train.resume", "train.loggers",
+    }
+)  # fmt: skip
+"""Keys that may differ when a run goes on: its length and the end of its schedule, how it is computed, and what it
+reports. All others decide which run it is; to change one, start another run (`out=...`), from a checkpoint of this one
+if wanted (`train.resume=PATH`)."""
+
+# fields of a configuration that say nothing about the architecture: written by saving it, or how it is computed
+NOT_ARCHITECTURE = frozenset(
+    {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache", "attention_backend"}
+)
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder and write into it, so that a run fails in its first second; raises OSError."""
+    probe = out / ".tmp-probe"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to the output folder {out}: {error.strerror}") from None
+    remove_leftovers(out)
+
+
+def write_recipe(recipe: Recipe, out: Path) -> None:
+    """Write `recipe.yaml`, the resolved recipe, in one piece."""
+    beside = out / ".tmp-recipe.yaml"
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(dump_recipe(recipe))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(out / "recipe.yaml")
+
+
+def choose_start(out: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to start from (None: start anew) and a sentence for each damaged one that was passed over.
+
+    `auto`: the newest whole one in `out`. `never`: none, and `out` must hold none. A path: that checkpoint, or the
+    newest of that run folder; but if `out` already holds a run that began there, the newest in `out`, so that the
+    same command goes on after an interruption.
+    Raises CheckpointError if the named one or all are damaged, ValueError if `out` holds another run.
+    """
+    if resume == "auto":
+        return newest_checkpoint(out)
+    own = find_checkpoints(out)
+    if own and resume != "never":
+        newest, damaged = newest_checkpoint(out)
+        if newest is not None and newest.recipe["train"]["resume"] == resume:
+            return newest, damaged
+    if own:
+        raise ValueError(
+            f"{out} already holds {own[-1].name}, which train.resume={resume} would overwrite: continue it with "
+            "train.resume=auto, or choose another `out`"
+        )
+    if resume == "never":
+        return None, []
+    path = Path(resume)
+    if find_checkpoints(path):
+        return newest_checkpoint(path)
+    if not path.is_dir():
+        raise CheckpointError(f"train.resume: no checkpoint at {path}; expected a step-... folder or a run's folder")
+    return read_manifest(path), []
+
+
+def check_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming each differing field, if the checkpoint's architecture is not that of `model`."""
+    names = sorted((checkpoint.model.keys() | model.keys()) - NOT_ARCHITECTURE)
+    differing = [
+        f"{name} (checkpoint {checkpoint.model.get(name)!r}, recipe {model.get(name)!r})"
+        for name in names
+        if checkpoint.model.get(name) != model.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint {checkpoint.folder} has another architecture than the recipe: {', '.join(differing)}; "
+            "change the recipe's model back, or choose another `out`"
+        )
+
+
+def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: str) -> None:
+    """Raise ValueError, naming each differing key, if `recipe` may not continue the checkpoint's run.
+
+    Everything but CHANGEABLE must be equal; `model` is left to `check_model`, and `data` is the tokens' identity.
+    """
+    before, now = flatten(checkpoint.recipe), flatten(recipe)
+    differing = [
+        f"{key} (before {before.get(key)!r}, now {now.get(key)!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in CHANGEABLE and not key.startswith("model.")
+    ]
+    if not differing and checkpoint.data != data:
+        differing = ["the text behind data.sources or its tokens (other content than before)"]
+    if differing:
+        raise ValueError(
+            f"{checkpoint.folder} belongs to a run with other settings: {', '.join(differing)}; change them back, or "
+            "choose another `out` (and train.resume=PATH to start it from this checkpoint)"
+        )
+
+
+def flatten(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; tuples as lists, as JSON has them."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flatten(value, f"{at}{name}.")
+        else:
+            found[f"{at}{name}"] = list(value) if isinstance(value, tuple) else value
+    return found

@@ -1,0 +1,120 @@
+"""Everything a run needs before its first step: folder checked, data prepared, model built or continued."""
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from swat_lm import SwatForCausalLM
+from swat_lm.data import BatchSource, Progress, TokenStore, load_tokenizer, prepare, vocabulary_size
+from swat_lm.model.configuration import SwatConfig, config_from_recipe
+from swat_lm.model.cost import training_flops_per_token
+from swat_lm.recipe import Recipe
+from swat_lm.train.checkpoint import Checkpoint
+from swat_lm.train.engine import Engine
+from swat_lm.train.evaluation import HeldOut
+from swat_lm.train.metrics import check_loggers
+from swat_lm.train.optimizer import make_optimizer
+from swat_lm.train.run_folder import check_continuation, check_model, check_writable, choose_start, write_recipe
+
+__all__ = ["Training", "set_up"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run ready for its next step."""
+
+    recipe: Recipe
+    engine: Engine
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    tokenizer: PreTrainedTokenizerFast
+    source: BatchSource
+    held_out: HeldOut | None
+    """None if the recipe evaluates never or holds nothing out."""
+    start: Checkpoint | None
+    """The checkpoint it continues, None for a new run."""
+    config: dict[str, Any]
+    """The model's configuration as plain values."""
+    data: str
+    """Identity of the prepared tokens."""
+    flops_per_token: float
+
+
+def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], None] | None = None) -> Training:
+    """Check, prepare and build, the cheap and likely failures first; nothing is overwritten before all checks passed.
+
+    `on_progress` hears how far tokenising is, on the main process. Raises ValueError or OSError.
+    """
+    out = Path(recipe.out)
+    engine.rows()
+    engine.on_main(lambda: check_loggers(recipe.train.loggers))
+    engine.on_main(lambda: check_writable(out))
+    start, damaged = engine.on_main(lambda: choose_start(out, recipe.train.resume))
+    if damaged and engine.is_main:
+        assert start is not None
+        warnings.warn(f"{'; '.join(damaged)}; continuing from {start.folder} instead", stacklevel=4)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    config = configure(recipe, tokenizer)
+    plain_config = json.loads(config.to_json_string(use_diff=False))
+    if start is not None:
+        check_model(start, plain_config)
+
+    # the others then find what the main process made (or, without a shared disk, make it themselves)
+    engine.on_main_only(lambda: prepare(recipe.data, on_progress))
+    store = prepare(recipe.data)
+    if start is not None and start.folder.parent.parent.resolve() == out.resolve():
+        check_continuation(start, json.loads(json.dumps(asdict(recipe))), store.key)
+    if start is not None and start.step > recipe.train.steps:
+        raise ValueError(
+            f"checkpoint {start.folder} is at step {start.step}, beyond train.steps ({recipe.train.steps}): raise "
+            "train.steps, or choose another `out`"
+        )
+    source = open_split(recipe, store, "train")
+    held_out = None
+    if recipe.data.held_out and recipe.train.evaluate_every:
+        counts = None if store.token_bytes is None else torch.from_numpy(store.token_bytes)
+        held_out = HeldOut(open_split(recipe, store, "held_out"), recipe.train.evaluate_batches, counts)
+
+    # on the CPU, so that the first weights depend on the seed alone
+    torch.manual_seed(recipe.seed)
+    model = engine.set_up(SwatForCausalLM(config))
+    model.train()
+    optimizer = make_optimizer(model, recipe.train)
+    if start is not None:
+        engine.read_state(start.folder, model, optimizer)
+    engine.on_main(lambda: write_recipe(recipe, out))
+    flops = training_flops_per_token(config, recipe.data.sequence_length)
+    return Training(
+        recipe, engine, model, optimizer, tokenizer, source, held_out, start, plain_config, store.key, flops
+    )
+
+
+def configure(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> SwatConfig:
+    """The model's configuration; special tokens the recipe leaves open are the tokenizer's, for generation."""
+    config = config_from_recipe(recipe.model, vocabulary_size(tokenizer))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(tokenizer, name))
+    return config
+
+
+def open_split(recipe: Recipe, store: TokenStore, split: str) -> BatchSource:
+    """The rows of a split as the recipe packs them. The held-out rows do not depend on the run's seed."""
+    data = recipe.data
+    seed = recipe.seed if split == "train" else data.split_seed
+    return BatchSource(
+        store,
+        split,
+        data.sequence_length,
+        data.documents,
+        seed,
+        batch_size=recipe.train.batch_size,
+        shuffle=data.shuffle or split == "held_out",
+    )

@@ -1,0 +1,171 @@
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from swat_lm.recipe import TrainRecipe
+from swat_lm.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_folder,
+    find_checkpoints,
+    newest_checkpoint,
+    read_manifest,
+    remove_leftovers,
+    save_checkpoint,
+)
+from swat_lm.train.engine import Engine
+from swat_lm.train.optimizer import make_optimizer
+
+TRAIN = TrainRecipe(steps=10, warmup_steps=0)
+
+
+def trained(steps: int):
+    """A small model and its AdamW after some steps on fixed data."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 1))
+    optimizer = make_optimizer(model, TRAIN)
+    step_on(model, optimizer, steps)
+    return model, optimizer
+
+
+def step_on(model, optimizer, steps: int):
+    inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save(out: Path, step: int, keep: int = 3, model=None, optimizer=None) -> Path:
+    if model is None:
+        model, optimizer = trained(1)
+    checkpoint = Checkpoint(checkpoint_folder(out, step), step, 100 * step, 1.5, {"seed": 0}, {"width": 5}, "tokens")
+    save_checkpoint(Engine(TRAIN), model, optimizer, checkpoint, keep)
+    return checkpoint.folder
+
+
+def damage(folder: Path, how: str) -> None:
+    data = next(folder.glob("*.distcp"))
+    if how == "truncated":
+        data.write_bytes(data.read_bytes()[:-10])
+    elif how == "changed":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(bytes(content))
+    elif how == "file missing":
+        data.unlink()
+    elif how == "manifest missing":
+        (folder / "checkpoint.json").unlink()
+    else:
+        (folder / "checkpoint.json").write_text('{"step": 1')
+
+
+def test_restores_weights_and_optimizer_bit_for_bit(tmp_path):
+    model, optimizer = trained(3)
+    folder = save(tmp_path, 3, model=model, optimizer=optimizer)
+    step_on(model, optimizer, 2)
+
+    restored, restored_optimizer = trained(0)
+    Engine(TRAIN).read_state(folder, restored, restored_optimizer)
+    step_on(restored, restored_optimizer, 2)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, restored.state_dict()[name]), name
+
+
+def test_manifest_says_what_was_saved(tmp_path):
+    folder = save(tmp_path, 7)
+    found = read_manifest(folder)
+    assert found == Checkpoint(folder, 7, 700, 1.5, {"seed": 0}, {"width": 5}, "tokens")
+    assert newest_checkpoint(tmp_path) == (found, [])
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (2, 4, 6, 10):
+        save(tmp_path, step, keep=2)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000006", "step-00000010"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_no_run_has_no_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path) == (None, [])
+    assert newest_checkpoint(tmp_path / "absent") == (None, [])
+
+
+@pytest.mark.parametrize("how", ["truncated", "changed", "file missing", "manifest missing", "manifest torn"])
+def test_damaged_checkpoint_is_named_and_passed_over(tmp_path, how):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    damage(folder, how)
+    with pytest.raises(CheckpointError, match="step-00000002"):
+        read_manifest(folder)
+    found, passed_over = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(passed_over) == 1
+    assert "step-00000002" in passed_over[0]
+    # and it is replaced when the run gets there again
+    save(tmp_path, 2)
+    assert newest_checkpoint(tmp_path)[1] == []
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    damage(save(tmp_path, 1), "truncated")
+    damage(save(tmp_path, 2), "changed")
+    with pytest.raises(CheckpointError, match=r"step-00000002.*step-00000001.*no checkpoint is left"):
+        newest_checkpoint(tmp_path)
+
+
+def test_other_format_is_named(tmp_path):
+    folder = save(tmp_path, 1)
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        read_manifest(folder)
+
+
+def test_failed_write_leaves_older_checkpoints_and_no_rubbish(tmp_path):
+    older = save(tmp_path, 1)
+    model = torch.nn.Linear(256, 256)
+    optimizer = make_optimizer(model, TRAIN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the kernel then refuses to let files grow, as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write checkpoint .*step-00000002.*older ones are intact"):
+            save(tmp_path, 2, model=model, optimizer=optimizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [older.name]
+    assert read_manifest(older).step == 1
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / ".tmp-step-00000002").mkdir()
+    (tmp_path / ".tmp-metrics.jsonl").write_text("x")
+    (tmp_path / ".tmp-export").mkdir()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.name.startswith(".tmp")) == []
+    assert newest_checkpoint(tmp_path)[0] is not None
+
+
+def test_reading_into_another_shape_is_an_error_that_names_the_folder(tmp_path):
+    folder = save(tmp_path, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 1))
+    with pytest.raises(ValueError, match="step-00000001"):
+        Engine(TRAIN).read_state(folder, model, make_optimizer(model, TRAIN))
+
+
+def test_recipe_wins_over_the_restored_optimizer(tmp_path):
+    model, optimizer = trained(1)
+    groups = [group["weight_decay"] for group in optimizer.param_groups]
+    assert groups == [0.1, 0.0]
+    other = make_optimizer(model, replace(TRAIN, weight_decay=0.5, betas=(0.5, 0.6)))
+    assert other.param_groups[0]["weight_decay"] == 0.5
+    assert other.param_groups[1]["weight_decay"] == 0.0
+    assert other.param_groups[0]["betas"] == (0.5, 0.6)
+    assert [parameter.dim() for parameter in other.param_groups[0]["params"]] == [2, 2]

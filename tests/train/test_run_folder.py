@@ -1,0 +1,145 @@
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+
+from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe, describe, load_recipe
+from swat_lm.train.checkpoint import Checkpoint, CheckpointError
+from swat_lm.train.run_folder import (
+    CHANGEABLE,
+    check_continuation,
+    check_model,
+    check_writable,
+    choose_start,
+    write_recipe,
+)
+
+RECIPE = Recipe(name="r", out="somewhere", model={"hidden_size": 8}, data=DataRecipe(sources=("a", "b")))
+
+
+def plain(recipe: Recipe) -> dict:
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+CHECKPOINT = Checkpoint(
+    Path("out/checkpoints/step-00000005"), 5, 10, 0.0, plain(RECIPE), {"hidden_size": 8, "dtype": "float32"}, "key"
+)
+
+
+def fake_checkpoint(out: Path, step: int, resume: str = "auto") -> Path:
+    """A whole checkpoint without tensors."""
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    recipe = replace(RECIPE, train=TrainRecipe(resume=resume))
+    manifest = {"format": 1, "step": step, "tokens": 0, "seconds": 0.0, "recipe": plain(recipe), "model": {}}
+    (folder / "checkpoint.json").write_text(json.dumps({**manifest, "data": "", "files": {}}))
+    return folder
+
+
+def test_changeable_keys_exist():
+    assert {one.key for one in describe(Recipe)} >= CHANGEABLE
+    assert not any(key.startswith("model") for key in CHANGEABLE)
+
+
+def test_same_recipe_continues():
+    check_continuation(CHECKPOINT, plain(RECIPE), "key")
+
+
+def test_length_and_reporting_may_change():
+    train = TrainRecipe(steps=9000, keep=9, log_every=3, micro_batch_size=4, loggers=("wandb",), evaluate_every=7)
+    data = replace(RECIPE.data, cache="elsewhere", workers=3)
+    check_continuation(CHECKPOINT, plain(replace(RECIPE, name="x", out="y", train=train, data=data)), "key")
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (replace(RECIPE, seed=3), r"seed \(before 0, now 3\)"),
+        (replace(RECIPE, data=replace(RECIPE.data, sequence_length=64)), "data.sequence_length"),
+        (replace(RECIPE, data=DataRecipe(sources=("a",))), "data.sources"),
+        (replace(RECIPE, train=TrainRecipe(batch_size=64, learning_rate=0.5)), "batch_size.*learning_rate"),
+    ],
+)
+def test_what_decides_the_run_may_not_change(changed, named):
+    with pytest.raises(ValueError, match=named):
+        check_continuation(CHECKPOINT, plain(changed), "key")
+
+
+def test_changed_text_is_noticed():
+    with pytest.raises(ValueError, match="other content"):
+        check_continuation(CHECKPOINT, plain(RECIPE), "other key")
+
+
+def test_other_architecture_is_named_field_by_field():
+    check_model(CHECKPOINT, {"hidden_size": 8, "dtype": "bfloat16"})
+    with pytest.raises(
+        ValueError, match=r"hidden_size \(checkpoint 8, recipe 16\), layers \(checkpoint None, recipe 2\)"
+    ):
+        check_model(CHECKPOINT, {"hidden_size": 16, "layers": 2})
+
+
+def test_auto_takes_the_newest_or_nothing(tmp_path):
+    assert choose_start(tmp_path, "auto") == (None, [])
+    fake_checkpoint(tmp_path, 5)
+    fake_checkpoint(tmp_path, 10)
+    found, _ = choose_start(tmp_path, "auto")
+    assert found is not None
+    assert found.step == 10
+
+
+def test_never_refuses_to_overwrite(tmp_path):
+    assert choose_start(tmp_path, "never") == (None, [])
+    fake_checkpoint(tmp_path, 5)
+    with pytest.raises(ValueError, match=r"already holds step-00000005.*train.resume=auto"):
+        choose_start(tmp_path, "never")
+
+
+def test_path_starts_a_new_run_from_another(tmp_path):
+    early = fake_checkpoint(tmp_path / "old", 5)
+    fake_checkpoint(tmp_path / "old", 10)
+    new = tmp_path / "new"
+    for path, step in ((early, 5), (tmp_path / "old", 10)):
+        found, _ = choose_start(new, str(path))
+        assert found is not None
+        assert found.step == step
+
+
+def test_path_continues_the_run_that_began_there(tmp_path):
+    origin = fake_checkpoint(tmp_path / "old", 5)
+    fake_checkpoint(tmp_path / "new", 7, resume=str(origin))
+    found, _ = choose_start(tmp_path / "new", str(origin))
+    assert found is not None
+    assert found.step == 7
+    with pytest.raises(ValueError, match="already holds step-00000007"):
+        choose_start(tmp_path / "new", str(tmp_path / "old"))
+
+
+@pytest.mark.parametrize("what", ["absent", "empty"])
+def test_path_without_checkpoint_is_named(tmp_path, what):
+    path = tmp_path / what
+    if what == "empty":
+        path.mkdir()
+    with pytest.raises(CheckpointError, match=str(path)):
+        choose_start(tmp_path / "new", str(path))
+
+
+def test_recipe_is_written_whole(tmp_path):
+    write_recipe(RECIPE, tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml") == RECIPE
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write to the output folder .*file/run"):
+        check_writable(tmp_path / "file" / "run")
+    check_writable(tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+
+def test_every_train_key_was_considered():
+    # a new key must be put on one side or the other: those that decide the run are listed here
+    decisive = {"batch_size", "learning_rate", "warmup_steps", "schedule", "weight_decay", "betas", "eps", "grad_clip"}
+    changeable = {key.removeprefix("train.") for key in CHANGEABLE if key.startswith("train.")}
+    assert {one.name for one in fields(TrainRecipe)} == decisive | changeable
