@@ -17,19 +17,19 @@ from swat_lm.model.configuration import SwatConfig
 class StockMemory:
     """One layer of any Hugging Face cache as the mixers' memory."""
 
-    def __init__(self, cache: Cache, layer_index: int) -> None:
+    def __init__(self, cache: Cache, layer_index: int, num_columns: int) -> None:
         self._cache = cache
         self._layer_index = layer_index
+        self._before = num_columns
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
         """Update the cache with `[B, T, K, D]`; it answers with what its layer still holds, chunk included."""
         num_tokens = key.shape[1]
         num_columns, first_column = self._cache.get_mask_sizes(num_tokens, self._layer_index)
-        before = self._cache.get_seq_length(self._layer_index)
         keys, values = self._cache.update(key.transpose(1, 2), value.transpose(1, 2), self._layer_index)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         # a sliding layer of window 1 announces no past but returns all of it; what came back decides
-        num_past = before - first_column if keys.shape[1] == num_columns else keys.shape[1] - num_tokens
+        num_past = self._before - first_column if keys.shape[1] == num_columns else keys.shape[1] - num_tokens
         return keys, values, num_past
 
     def after(self, key: Tensor, value: Tensor) -> "StockMemory":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swat_lm.mixers.protocol import Visible
-from swat_lm.ops.visibility import from_attention_mask, from_document_ids, from_position_ids
+from swat_lm.ops.visibility import from_attention_mask, from_cu_seqlens, from_document_ids, from_position_ids
 
 
 @dataclass
@@ -58,6 +58,20 @@ def plan_chunk(
     if num_tokens == 1:
         return ChunkPlan(position_ids.long(), Visible())
     return _plan_positions(position_ids, batch, num_past)  # type: ignore[call-arg]
+
+
+def documents_from_lengths(cu_seqlens: Tensor, batch: int, num_tokens: int) -> Tensor:
+    """Document ids `[1, T]` of one flattened row from cumulative lengths `[documents + 1]`.
+
+    Raises:
+        ValueError: more than one row, or lengths that do not make up the row.
+    """
+    if batch != 1:
+        raise ValueError(f"cu_seq_lens_q: describes one flattened row, got a batch of {batch}; use document_ids")
+    # the first token of its document is an id as good as any
+    first = from_cu_seqlens(cu_seqlens, num_tokens).first_visible
+    assert first is not None
+    return first
 
 
 @torch.compiler.disable

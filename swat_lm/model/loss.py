@@ -113,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
                 if grad_weight.dtype == grad_logits.dtype:
-                    grad_weight.addmm_(grad_logits.t(), part)
+                    torch.addmm(grad_weight, grad_logits.t(), part, out=grad_weight)
                 else:
                     grad_weight += grad_logits.t() @ part
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -25,14 +25,14 @@ from swat_lm.mixers import MIXERS, WindowAttention
 from swat_lm.mixers.norm import RMSNorm
 from swat_lm.mixers.protocol import Memory, Mixer, RingMemory, Visible
 from swat_lm.model.cache import RingCache, StockMemory
-from swat_lm.model.chunk import ChunkPlan, plan_chunk
+from swat_lm.model.chunk import ChunkPlan, documents_from_lengths, plan_chunk
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.loss import IGNORE, chunked_cross_entropy, chunked_cross_entropy_through
 from swat_lm.model.rotary import LayerRotary
 from swat_lm.model.streaming import Streaming
 
 # what Hugging Face's tools pass along and this model has no use for
-TOLERATED = {"cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal"}
+TOLERATED = {"cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal"}
 
 
 class FeedForward(nn.Module):
@@ -146,6 +146,7 @@ class SwatModel(SwatPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run all layers over `[B, T]` tokens.
@@ -158,6 +159,7 @@ class SwatModel(SwatPreTrainedModel):
             use_cache: keep a cache; by default in inference only.
             document_ids: integers `[B, T]`; a change begins a document, which does not see the one before;
                 negative ids are padding.
+            cu_seq_lens_q: `[documents + 1]`, the same for one flattened row, as Hugging Face's collators give it.
 
         Returns:
             `last_hidden_state` `[B, T, M]` after the final norm, and `past_key_values` when a cache is used.
@@ -174,12 +176,15 @@ class SwatModel(SwatPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("past_key_values: activation checkpointing would fill the cache twice; pass none")
             use_cache = False
-        num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # caches of fixed size count in a tensor, which they change in place
+        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         batch, num_tokens, _ = hidden.shape
+        if cu_seq_lens_q is not None and document_ids is None:
+            document_ids = documents_from_lengths(cu_seq_lens_q, batch, num_tokens)
         plan = plan_chunk(batch, num_tokens, num_past, hidden.device, attention_mask, position_ids, document_ids)
         if past_key_values is None and use_cache and not plan.packed:
             past_key_values = DynamicCache(config=self.config)
-        hidden = self._run(hidden, plan, past_key_values)
+        hidden = self._run(hidden, plan, past_key_values, num_past)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden),  # type: ignore[arg-type]
             past_key_values=past_key_values if use_cache else None,
@@ -190,7 +195,7 @@ class SwatModel(SwatPreTrainedModel):
         """The layers, typed."""
         return cast(list[DecoderLayer], self.layers)
 
-    def _run(self, hidden: Tensor, plan: ChunkPlan, cache: Cache | None) -> Tensor:
+    def _run(self, hidden: Tensor, plan: ChunkPlan, cache: Cache | None, num_past: int) -> Tensor:
         num_tokens, visible = hidden.shape[1], plan.visible
         memories: list[Memory] | list[None] = [None] * len(self.layers)
         if isinstance(cache, RingCache):
@@ -199,7 +204,7 @@ class SwatModel(SwatPreTrainedModel):
         elif cache is not None:
             if plan.packed:
                 raise ValueError("packed documents cannot be decoded from: pass use_cache=False, or one document a row")
-            memories = [StockMemory(cache, index) for index in range(len(self.layers))]
+            memories = [StockMemory(cache, index, num_past) for index in range(len(self.layers))]
         angles = self.rotary.angles(plan.positions, hidden.dtype)
         for layer, layer_angles, memory in zip(self.stack, angles, memories, strict=True):
             hidden, _ = layer(hidden, layer_angles, visible, memory)

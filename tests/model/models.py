@@ -33,5 +33,5 @@ def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Equal up to rounding in float32, relative to the largest value."""
-    scale = max(1.0, float(expected.abs().max()))
+    scale = max(1.0, float(expected.detach().abs().max()))
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)

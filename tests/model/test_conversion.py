@@ -1,0 +1,138 @@
+"""Llama and Mistral weights: the same logits, gradients and cached tokens; and what cannot be taken over is named."""
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from swat_lm import SwatForCausalLM
+from swat_lm.model.conversion import convert, convert_config, convert_folder
+
+from .models import VOCABULARY, close, tokens
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def source_model(kind: str, **changes):
+    torch.manual_seed(0)
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(**{**SHAPE, "sliding_window": 7, **changes})).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("mistral", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 12}),
+        ("llama", {"rope_parameters": LLAMA3, "max_position_embeddings": 128}),
+        ("llama", {"rope_parameters": YARN, "max_position_embeddings": 64}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+    ],
+)
+def test_same_function(kind, changes):
+    source, ids = source_model(kind, **changes), tokens(2, 40)
+    # the sources start with biases of zero, which would prove nothing
+    for name, parameter in source.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model = convert(source)
+    theirs, ours = source(ids), model(ids)
+    close(ours.logits, theirs.logits)
+    loss = source(ids, labels=ids).loss
+    loss.backward()
+    our_loss = model(ids, labels=ids).loss
+    close(our_loss, loss)
+    our_loss.backward()
+    gradients = {name: parameter.grad for name, parameter in source.named_parameters()}
+    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, gradients[name])
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_same_cached_generation(kind):
+    source, ids = source_model(kind), tokens(2, 11)
+    model = convert(source)
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), source.generate(ids, **options))
+
+
+def test_folder_is_converted_with_its_tokenizer(tmp_path):
+    source, ids = source_model("mistral"), tokens(1, 30)
+    folder, out = tmp_path / "mistral", tmp_path / "swat"
+    source.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    convert_folder(folder, out)
+    model = SwatForCausalLM.from_pretrained(out)
+    close(model(ids).logits, source(ids).logits)
+    assert model.config.sliding_window == 7
+    assert model.generation_config.eos_token_id == 2
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"mistral", "swat"}
+    with pytest.raises(ValueError, match="not an empty folder"):
+        convert_folder(folder, out)
+
+
+def test_windowed_sigmoid_model_to_train_on(tmp_path):
+    source, ids = source_model("llama").to(torch.bfloat16), tokens(1, 30)
+    source.save_pretrained(tmp_path)
+    options = {"score_function": "sigmoid", "slopes": "balanced", "score_bias": "-log(window)", "qk_norm": True}
+    model = convert(tmp_path, window=5, **options)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, source.model.layers[0].self_attn.q_proj.weight)
+    assert (model.config.sliding_window, model.config.attention_settings(0).score_function) == (5, "sigmoid")
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(), "expected a llama or mistral model, got 'gpt2'"),
+        (LlamaConfig(**SHAPE, hidden_act="gelu"), "hidden_act 'gelu'"),
+        (LlamaConfig(**SHAPE, attention_dropout=0.1), "attention_dropout 0.1"),
+        (LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "'dynamic'"),
+    ],
+)
+def test_what_cannot_be_taken_over(config, message):
+    with pytest.raises(ValueError, match=message):
+        convert_config(config)
+
+
+def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
+    source = source_model("llama")
+    folder, out = tmp_path / "llama", tmp_path / "out"
+    source.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot be read"):
+        convert_folder(folder, out)
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        convert_folder(tmp_path / "nowhere", out)
+    smaller = source_model("llama")
+    del smaller.model.layers[1]
+    smaller.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.1"):
+        convert_folder(folder, out)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"llama"}

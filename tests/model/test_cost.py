@@ -1,0 +1,114 @@
+"""Cost formulas against counted values: real parameters, PyTorch's FLOP counter, real state, gradients for reach."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from swat_lm import SwatForCausalLM
+from swat_lm.model import cost
+from swat_lm.model.configuration import config_from_recipe
+from swat_lm.model.presets import preset_names
+from swat_lm.ops.reference import distances
+
+from .models import tiny_config, tiny_model, tokens
+
+# total, and without the input embedding
+EXPECTED = {"340m": (373_867_520, 341_099_520), "760m": (777_856_512, 728_704_512), "248m": (247_101_696, 208_504_320)}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_have_exactly_these_parameters(name):
+    config = config_from_recipe({"preset": name})
+    with torch.device("meta"):
+        model = SwatForCausalLM(config)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    counts = cost.count_parameters(config)
+    assert (counts.total, counts.without_input_embedding) == EXPECTED[name.rsplit("-", 1)[1]]
+    assert counted == counts.total
+    assert counts.embedding == model.model.embed_tokens.weight.numel()
+
+
+def test_presets_are_the_nine_that_are_promised():
+    kinds = ("softmax-window", "swat", "transformer")
+    assert preset_names() == sorted(f"{kind}-{size}" for kind in kinds for size in ("248m", "340m", "760m"))
+    for name in preset_names():
+        config = config_from_recipe({"preset": name})
+        settings = config.attention_settings(0)
+        assert settings.score_function == ("sigmoid" if name.startswith("swat") else "softmax")
+        assert settings.slopes == ("balanced" if name.startswith("swat") else "none")
+        assert (settings.window is None) == name.startswith("transformer")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        {"qk_norm": True, "output_norm": True, "score_function": "softmax", "learned_sink": True, "head_dim": 12},
+    ],
+)
+def test_parameters(changes):
+    model = tiny_model(**changes)
+    assert cost.count_parameters(model.config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("window", [1, 3, 16, 40, None])
+@pytest.mark.parametrize("past", [0, 2, 9])
+def test_visible_pairs(window, past):
+    _, visible = distances(1, 16, 16 + past, None, None, window, torch.device("cpu"))
+    assert cost.visible_pairs(16, window, past) == int(visible.sum())
+
+
+@pytest.mark.parametrize("windows", [[7, 7], [3, None]])
+def test_flops_are_what_pytorch_counts(windows):
+    model, ids = tiny_model(sliding_window=windows), tokens(2, 30)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(ids)
+    assert forward.get_total_flops() == 2 * cost.forward_flops(model.config, 30)
+    with FlopCounterMode(display=False) as training:
+        model(ids, labels=ids).loss.backward()
+    assert training.get_total_flops() == 60 * cost.training_flops_per_token(model.config, 30)
+
+
+def test_decoding_flops_are_what_pytorch_counts_on_full_rings():
+    model = tiny_model(sliding_window=4)
+    state = model.init_state(2)
+    model.prefill(tokens(2, 9), state)
+    with FlopCounterMode(display=False) as counter:
+        model.decode_step(tokens(2, 1), state)
+    assert counter.get_total_flops() == 2 * cost.decoding_flops_per_token(model.config, 9)
+    assert cost.decoding_flops_per_token(model.config, 1) < cost.decoding_flops_per_token(model.config, 9)
+    assert cost.decoding_flops_per_token(model.config, 10**6) == cost.decoding_flops_per_token(model.config, 9)
+
+
+def test_state_bytes_are_those_of_a_real_state():
+    model = tiny_model(sliding_window=[4, 9])
+    state = model.init_state(3)
+    assert cost.state_bytes(model.config, batch=3, dtype_bytes=4) == state.num_bytes - 3 * 8
+    full = tiny_config(sliding_window=[4, None])
+    assert cost.state_bytes(full, context=100) == 2 * 2 * (4 + 100) * 2 * 8
+    with pytest.raises(ValueError, match="context"):
+        cost.state_bytes(full)
+
+
+def test_bytes_read_per_decoded_token():
+    config = tiny_config(sliding_window=4)
+    weights = cost.count_parameters(config).without_input_embedding
+    read = cost.decoding_bytes_per_token(config, context=100, batch=3, weight_bytes=4, dtype_bytes=4)
+    assert read == 4 * (weights + 3 * 32) + cost.state_bytes(config, batch=3, dtype_bytes=4)
+
+
+@pytest.mark.parametrize("windows", [[1, 1, 1], [4, 4, 4], [2, 5, 3]])
+def test_reach_by_gradient(windows):
+    config = tiny_config(num_hidden_layers=3, sliding_window=windows)
+    model = tiny_model(num_hidden_layers=3, sliding_window=windows).double()
+    embedded = model.model.embed_tokens(tokens(1, 30)).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits[0, -1].pow(2).sum().backward()
+    touched = (embedded.grad[0] != 0).any(dim=-1)
+    expected = cost.reach(config)
+    assert expected == 1 + sum(window - 1 for window in windows)
+    assert touched.tolist() == [False] * (30 - expected) + [True] * expected
+
+
+def test_reach_of_full_attention_is_everything():
+    assert cost.reach(tiny_config(sliding_window=[4, None])) is None
