@@ -1,0 +1,57 @@
+"""`swat-lm convert`: Llama and Mistral weights as a SWAT model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swat_lm.cli.console import results
+
+__all__ = ["convert"]
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of a Llama or Mistral model: config.json and safetensors.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the SWAT model.")],
+    window: Annotated[
+        str, typer.Option(help="`keep` the source's own, `none` for full attention, or a number of tokens.")
+    ] = "keep",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A configuration field to change, such as score_function=sigmoid; repeatable."),
+    ] = None,
+) -> None:
+    """Take over a Llama or Mistral model: the same function, or a windowed one to train on.
+
+    With `--window keep` and no --set the result computes what the source computes.
+
+    \b
+    Examples:
+      swat-lm convert models/Llama-3.2-1B models/llama-as-swat
+      swat-lm convert models/Mistral-7B windowed --window 1024 --set score_function=sigmoid --set slopes=balanced
+    """
+    import yaml
+
+    changes = {}
+    for one in setting or []:
+        name, equals, value = one.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set {one}: write field=value, for example score_function=sigmoid")
+        changes[name.strip()] = yaml.safe_load(value)
+    wanted = parse_window(window)
+
+    from swat_lm.model.conversion import convert_folder
+
+    convert_folder(source, out, window=wanted, **changes)
+    results().print(f"{out}", markup=False)
+
+
+def parse_window(text: str) -> "int | str | None":
+    """`keep`, None for `none`, or a number; raises ValueError otherwise."""
+    if text == "keep":
+        return text
+    if text == "none":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--window: expected keep, none or a number of tokens from 1 on; got {text!r}")
+    return int(text)

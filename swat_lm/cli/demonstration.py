@@ -1,0 +1,136 @@
+"""`swat-lm demo`: train a small model and its twin, compare them, and stream from the first."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from swat_lm.cli.console import messages, on_main_process, results
+from swat_lm.cli.failures import INTERRUPTED
+from swat_lm.cli.progress import RunProgress
+
+if TYPE_CHECKING:
+    from swat_lm.train.events import Event
+
+__all__ = ["demo"]
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; continued if begun before.")] = Path(
+        "demo"
+    ),
+    minutes: Annotated[float, typer.Option(help="Most minutes on this machine; a slow one trains fewer steps.")] = 6.0,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model: does everything work?")] = False,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Train on this text instead of Python's own library; repeatable.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What the generated text begins with.")] = "def main(",
+) -> None:
+    """Train a small SWAT model and its full-attention twin, and see what happens beyond the training length.
+
+    Uses text that every machine has: Python's own library. Needs no network and no compiler. Everything lands in one
+    folder: models, recipes, metrics, results.json, and report.html with the plots. Run it again to continue after an
+    interruption.
+
+    \b
+    Examples:
+      swat-lm demo
+      swat-lm demo --out mine --source notes/ --prompt 'Today'
+    """
+    if not prompt:
+        raise ValueError("--prompt: expected some text, got none")
+    results().print("importing torch and transformers ...", style="dim")
+    from swat_lm.experiments.demo import DemoSettings, run_demo
+    from swat_lm.experiments.watching import InterruptedRunError
+
+    settings = DemoSettings(
+        minutes=minutes, quick=quick, sources=tuple(source) if source else ("python:stdlib",), prompt=prompt
+    )
+    watcher = make_watcher()
+    try:
+        found = run_demo(out, settings, watcher)
+    except InterruptedRunError as stopped:
+        messages().print(f"{stopped}; the same command continues", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        watcher.close()
+    show_results(found, out)
+
+
+def make_watcher() -> Any:
+    """A watcher that draws; made late, since its base class comes with torch."""
+    from swat_lm.experiments.watching import Watcher
+
+    class TerminalWatcher(Watcher):
+        """Stages as lines, counts and runs as bars, generated text as it comes."""
+
+        def __init__(self) -> None:
+            self._console = results()
+            self._progress: RunProgress | None = None
+
+        def stage(self, text: str) -> None:
+            self.close()
+            self._console.print(f"[bold]{text}[/bold]")
+
+        def count(self, name: str, done: int, total: int) -> None:
+            self._bars().count(name, done, total)
+
+        def event(self, name: str, event: "Event") -> None:
+            self._bars().event(name, event)
+
+        def text(self, text: str) -> None:
+            if on_main_process():
+                sys.stdout.write(text)
+                sys.stdout.flush()
+
+        def state(self, first: int, last: int, tokens: int) -> None:
+            same = "constant" if first == last else "not constant"
+            self._console.print(
+                f"[bold]state: {first:,} bytes at the first token, {last:,} at the last ({same})[/bold]"
+            )
+
+        def close(self) -> None:
+            """Take the bars down."""
+            if self._progress is not None:
+                self._progress.__exit__()
+                self._progress = None
+
+        def _bars(self) -> RunProgress:
+            if self._progress is None:
+                self._progress = RunProgress().__enter__()
+            return self._progress
+
+    return TerminalWatcher()
+
+
+def show_results(found: dict[str, Any], out: Path) -> None:
+    """The table, the verdicts and where to look."""
+    console = results()
+    swat, twin = found["models"]["swat"], found["models"]["twin"]
+    table = Table(
+        title="loss against evaluation length (nats per token)", title_justify="left", box=None, pad_edge=False,
+        padding=(0, 3, 0, 0),
+    )  # fmt: skip
+    for name in ("length", "SWAT", "full attention", "SWAT, 2nd half", "full, 2nd half", "SWAT state", "full state"):
+        table.add_column(name, justify="right")
+    for left, right in zip(swat["curve"], twin["curve"], strict=True):
+        mark = " *" if left["length"] == found["training_length"] else ""
+        table.add_row(
+            f"{left['length']:,}{mark}",
+            f"{left['mean_loss']:.3f}",
+            f"{right['mean_loss']:.3f}",
+            f"{left['tail_loss']:.3f}",
+            f"{right['tail_loss']:.3f}",
+            f"{left['state_bytes']:,}",
+            f"{right['state_bytes']:,}",
+        )
+    console.print()
+    console.print(table)
+    console.print("* training length; states in bytes per stream", style="dim")
+    console.print()
+    for claim in found["claims"]:
+        verdict = "[green]held[/green]" if claim["held"] else "[red]did not hold[/red]"
+        console.print(f"{verdict}: {claim['claim']} ({claim['numbers']})")
+    console.print(f"\nreport: {(out / 'report.html').resolve()}", markup=False)

@@ -1,0 +1,69 @@
+"""What goes wrong, in one line on stderr with exit code 2; the traceback only under `--debug`."""
+
+import os
+import sys
+import traceback
+
+from swat_lm.cli.console import on_main_process
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+# raised by libraries for files that are not what they should be, without being ValueError or OSError
+FOREIGN = {
+    ("safetensors", "SafetensorError"),
+    ("yaml", "YAMLError"),
+    ("swat_lm", "DivergedError"),
+    ("huggingface_hub", "StrictDataclassError"),
+    ("transformers", "OutOfMemoryError"),
+    ("torch", "OutOfMemoryError"),
+}
+
+
+def describe_failure(error: BaseException) -> str | None:
+    """One line for an error that the user can act on; None for one that is ours."""
+    if isinstance(error, ModuleNotFoundError):
+        # only a missing third-party package is the user's to mend
+        name = (error.name or "").partition(".")[0]
+        if not name or name == "swat_lm":
+            return None
+        return f"this command needs {name}, which is not installed: pip install 'swat-lm[train]'"
+    if isinstance(error, OSError):
+        return one_line(describe_os_error(error))
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    if isinstance(error, ValueError) or names & FOREIGN:
+        return one_line(str(error) or type(error).__name__)
+    return None
+
+
+def describe_os_error(error: OSError) -> str:
+    """The system's words with the file they are about; a message of our own as it is."""
+    if error.filename is not None and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    return (error.strerror if error.errno is not None else None) or str(error) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """A message without line breaks."""
+    return " ".join(text.split())
+
+
+def report_failure(error: BaseException, debug: bool) -> int:
+    """Print the error on the main process and return the exit code; re-raise nothing."""
+    message = describe_failure(error)
+    if message is None or debug:
+        traceback.print_exception(error)
+        if message is None:
+            sys.stderr.write("This is a defect of swat-lm, not of your input; the lines above say where.\n")
+            return 1
+    if on_main_process():
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
+    return USER_ERROR
+
+
+def quiet_broken_pipe() -> int:
+    """The reader of our output went away (`| head`): stop without a word, as other tools do."""
+    # Python flushes stdout once more at exit; let that go nowhere
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -1,0 +1,163 @@
+"""`swat-lm generate`: continue a text, streamed to stdout, in memory that does not grow with it."""
+
+import codecs
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import typer
+
+from swat_lm.cli.checkpoints import load_checkpoint
+from swat_lm.cli.console import messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["generate"]
+
+PIECE_BYTES = 1 << 16
+
+
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="A run's folder, an exported folder, or a hub name.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; `-` reads it from stdin.")] = "",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=0, help="Most tokens to generate.")
+    ] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token; 1: the model's own odds.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among this many most likely tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Choose among the most likely tokens that sum to this probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end-of-text token.")] = False,
+    load_from: Annotated[Path | None, typer.Option("--load-state", help="Go on with a stream saved before.")] = None,
+    save_to: Annotated[Path | None, typer.Option("--save-state", help="Save the stream's state at the end.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens per forward pass; speed and memory only.")] = 512,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+) -> None:
+    """Continue a text and stream it to stdout.
+
+    The prompt is read in pieces and forgotten; all that is kept of it is the model's state, whose size goes to stderr.
+    For a window model it is constant, so the prompt may be a pipe that never ends.
+
+    \b
+    Examples:
+      swat-lm generate demo/swat --prompt 'def main(' --seed 1
+      tail -f app.log | head -c 100M | swat-lm generate runs/mine --prompt - --temperature 0
+    """
+    import torch
+
+    from swat_lm.data import vocabulary_size
+    from swat_lm.model.streaming import load_state, save_state
+    from swat_lm.serve.sampling import Sampling
+    from swat_lm.serve.stream import TextAssembler, generate_tokens, read_prompt
+
+    sampling = Sampling(temperature, top_k, top_p)
+    refuse_overwriting(save_to)
+    model, tokens = load_checkpoint(checkpoint, tokenizer, device)
+    sampling = Sampling(temperature, top_k, top_p, vocab_size=vocabulary_size(tokens))
+    fresh = load_from is None
+    state = model.init_state() if load_from is None else load_state(load_from, model.device)
+    if state.batch_size != 1:
+        raise ValueError(f"{load_from}: holds {state.batch_size} streams, expected one")
+    pieces = prompt_pieces(tokens, prompt, fresh)
+    logits = read_prompt(model, pieces, state, chunk)
+    if logits is None:
+        raise ValueError("nothing to continue: give --prompt" + ("" if fresh else ", the text that follows the state"))
+    before, read = state.num_bytes, int(state.position)
+    generator = torch.Generator(model.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    end = end_token(tokens)
+    stop = () if ignore_end or end is None else (end,)
+    assembler, last = TextAssembler(tokens), None
+    for last in generate_tokens(model, logits, state, sampling, max_new_tokens, generator, stop):
+        write(assembler.push(last))
+    write(assembler.finish() + "\n")
+    if save_to is not None:
+        if last is not None:
+            # the state has not read the last token yet, and whoever goes on begins after it
+            read_prompt(model, [[last]], state)
+        save_state(state, save_to)
+    report_state(read, before, int(state.position), state.num_bytes)
+
+
+def refuse_overwriting(path: Path | None) -> None:
+    """Raise FileExistsError for a state that is there already, before any work is done."""
+    if path is not None and path.exists():
+        raise FileExistsError(f"{path} exists: name another file for --save-state, or remove it")
+
+
+def report_state(read: int, before: int, position: int, after: int) -> None:
+    """The size of the state after the prompt and at the end."""
+    same = "constant" if before == after else "growing: the model has full-attention layers"
+    messages().print(
+        f"state: {before:,} bytes after {read:,} tokens read, {after:,} bytes after {position:,} ({same})", markup=False
+    )
+
+
+def write(text: str) -> None:
+    """Text to stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def prompt_pieces(tokens: "PreTrainedTokenizerFast", prompt: str, fresh: bool) -> Iterator[list[int]]:
+    """Token ids of the prompt, piece by piece; an empty prompt of a fresh stream is the start of a new text."""
+    if prompt == "-":
+        texts = text_pieces(sys.stdin.buffer, whole=not pieces_are_exact(tokens))
+    else:
+        texts = iter([prompt] if prompt else [])
+    end, first, any_text = end_token(tokens), fresh, False
+    for text in texts:
+        ids = tokens.encode(text, add_special_tokens=first)
+        if first and len(ids) > 1 and ids[-1] == end:
+            # some tokenizers close what they encode; this text goes on
+            ids = ids[:-1]
+        any_text, first = any_text or bool(ids), False
+        yield ids
+    if fresh and not any_text and end is not None:
+        # between documents stands the end token, so it also begins one
+        yield [end]
+
+
+def end_token(tokens: "PreTrainedTokenizerFast") -> int | None:
+    """The id of the end-of-text token, if there is one."""
+    return None if tokens.eos_token is None else int(tokens.convert_tokens_to_ids(str(tokens.eos_token)))
+
+
+def pieces_are_exact(tokens: "PreTrainedTokenizerFast") -> bool:
+    """Whether text may be cut at line breaks: byte-level tokenizers add nothing at the start of a piece."""
+    from swat_lm.data.tokenizer import is_byte_level
+
+    return is_byte_level(tokens.backend_tokenizer.to_str())
+
+
+def text_pieces(source: BinaryIO, whole: bool) -> Iterator[str]:
+    """UTF-8 text from a pipe as it comes, cut after line breaks (or where a line is longer than a piece).
+
+    `whole` reads to the end first, for tokenizers that must see all. Raises ValueError for what is not text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    held, at = "", 0
+    while True:
+        read = source.read1(PIECE_BYTES)  # type: ignore[attr-defined]
+        try:
+            held += decoder.decode(read, final=not read)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"stdin is not UTF-8 text (byte {at + error.start})") from None
+        at += len(read)
+        if not read:
+            break
+        if whole:
+            continue
+        cut = held.rfind("\n") + 1
+        if not cut and len(held) >= PIECE_BYTES:
+            cut = len(held)
+        if cut:
+            yield held[:cut]
+            held = held[cut:]
+    if held:
+        yield held

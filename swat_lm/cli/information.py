@@ -1,0 +1,92 @@
+"""`swat-lm info`: what a model costs, from its configuration alone."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swat_lm.cli.checkpoints import find_export
+from swat_lm.cli.console import key_value_table, results
+
+if TYPE_CHECKING:
+    from swat_lm.model.configuration import SwatConfig
+
+__all__ = ["info"]
+
+
+def info(
+    target: Annotated[
+        str | None, typer.Argument(metavar="RECIPE|CHECKPOINT|PRESET", help="Leave out to list the presets.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For a recipe: settings that replace its own.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Sequence length of the figures; default as trained.")
+    ] = None,
+) -> None:
+    """Parameters, FLOPs per token, state bytes and reach of a model; nothing is loaded but its configuration.
+
+    \b
+    Examples:
+      swat-lm info swat-340m
+      swat-lm info recipes/own-text.yaml model.sliding_window=256
+      swat-lm info runs/mine --length 100000
+    """
+    if target is None:
+        from swat_lm.model.presets import preset_names
+
+        results().print("presets: " + ", ".join(preset_names()), markup=False)
+        return
+    config, trained_length = find_config(target, overrides or [])
+    results().print(key_value_table(describe_model(config, length or trained_length)))
+
+
+def find_config(target: str, overrides: list[str]) -> "tuple[SwatConfig, int]":
+    """The configuration and training length behind a recipe, a preset or a checkpoint."""
+    from swat_lm.model.configuration import SwatConfig, config_from_recipe
+    from swat_lm.model.presets import preset_names
+
+    if target.endswith((".yaml", ".yml")):
+        from swat_lm.data import load_tokenizer, vocabulary_size
+        from swat_lm.recipe import load_recipe
+
+        recipe = load_recipe(target, overrides)
+        size = None
+        if "vocab_size" not in recipe.model:
+            size = vocabulary_size(load_tokenizer(recipe.data.tokenizer))
+        return config_from_recipe(recipe.model, size), recipe.data.sequence_length
+    if overrides:
+        raise ValueError(f"settings such as {overrides[0]!r} only go with a recipe (a .yaml file); got {target}")
+    if target in preset_names():
+        config = config_from_recipe({"preset": target})
+    elif not Path(target).exists() and "/" not in target:
+        raise ValueError(f"no recipe, checkpoint or preset {target!r}; presets: {', '.join(preset_names())}")
+    else:
+        config = SwatConfig.from_pretrained(find_export(target))
+    return config, config.max_position_embeddings
+
+
+def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
+    """Names and figures for people."""
+    from swat_lm.model import cost
+
+    count = cost.count_parameters(config)
+    reach = cost.reach(config)
+    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+    kinds = [
+        f"{windows.count(window)} x {'full attention' if window is None else f'window {window:,}'}"
+        for window in dict.fromkeys(windows)
+    ]
+    state = cost.state_bytes(config, context=length, dtype_bytes=2)
+    grows = "" if None not in windows else f" after {length:,} tokens, growing"
+    return [
+        ("parameters", f"{count.total:,} ({count.embedding:,} of them embeddings)"),
+        ("layers", ", ".join(kinds)),
+        ("width", f"{config.hidden_size:,}, {config.num_attention_heads} heads of {config.head_dim}"),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("reach", "everything before" if reach is None else f"{reach:,} tokens"),
+        ("training", f"{cost.training_flops_per_token(config, length):.3g} FLOPs per token at {length:,} tokens"),
+        ("decoding", f"{cost.decoding_flops_per_token(config, length):.3g} FLOPs per token after {length:,} tokens"),
+        ("state", f"{state:,} bytes per stream in bf16{grows}"),
+    ]

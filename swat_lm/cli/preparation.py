@@ -1,0 +1,90 @@
+"""`swat-lm tokenizer` and `swat-lm prepare`: from text to a tokenizer, and to tokens on disk."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swat_lm.cli.console import key_value_table, results
+from swat_lm.cli.progress import Counter
+
+if TYPE_CHECKING:
+    from swat_lm.recipe import DataRecipe
+
+__all__ = ["prepare", "tokenizer"]
+
+TextField = Annotated[str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")]
+SOURCES_HELP = (
+    "Files or folders of .txt .md .py .jsonl .parquet (also .gz .xz), hub:NAME[:CONFIG][:SPLIT], or python:stdlib."
+)
+
+
+def tokenizer(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCES...", help=SOURCES_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens in all: 256 bytes, 3 special ones, the rest merges.")] = 8192,
+    text_field: TextField = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer on text; lossless for any input.
+
+    Recipes use it with `data.tokenizer: FOLDER`.
+
+    \b
+    Example:
+      swat-lm tokenizer notes/ book.txt.gz --vocab-size 4096 --out tokenizers/mine
+    """
+    from swat_lm.data import train_tokenizer, vocabulary_size
+
+    with Counter("reading text", "bytes") as counter:
+        trained = train_tokenizer(sources, vocab_size, out, text_field, counter)
+    results().print(f"{out}: {vocabulary_size(trained)} tokens", markup=False)
+
+
+def prepare(
+    sources: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]... | SOURCES...", help=SOURCES_HELP)],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For SOURCES: `bytes` (default), a folder, a tokenizer.json or a hub name.")
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="For SOURCES: field that holds a row's text.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for prepared tokens; default in the user's cache.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that tokenise; default one per core.")] = None,
+) -> None:
+    """Turn text into tokens on disk, once; `train` with the same data finds them.
+
+    \b
+    Examples:
+      swat-lm prepare recipes/own-text.yaml
+      swat-lm prepare notes/ --tokenizer tokenizers/mine
+    """
+    from swat_lm.data import prepare as prepare_tokens
+
+    data = data_settings(sources, tokenizer, text_field, cache, workers)
+    with Counter("preparing text", "bytes") as counter:
+        store = prepare_tokens(data, lambda at: counter(at.bytes_read, at.bytes_total))
+    rows = [
+        ("folder", str(store.folder)),
+        ("documents", f"{store.num_documents:,}"),
+        ("tokens", f"{store.num_tokens:,} of {store.vocab_size:,} kinds"),
+        ("text", f"{store.num_bytes:,} bytes, {store.num_bytes / max(store.num_tokens, 1):.2f} per token"),
+        ("held out", f"{len(store.split('held_out')):,} documents" if data.held_out else "nothing"),
+    ]
+    results().print(key_value_table(rows))
+
+
+def data_settings(
+    sources: list[str], tokenizer: str | None, text_field: str | None, cache: Path | None, workers: int | None
+) -> "DataRecipe":
+    """The data part of a recipe with overrides, or the defaults for bare sources."""
+    from swat_lm.recipe import DataRecipe, load_recipe
+
+    given = {
+        "tokenizer": tokenizer,
+        "text_field": text_field,
+        "cache": str(cache) if cache else None,
+        "workers": workers,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not sources[0].endswith((".yaml", ".yml")):
+        return DataRecipe(sources=tuple(sources), **given)  # type: ignore[arg-type]
+    overrides = [f"data.{name}={value}" for name, value in given.items()]
+    return load_recipe(sources[0], [*sources[1:], *overrides]).data

@@ -1,0 +1,148 @@
+"""Live progress of runs: bars with loss, tokens per second and time left on a terminal, plain lines elsewhere."""
+
+import time
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from swat_lm.cli.console import messages
+
+if TYPE_CHECKING:
+    from swat_lm.train.events import Event
+
+__all__ = ["Counter", "RunProgress", "clock"]
+
+# lines in a log file: often enough to see that it lives, seldom enough to read
+SECONDS_BETWEEN_LINES = 10.0
+# of each new loss: single batches are too noisy to read
+SHARE_OF_NEW_LOSS = 0.1
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as 1:23 or 2:03:04; dashes if unknown."""
+    if seconds is None:
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class TimeLeft(ProgressColumn):
+    """The run's own estimate, which knows about evaluation and saving."""
+
+    def render(self, task: Task) -> Text:
+        """The field `left` as minutes and seconds."""
+        return Text(f"{clock(task.fields['left'])} left")
+
+
+def new_bars(console: Console, *, transient: bool) -> Progress:
+    """Bars that show a text of numbers and the time left."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        TimeLeft(),
+    )
+    return Progress(*columns, console=console, transient=transient)
+
+
+class RunProgress:
+    """Draws training runs, by name and maybe several side by side; a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or messages()
+        self._live = self._console.is_terminal and not self._console.quiet
+        self._bars = new_bars(self._console, transient=False)
+        self._tasks: dict[str, TaskID] = {}
+        self._losses: dict[str, float] = {}
+        self._held_out: dict[str, float] = {}
+        self._last_line: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._bars.stop()
+
+    def event(self, name: str, event: "Event") -> None:
+        """Take one event of the run."""
+        if event.preparing is not None:
+            self.count(f"{name}: preparing text", event.preparing.bytes_read, event.preparing.bytes_total)
+            return
+        if event.loss is not None:
+            before = self._losses.get(name, event.loss)
+            self._losses[name] = before + SHARE_OF_NEW_LOSS * (event.loss - before)
+        if event.held_out_loss is not None:
+            self._held_out[name] = event.held_out_loss
+        if event.kind == "start" and event.path is not None:
+            self.say(f"{name}: continues from {event.path}")
+        if event.kind == "interrupt":
+            self.say(f"{name}: stopped at step {event.step:,} and saved; the same command continues it")
+        important = event.kind == "evaluate" or (event.kind == "step" and event.step == event.steps)
+        if event.kind in ("step", "evaluate", "finish"):
+            numbers = f"step {event.step:,}/{event.steps:,}  {self._numbers(name, event)}"
+            self._show(name, event.step, event.steps, numbers, event.seconds_left, important)
+
+    def count(self, name: str, done: int, total: int) -> None:
+        """So much of other work is done."""
+        self._show(name, done, total, f"{100 * done / max(total, 1):.0f} %", None, False)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self._console.print(text, markup=False)
+
+    def _numbers(self, name: str, event: "Event") -> str:
+        parts = [f"loss {self._losses[name]:.3f}"] if name in self._losses else []
+        if name in self._held_out:
+            parts.append(f"held out {self._held_out[name]:.3f}")
+        if event.tokens_per_second is not None:
+            parts.append(f"{event.tokens_per_second:,.0f} tokens/s")
+        return "  ".join(parts)
+
+    def _show(self, name: str, done: int, total: int, numbers: str, left: float | None, important: bool) -> None:
+        if self._live:
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=total, numbers="", left=None)
+            self._bars.update(self._tasks[name], completed=done, total=total, numbers=numbers, left=left)
+            return
+        now = time.monotonic()
+        if important or now - self._last_line.get(name, 0.0) >= SECONDS_BETWEEN_LINES:
+            self._last_line[name] = now
+            rest = "" if left is None else f"  {clock(left)} left"
+            self.say(f"{name}: {numbers}{rest}")
+
+
+class Counter:
+    """A bar over a known amount of work, with the rate in its unit; silent where there is no terminal."""
+
+    def __init__(self, name: str, unit: str, console: Console | None = None) -> None:
+        self._unit = unit
+        console = console or messages()
+        self._live = console.is_terminal and not console.quiet
+        self._bars = new_bars(console, transient=True)
+        self._task = self._bars.add_task(name, total=None, numbers="", left=None)
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._bars.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So much of the whole is done."""
+        if not self._live:
+            return
+        seconds = max(time.monotonic() - self._began, 1e-6)
+        left = seconds / done * (total - done) if done else None
+        numbers = f"{100 * done / max(total, 1):.0f} %  {done / seconds:,.0f} {self._unit}/s"
+        self._bars.update(self._task, completed=done, total=total, numbers=numbers, left=left)

@@ -1,0 +1,132 @@
+"""Loss against evaluation length as numbers: what is measured, its errors, JSON. No model, no torch."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+__all__ = ["LengthCurve", "LengthPoint", "difference", "summarise"]
+
+
+@dataclass(frozen=True)
+class LengthPoint:
+    """The loss at one evaluation length N, in nats per token; tokens of a sequence count from 1.
+
+    Every token is predicted from all tokens of its sequence before it, of which the model's own attention and state
+    decide how much it sees. Token 1 has nothing before it and is not predicted.
+
+    - `mean_loss`: tokens 2 .. N. The loss of sequences of length N as a whole, as in the paper's Table 2.
+    - `tail_loss`: tokens N/2+1 .. N. The loss where the context is about N long, so that a model that breaks at N shows
+      it here first.
+
+    The sequences are the first N tokens of each document (`loss_by_length`), or all pieces of N tokens into which the
+    documents are cut (`loss_on_same_text`, the paper's way). All documents of at least N tokens weigh the same. Errors
+    are standard errors over documents, None for one document.
+    """
+
+    length: int
+    num_documents: int
+    mean_loss: float
+    mean_loss_error: float | None
+    tail_loss: float
+    tail_loss_error: float | None
+    state_bytes: int
+    """What one stream keeps of its past after N tokens."""
+
+
+@dataclass(frozen=True)
+class LengthCurve:
+    """Loss against evaluation length of one model, with each document's figures, to compare models in pairs."""
+
+    points: tuple[LengthPoint, ...]
+    num_tokens: int
+    """Tokens predicted; each once."""
+    window: int | None
+    """Window the model was evaluated with; None: full attention in at least one layer."""
+    same_text: bool
+    """Whether every length was measured on the same text, cut anew for each; see `loss_on_same_text`."""
+    document_mean_loss: tuple[tuple[float | None, ...], ...]
+    """Per document, in the order given, per length: tokens 2 .. N; None where the document is shorter than N."""
+    document_tail_loss: tuple[tuple[float | None, ...], ...]
+    """The same for tokens N/2+1 .. N."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Evaluation lengths, rising."""
+        return tuple(point.length for point in self.points)
+
+    def at(self, length: int) -> LengthPoint:
+        """The point of one length; raises ValueError if it was not measured."""
+        for point in self.points:
+            if point.length == length:
+                return point
+        raise ValueError(f"length {length} was not measured; measured: {', '.join(map(str, self.lengths))}")
+
+    def to_json(self) -> str:
+        """Everything as one JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LengthCurve":
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        return cls(
+            points=tuple(LengthPoint(**point) for point in values["points"]),
+            num_tokens=values["num_tokens"],
+            window=values["window"],
+            same_text=values["same_text"],
+            document_mean_loss=tuple(map(tuple, values["document_mean_loss"])),
+            document_tail_loss=tuple(map(tuple, values["document_tail_loss"])),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the JSON beside the place and rename it."""
+        beside = path.with_name(f".tmp-{path.name}")
+        beside.write_text(self.to_json() + "\n", encoding="utf-8")
+        beside.replace(path)
+
+
+def difference(first: Sequence[float | None], second: Sequence[float | None]) -> tuple[float, float | None]:
+    """Mean over documents of `first - second` and its standard error (None for one document).
+
+    Pairing by document removes what makes some texts harder than others. Raises ValueError if no document has both.
+    """
+    both = [a - b for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    if not both:
+        raise ValueError("no document has both losses: expected the same documents, at lengths that some of them reach")
+    return mean_and_error(both)
+
+
+def summarise(
+    sizes: Sequence[int],
+    means: Sequence[Sequence[float | None]],
+    tails: Sequence[Sequence[float | None]],
+    state_bytes: Sequence[int],
+    num_tokens: int,
+    window: int | None,
+    *,
+    same_text: bool,
+) -> LengthCurve:
+    """Means per document and length to means over documents."""
+    points = []
+    for at, size in enumerate(sizes):
+        head = [row[at] for row in means if row[at] is not None]
+        tail = [row[at] for row in tails if row[at] is not None]
+        points.append(
+            LengthPoint(
+                size, len(head), *mean_and_error(cast(list[float], head)), *mean_and_error(cast(list[float], tail)),
+                state_bytes[at],
+            )
+        )  # fmt: skip
+    return LengthCurve(tuple(points), num_tokens, window, same_text, tuple(map(tuple, means)), tuple(map(tuple, tails)))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard error of the mean; None for one value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(spread / len(values))

@@ -1,0 +1,276 @@
+"""Loss against evaluation length: long token streams read in constant memory, each token's loss counted once.
+
+Table 2 of SWAT (arXiv 2502.18845). What is measured is defined in curves.py.
+Legend: B streams read side by side, T tokens of a chunk, M model width, V vocabulary.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swat_lm.evaluate.curves import LengthCurve, summarise
+from swat_lm.model.configuration import SwatConfig
+from swat_lm.model.loss import token_losses
+from swat_lm.model.modeling import SwatForCausalLM
+
+__all__ = [
+    "loss_by_length",
+    "loss_on_same_text",
+    "position_losses",
+    "segments",
+    "with_window",
+]
+
+
+def loss_by_length(
+    model: SwatForCausalLM,
+    documents: Sequence[np.ndarray | Tensor | Sequence[int]],
+    lengths: Iterable[int],
+    *,
+    chunk: int = 512,
+    batch_size: int = 8,
+    window: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LengthCurve:
+    """Read every document up to the greatest length and average its losses up to each length; see LengthPoint.
+
+    Memory does not depend on the lengths (beyond the state of full-attention layers, which grows), nor does the result
+    depend on `chunk` or `batch_size` beyond rounding.
+
+    Args:
+        model: any SwatForCausalLM; evaluated in `eval` mode, without gradients, on its own device.
+        documents: token ids of each document. `segments` cuts a stream of short documents into long ones.
+        lengths: evaluation lengths in tokens, each at least 2.
+        chunk: tokens of each stream per forward pass.
+        batch_size: streams read side by side.
+        window: evaluate with this window in every layer instead of the model's own; see `with_window`.
+        on_progress: called with tokens done and tokens in all.
+
+    Raises:
+        ValueError: no document reaches a length, or an argument is out of range.
+    """
+    sizes = check_arguments(lengths, documents, chunk, batch_size)
+    if window is not None:
+        model = with_window(model, window)
+    # of like length side by side, so that few rows are padded
+    order = sorted(
+        (i for i in range(len(documents)) if len(documents[i]) >= sizes[0]), key=lambda i: -len(documents[i])
+    )
+    taken = {index: min(len(documents[index]), sizes[-1]) for index in order}
+    bounds = sorted({1, *sizes, *(max(1, size // 2) for size in sizes)})
+    sums: dict[int, list[float]] = {index: [0.0] * (len(bounds) - 1) for index in order}
+    state_bytes: dict[int, int] = {}
+    done, total = 0, sum(count - 1 for count in taken.values())
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        tokens = stack([documents[index] for index in rows], [taken[index] for index in rows])
+        for piece in position_losses(model, tokens, chunk, cuts=sizes):
+            for row, index in enumerate(rows):
+                # beyond the document's own end a row is padding
+                losses = piece.losses[row, : max(0, taken[index] - piece.start)]
+                add_to_buckets(sums[index], bounds, piece.start, losses)
+                done += len(losses)
+            state_bytes.setdefault(piece.tokens_read, piece.state_bytes)
+            if on_progress:
+                on_progress(done, total)
+
+    def mean(index: int, low: int, high: int) -> float | None:
+        if len(documents[index]) < high:
+            return None
+        return math.fsum(sums[index][bounds.index(low) : bounds.index(high)]) / (high - low)
+
+    everyone = range(len(documents))
+    means = [[mean(index, 1, size) for size in sizes] for index in everyone]
+    tails = [[mean(index, max(1, size // 2), size) for size in sizes] for index in everyone]
+    kept = [state_bytes[size] for size in sizes]
+    return summarise(sizes, means, tails, kept, total, widest_window(model.config), same_text=False)
+
+
+def loss_on_same_text(
+    model: SwatForCausalLM,
+    documents: Sequence[np.ndarray | Tensor | Sequence[int]],
+    lengths: Iterable[int],
+    *,
+    chunk: int = 512,
+    batch_size: int = 8,
+    window: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LengthCurve:
+    """The same text at every length: for each N the documents are cut into pieces of N, each read from a fresh start.
+
+    This is the paper's measurement. It costs one pass over the text per length, and its differences between lengths are
+    far more exact than those of `loss_by_length`, since no length has easier text. Arguments as there, but every length
+    must divide the greatest, of which each document's whole multiples are used; `batch_size` streams of `chunk` tokens
+    set the size of a forward pass also where pieces are shorter.
+
+    Raises:
+        ValueError: a length that does not divide the greatest, no document that reaches it, an argument out of range.
+    """
+    sizes = check_arguments(lengths, documents, chunk, batch_size)
+    for size in sizes:
+        if sizes[-1] % size:
+            raise ValueError(
+                f"lengths: expected divisors of the greatest, {sizes[-1]}, so that all see the same text; got {size}"
+            )
+    if window is not None:
+        model = with_window(model, window)
+    chosen = [index for index in range(len(documents)) if len(documents[index]) >= sizes[-1]]
+    used = {index: len(documents[index]) // sizes[-1] * sizes[-1] for index in chosen}
+    done, total = 0, sum(used.values()) * len(sizes)
+    means: list[list[float | None]] = [[None] * len(sizes) for _ in documents]
+    tails: list[list[float | None]] = [[None] * len(sizes) for _ in documents]
+    state_bytes = []
+    for at, size in enumerate(sizes):
+        pieces = [(index, start) for index in chosen for start in range(0, used[index], size)]
+        sums = dict.fromkeys(chosen, (0.0, 0.0))
+        kept = 0
+        together = batch_size * max(1, chunk // size)
+        for begin in range(0, len(pieces), together):
+            part = pieces[begin : begin + together]
+            tokens = stack([documents[index][start : start + size] for index, start in part], [size] * len(part))
+            heads, tails_here, kept = piece_sums(model, tokens, chunk)
+            for (index, _), head, tail in zip(part, heads, tails_here, strict=True):
+                sums[index] = (sums[index][0] + head, sums[index][1] + tail)
+            done += tokens.numel()
+            if on_progress:
+                on_progress(done, total)
+        state_bytes.append(kept)
+        for index in chosen:
+            count, (head, tail) = used[index] // size, sums[index]
+            means[index][at] = head / (count * (size - 1))
+            tails[index][at] = tail / (count * (size - max(1, size // 2)))
+    predicted = sum(count // size * (size - 1) for count in used.values() for size in sizes)
+    return summarise(sizes, means, tails, state_bytes, predicted, widest_window(model.config), same_text=True)
+
+
+class Piece(NamedTuple):
+    """What one forward pass of `position_losses` found."""
+
+    start: int
+    """Index in the stream of the first token that has a loss here."""
+    losses: Tensor
+    """float32 `[B, t]` on the CPU; `[:, i]` belongs to the token at index `start + i`."""
+    tokens_read: int
+    state_bytes: int
+    """What one stream keeps of its past after `tokens_read` tokens."""
+
+
+def position_losses(
+    model: SwatForCausalLM, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()
+) -> Iterator[Piece]:
+    """Stream `tokens` int64 `[B, T]` through the model and yield the loss of every token but the first, in order.
+
+    Each chunk's hidden states predict the token after each of its own; chunks also end at the token numbers `cuts`.
+    """
+    length = tokens.shape[1]
+    tokens = tokens.to(model.device)
+    weight = model.lm_head.weight
+    edges = sorted({*range(0, length, chunk), *(cut for cut in cuts if cut < length), length})
+    state = model.init_state(len(tokens))
+    was_training = model.training
+    model.eval()
+    try:
+        for start, end in itertools.pairwise(edges):
+            with torch.inference_mode():
+                hidden = model.extend(tokens[:, start:end], state)
+                targets = tokens[:, start + 1 : end + 1]
+                losses = token_losses(hidden[:, : targets.shape[1]].flatten(0, 1), weight, targets.flatten())
+            yield Piece(start + 1, losses.view(targets.shape).float().cpu(), end, state.num_bytes // len(tokens))
+    finally:
+        model.train(was_training)
+
+
+def with_window(model: SwatForCausalLM, window: int) -> SwatForCausalLM:
+    """The same weights (shared, not copied) with one window in every layer: Figure 2 and the windows of Table 2.
+
+    A score bias that was derived from the trained window keeps its value. Raises ValueError for a window below 1.
+    """
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 (a token counts itself), got {window}")
+    old = model.config
+    config = cast(SwatConfig, copy.deepcopy(old))
+    layers = range(old.num_hidden_layers)
+    config.score_bias = [old.attention_settings(layer).score_bias for layer in layers]
+    config.sliding_window = window
+    config.layer_types = ["sliding_attention"] * len(layers)
+    with torch.device("meta"):
+        windowed = SwatForCausalLM(config)
+    windowed.load_state_dict(model.state_dict(), assign=True)
+    if config.tie_word_embeddings:
+        windowed.tie_weights()
+    return windowed.train(model.training)
+
+
+def segments(documents: Iterable[np.ndarray], length: int, most: int | None = None) -> list[np.ndarray]:
+    """The documents one after the other, cut into pieces of exactly `length` tokens; a shorter rest is left out.
+
+    Pieces begin anywhere in a text, so what a piece holds at its start and at its end is alike but for its context.
+    `most` takes that many pieces, spread evenly over the whole. Raises ValueError if there is less than one piece.
+    """
+    stream = np.concatenate([np.asarray(document) for document in documents] or [np.zeros(0, np.int64)])
+    count = len(stream) // length
+    if count == 0:
+        raise ValueError(
+            f"the documents hold {len(stream)} tokens together, less than one piece of {length}: "
+            "evaluate at shorter lengths or on more text"
+        )
+    chosen = range(count) if most is None or most >= count else [i * count // most for i in range(most)]
+    return [stream[i * length : (i + 1) * length] for i in chosen]
+
+
+def check_arguments(lengths: Iterable[int], documents: Sequence[Any], chunk: int, batch_size: int) -> list[int]:
+    """The lengths, rising and distinct; raises ValueError for what cannot be measured."""
+    sizes = sorted(set(lengths))
+    if not sizes or sizes[0] < 2:
+        raise ValueError(f"lengths: expected whole numbers of tokens, each at least 2; got {sizes or 'none'}")
+    for name, value in (("chunk", chunk), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    longest = max((len(document) for document in documents), default=0)
+    if longest < sizes[-1]:
+        raise ValueError(
+            f"lengths: no document has {sizes[-1]} tokens; the longest of {len(documents)} has {longest}. Evaluate at "
+            "shorter lengths, or join short documents into long pieces"
+        )
+    return sizes
+
+
+def stack(documents: Sequence[Any], counts: Sequence[int]) -> Tensor:
+    """The first tokens of each document as int64 `[B, T]`, padded on the right, where no earlier token looks."""
+    rows = torch.zeros(len(documents), max(counts), dtype=torch.int64)
+    for row, (document, count) in enumerate(zip(documents, counts, strict=True)):
+        rows[row, :count] = torch.as_tensor(np.asarray(document[:count], dtype=np.int64))
+    return rows
+
+
+def add_to_buckets(sums: list[float], bounds: Sequence[int], start: int, losses: Tensor) -> None:
+    """Add the losses of the tokens at index `start ..` to the buckets `bounds[b] <= index < bounds[b + 1]`."""
+    for bucket, (low, high) in enumerate(itertools.pairwise(bounds)):
+        part = losses[max(0, low - start) : max(0, high - start)]
+        if len(part):
+            sums[bucket] += part.double().sum().item()
+
+
+def piece_sums(model: SwatForCausalLM, tokens: Tensor, chunk: int) -> tuple[list[float], list[float], int]:
+    """Of each row of `tokens` `[B, N]` the summed loss of tokens 2 .. N and N/2+1 .. N; bytes kept after the last."""
+    middle, kept = max(1, tokens.shape[1] // 2), 0
+    whole = torch.zeros(len(tokens), dtype=torch.float64)
+    late = torch.zeros(len(tokens), dtype=torch.float64)
+    for piece in position_losses(model, tokens, chunk):
+        losses = piece.losses.double()
+        whole += losses.sum(dim=1)
+        late += losses[:, max(0, middle - piece.start) :].sum(dim=1)
+        kept = piece.state_bytes
+    return whole.tolist(), late.tolist(), kept
+
+
+def widest_window(config: SwatConfig) -> int | None:
+    """The widest window of any layer; None if a layer has full attention."""
+    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+    return None if None in windows else max(cast(list[int], windows))

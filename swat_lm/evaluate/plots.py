@@ -1,0 +1,206 @@
+"""Pictures of measured curves as PNG files; readable at half size, in print and with any colour vision.
+
+Knows numbers only: no model, no data. Draws without a display.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+__all__ = ["Series", "plot_loss_by_length", "plot_state_bytes", "plot_training"]
+
+# the colour-blind safe palette of Okabe and Ito, most distinct first; markers tell the lines apart without colour
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", "-", "--")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a picture: `y[i]`, and if measured its standard error, at `x[i]`."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float | None] | None = None
+
+
+def plot_loss_by_length(
+    series: Sequence[Series],
+    path: Path,
+    *,
+    training_length: int | None = None,
+    window: int | None = None,
+    ylabel: str = "loss (nats per token)",
+    title: str | None = None,
+) -> None:
+    """Loss against evaluation length in tokens, on a doubling axis; error bars are one standard error.
+
+    `training_length` and `window` are marked by vertical lines. Raises ValueError if there is nothing to draw.
+    """
+    check_series(series)
+    figure, axes = new_figure()
+    for index, one in enumerate(series):
+        errors = None if one.error is None else [0.0 if e is None else e for e in one.error]
+        axes.errorbar(
+            one.x, one.y, yerr=errors, label=one.name, color=COLOURS[index % 6], marker=MARKERS[index % 6],
+            linestyle=DASHES[index % 6], linewidth=2.2, markersize=7, capsize=4,
+        )  # fmt: skip
+    lengths = sorted({x for one in series for x in one.x})
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.set_xlabel("evaluation length (tokens)")
+    axes.set_ylabel(ylabel)
+    leave_headroom(axes)
+    marks: dict[float, list[str]] = {}
+    for at, text in ((training_length, "training length"), (window, "window")):
+        if at is not None:
+            marks.setdefault(float(at), []).append(text)
+    for at, texts in marks.items():
+        mark_vertical(axes, at, " = ".join(texts))
+    finish(figure, path, title)
+
+
+def plot_training(
+    training: Sequence[Series], held_out: Sequence[Series], path: Path, *, title: str | None = None
+) -> None:
+    """Training loss (thin, with its running mean) and held-out loss (marked) against tokens trained on.
+
+    `held_out[i]` belongs to `training[i]` and shares its colour; it may be empty. Raises ValueError without any line.
+    """
+    check_series(training)
+    figure, axes = new_figure()
+    for index, one in enumerate(training):
+        colour = COLOURS[index % 6]
+        axes.plot(one.x, one.y, color=colour, linewidth=0.8, alpha=0.3)
+        axes.plot(one.x, running_mean(one.y), color=colour, linewidth=2.2, linestyle=DASHES[index % 6],
+                  label=f"{one.name}, training")  # fmt: skip
+    for index, one in enumerate(held_out):
+        if one.x:
+            axes.plot(one.x, one.y, color=COLOURS[index % 6], linestyle="none", marker=MARKERS[index % 6],
+                      markersize=8, markeredgecolor="black", label=f"{one.name}, held out")  # fmt: skip
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("loss (nats per token)")
+    low, high = smoothed_range(training, held_out)
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    finish(figure, path, title)
+
+
+def plot_state_bytes(series: Sequence[Series], path: Path, *, title: str | None = None) -> None:
+    """Bytes that a stream keeps against tokens read, both axes doubling. Raises ValueError without any line."""
+    check_series(series)
+    figure, axes = new_figure()
+    for index, one in enumerate(series):
+        axes.plot(one.x, one.y, label=one.name, color=COLOURS[index % 6], marker=MARKERS[index % 6],
+                  linestyle=DASHES[index % 6], linewidth=2.2, markersize=7)  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    lengths = sorted({x for one in series for x in one.x})
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_bytes(value)))
+    axes.set_xlabel("tokens read")
+    axes.set_ylabel("state of one stream")
+    finish(figure, path, title)
+
+
+def short_number(value: float) -> str:
+    """1024 -> 1k, 1500 -> 1.5k where that is exact enough to read off an axis; powers of two count in 1024s."""
+    for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
+        if value >= size and value % size == 0:
+            return f"{value / size:g}{unit}"
+    for unit, size in (("M", 1_000_000), ("k", 1000)):
+        if value >= 10 * size or (value >= size and value % (size // 10) == 0):
+            return f"{value / size:.3g}{unit}"
+    return f"{value:g}"
+
+
+def short_bytes(value: float) -> str:
+    """Bytes with a binary unit, such as 1.5 MiB."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:g} B"
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over about a fifteenth of the curve, centred so that it does not lag; the ends use what there is."""
+    reach = len(values) // 30
+    means = []
+    for index in range(len(values)):
+        # equally far to both sides, else a falling curve's first means would be too low
+        half = min(reach, index, len(values) - 1 - index)
+        part = values[index - half : index + half + 1]
+        means.append(sum(part) / len(part))
+    return means
+
+
+def smoothed_range(training: Sequence[Series], held_out: Sequence[Series]) -> tuple[float, float]:
+    """Limits of the loss axis: the lowest value, and the smoothed loss after a tenth of training."""
+    lowest = min(value for one in (*training, *held_out) for value in one.y)
+    smooth = [running_mean(one.y) for one in training]
+    highest = max(curve[len(curve) // 10] for curve in smooth)
+    return lowest, max(highest, lowest + 1e-3)
+
+
+def new_figure() -> tuple[Figure, Axes]:
+    """A figure of 9 by 5.4 inches whose text stays readable at half size."""
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(True, color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(labelsize=13)
+    axes.xaxis.label.set_fontsize(14)
+    axes.yaxis.label.set_fontsize(14)
+    return figure, axes
+
+
+def leave_headroom(axes: Axes) -> None:
+    """Room above the curves for the words of the vertical marks."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.1 * (high - low))
+
+
+def mark_vertical(axes: Axes, at: float, text: str) -> None:
+    """A dotted vertical line with its words at the top."""
+    axes.axvline(at, color="#555555", linestyle=":", linewidth=1.6)
+    axes.annotate(text, (at, 0.985), xycoords=("data", "axes fraction"), xytext=(5, 0), textcoords="offset points",
+                  va="top", fontsize=12, color="#333333")  # fmt: skip
+
+
+def check_series(series: Sequence[Series]) -> None:
+    """Raise ValueError if a line is empty or its parts differ in length."""
+    if not series:
+        raise ValueError("nothing to draw: expected at least one series")
+    for one in series:
+        sizes = {len(one.x), len(one.y)} | ({len(one.error)} if one.error is not None else set())
+        if len(sizes) != 1 or 0 in sizes:
+            raise ValueError(f"series {one.name!r}: x, y and error must be equally long and not empty; got {sizes}")
+
+
+def finish(figure: Figure, path: Path, title: str | None) -> None:
+    """Put the names of the lines above the axes, where they hide no point, and write the PNG in one piece."""
+    axes = figure.axes[0]
+    if title:
+        axes.set_title(title, loc="left", fontsize=13, color="#333333")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=13)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    # written beside and renamed: an interruption leaves no half picture
+    beside = path.with_name(f".tmp-{path.name}")
+    beside.write_bytes(buffer.getvalue())
+    beside.replace(path)

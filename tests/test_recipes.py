@@ -1,0 +1,91 @@
+"""Every recipe loads strictly, describes a model that can be built, and is what its name and comments say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from swat_lm.model.configuration import config_from_recipe
+from swat_lm.model.cost import count_parameters
+from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.model.presets import preset_names
+from swat_lm.recipe import RecipeError, dump_recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "swat_lm" / "experiments").glob("*.yaml")])
+# vocabularies of the tokenizers that recipes name; tests have no network
+VOCABULARIES = {"bytes": 259, "NousResearch/Llama-2-7b-hf": 32_000, "openai-community/gpt2": 50_257}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_valid(path: Path, tmp_path: Path):
+    recipe = load_recipe(path)
+    config = config_from_recipe(recipe.model, VOCABULARIES[recipe.data.tokenizer])
+    with torch.device("meta"):
+        model = SwatForCausalLM(config)
+    assert count_parameters(config).total == sum(one.numel() for one in model.parameters())
+    assert recipe.data.sequence_length == config.max_position_embeddings
+    assert recipe.train.schedule == "cosine"
+
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_recipe(recipe))
+    assert load_recipe(resolved) == recipe
+
+    with pytest.raises(RecipeError, match=r"unknown key train\.learning_rat"):
+        load_recipe(path, ["train.learning_rat=1"])
+
+
+def test_paper_runs_are_all_there():
+    named = {load_recipe(path).model.get("preset") for path in RECIPES}
+    assert set(preset_names()) <= named
+
+
+@pytest.mark.parametrize(("size", "billions"), [("340m", 15.0), ("760m", 30.0), ("248m", 19.7)])
+def test_twins_differ_in_attention_only(size: str, billions: float):
+    swat, *twins = (load_recipe(ROOT / "recipes" / f"{kind}-{size}.yaml") for kind in KINDS)
+    tokens = swat.train.steps * swat.train.batch_size * swat.data.sequence_length
+    assert round(tokens / 1e9, 1) == billions
+    for twin in twins:
+        assert twin.data == swat.data
+        assert twin.train == swat.train
+        assert twin.out == f"runs/{twin.name}"
+        ours, theirs = (config_from_recipe(one.model).to_dict() for one in (swat, twin))
+        differing = {name for name in ours if ours[name] != theirs.get(name)}
+        assert differing <= {"sliding_window", "layer_types", "score_function", "slopes"}
+        assert differing >= {"score_function", "slopes"}
+
+
+KINDS = ("swat", "transformer", "softmax-window")
+
+
+def test_signs_of_table_one():
+    expected = {"swat-340m": (True, True), "swat-340m-negative": (True, False), "swat-340m-positive": (False, True)}
+    for name, (any_negative, any_positive) in expected.items():
+        config = config_from_recipe(load_recipe(ROOT / "recipes" / f"{name}.yaml").model)
+        with torch.device("meta"):
+            model = SwatForCausalLM(config)
+        slopes = model.model.layers[0].self_attn._slopes
+        assert (bool((slopes < 0).any()), bool((slopes > 0).any())) == (any_negative, any_positive)
+
+
+def test_demo_twins_have_equal_size():
+    folder = ROOT / "swat_lm" / "experiments"
+    swat, twin = (load_recipe(folder / f"demo_{name}.yaml") for name in ("swat", "twin"))
+    assert (swat.data, swat.train, swat.seed) == (twin.data, twin.train, twin.seed)
+    ours, theirs = (config_from_recipe(one.model, 259) for one in (swat, twin))
+    assert count_parameters(ours).total == count_parameters(theirs).total
+    assert ours.window(0) == 64
+    assert theirs.window(0) is None
+    assert theirs.attention_settings(0).slopes == "none"
+
+
+def test_recipes_load_without_torch():
+    program = (
+        "import sys, types; package = types.ModuleType('swat_lm'); "
+        f"package.__path__ = [{str(ROOT / 'swat_lm')!r}]; sys.modules['swat_lm'] = package; "
+        f"from swat_lm.recipe import load_recipe; load_recipe({str(RECIPES[0])!r}); print('torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
