@@ -1,11 +1,14 @@
 """The finished model as a folder that `AutoModelForCausalLM.from_pretrained` reads."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import replace_folder
@@ -57,7 +60,8 @@ def export_model(
         beside = folder.with_name(".tmp-export")
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            plain_copy(model, weights).save_pretrained(beside)
+            with progress_bars_off():
+                plain_copy(model, weights).save_pretrained(beside)
             tokenizer.save_pretrained(beside)
             held_out = "" if held_out_loss is None else f", held-out loss {held_out_loss:.4f} nats per token"
             card = CARD.format(
@@ -71,6 +75,18 @@ def export_model(
 
     engine.on_main(write)
     return folder
+
+
+@contextmanager
+def progress_bars_off() -> Iterator[None]:
+    """Keep transformers from drawing over the caller's own progress."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def plain_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> PreTrainedModel:

@@ -41,12 +41,17 @@ class MetricsFile:
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        # unbuffered, so that a killed process loses nothing and a full disk is noticed here, not on closing
+        self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line and hand it to the operating system, so that a killed process loses none."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Append one line; raises OSError."""
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write to {self._file.name}: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file."""

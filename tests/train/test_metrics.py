@@ -1,4 +1,5 @@
 import json
+import resource
 import sys
 import types
 
@@ -33,6 +34,18 @@ def test_lines_reach_the_disk_without_closing(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", 0)
     file.write(1, {"loss": 2.0})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
+    file.close()
+
+
+def test_full_disk_names_the_file(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write to .*metrics\.jsonl: File too large"):
+            file.write(1, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     file.close()
 
 
