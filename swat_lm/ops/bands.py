@@ -16,12 +16,13 @@ TILE_BUDGET = 192 * 1024
 
 @dataclass(frozen=True)
 class Tiles:
-    """`count` tiles of one sequence, `rows x keys` each; tile i starts `i * rows` after the first row and key."""
+    """`count` tiles of one sequence, `rows x keys` each; tile i starts `i * step` after the first row and key."""
 
     sequence: int
     row: int
     key: int
     count: int
+    step: int
     rows: int
     keys: int
     # shared by all tiles of the batch: [rows, keys], and where it is a cut of the common table, its first column there
@@ -35,9 +36,8 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Band:
-    """One call's shape: the window brought to 1 .. S, and the rows of a tile."""
+    """One call's shape: the window brought to 1 .. S, the rows of a tile, and whole tiles of columns before its own."""
 
-    batch: int
     num_queries: int
     num_keys: int
     window: int
@@ -45,57 +45,89 @@ class Band:
     device: torch.device
 
     @classmethod
-    def of(cls, batch: int, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> "Band":
+    def of(cls, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> "Band":
         """Clamp the window to the keys there are (None is all of them) and choose the rows of a tile."""
         window = max(num_keys, 1) if window is None else min(window, max(num_keys, 1))
         # few rows waste less of the band's two edges, many feed the matrix product better
         rows = 32 if window <= 160 else 64
-        return cls(batch, num_queries, num_keys, window, max(1, min(rows, num_queries)), device)
+        return cls(num_queries, num_keys, window, max(1, min(rows, num_queries)), device)
+
+    @property
+    def blocks_back(self) -> int:
+        """Blocks of `rows` keys before a tile's own block that its rows may see."""
+        return -(-(self.window - 1) // self.rows)
 
     @property
     def width(self) -> int:
-        """Columns of an inner tile."""
-        return self.rows + self.window - 1
+        """Columns of an inner tile, whole blocks of `rows`."""
+        return (self.blocks_back + 1) * self.rows
+
+    @property
+    def tiles_per_batch(self) -> int:
+        """Inner tiles whose scores are held at once."""
+        return max(1, TILE_BUDGET // (self.rows * self.width))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a batch holds many more tiles than a key block is seen by."""
+        return 3 * self.blocks_back <= self.tiles_per_batch
 
     def common_distance(self) -> Tensor:
         """Return the distance of row i to column j of an inner tile, int64 `[rows, width]`."""
         row = torch.arange(self.rows, device=self.device)[:, None]
-        return row + self.window - 1 - torch.arange(self.width, device=self.device)
+        return row + self.width - self.rows - torch.arange(self.width, device=self.device)
 
     def contains(self, distance: Tensor) -> Tensor:
         """Return where a distance lies inside the causal window."""
         return (distance >= 0) & (distance < self.window)
 
-    def cut(self, first_visible: Tensor | None, last_visible: Tensor | None) -> Iterator[Tiles]:
-        """Yield tiles that hold every visible pair of every row exactly once, sequence by sequence."""
-        for sequence in range(self.batch):
-            first = None if first_visible is None else first_visible[sequence]
-            if last_visible is None:
-                yield from self._cut_regular(sequence, first)
-            else:
-                yield from self._cut_ragged(sequence, first, last_visible[sequence].long())
+    def cut(self, sequence: int, first: Tensor | None, last: Tensor | None, disjoint: bool) -> Iterator[Tiles]:
+        """Yield tiles that hold every visible pair of a sequence exactly once.
 
-    def _cut_regular(self, sequence: int, first: Tensor | None) -> Iterator[Tiles]:
+        Args:
+            sequence: its index in the batch.
+            first, last: int32 `[T]`, this sequence's visibility; None is the default.
+            disjoint: batch tiles that lie so far apart that no two of them share a key.
+        """
+        if last is None:
+            yield from self._cut_regular(sequence, first, disjoint)
+        else:
+            yield from self._cut_ragged(sequence, first, last.long())
+
+    def _cut_regular(self, sequence: int, first: Tensor | None, disjoint: bool) -> Iterator[Tiles]:
         rows, offset = self.rows, self.num_keys - self.num_queries
         common = self.common_distance()
-        full_blocks = self.num_queries // rows
-        # the first block whose whole tile lies inside the sequence
-        first_inner = min(-(-max(self.window - 1 - offset, 0) // rows), full_blocks)
-        per_batch = max(1, TILE_BUDGET // (rows * self.width))
-        spans = [(block * rows, 1, rows) for block in range(first_inner)]
-        spans += [
-            (block * rows, min(per_batch, full_blocks - block), rows)
-            for block in range(first_inner, full_blocks, per_batch)
-        ]
-        if self.num_queries % rows:
-            spans.append((full_blocks * rows, 1, self.num_queries % rows))
-        for row, count, num_rows in spans:
-            start = row + offset - (self.window - 1)
+        for block, count, stride in self._runs(disjoint):
+            row = block * rows
+            num_rows = min(rows, self.num_queries - row)
+            start = row + offset - self.blocks_back * rows
             column = max(0, -start)
-            keys = num_rows + self.window - 1 - column
-            hidden = None if first is None else _hidden(first, row, start + column, count, num_rows, keys)
+            keys = self.width - rows + num_rows - column
+            step = stride * rows
+            hidden = None if first is None else _hidden(first, row, start + column, count, step, num_rows, keys)
             distance = common[:num_rows, column : column + keys]
-            yield Tiles(sequence, row, start + column, count, num_rows, keys, distance, column, None, hidden)
+            yield Tiles(
+                sequence, row, start + column, count, step, num_rows, keys, distance, column, None, hidden
+            )  # fmt: skip
+
+    def _runs(self, disjoint: bool) -> Iterator[tuple[int, int, int]]:
+        """Yield `(first block, count, blocks from one tile to the next)` over the blocks of rows of a sequence."""
+        full = self.num_queries // self.rows
+        # the first block whose whole tile lies inside the sequence
+        inner = -(-(self.blocks_back * self.rows - (self.num_keys - self.num_queries)) // self.rows)
+        inner = min(max(inner, 0), full)
+        stride = self.blocks_back + 1 if disjoint else 1
+        if full - inner <= self.blocks_back:
+            # too few to be worth a batch
+            inner = full
+        yield from ((block, 1, 1) for block in range(inner))
+        span = self.tiles_per_batch * stride
+        for begin in range(inner, full, span):
+            end = min(begin + span, full)
+            for phase in range(begin, min(begin + stride, end)):
+                yield phase, -(-(end - phase) // stride), stride
+        if self.num_queries % self.rows:
+            yield full, 1, 1
 
     def _cut_ragged(self, sequence: int, first: Tensor | None, last: Tensor) -> Iterator[Tiles]:
         lowest = (last - (self.window - 1)).clamp_min(0)
@@ -108,12 +140,12 @@ class Band:
             index = torch.arange(begin, end, device=last.device)
             distance = own_last[:, None] - index
             outside = (distance < 0) | (index < own_first[:, None])
-            yield Tiles(sequence, row, begin, 1, own_last.shape[0], end - begin, distance, None, outside, None)
+            yield Tiles(sequence, row, begin, 1, 0, own_last.shape[0], end - begin, distance, None, outside, None)
 
 
-def _hidden(first: Tensor, row: int, key: int, count: int, rows: int, keys: int) -> Tensor | None:
-    first = first[row : row + count * rows].view(count, rows, 1)
-    begin = key + rows * torch.arange(count, device=first.device, dtype=first.dtype).view(count, 1, 1)
+def _hidden(first: Tensor, row: int, key: int, count: int, step: int, rows: int, keys: int) -> Tensor | None:
+    first = first[row:].as_strided((count, rows, 1), (step * first.stride(0), first.stride(0), 1))
+    begin = key + step * torch.arange(count, device=first.device, dtype=first.dtype).view(count, 1, 1)
     # first_visible never decreases, so the last row of a tile tells whether any of its rows hides a key
     if not bool((first[:, -1:] > begin).any()):
         return None

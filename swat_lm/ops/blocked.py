@@ -10,7 +10,8 @@ from torch import Tensor
 
 from swat_lm.ops.bands import Band
 from swat_lm.ops.head_bias import HeadBias, score_dtype
-from swat_lm.ops.tile_batches import Scratch, TileBatch, tile_batches
+from swat_lm.ops.key_gradients import ApartTiles, SkewedTiles
+from swat_lm.ops.tile_batches import Scratch, TileBatch, TilesOfHead, tile_batches
 
 
 def forward(
@@ -30,13 +31,16 @@ def forward(
     output = torch.empty_like(q, memory_format=torch.contiguous_format)
     softmax = score_function == "softmax"
     lse = q.new_empty(q.shape[:3] if softmax else (0,))
-    band = Band.of(q.shape[0], q.shape[1], k.shape[1], window, q.device)
+    band = Band.of(q.shape[1], k.shape[1], window, q.device)
     scratch = Scratch(q)
-    for batch in tile_batches(band, bias, k.shape[2], first_visible, last_visible):
+    for batch in tile_batches(band, bias, q.shape[0], k.shape[2], first_visible, last_visible):
         rows = batch.rows(q)
         scores = _scores(batch, rows, batch.keys(k), scale, scratch)
-        weights = _softmax(scores, scratch, batch.rows(lse)) if softmax else torch.sigmoid(scores, out=scores)
-        result = scratch.take("result", rows.shape)
+        if softmax:
+            weights = _softmax(scores, scratch.take("weights", *scores.shape), batch.rows(lse))
+        else:
+            weights = torch.sigmoid(scores, out=scores)
+        result = scratch.take("result", *rows.shape)
         batch.rows(output).copy_(torch.bmm(weights, batch.keys(v), out=result))
     return output.to(query.dtype), lse
 
@@ -71,25 +75,35 @@ def backward(
     d_value = torch.zeros_like(d_key)
     # one number per head out of a whole call's pairs, whose signs cancel: summed in float64
     d_bias = HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias))
-    band = Band.of(q.shape[0], q.shape[1], k.shape[1], window, q.device)
+    band = Band.of(q.shape[1], k.shape[1], window, q.device)
     scratch = Scratch(q)
-    for batch in tile_batches(band, bias, k.shape[2], first_visible, last_visible):
-        rows, columns, d_rows = batch.rows(q), batch.keys(k), batch.rows(d_output)
-        scores = _scores(batch, rows, columns, scale, scratch)
-        weights = _softmax(scores, scratch, None) if softmax else torch.sigmoid(scores, out=scores)
-        _add_key_gradient(batch, d_value, weights, d_rows, 1.0, scratch)
-        d_scores = scratch.take("d_scores", weights.shape)
-        torch.bmm(d_rows, batch.keys(v).transpose(1, 2), out=d_scores)
-        if softmax:
-            _softmax_backward(d_scores, weights, None if d_lse is None else batch.rows(d_lse))
+    disjoint = not band.is_narrow
+    for batch in tile_batches(band, bias, q.shape[0], k.shape[2], first_visible, last_visible, disjoint):
+        if isinstance(batch, TilesOfHead) and not disjoint:
+            layout = SkewedTiles(batch, scratch)
         else:
-            torch.ops.aten.sigmoid_backward.grad_input(d_scores, weights, grad_input=d_scores)
-        result = scratch.take("result", rows.shape)
-        torch.baddbmm(result, d_scores, columns, beta=0, alpha=scale, out=result)
+            layout = ApartTiles(batch, scratch)
+        rows, d_rows = layout.rows(q, "rows"), layout.rows(d_output, "d_rows")
+        columns = batch.keys(k)
+        # two buffers serve four matrices: scores, then dP; weights, then dS
+        scores = _scores(batch, rows, columns, scale, scratch)
+        weights = layout.weights(scores.shape)
+        if softmax:
+            _softmax(scores, weights, None)
+        else:
+            torch.sigmoid(scores, out=weights)
+        layout.add(d_value, weights, d_rows, 1.0)
+        torch.bmm(d_rows, batch.keys(v).transpose(1, 2), out=scores)
+        if softmax:
+            _softmax_backward(scores, weights, None if d_lse is None else batch.rows(d_lse))
+        else:
+            torch.ops.aten.sigmoid_backward.grad_input(scores, weights, grad_input=weights)
+        result = scratch.take("result", *rows.shape)
+        torch.baddbmm(result, weights, columns, beta=0, alpha=scale, out=result)
         batch.rows(d_query).copy_(result)
-        _add_key_gradient(batch, d_key, d_scores, rows, scale, scratch)
+        layout.add(d_key, weights, rows, scale)
         if needs_per_head:
-            batch.add_per_head(d_scores, d_bias.slopes, d_bias.constant)
+            batch.add_per_head(weights, d_bias)
     return (
         d_query.to(query.dtype),
         d_key.transpose(1, 2).to(key.dtype, memory_format=torch.contiguous_format),
@@ -99,16 +113,14 @@ def backward(
 
 
 def _scores(batch: TileBatch, rows: Tensor, columns: Tensor, scale: float, scratch: Scratch) -> Tensor:
-    shape = torch.Size((rows.shape[0], rows.shape[1], columns.shape[1]))
-    scores = scratch.take("scores", shape)
-    torch.baddbmm(batch.bias.expand(shape), rows, columns.transpose(1, 2), alpha=scale, out=scores)
+    scores = scratch.take("scores", rows.shape[0], rows.shape[1], columns.shape[1])
+    torch.baddbmm(batch.bias.expand(scores.shape), rows, columns.transpose(1, 2), alpha=scale, out=scores)
     if batch.tiles.hidden is not None:
         scores.masked_fill_(batch.tiles.hidden, float("-inf"))
     return scores
 
 
-def _softmax(scores: Tensor, scratch: Scratch, lse: Tensor | None) -> Tensor:
-    weights = scratch.take("weights", scores.shape)
+def _softmax(scores: Tensor, weights: Tensor, lse: Tensor | None) -> Tensor:
     if scores.shape[-1] == 0:
         if lse is not None:
             lse.fill_(float("-inf"))
@@ -125,20 +137,8 @@ def _softmax(scores: Tensor, scratch: Scratch, lse: Tensor | None) -> Tensor:
 
 
 def _softmax_backward(d_weights: Tensor, weights: Tensor, d_lse: Tensor | None) -> None:
+    """Turn the weights into the gradient of the scores, in place."""
     shift = (d_weights * weights).sum(dim=-1, keepdim=True)
     if d_lse is not None:
         shift -= d_lse[..., None]
-    d_weights.sub_(shift).mul_(weights)
-
-
-def _add_key_gradient(
-    batch: TileBatch, total: Tensor, weights: Tensor, rows: Tensor, scale: float, scratch: Scratch
-) -> None:
-    for run, columns in batch.key_runs(total):
-        left = weights[:, :, columns].transpose(1, 2)
-        if run.is_contiguous():
-            run.baddbmm_(left, rows, alpha=scale)
-        else:
-            # a batched product into a strided result would fall back to one product per tile
-            part = scratch.take("part", run.shape)
-            run.add_(torch.bmm(left, rows, out=part), alpha=scale)
+    weights.mul_(d_weights.sub_(shift))

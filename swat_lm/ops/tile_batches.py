@@ -24,33 +24,25 @@ class TilesOfHead:
 
     def rows(self, x: Tensor) -> Tensor:
         """`[B, T, H, ...]` -> `[N, rows, ...]`."""
-        t = self.tiles
-        return x[t.sequence, t.row : t.row + t.count * t.rows, self.head].unflatten(0, (t.count, t.rows))
+        return self._tiled(x[self.tiles.sequence, self.tiles.row :, self.head], self.tiles.rows)
 
     def keys(self, x: Tensor) -> Tensor:
-        """`[B, S, K, D]` -> `[N, keys, D]`; neighbouring tiles overlap, so this one is for reading only."""
-        return self._overlapping(x[self.tiles.sequence, self.tiles.key :, self.kv_head], self.tiles.keys)
+        """`[B, S, K, D]` -> `[N, keys, D]`; neighbouring tiles may overlap, so this one is for reading only."""
+        return self._tiled(x[self.tiles.sequence, self.tiles.key :, self.kv_head], self.tiles.keys)
 
-    def key_runs(self, x: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """`[B, K, S, D]` -> `[N, run, D]` in which no two tiles overlap, each with its columns of the tile."""
-        t = self.tiles
-        own = x[t.sequence, self.kv_head]
-        # the odd run comes first, so that all others are whole tiles of a contiguous stretch
-        for start in range(t.keys % t.rows - t.rows if t.keys % t.rows else 0, t.keys, t.rows):
-            columns = slice(max(start, 0), start + t.rows)
-            yield self._overlapping(own[t.key + columns.start :], columns.stop - columns.start), columns
+    def key_gradient(self, x: Tensor) -> Tensor:
+        """`[B, K, S, D]` -> `[N, keys, D]`, for tiles that share no key."""
+        return self._tiled(x[self.tiles.sequence, self.kv_head, self.tiles.key :], self.tiles.keys)
 
-    def _overlapping(self, own: Tensor, length: int) -> Tensor:
-        stride = own.stride(0)
-        return own.as_strided(
-            (self.tiles.count, length, own.shape[1]), (self.tiles.rows * stride, stride, own.stride(1))
-        )
+    def _tiled(self, x: Tensor, length: int) -> Tensor:
+        stride = x.stride(0)
+        return x.as_strided((self.tiles.count, length, *x.shape[1:]), (self.tiles.step * stride, *x.stride()))
 
-    def add_per_head(self, d_scores: Tensor, d_slopes: Tensor, d_constant: Tensor) -> None:
+    def add_per_head(self, d_scores: Tensor, d_bias: HeadBias) -> None:
         """Add this head's sums of dS * distance and of dS to `[H]` each."""
-        total = d_scores.sum(0, dtype=d_slopes.dtype)
-        d_constant[self.head] += total.sum()
-        d_slopes[self.head] += (total * self.tiles.distance).sum()
+        total = d_scores.sum(0, dtype=d_bias.slopes.dtype)
+        d_bias.constant[self.head] += total.sum()
+        d_bias.slopes[self.head] += (total * self.tiles.distance).sum()
 
 
 class HeadsOfTile:
@@ -71,23 +63,29 @@ class HeadsOfTile:
         t = self.tiles
         return x[t.sequence, t.key : t.key + t.keys].transpose(0, 1)
 
-    def key_runs(self, x: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    def key_gradient(self, x: Tensor) -> Tensor:
         """`[B, K, S, D]` -> `[N, keys, D]`."""
         t = self.tiles
-        yield x[t.sequence, :, t.key : t.key + t.keys], slice(0, t.keys)
+        return x[t.sequence, :, t.key : t.key + t.keys]
 
-    def add_per_head(self, d_scores: Tensor, d_slopes: Tensor, d_constant: Tensor) -> None:
+    def add_per_head(self, d_scores: Tensor, d_bias: HeadBias) -> None:
         """Add these heads' sums of dS * distance and of dS to `[H]` each."""
-        total = d_scores.to(d_slopes.dtype)
-        d_constant[self.heads] += total.sum((1, 2))
-        d_slopes[self.heads] += (total * self.tiles.distance).sum((1, 2))
+        total = d_scores.to(d_bias.slopes.dtype)
+        d_bias.constant[self.heads] += total.sum((1, 2))
+        d_bias.slopes[self.heads] += (total * self.tiles.distance).sum((1, 2))
 
 
 TileBatch = TilesOfHead | HeadsOfTile
 
 
 def tile_batches(
-    band: Band, bias: HeadBias, num_kv_heads: int, first_visible: Tensor | None, last_visible: Tensor | None
+    band: Band,
+    bias: HeadBias,
+    batch_size: int,
+    num_kv_heads: int,
+    first_visible: Tensor | None,
+    last_visible: Tensor | None,
+    disjoint: bool = False,
 ) -> Iterator[TileBatch]:
     """Yield every batch of tiles with its bias (-inf outside the band), tiles outside and heads inside.
 
@@ -98,19 +96,22 @@ def tile_batches(
     common: Tensor | None = None
     if last_visible is None and num_heads * band.rows * band.width <= COMMON_TABLE_LIMIT:
         common = _masked(bias, band.common_distance(), band)
-    for tiles in band.cut(first_visible, last_visible):
-        if tiles.outside is not None:
-            table = bias.at(tiles.distance).masked_fill_(tiles.outside, float("-inf"))
-        elif common is None or tiles.column is None:
-            table = _masked(bias, tiles.distance, band)
-        else:
-            table = common[:, : tiles.rows, tiles.column : tiles.column + tiles.keys]
-        if tiles.count > 1:
-            for head in range(num_heads):
-                yield TilesOfHead(tiles, head, group_size, table)
-        else:
-            for member in range(group_size):
-                yield HeadsOfTile(tiles, member, group_size, table)
+    for sequence in range(batch_size):
+        first = None if first_visible is None else first_visible[sequence]
+        last = None if last_visible is None else last_visible[sequence]
+        for tiles in band.cut(sequence, first, last, disjoint):
+            if tiles.outside is not None:
+                table = bias.at(tiles.distance).masked_fill_(tiles.outside, float("-inf"))
+            elif common is None or tiles.column is None:
+                table = _masked(bias, tiles.distance, band)
+            else:
+                table = common[:, : tiles.rows, tiles.column : tiles.column + tiles.keys]
+            if tiles.count > 1:
+                for head in range(num_heads):
+                    yield TilesOfHead(tiles, head, group_size, table)
+            else:
+                for member in range(group_size):
+                    yield HeadsOfTile(tiles, member, group_size, table)
 
 
 def _masked(bias: HeadBias, distance: Tensor, band: Band) -> Tensor:
@@ -124,9 +125,10 @@ class Scratch:
         self._like = like
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: torch.Size) -> Tensor:
+    def take(self, name: str, *shape: int) -> Tensor:
         """Return an uninitialised contiguous tensor of this shape; what the name held before is lost."""
+        size = torch.Size(shape).numel()
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < shape.numel():
-            buffer = self._buffers[name] = self._like.new_empty(shape.numel())
-        return buffer[: shape.numel()].view(shape)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name] = self._like.new_empty(size)
+        return buffer[:size].view(shape)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swat_lm.ops import window_attention
+from swat_lm.ops import bands, window_attention
 from tests.exactness import assert_as_exact_as_pytorch
 
 # B, T, S, H, K, D: odd sizes, grouped heads, fewer queries than keys, one query, nothing
@@ -104,6 +104,18 @@ def test_blocked_in_other_precisions(dtype, score_function):
     # inputs that every precision can hold, so that only the computation differs
     inputs = [t.to(torch.bfloat16).to(torch.float16).double() for t in make_inputs(shape)]
     compare(inputs, dtype, "blocked", score_function, 20)
+
+
+@pytest.mark.parametrize(("window", "budget"), [(100, 2**18), (100, 7 * 32 * 160), (300, 2**17), (31, 1)])
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_every_way_of_batching_tiles(monkeypatch, score_function, window, budget):
+    """Neighbouring tiles, tiles that share no key, and single ones, with grouped heads and documents."""
+    monkeypatch.setattr(bands, "TILE_BUDGET", budget)
+    shape = (1, 1000, 1010, 4, 2, 4)
+    inputs = make_inputs(shape)
+    documents = torch.arange(1000, dtype=torch.int32).div(170, rounding_mode="floor").mul(170)[None]
+    for first in (None, documents):
+        compare(inputs, torch.float32, "blocked", score_function, window, first)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,89 @@
+"""How the blocked backward sums the gradients of keys and values, which neighbouring tiles share.
+
+Apart: tiles that share no key, or one tile alone, add their transposed product to the keys directly.
+
+Skewed: neighbouring tiles share all but one block of keys. Their weights are laid out with one block of elements
+between tiles, so that a block of keys finds its own columns in the tiles that see it at one constant stride: with L
+columns a row, tile i + t holds them one block further to the left, and the gap makes up for exactly that. One strided
+view is then the whole transposed matrix of every key block, and one product per batch sums over all its queries.
+
+        tile 0   . . a b c        the columns c of tile 0, b of tile 1 and a of tile 2 belong to one key block;
+        tile 1   . . a b c        zero tiles before and after the batch complete the blocks at its ends
+        tile 2   . . a b c
+"""
+
+import torch
+from torch import Tensor
+
+from swat_lm.ops.tile_batches import Scratch, TileBatch, TilesOfHead
+
+
+class ApartTiles:
+    """Weights and rows of a batch whose tiles share no key."""
+
+    def __init__(self, batch: TileBatch, scratch: Scratch) -> None:
+        self.batch, self.scratch = batch, scratch
+
+    def weights(self, shape: torch.Size) -> Tensor:
+        """Uninitialised `[N, rows, keys]` for the weights, later for their gradient."""
+        return self.scratch.take("weights", *shape)
+
+    def rows(self, x: Tensor, name: str) -> Tensor:
+        """`[B, T, H, D]` -> `[N, rows, D]`."""
+        return self.batch.rows(x)
+
+    def add(self, total: Tensor, weights: Tensor, rows: Tensor, scale: float) -> None:
+        """Add `scale * weights^T rows` to the head-major `[B, K, S, D]`."""
+        run = self.batch.key_gradient(total)
+        left = weights.transpose(1, 2)
+        if run.is_contiguous():
+            run.baddbmm_(left, rows, alpha=scale)
+        else:
+            # a batched product into a strided result would fall back to one product per tile
+            part = self.scratch.take("part", *run.shape)
+            run.add_(torch.bmm(left, rows, out=part), alpha=scale)
+
+
+class SkewedTiles:
+    """Weights and rows of a batch of neighbouring inner tiles, laid out so that key blocks have one stride."""
+
+    def __init__(self, batch: TilesOfHead, scratch: Scratch) -> None:
+        tiles = batch.tiles
+        self.batch, self.scratch = batch, scratch
+        self.count, self.block, self.width = tiles.count, tiles.rows, tiles.keys
+        self.blocks_back = tiles.keys // tiles.rows - 1
+        self.tile = self.block * self.width + self.block
+
+    def weights(self, shape: torch.Size) -> Tensor:
+        """Uninitialised `[N, rows, keys]` between zero tiles."""
+        padding, inner = self.blocks_back * self.tile, self.count * self.tile
+        self.flat = self.scratch.take("weights", inner + 2 * padding)
+        self.flat[:padding].zero_()
+        self.flat[padding + inner :].zero_()
+        return self.flat[padding:].as_strided(shape, (self.tile, self.width, 1))
+
+    def rows(self, x: Tensor, name: str) -> Tensor:
+        """`[B, T, H, D]` -> `[N, rows, D]`, copied between zero rows."""
+        head_dim = x.shape[-1]
+        padded = self.scratch.take(name, self.count + 2 * self.blocks_back, self.block, head_dim)
+        padded[: self.blocks_back].zero_()
+        padded[self.blocks_back + self.count :].zero_()
+        inner = padded[self.blocks_back : self.blocks_back + self.count]
+        return inner.copy_(self.batch.rows(x))
+
+    def add(self, total: Tensor, weights: Tensor, rows: Tensor, scale: float) -> None:
+        """Add `scale * weights^T rows` to the head-major `[B, K, S, D]`."""
+        blocks, seen_by, head_dim = self.count + self.blocks_back, self.blocks_back + 1, rows.shape[-1]
+        left = self.flat.as_strided(
+            (blocks, self.block, seen_by * self.block),
+            (self.tile, 1, self.width),
+            self.flat.storage_offset() + self.blocks_back * self.block,
+        )
+        right = rows.as_strided(
+            (blocks, seen_by * self.block, head_dim),
+            (self.block * head_dim, head_dim, 1),
+            rows.storage_offset() - self.blocks_back * self.block * head_dim,
+        )
+        tiles = self.batch.tiles
+        own = total[tiles.sequence, self.batch.kv_head, tiles.key : tiles.key + blocks * self.block]
+        own.view(blocks, self.block, head_dim).baddbmm_(left, right, alpha=scale)
