@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint setup clean
+.PHONY: demo test check lint docs setup clean
 
 # trains, evaluates and streams a small SWAT model and its full-attention twin; see README
 demo: $(VENV)/.installed
@@ -18,6 +18,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+# rewrites the generated parts of the documents
+docs: $(VENV)/.installed
+	$(BIN)/python docs/generate.py
 
 setup: $(VENV)/.installed
 

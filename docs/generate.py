@@ -1,0 +1,186 @@
+"""Writes the generated parts of the documents: README's file tree and its result of the demo.
+
+    python docs/generate.py                  rewrite what stands between the markers
+    python docs/generate.py --demo FOLDER    first take over results.json and the plot of a finished demo
+
+`tests/test_docs.py` compares the documents with what this file would write.
+"""
+
+import argparse
+import ast
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DEMO_RESULT = ROOT / "docs" / "results" / "demo.json"
+DEMO_PLOT = ROOT / "docs" / "images" / "loss_by_length.png"
+
+# in the order in which the parts build on each other; what is not listed follows by name
+READING_ORDER = ("ops", "mixers", "model", "data", "train", "evaluate", "serve", "experiments", "cli")
+FOLDERS = {
+    "recipes": "runs as YAML files; each is validated by a test",
+    "benchmarks": "speed beside named peers; results/ holds the figures as JSON",
+    "tests": "mirrors swat_lm/",
+    "docs": "",
+}
+WIDTH = 84
+
+
+def main() -> None:
+    """Rewrite README."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, metavar="FOLDER", help="a folder that `swat-lm demo` finished")
+    arguments = parser.parse_args()
+    if arguments.demo is not None:
+        take_over(arguments.demo)
+    text = README.read_text(encoding="utf-8")
+    for name, content in blocks().items():
+        text = replace_block(text, name, content)
+    README.write_text(text, encoding="utf-8")
+    sys.stdout.write(f"{README}\n")
+
+
+def blocks() -> dict[str, str]:
+    """README's generated blocks by the names of their markers."""
+    result = json.loads(DEMO_RESULT.read_text(encoding="utf-8")) if DEMO_RESULT.exists() else None
+    return {"demo": demo(result), "tree": f"```\n{tree(ROOT)}```"}
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """Put the content between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; ValueError if they are not there once."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"expected the markers {begin} and {end} once each")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def take_over(folder: Path) -> None:
+    """Copy a demo's result and plot into docs/."""
+    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    DEMO_RESULT.parent.mkdir(parents=True, exist_ok=True)
+    DEMO_PLOT.parent.mkdir(parents=True, exist_ok=True)
+    DEMO_RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    shutil.copyfile(folder / DEMO_PLOT.name, DEMO_PLOT)
+
+
+# the file tree
+
+
+def tree(root: Path) -> str:
+    """The repository's files with the first words of what each says about itself."""
+    rows = list(package_rows(root / "swat_lm", root, 0))
+    for name, caption in FOLDERS.items():
+        rows.append((f"{name}/", caption))
+        rows += [(f"  {path.name}", describe(path)) for path in listed_files(root / name)]
+    column = max(len(name) for name, _ in rows) + 2
+    return "".join(f"{name:<{column}}{text}".rstrip() + "\n" for name, text in rows)
+
+
+def package_rows(folder: Path, root: Path, depth: int) -> Iterator[tuple[str, str]]:
+    """A package's line, its own modules, then the packages inside it."""
+    yield "  " * depth + f"{folder.name}/", describe(folder / "__init__.py")
+    for path in sorted(folder.glob("*.py")):
+        if path.name not in ("__init__.py", "__main__.py"):
+            yield "  " * (depth + 1) + path.name, describe(path)
+    for suffix in (".yaml", ".html"):
+        names = sorted(path.stem for path in folder.glob(f"*{suffix}"))
+        if names:
+            yield "  " * (depth + 1) + f"*{suffix}", ", ".join(names)
+    inner = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.py"))]
+    known = {name: place for place, name in enumerate(READING_ORDER)}
+    for path in sorted(inner, key=lambda path: (known.get(path.name, len(known)), path.name)):
+        yield from package_rows(path, root, depth + 1)
+    data = [path for path in folder.iterdir() if path.is_dir() and path not in inner and any(path.glob("*.yaml"))]
+    for path in sorted(data):
+        names = sorted(one.stem for one in path.glob("*.yaml"))
+        yield "  " * (depth + 1) + f"{path.name}/", f"{names[0]} ... {names[-1]} ({len(names)} files)"
+
+
+def listed_files(folder: Path) -> list[Path]:
+    """Modules, recipes and pages of a folder beside the package; of the tests only the folder is named."""
+    if folder.name == "tests" or not folder.is_dir():
+        return []
+    return sorted(
+        path for path in folder.iterdir() if path.suffix in (".py", ".yaml", ".md") and path.name != "__init__.py"
+    )
+
+
+def describe(path: Path) -> str:
+    """The first words of a module's docstring, of a recipe's first comment, or of a page's first paragraph."""
+    if not path.exists():
+        return ""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        words = ast.get_docstring(ast.parse(text)) or ""
+    elif path.suffix == ".yaml":
+        words = re.sub(r"^# ?", "", text.split("\n\n")[0].partition("\n")[0]) if text.startswith("#") else ""
+    else:
+        words = next((part for part in text.split("\n\n")[1:] if not part.startswith(("#", "<", "|", "`"))), "")
+    return shorten(words.split("\n\n")[0])
+
+
+def shorten(text: str) -> str:
+    """The first sentence without its full stop, cut where a part of it ends if it is too long for a line."""
+    text = re.split(r"\.\s+(?=[A-Z])", " ".join(text.split()))[0].removesuffix(".")
+    if len(text) <= WIDTH:
+        return text
+    for marks in (";:", ",("):
+        ends = [place.start() for place in re.finditer(rf" ?[{marks}]", text[: WIDTH + 1]) if place.start() > 20]
+        if ends:
+            return text[: ends[-1]]
+    return text[:WIDTH].rsplit(" ", 1)[0]
+
+
+# the demo's result
+
+
+def demo(result: dict[str, Any] | None) -> str:
+    """The plot, the table and the verdicts of a recorded demo."""
+    if result is None:
+        return "No result is recorded here yet: run `make demo`, then `python docs/generate.py --demo demo`."
+    swat, twin = result["models"]["swat"], result["models"]["twin"]
+    lines = [
+        f"![Loss against evaluation length]({DEMO_PLOT.relative_to(ROOT).as_posix()})",
+        "",
+        "| evaluated at | SWAT: loss | full attention: loss | SWAT: state | full attention: state |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for left, right in zip(swat["curve"], twin["curve"], strict=True):
+        mark = " (trained)" if left["length"] == result["training_length"] else ""
+        lines.append(
+            f"| {left['length']:,}{mark} | {left['mean_loss']:.3f} | {right['mean_loss']:.3f} "
+            f"| {left['state_bytes']:,} | {right['state_bytes']:,} |"
+        )
+    machine = result["machine"]
+    lines += [
+        "",
+        f"Loss in nats per token of the same held-out text, cut into pieces of each length; state in bytes of one "
+        f"stream after a piece. Window {swat['window']}, {swat['parameters']:,} parameters each, {result['steps']:,} "
+        f"steps on {swat['tokens_trained']:,} tokens each. What the demo says about itself:",
+        "",
+        *(
+            f"- {'held' if claim['held'] else '**did not hold**'}: {claim['claim']} ({claim['numbers']})"
+            for claim in result["claims"]
+        ),
+        "",
+        f"Measured on {machine['processor']}, {machine['threads']} threads, Python {machine['python']}, "
+        f"torch {machine['torch']}; the whole demo took {minutes(result['seconds'])}.",
+    ]
+    return "\n".join(lines)
+
+
+def minutes(seconds: dict[str, float]) -> str:
+    """The demo's own time; a demo that was interrupted has more than its last call."""
+    total = max(seconds["last call"], sum(value for name, value in seconds.items() if name != "last call"))
+    return f"{int(total) // 60} min {int(total) % 60} s"
+
+
+if __name__ == "__main__":
+    main()

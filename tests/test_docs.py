@@ -1,0 +1,336 @@
+"""The documents say what is true: links, files, commands, snippets, drawings and tables against the real thing."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from swat_lm.model import cost
+from swat_lm.model.configuration import config_from_recipe
+from swat_lm.ops.bands import Band
+from swat_lm.ops.reference import distances
+from swat_lm.ops.slopes import slopes_for
+from swat_lm.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MATHEMATICS = (ROOT / "docs" / "mathematics.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?:^|[|`(] ?)((?:swat-lm|torchrun) [^`|#\n]+)", re.MULTILINE)
+
+
+def load_generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATOR = load_generator()
+
+
+# what the pages point to
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page: Path):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        assert path.is_relative_to(ROOT), f"{page.name}: {target} leaves the repository"
+        if anchor:
+            assert anchor in anchors(path), f"{page.name}: {path.name} has no heading {anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_exist(page: Path):
+    text = page.read_text(encoding="utf-8")
+    folders = "swat_lm|tests|docs|benchmarks|recipes"
+    for name in re.findall(rf"\b((?:{folders})/[\w./*-]*\w\.(?:py|md|yaml|json|png|html))\b", text):
+        assert list(ROOT.glob(name)), f"{page.name} names {name}"
+    for name in re.findall(r"python -m ((?:benchmarks|swat_lm)[\w.]*)", text):
+        assert importlib.util.find_spec(name) is not None, f"{page.name} runs {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"^    make ([a-z]+)|`make ([a-z]+)`", page.read_text(encoding="utf-8"), re.MULTILINE))
+    assert {a or b for a, b in named} <= targets
+
+
+def test_contributing_is_short():
+    assert len((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+# what is generated
+
+
+def test_generated_blocks_are_current():
+    for name, content in GENERATOR.blocks().items():
+        assert GENERATOR.replace_block(README, name, content) == README, f"{name} is stale: run `make docs`"
+
+
+def test_every_module_says_what_it_is():
+    for line in GENERATOR.tree(ROOT).splitlines():
+        name, *text = line.split(maxsplit=1)
+        assert text or not name.endswith(".py"), f"{name} has no docstring"
+
+
+def test_demo_block_shows_a_result_as_it_is():
+    result = {
+        "training_length": 64,
+        "steps": 10,
+        "claims": [{"claim": "A", "held": True, "numbers": "1"}, {"claim": "B", "held": False, "numbers": "2"}],
+        "models": {
+            name: {
+                "window": window,
+                "parameters": 1234,
+                "tokens_trained": 5678,
+                "curve": [
+                    {"length": 64, "mean_loss": 1.25, "state_bytes": 100},
+                    {"length": 128, "mean_loss": loss, "state_bytes": size},
+                ],
+            }
+            for name, window, loss, size in (("swat", 16, 1.2, 100), ("twin", None, 3.5, 2000))
+        },
+        "machine": {"processor": "P", "threads": "2", "python": "3.11", "torch": "2.13"},
+        "seconds": {"swat": 60.0, "twin": 61.0, "last call": 130.4},
+    }
+    block = GENERATOR.demo(result)
+    assert "| 64 (trained) | 1.250 | 1.250 | 100 | 100 |" in block
+    assert "| 128 | 1.200 | 3.500 | 100 | 2,000 |" in block
+    assert "- held: A (1)\n- **did not hold**: B (2)" in block
+    assert "2 min 10 s" in block
+
+
+def test_a_finished_demo_is_taken_over(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(GENERATOR, "DEMO_RESULT", tmp_path / "docs" / "results" / "demo.json")
+    monkeypatch.setattr(GENERATOR, "DEMO_PLOT", tmp_path / "docs" / "images" / "loss_by_length.png")
+    finished = tmp_path / "demo"
+    finished.mkdir()
+    (finished / "results.json").write_text('{"steps": 3}')
+    (finished / "loss_by_length.png").write_bytes(b"picture")
+    GENERATOR.take_over(finished)
+    assert json.loads(GENERATOR.DEMO_RESULT.read_text()) == {"steps": 3}
+    assert GENERATOR.DEMO_PLOT.read_bytes() == b"picture"
+
+
+def test_recorded_demo_has_its_picture():
+    assert GENERATOR.DEMO_RESULT.exists() == GENERATOR.DEMO_PLOT.exists()
+    if GENERATOR.DEMO_RESULT.exists():
+        assert json.loads(GENERATOR.DEMO_RESULT.read_text(encoding="utf-8"))["claims"]
+
+
+# README's commands and snippets
+
+
+def commands() -> list[str]:
+    blocks = [body for language, body in FENCE.findall(README) if language in ("", "bash")]
+    tree = "swat_lm/ "
+    found = [one.strip() for body in blocks if not body.startswith(tree) for one in COMMAND.findall(body)]
+    inline = [one.strip() for one in re.findall(r"`(swat-lm [a-z][^`]*)`", FENCE.sub("", README))]
+    return list(dict.fromkeys([*found, *inline]))
+
+
+def test_readme_shows_every_command():
+    from swat_lm.cli.application import application
+
+    names = {command.name for command in application.registered_commands}
+    names |= {group.name for group in application.registered_groups}
+    assert names - {"demo", "prepare"} <= {words(line)[0] for line in commands()}
+    assert "make demo" in README
+
+
+def words(command: str) -> list[str]:
+    """The arguments that reach `swat-lm`; torchrun's own are dropped."""
+    parts = shlex.split(command)
+    if parts[0] == "torchrun":
+        return parts[parts.index("swat_lm.cli") + 1 :]
+    return parts[1:]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_parse(line: str):
+    import typer
+
+    from swat_lm.cli.application import application
+
+    command, arguments = typer.main.get_command(application), words(line)
+    context, name = None, "swat-lm"
+    # down through groups, so that the whole line is parsed and nothing is run
+    while True:
+        context = command.make_context(name, list(arguments), parent=context)
+        if not hasattr(command, "resolve_command"):
+            break
+        arguments = [*context._protected_args, *context.args]
+        assert arguments, f"{line} names no command"
+        name, command, arguments = command.resolve_command(context, arguments)
+    if name == "train":
+        recipe, overrides = context.params["recipe"], context.params["overrides"] or []
+        assert config_from_recipe(load_recipe(ROOT / recipe, overrides).model, 259).num_hidden_layers > 0
+
+
+def test_info_prints_what_readme_shows(capfd, monkeypatch):
+    from swat_lm.cli.application import run_application
+
+    monkeypatch.setenv("COLUMNS", "120")
+    (shown,) = [body for language, body in FENCE.findall(README) if language == "text"]
+    assert "swat-lm info swat-340m" in README
+    assert run_application(["info", "swat-340m"]) == 0
+    printed = capfd.readouterr().out
+    assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
+
+
+def test_python_snippets_run(tmp_path: Path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "models" / "llama")
+    snippets = [body for language, body in FENCE.findall(README) if language == "python"]
+    assert len(snippets) >= 4
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    code = "\n".join(snippets)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "my-model" / "config.json").exists()
+
+
+def test_install_extras_exist():
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for page in PAGES:
+        assert set(re.findall(r"install -e '\.\[(\w+)\]'", page.read_text(encoding="utf-8"))) <= extras.keys()
+
+
+# drawings and tables of docs/mathematics.md
+
+
+def draw(num_queries: int, num_keys: int, window: int, first=None, last=None) -> tuple[list[str], list[str]]:
+    """Rows of the picture of visible keys and of that of distances."""
+    first, last = (None if x is None else torch.tensor([x], dtype=torch.int32) for x in (first, last))
+    distance, visible = distances(1, num_queries, num_keys, first, last, window, torch.device("cpu"))
+    seen = [" ".join(str(int(one)) for one in row) for row in visible[0]]
+    far = [
+        " ".join(str(int(d)) if v else "." for d, v in zip(*rows, strict=True))
+        for rows in zip(distance[0], visible[0], strict=True)
+    ]
+    return seen, far
+
+
+def beside(left: list[str], right: list[str], gap: int) -> str:
+    return "".join(f"    {a}{' ' * gap}{b}\n" for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("arguments", [(5, 5, 3), (2, 5, 3), (3, 5, 2, None, [0, 2, 3])], ids=str)
+def test_drawn_windows(arguments):
+    assert beside(*draw(*arguments), gap=8) in MATHEMATICS
+
+
+def test_drawn_documents_and_padding():
+    packed, _ = draw(5, 5, 3, first=[0, 0, 2, 2, 2])
+    padded, _ = draw(5, 5, 3, first=[2, 2, 2, 2, 2])
+    assert beside(packed, padded, gap=8) in MATHEMATICS
+
+
+def test_drawn_biases():
+    distance, visible = distances(1, 5, 5, None, None, 3, torch.device("cpu"))
+    pictures = []
+    for slope in (-0.5, 0.5):
+        bias = slope * distance[0] + 0.0
+        rows = zip(bias, visible[0], strict=True)
+        pictures.append([" ".join(f"{b:4.1f}" if v else "   ." for b, v in zip(*row, strict=True)) for row in rows])
+    assert beside(*pictures, gap=8) in MATHEMATICS
+
+
+def test_drawn_rings():
+    window, columns = 4, []
+    for position in (2, 5):
+        held = {place: position - (position - place) % window for place in range(window)}
+        rows = [f"position {position}", "place      " + " ".join(map(str, range(window)))]
+        rows.append("holds      " + " ".join(str(one) if one >= 0 else "-" for one in held.values()))
+        far = [str(position - one) if one >= 0 else "." for one in held.values()]
+        columns.append([*rows, "distance   " + " ".join(far)])
+    lines = "".join(f"    {a:<32}{b}\n" for a, b in zip(*columns, strict=True))
+    assert lines in MATHEMATICS
+
+
+@pytest.mark.parametrize("num_heads", [2, 3, 4, 8, 12])
+def test_slope_table(num_heads: int):
+    slopes = slopes_for(num_heads)
+    assert slopes is not None
+    shown = ", ".join(f"{'-' if slope < 0 else '+'}1/{round(1 / abs(slope))}" for slope in slopes.tolist())
+    assert f"| {num_heads} | {shown} |\n" in MATHEMATICS
+
+
+def test_how_far_a_head_sees():
+    row = re.search(r"^\| distance \| (.+) \|$", MATHEMATICS, re.MULTILINE)
+    assert row is not None
+    for exponent, shown in enumerate(map(int, row[1].split(" | ")), 1):
+        assert shown == round(math.log(99) * 2**exponent)
+        weight = torch.sigmoid(torch.tensor(-(2.0**-exponent) * shown))
+        assert 0.0095 < weight < 0.0115
+
+
+@pytest.mark.parametrize("name", ["swat-248m", "swat-340m", "swat-760m"])
+def test_cost_table(name: str):
+    config = config_from_recipe({"preset": name})
+    row = (
+        f"| {name} | {cost.count_parameters(config).total:,} | {cost.reach(config):,} "
+        f"| {cost.training_flops_per_token(config, 4096):.3g} | {cost.state_bytes(config):,} bytes |"
+    )
+    assert row in MATHEMATICS
+
+
+@pytest.mark.parametrize("window", [64, 128, 256, 1024])
+def test_executed_over_useful(window: int):
+    band = Band.of(8192, 8192, window, torch.device("cpu"))
+    assert band.width == band.rows * (1 + math.ceil((window - 1) / band.rows))
+    assert f"| {window} | {band.rows} | {band.width} | {band.width / window:.2f} |" in MATHEMATICS
+
+
+def test_formula_of_pairs():
+    for tokens, window in ((16, 5), (16, 16), (40, 7)):
+        assert cost.visible_pairs(tokens, window) == tokens * window - window * (window - 1) // 2
+
+
+def test_experiments_name_real_recipes():
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    swat, twin = (
+        yaml.safe_load((ROOT / "swat_lm" / "experiments" / f"demo_{name}.yaml").read_text(encoding="utf-8"))
+        for name in ("swat", "twin")
+    )
+    assert swat["model"]["score_bias"] == "-log(window)"
+    assert "score_bias: -log(window)" in text
+    # the twin differs in attention only
+    assert set(twin) <= {"inherits", "name", "out", "model"}
+    assert set(twin["model"]) <= {"sliding_window", "score_function", "slopes", "score_bias"}
