@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # elements of one batch of scores: what stays, beside its operands, in the second-level caches of a few cores
-TILE_BUDGET = 192 * 1024
+TILE_BUDGET = 384 * 1024
 
 
 @dataclass(frozen=True)
