@@ -82,6 +82,19 @@ def test_opcheck(score_function):
         torch.library.opcheck(torch.ops.swat_lm.window_attention, arguments)
 
 
+def test_results_have_the_strides_the_fake_kernels_promise():
+    """Inductor asserts them; opcheck compares shapes only."""
+    query, key, value = tensors()
+    query, key, value = query.transpose(1, 2).contiguous().transpose(1, 2), key, value
+    tail = (0.0, 4, "softmax", 0.3, "auto")
+    results = torch.ops.swat_lm.window_attention(query, key, value, None, None, None, None, *tail)
+    grads = torch.ops.swat_lm.window_attention_backward(
+        torch.ones_like(query), None, query, key, value, None, None, None, None, *tail, False, False
+    )
+    for result in (*results, *grads):
+        assert result.is_contiguous()
+
+
 def test_opcheck_of_the_step():
     query, key, value = (t[:, :1] for t in tensors())
     rings = torch.zeros(2, 3, 4, 2, 8)
