@@ -184,4 +184,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def step(self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, memory: RingMemory) -> Tensor:
-        """Mix one token per sequence, `[B, 1, M]`, in place over the rings; inference only."""
+        """Mix one token per sequence, `[B, 1, M]`, in place over the rings; inference only.
+
+        The angles are laid out over whole heads, `[B, 1, 1, D]`, as `LayerRotary.step_angles` gives them.
+        """

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from swat_lm.mixers.attention import paired_angles
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.ops.rotary import inverse_frequencies, rotary_angles
 
@@ -42,6 +43,12 @@ class LayerRotary:
             cos, sin = rotary_angles(positions, self.head_dim, dtype=precise, frequencies=frequencies)
             pairs.append((cos, sin) if factor == 1.0 else (cos * factor, sin * factor))
         return [None if index is None else pairs[index] for index in self._set_of_layer]
+
+    def step_angles(self, position: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
+        """The angles of one token per stream at `position [B]`, laid out over whole heads for `Mixer.step`."""
+        narrow = self.angles(position.unsqueeze(1), dtype)
+        paired = {id(pair): paired_angles(*pair) for pair in narrow if pair is not None}
+        return [None if pair is None else paired[id(pair)] for pair in narrow]
 
 
 def _frequencies(config: SwatConfig, parameters: dict) -> tuple[Tensor, float]:

@@ -130,11 +130,13 @@ class Streaming:
         """Feed one token per stream, `[B, 1]`; returns the logits `[B, V]`. The state is changed in place."""
         memories = state.step_memories()
         model = self.model
-        hidden = model.embed_tokens(token)
-        angles = model.rotary.angles(state.position.unsqueeze(1), hidden.dtype)
-        for layer, layer_angles, memory in zip(model.stack, angles, memories, strict=True):
-            hidden = layer.step(hidden, layer_angles, memory)
-        state.position += 1
+        # cheaper per operation than no_grad; the logits are formed outside of it, so that callers may change them
+        with torch.inference_mode():
+            hidden = model.embed_tokens(token)
+            angles = model.rotary.step_angles(state.position, hidden.dtype)
+            for layer, layer_angles, memory in zip(model.stack, angles, memories, strict=True):
+                hidden = layer.step(hidden, layer_angles, memory)
+            state.position += 1
         state.num_columns += 1
         return self.lm_head(model.norm(hidden)).squeeze(1)
 

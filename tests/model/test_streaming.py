@@ -1,0 +1,246 @@
+"""Streams: any chunking equals one pass, constant memory, to disk and back bit for bit; carries in training."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swat_lm.model.cost import state_bytes
+from swat_lm.model.state import load_state, save_state
+
+from .models import VOCABULARY, close, tiny_model, tokens
+
+KINDS = {"windowed": 4, "mixed": [3, None], "full": None}
+
+
+def split(ids: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
+    bounds = [0, *sorted(cut % ids.shape[1] for cut in cuts), ids.shape[1]]
+    return [ids[:, start:end] for start, end in itertools.pairwise(bounds) if end > start]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    length=st.integers(1, 40),
+    cuts=st.lists(st.integers(0, 1000), max_size=6),
+    steps=st.integers(0, 20),
+    kind=st.sampled_from(sorted(KINDS)),
+    function=st.sampled_from(["sigmoid", "softmax"]),
+)
+def test_any_chunking_is_one_pass(length, cuts, steps, kind, function):
+    model = tiny_model(sliding_window=KINDS[kind], score_function=function)
+    ids = tokens(2, length + steps)
+    with torch.no_grad():
+        whole = model(ids).logits
+    state = model.init_state(2)
+    hidden = torch.cat([model.extend(part, state) for part in split(ids[:, :length], cuts)], dim=1)
+    close(model.lm_head(hidden), whole[:, :length])
+    for place in range(length, length + steps):
+        close(model.decode_step(ids[:, place : place + 1], state), whole[:, place])
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 64])
+def test_token_by_token_is_one_pass(window):
+    model = tiny_model(sliding_window=window)
+    ids = tokens(2, 5 * window + 9)
+    state = model.init_state(2)
+    logits = torch.stack([model.decode_step(token, state) for token in ids.split(1, dim=1)], dim=1)
+    with torch.no_grad():
+        close(logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_ragged_streams_are_each_alone(chunk):
+    model = tiny_model(sliding_window=[4, None])
+    rows = [tokens(1, length, seed=length) for length in (2, 13, 7)]
+    ids, mask = torch.zeros(3, 13, dtype=torch.long), torch.zeros(3, 13, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, 13 - row.shape[1] :], mask[index, 13 - row.shape[1] :] = row[0], 1
+    together, more = model.init_state(3), tokens(3, 9)
+    logits, _ = model.prefill(ids, together, chunk=chunk, attention_mask=mask)
+    assert together.position.tolist() == [2, 13, 7]
+    alone = [model.init_state(1) for _ in rows]
+    close(logits, torch.cat([model.prefill(row, state)[0] for row, state in zip(rows, alone, strict=True)]))
+    # a step, a chunk, and a step again, at three different positions
+    for part in (more[:, :1], more[:, 1:8], more[:, 8:]):
+        logits = model.decode_step(part, together) if part.shape[1] == 1 else model.prefill(part, together)[0]
+        expected = [model.prefill(part[i : i + 1], state)[0] for i, state in enumerate(alone)]
+        close(logits, torch.cat(expected))
+
+
+def test_memory_is_constant():
+    model = tiny_model(sliding_window=7)
+    state = model.init_state(3, dtype=torch.bfloat16)
+    size = state.num_bytes
+    addresses = [ring.data_ptr() for layer in state.rings for ring in layer.values()]
+    assert size == state_bytes(model.config, batch=3, dtype_bytes=2) + 3 * 8
+    model = model.bfloat16()
+    model.prefill(tokens(3, 100), state, chunk=64)
+    for token in tokens(3, 20).split(1, dim=1):
+        model.decode_step(token, state)
+    assert state.num_bytes == size
+    assert addresses == [ring.data_ptr() for layer in state.rings for ring in layer.values()]
+
+
+def test_full_attention_state_grows_and_stays_right():
+    model, ids = tiny_model(sliding_window=None), tokens(1, 300)
+    state = model.init_state(1)
+    before = state.num_bytes
+    model.prefill(ids[:, :130], state, chunk=50)
+    for token in ids[:, 130:].split(1, dim=1):
+        logits = model.decode_step(token, state)
+    close(logits, model(ids).logits[:, -1])
+    assert state.num_bytes > before
+
+
+def test_state_goes_to_disk_and_back_bit_for_bit(tmp_path):
+    model, ids = tiny_model(sliding_window=[4, None]), tokens(2, 60)
+    state = model.init_state(2)
+    model.prefill(ids[:, :30], state, chunk=11)
+    path = tmp_path / "stream.safetensors"
+    save_state(state, path)
+    loaded = load_state(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert loaded.num_bytes == state.num_bytes
+    for token in ids[:, 30:].split(1, dim=1):
+        assert torch.equal(model.decode_step(token, loaded), model.decode_step(token, state))
+
+
+def test_damaged_and_foreign_states_are_refused(tmp_path):
+    model, path = tiny_model(), tmp_path / "stream.safetensors"
+    save_state(model.init_state(1), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="damaged"):
+        load_state(path)
+    with pytest.raises(OSError, match="nowhere"):
+        load_state(tmp_path / "nowhere")
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        tiny_model(sliding_window=5).extend(tokens(1, 3), load_state(path))
+    with pytest.raises(ValueError, match=r"expected \[1, tokens\]"):
+        model.extend(tokens(2, 3), load_state(path))
+
+
+def test_padding_that_would_be_a_hole_is_refused():
+    model = tiny_model()
+    state = model.init_state(2)
+    left, right = torch.tensor([[0, 1, 1], [1, 1, 1]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    with pytest.raises(ValueError, match="row 0 is padded on the right"):
+        model.prefill(tokens(2, 3), state, attention_mask=right)
+    model.prefill(tokens(2, 3), state, attention_mask=left)
+    with pytest.raises(ValueError, match="row 0 has begun"):
+        model.prefill(tokens(2, 3), state, attention_mask=left)
+    for name, call in {
+        "chunk": lambda: model.prefill(tokens(2, 3), state, chunk=0),
+        "input_ids": lambda: model.prefill(tokens(2, 0), state),
+        "batch_size": lambda: model.init_state(0),
+        "mode": lambda: model.init_carry("loose"),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            call()
+
+
+def test_a_state_of_inference_mode_is_usable_outside():
+    model, ids = tiny_model(), tokens(1, 8)
+    with torch.inference_mode():
+        state = model.init_state(1)
+        model.prefill(ids, state)
+    model.decode_step(ids[:, :1], state).div_(0.7)
+    # and what was computed in between does not reach training
+    model.train()(ids, labels=ids).loss.backward()
+
+
+def losses_by_chunk(model, ids, mode, sizes, documents=None):
+    carry, losses = model.init_carry(mode), []
+    targets = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], -100)), dim=1)
+    for part, target, documents_part in zip(
+        ids.split(sizes, dim=1),
+        targets.split(sizes, dim=1),
+        [None] * len(sizes) if documents is None else documents.split(sizes, dim=1),
+        strict=True,
+    ):
+        hidden, carry = model.forward_chunk(part, carry, documents_part)
+        losses.append(model.loss(hidden, target, num_items=ids.shape[1]))
+    return losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_exact_carry_is_one_pass_in_loss_and_all_gradients(kind, checkpointing):
+    model = tiny_model(sliding_window=KINDS[kind]).double().train()
+    ids = tokens(2, 30)
+    expected = model(ids, labels=ids, num_items_in_batch=30).loss
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    loss = torch.stack(losses_by_chunk(model, ids, "exact", [2, 9, 1, 18])).sum()
+    close(loss, expected, 1e-10)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, gradients[name], 1e-10)
+
+
+def test_detached_carry_sees_the_past_but_sends_it_no_gradient():
+    model, ids = tiny_model(sliding_window=6), tokens(1, 24)
+    embedded = []
+    model.model.embed_tokens.register_forward_hook(lambda *call: embedded.append(call[2]) or call[2].retain_grad())
+    losses = losses_by_chunk(model, ids, "detached", [12, 12])
+    close(sum(losses), torch.stack(losses_by_chunk(model, ids, "exact", [24])).sum())
+    losses[1].backward()
+    assert embedded[0].grad is None
+    # the last token predicts nothing here
+    assert embedded[1].grad[0, :-1].abs().sum(dim=-1).all()
+
+
+def test_carry_is_functional_and_bounded():
+    model, ids = tiny_model(sliding_window=[4, 1]), tokens(1, 12)
+    _, carry = model.forward_chunk(ids, model.init_carry("detached"))
+    kept = [memory.key.clone() for memory in carry.memories]
+    assert [key.shape[1] for key in kept] == [3, 0]
+    first, _ = model.forward_chunk(ids, carry)
+    second, _ = model.forward_chunk(ids, carry)
+    assert torch.equal(first, second)
+    for before, memory in zip(kept, carry.memories, strict=True):
+        assert torch.equal(memory.key, before)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    cuts=st.lists(st.integers(0, 1000), max_size=4),
+    kind=st.sampled_from(sorted(KINDS)),
+)
+def test_documents_over_chunk_borders_are_separate(lengths, cuts, kind):
+    model = tiny_model(sliding_window=KINDS[kind])
+    rows = [tokens(1, length, seed=index) for index, length in enumerate(lengths)]
+    ids, documents = (
+        torch.cat(rows, dim=1),
+        torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))[None],
+    )
+    carry, parts = model.init_carry("exact"), []
+    for part, document in zip(split(ids, cuts), split(documents, cuts), strict=True):
+        hidden, carry = model.forward_chunk(part, carry, document)
+        parts.append(model.lm_head(hidden))
+    close(torch.cat(parts, dim=1), torch.cat([model(row).logits for row in rows], dim=1))
+    with pytest.raises(ValueError, match="for every chunk of a stream or for none"):
+        model.forward_chunk(ids, carry)
+
+
+def test_a_stream_at_ten_million_is_as_exact_as_at_zero():
+    model = tiny_model(sliding_window=5)
+    ids = tokens(1, 20)
+    start = model.init_state(1)
+    far = model.init_state(1)
+    far.position += 10**7
+    far.num_columns = 10**7
+    # the same rings, so that only the position differs: both streams begin with an empty past of zeros
+    far.ragged = start.ragged
+    for index in range(20):
+        near_logits, far_logits = (model.decode_step(ids[:, index : index + 1], state) for state in (start, far))
+    # past the window, the first tokens no longer matter, nor do the zeros before them
+    assert near_logits.shape == (1, VOCABULARY)
+    close(far_logits, near_logits, 2e-5)
