@@ -1,4 +1,4 @@
-"""Writes the generated parts of the documents: README's file tree and its result of the demo.
+"""Writes the generated parts of README: the result of the demo, an example of `swat-lm info`, the file tree.
 
     python docs/generate.py                  rewrite what stands between the markers
     python docs/generate.py --demo FOLDER    first take over results.json and the plot of a finished demo
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from swat_lm.cli.information import describe_model, find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -49,7 +51,11 @@ def main() -> None:
 def blocks() -> dict[str, str]:
     """README's generated blocks by the names of their markers."""
     result = json.loads(DEMO_RESULT.read_text(encoding="utf-8")) if DEMO_RESULT.exists() else None
-    return {"demo": demo(result), "tree": f"```\n{tree(ROOT)}```"}
+    return {
+        "demo": demo(result),
+        "info": f"```text\n{info('swat-340m')}```",
+        "tree": f"```\n{tree(ROOT)}```",
+    }
 
 
 def replace_block(text: str, name: str, content: str) -> str:
@@ -68,6 +74,13 @@ def take_over(folder: Path) -> None:
     DEMO_PLOT.parent.mkdir(parents=True, exist_ok=True)
     DEMO_RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(folder / DEMO_PLOT.name, DEMO_PLOT)
+
+
+def info(preset: str) -> str:
+    """What `swat-lm info PRESET` prints."""
+    rows = describe_model(*find_config(preset, []))
+    column = max(len(name) for name, _ in rows) + 2
+    return "".join(f"{name:<{column}}{value}\n" for name, value in rows)
 
 
 # the file tree
@@ -159,8 +172,14 @@ def demo(result: dict[str, Any] | None) -> str:
             f"| {left['state_bytes']:,} | {right['state_bytes']:,} |"
         )
     machine = result["machine"]
+    ours, theirs = (
+        next(point["mean_loss"] for point in model["curve"] if point["length"] == result["training_length"])
+        for model in (swat, twin)
+    )
+    lower = "SWAT" if ours < theirs else "full attention"
     lines += [
         "",
+        f"At the training length the loss of {lower} is lower by {abs(ours - theirs):.3f}. "
         f"Loss in nats per token of the same held-out text, cut into pieces of each length; state in bytes of one "
         f"stream after a piece. Window {swat['window']}, {swat['parameters']:,} parameters each, {result['steps']:,} "
         f"steps on {swat['tokens_trained']:,} tokens each. What the demo says about itself:",
@@ -170,7 +189,7 @@ def demo(result: dict[str, Any] | None) -> str:
             for claim in result["claims"]
         ),
         "",
-        f"Measured on {machine['processor']}, {machine['threads']} threads, Python {machine['python']}, "
+        f"Measured on {machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
         f"torch {machine['torch']}; the whole demo took {minutes(result['seconds'])}.",
     ]
     return "\n".join(lines)

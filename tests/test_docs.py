@@ -117,13 +117,14 @@ def test_demo_block_shows_a_result_as_it_is():
             }
             for name, window, loss, size in (("swat", 16, 1.2, 100), ("twin", None, 3.5, 2000))
         },
-        "machine": {"processor": "P", "threads": "2", "python": "3.11", "torch": "2.13"},
+        "machine": {"processor": "P", "cores": "2", "python": "3.11", "torch": "2.13"},
         "seconds": {"swat": 60.0, "twin": 61.0, "last call": 130.4},
     }
     block = GENERATOR.demo(result)
     assert "| 64 (trained) | 1.250 | 1.250 | 100 | 100 |" in block
     assert "| 128 | 1.200 | 3.500 | 100 | 2,000 |" in block
     assert "- held: A (1)\n- **did not hold**: B (2)" in block
+    assert "At the training length the loss of full attention is lower by 0.000." in block
     assert "2 min 10 s" in block
 
 
