@@ -22,6 +22,7 @@ lint: $(VENV)/.installed
 # rewrites the generated parts of the documents
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m benchmarks.table
 
 setup: $(VENV)/.installed
 

@@ -1,4 +1,4 @@
-"""Writes the generated parts of README: the result of the demo, an example of `swat-lm info`, the file tree.
+"""Writes the generated parts of README: the demo's result, an example of `swat-lm info`, speed, the file tree.
 
     python docs/generate.py                  rewrite what stands between the markers
     python docs/generate.py --demo FOLDER    first take over results.json and the plot of a finished demo
@@ -54,6 +54,7 @@ def blocks() -> dict[str, str]:
     return {
         "demo": demo(result),
         "info": f"```text\n{info('swat-340m')}```",
+        "speed": speed(sorted((ROOT / "benchmarks" / "results").glob("*.json"))),
         "tree": f"```\n{tree(ROOT)}```",
     }
 
@@ -81,6 +82,20 @@ def info(preset: str) -> str:
     rows = describe_model(*find_config(preset, []))
     column = max(len(name) for name, _ in rows) + 2
     return "".join(f"{name:<{column}}{value}\n" for name, value in rows)
+
+
+def speed(results: list[Path]) -> str:
+    """The goals of every recorded benchmark, reached or missed."""
+    if not results:
+        return "No benchmark is recorded yet: see docs/performance.md for how to run them."
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in results]
+    lines = ["| measured | goal: at least | result |", "| --- | ---: | ---: |"]
+    for record in records:
+        for goal in record["goals"]:
+            result = f"{goal['measured']:.3g}" if goal["reached"] else f"**{goal['measured']:.3g}** (missed)"
+            lines.append(f"| {goal['goal']} | {goal['wanted']:.3g} | {result} |")
+    machines = {f"{one['machine']['processor']}, {one['machine']['threads']} threads" for one in records}
+    return "\n".join([*lines, "", f"Measured on {' and '.join(sorted(machines))}."])
 
 
 # the file tree

@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.measure import RESULTS
+from benchmarks.table import fill
 from swat_lm.model import cost
 from swat_lm.model.configuration import config_from_recipe
 from swat_lm.ops.bands import Band
@@ -92,6 +94,24 @@ def test_contributing_is_short():
 def test_generated_blocks_are_current():
     for name, content in GENERATOR.blocks().items():
         assert GENERATOR.replace_block(README, name, content) == README, f"{name} is stale: run `make docs`"
+
+
+def test_tables_of_figures_are_current():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert fill(page, RESULTS) == page, "docs/performance.md is stale: run `make docs`"
+
+
+def test_speed_block_tells_what_was_missed(tmp_path: Path):
+    assert "No benchmark is recorded" in GENERATOR.speed([])
+    goals = [
+        {"goal": "A", "wanted": 0.8, "measured": 0.91, "reached": True},
+        {"goal": "B", "wanted": 40, "measured": 31.4, "reached": False},
+    ]
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"goals": goals, "machine": {"processor": "P", "threads": 2}}))
+    block = GENERATOR.speed([path])
+    assert "| A | 0.8 | 0.91 |\n| B | 40 | **31.4** (missed) |" in block
+    assert "P, 2 threads" in block
 
 
 def test_every_module_says_what_it_is():
