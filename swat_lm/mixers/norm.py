@@ -15,7 +15,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., size]`; the dtype of x is kept."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # under autocast x may be narrower than the weight; the norm itself is formed in float32 either way
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
         """Size and epsilon."""

@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from swat_lm.mixers import MIXERS, AttentionSettings
 from swat_lm.model.presets import preset_fields
+from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.slopes import slopes_for
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -118,6 +119,7 @@ class SwatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what was left open, check everything, then let Hugging Face do its part."""
+        _refuse_misspelt(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_sizes()
@@ -289,13 +291,19 @@ class SwatConfig(PreTrainedConfig):
                 raise ValueError(
                     "learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it"
                 )
-        if self.attention_backend not in ("auto", "reference", "blocked", "triton"):
-            raise ValueError(
-                f"attention_backend: expected auto, reference, blocked or triton, got {self.attention_backend!r}"
-            )
+        if self.attention_backend not in BACKENDS:
+            raise ValueError(f"attention_backend: expected {', '.join(BACKENDS)}, got {self.attention_backend!r}")
 
 
 RECIPE_KEYS = tuple(field.name for field in fields(SwatConfig) if field.name in SwatConfig.__annotations__)  # type: ignore[arg-type]
+
+
+def _refuse_misspelt(extra: Mapping[str, Any]) -> None:
+    # Hugging Face keeps any unknown argument as an attribute; one that nearly is a setting of ours is a slip
+    for key in extra:
+        nearest = difflib.get_close_matches(key, RECIPE_KEYS, n=1, cutoff=0.85)
+        if nearest:
+            raise ValueError(f"SwatConfig has no argument {key!r}; did you mean {nearest[0]!r}?")
 
 
 def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) -> SwatConfig:

@@ -32,7 +32,7 @@ from swat_lm.model.rotary import LayerRotary
 from swat_lm.model.streaming import Streaming
 
 # what Hugging Face's tools pass along and this model has no use for
-TOLERATED = {"cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal"}
+TOLERATED = {"cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal"}
 
 
 class FeedForward(nn.Module):

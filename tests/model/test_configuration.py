@@ -91,6 +91,8 @@ def test_rotary_base_has_one_home():
         ({"rope_theta": -1.0}, "positive rotary bases"),
         ({"head_dim": 5}, "even head size"),
         ({"attention_backend": "cuda"}, "attention_backend"),
+        ({"sliding_widow": 5}, "no argument 'sliding_widow'; did you mean 'sliding_window'"),
+        ({"rms_norm_epsilon": 1e-5}, "did you mean 'rms_norm_eps'"),
     ],
 )
 def test_what_cannot_be_is_named(changes, message):

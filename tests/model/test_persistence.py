@@ -36,6 +36,35 @@ def test_auto_classes_know_the_model(tmp_path, first, then):
     assert ran.stdout.strip() == "SwatForCausalLM", ran.stderr
 
 
+def test_the_operator_needs_pytorch_alone():
+    program = """
+import sys, time
+import torch
+began = time.process_time()
+import swat_lm
+seconds = time.process_time() - began
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "huggingface_hub", "safetensors", "yaml"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+for name in ("transformers", "safetensors", "yaml"):
+    assert name not in sys.modules, name
+sys.meta_path.insert(0, Absent())
+x = torch.randn(1, 4, 2, 8)
+print(tuple(swat_lm.window_attention(x, x, x, window=2).shape))
+try:
+    swat_lm.SwatConfig
+except ImportError as error:
+    print(error)
+print(seconds < 2)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    shape, message, fast = ran.stdout.splitlines()
+    assert shape == "(1, 4, 2, 8)", ran.stderr
+    assert "pip install 'swat-lm[model]'" in message
+    assert fast == "True"
+
+
 def test_bfloat16_keeps_slopes_and_angles_exact(tmp_path):
     model, ids = tiny_model(), tokens(1, 20)
     model.save_pretrained(tmp_path)
@@ -76,6 +105,17 @@ def test_meta_initialisation_leaves_nothing_uninitialised():
     for layer in model.model.stack:
         ratio = layer.self_attn.o_proj.weight.std() / layer.self_attn.q_proj.weight.std()
         assert 0.4 < ratio.item() < 0.6
+
+
+def test_rotary_base_per_layer():
+    config = {"rope_theta": [1e4, 10.0], "use_rotary": [True, True]}
+    first, second = tiny_model(**config).model.rotary.angles(torch.tensor([[3]]), torch.float32)
+    expected = [torch.cos(3.0 * base ** (-torch.arange(0, 8, 2) / 8.0)) for base in (1e4, 10.0)]
+    close(first[0][0, 0], expected[0])
+    close(second[0][0, 0], expected[1])
+    assert tiny_model(use_rotary=[True, False]).model.rotary.angles(torch.tensor([[3]]), torch.float32)[1] is None
+    ids = tokens(1, 9)
+    assert not torch.allclose(tiny_model(**config)(ids).logits, tiny_model()(ids).logits)
 
 
 def test_tied_embeddings_are_stored_once(tmp_path):

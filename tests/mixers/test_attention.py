@@ -1,0 +1,146 @@
+"""Options of the attention mixer, each by the behaviour it causes; the state it states is the state it keeps."""
+
+import math
+
+import pytest
+import torch
+
+from swat_lm.mixers import MIXERS, AttentionSettings, WindowAttention
+from swat_lm.mixers.protocol import CarryMemory, RingMemory, StateTensor, Visible
+from swat_lm.ops.rotary import rotary_angles
+
+SHAPE = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "window": 5}
+
+
+def attention(**changes) -> WindowAttention:
+    torch.manual_seed(0)
+    mixer = WindowAttention(AttentionSettings(**{**SHAPE, **changes}))
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return mixer.double()
+
+
+def hidden(num_tokens: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, num_tokens, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def mix(mixer: WindowAttention, x: torch.Tensor) -> torch.Tensor:
+    return mixer(x, None, Visible())[0]
+
+
+def test_registry_names_the_mixers():
+    assert MIXERS["attention"] is WindowAttention
+    assert WindowAttention.layer_type(None) == "full_attention"
+    assert WindowAttention.layer_type(7) == "sliding_attention"
+
+
+def test_window_limits_what_is_seen():
+    mixer, x = attention(), hidden(12).requires_grad_()
+    mix(mixer, x)[0, -1].sum().backward()
+    assert (x.grad[0].abs().sum(-1) > 0).tolist() == [False] * 7 + [True] * 5
+
+
+def test_negative_slopes_favour_recent_keys_and_positive_slopes_old_ones():
+    shares = {}
+    for kind in ("negative", "none", "positive"):
+        mixer = attention(slopes=kind, window=None)
+        # equal products for all keys, so that only the distance decides
+        torch.nn.init.zeros_(mixer.q_proj.weight)
+        weights = []
+        for place in range(8):
+            x = torch.zeros(1, 8, 16, dtype=torch.float64)
+            x[0, place] = 1.0
+            weights.append(mix(mixer, x)[0, -1].norm())
+        shares[kind] = weights[-1] / weights[0]
+    assert shares["negative"] > 1.5 > 1.01 > shares["none"] > 0.99 > 0.7 > shares["positive"]
+
+
+def test_score_bias_keeps_sigmoid_sums_near_one():
+    # scores of zero: every key weighs sigmoid(bias), and -log(window) makes the sum over a full window about 1
+    window = 64
+    outputs = {}
+    for bias in (0.0, -math.log(window)):
+        mixer = attention(window=window, slopes="none", score_bias=bias)
+        torch.nn.init.zeros_(mixer.q_proj.weight)
+        x = hidden(1).expand(-1, window, -1)
+        value = mixer.o_proj(mixer.v_proj(x[:, -1]).repeat(1, 2))
+        outputs[bias] = (mix(mixer, x)[:, -1] / value).mean().item()
+    assert outputs[0.0] == pytest.approx(window / 2)
+    assert outputs[-math.log(window)] == pytest.approx(window / (1 + window))
+
+
+def test_qk_norm_makes_scores_blind_to_the_size_of_the_input():
+    x = hidden(9)
+    with_norm, without = attention(qk_norm=True, norm_eps=0.0), attention()
+    for mixer, blind in ((with_norm, True), (without, False)):
+        torch.nn.init.zeros_(mixer.v_proj.weight)
+        mixer.v_proj.weight.data[0, 0] = 1.0
+        scaled = x.clone()
+        scaled[..., 1:] *= 3.0
+        scaled[..., 0] = x[..., 0]
+        # the first channel carries the value and is hidden from queries and keys
+        for projection in (mixer.q_proj, mixer.k_proj):
+            projection.weight.data[:, 0] = 0.0
+        same = torch.allclose(mix(mixer, scaled), mix(mixer, x), rtol=1e-9)
+        assert same == blind
+
+
+def test_output_norm_fixes_the_size_of_every_head():
+    mixer = attention(output_norm=True, norm_eps=0.0)
+    mixer.o_proj.weight.data.copy_(torch.eye(16))
+    torch.nn.init.ones_(mixer.output_norm.weight)
+    heads = mix(mixer, 1e-3 * hidden(9)).unflatten(-1, (2, 8))
+    torch.testing.assert_close(heads.square().mean(-1), torch.ones(2, 9, 2, dtype=torch.float64))
+
+
+def test_learned_sink_takes_weight_away():
+    mixer, plain = (attention(score_function="softmax", slopes="none", learned_sink=sink) for sink in (True, False))
+    plain.load_state_dict(mixer.state_dict(), strict=False)
+    x = hidden(9)
+    mixer.sink.data.fill_(-1e9)
+    torch.testing.assert_close(mix(mixer, x), mix(plain, x))
+    mixer.sink.data.fill_(1e9)
+    assert not mix(mixer, x).any()
+    # one more key of that score and of value zero: the only key at the first place keeps 1 / (1 + e^(0.3 - score))
+    mixer.sink.data.fill_(0.3)
+    query = mixer.q_proj(x)[:, 0].unflatten(-1, (2, 8))
+    score = (query * mixer.k_proj(x)[:, 0].unsqueeze(1)).sum(-1) / 8**0.5
+    kept = (1 / (1 + torch.exp(0.3 - score))).repeat_interleave(8, dim=-1)
+    expected = mixer.o_proj(mixer.v_proj(x)[:, 0].repeat(1, 2) * kept)
+    torch.testing.assert_close(mix(mixer, x)[:, 0], expected)
+    mix(mixer, x).sum().backward()
+    assert mixer.sink.grad.abs().min() > 0
+
+
+def test_state_spec_is_the_state():
+    assert attention(window=5).state_spec() == (StateTensor("key", (5, 1, 8)), StateTensor("value", (5, 1, 8)))
+    growing = attention(window=None).state_spec()[0]
+    assert growing.shape == (None, 1, 8)
+    assert growing.num_elements(10) == 80
+    with pytest.raises(ValueError, match="grows with the sequence"):
+        growing.num_elements()
+
+
+@pytest.mark.parametrize("changes", [{}, {"score_function": "softmax", "learned_sink": True}, {"output_norm": True}])
+def test_rings_and_carries_continue_one_pass(changes):
+    mixer, x = attention(**changes), hidden(14)
+    cos, sin = rotary_angles(torch.arange(14)[None], 8, dtype=torch.float64)
+    whole = mixer(x, (cos, sin), Visible())[0]
+    carry, rings = CarryMemory(4), [torch.zeros(2, 5, 1, 8, dtype=torch.float64) for _ in range(2)]
+    start = 0
+    for length in (3, 1, 6, 1, 1, 2):
+        part, angles = x[:, start : start + length], (cos[:, start : start + length], sin[:, start : start + length])
+        mixed, carry = mixer(part, angles, Visible(), carry)
+        torch.testing.assert_close(mixed, whole[:, start : start + length])
+        position = torch.full((2,), start)
+        memory = RingMemory(*rings, torch.arange(2), position, reach_back=min(start, 4))
+        with torch.no_grad():
+            mixed, _ = mixer(part, angles, Visible(), memory)
+        torch.testing.assert_close(mixed, whole[:, start : start + length])
+        start += length
+    assert carry.key.shape[1] == 4
+
+
+def test_backends_agree():
+    x = hidden(11)
+    torch.testing.assert_close(mix(attention(backend="reference"), x), mix(attention(backend="blocked"), x))

@@ -1,0 +1,146 @@
+"""One step under what people train with: transformers.Trainer, TRL, PEFT; compiled, under autocast, checkpointed."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DataCollatorWithFlattening, DynamicCache, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from swat_lm import SwatForCausalLM
+
+from .models import VOCABULARY, close, tiny_model, tokens
+
+
+def arguments(folder, **changes) -> dict:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        **changes,
+    }
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    letters = {chr(32 + index): index for index in range(90)} | {"<pad>": 90, "<eos>": 91, "<unk>": 92}
+    inner = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def test_trainer_sees_the_loss_per_token_over_the_accumulated_batch(tmp_path):
+    model = tiny_model().train()
+    rows = [tokens(1, length, seed=length)[0] for length in (6, 20, 11, 15)]
+    expected_rows = [{"input_ids": row.tolist()} for row in rows]
+    with torch.no_grad():
+        sums = [model(row[None], labels=row[None], num_items_in_batch=1).loss for row in rows]
+    expected = float(sum(sums)) / sum(len(row) - 1 for row in rows)
+    collate = DataCollatorWithFlattening()
+    trainer = Trainer(
+        model,
+        TrainingArguments(**arguments(tmp_path, max_steps=1)),
+        train_dataset=Dataset.from_list(expected_rows),
+        data_collator=collate,
+    )
+    trainer.train()
+    # flattened documents, uneven micro-batches: still every real token once
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_trl_sft_step_packed_without_padding(tmp_path):
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    data = Dataset.from_list([{"text": "the window slides over the text " * (1 + index % 3)} for index in range(16)])
+    options = arguments(tmp_path, max_length=64, packing=True, padding_free=True)
+    trainer = SFTTrainer(model, args=SFTConfig(**options, bf16=False), train_dataset=data, processing_class=tokenizer())
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj", "down_proj"], ["lm_head", "o_proj"]])
+def test_lora_step_and_merge(tmp_path, targets):
+    model, ids = tiny_model(), tokens(2, 20)
+    plain = model(ids).logits
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets))
+    adapted.train()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        outputs = adapted(input_ids=ids, labels=ids)
+        logits = adapted(input_ids=ids).logits
+        close(outputs.loss, model.loss_function(logits=logits, labels=ids, vocab_size=VOCABULARY))
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(outputs.loss.item())
+    assert losses[-1] < losses[0]
+    adapted.eval()
+    trained = adapted(input_ids=ids).logits
+    assert (trained - plain).abs().max() > 0.1
+    state = model.init_state(2)
+    close(model.prefill(ids, state)[0], trained[:, -1])
+    adapted.save_pretrained(tmp_path)
+    merged = adapted.merge_and_unload()
+    assert isinstance(merged, SwatForCausalLM)
+    close(merged(ids).logits, trained, 1e-4)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model, ids = tiny_model(sliding_window=[3, None]).train(), tokens(2, 24)
+    plain = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    model.activation_checkpointing_enable()
+    for actual, expected in zip(
+        torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters())), plain, strict=True
+    ):
+        assert torch.equal(actual, expected)
+    with pytest.raises(ValueError, match="fill the cache twice"):
+        model(ids, past_key_values=DynamicCache(config=model.config))
+
+
+def test_compiled_training_step_is_one_graph():
+    model, ids = tiny_model(num_hidden_layers=1), tokens(2, 24)
+    plain = model(ids, labels=ids).loss
+    gradients = torch.autograd.grad(plain, list(model.parameters()))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(ids, labels=ids, use_cache=False).loss
+    close(loss, plain)
+    for actual, expected in zip(torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True):
+        close(actual, expected)
+
+
+def test_compiled_packed_rows():
+    model, ids = tiny_model(num_hidden_layers=1), tokens(2, 24)
+    documents = torch.tensor([[0] * 10 + [1] * 14] * 2)
+    # checking documents looks at values, so this is two graphs
+    compiled = torch.compile(model, backend="eager")
+    close(compiled(ids, labels=ids, document_ids=documents).loss, model(ids, labels=ids, document_ids=documents).loss)
+
+
+def test_autocast_trains_float32_weights_in_bfloat16():
+    model, ids = tiny_model(qk_norm=True, output_norm=True).train(), tokens(2, 24)
+    expected = model(ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    close(loss, expected, 0.02)
+    loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        out = model.eval().generate(ids, max_new_tokens=8, do_sample=False)
+    assert out.shape == (2, 32)
+
+
+def test_bfloat16_model_generates_and_learns():
+    model, ids = tiny_model().bfloat16(), tokens(2, 24)
+    assert model.generate(ids, max_new_tokens=8, do_sample=False).shape == (2, 32)
+    model.train()(ids, labels=ids).loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
