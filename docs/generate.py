@@ -92,10 +92,15 @@ def speed(results: list[Path]) -> str:
     lines = ["| measured | goal: at least | result |", "| --- | ---: | ---: |"]
     for record in records:
         for goal in record["goals"]:
-            result = f"{goal['measured']:.3g}" if goal["reached"] else f"**{goal['measured']:.3g}** (missed)"
-            lines.append(f"| {goal['goal']} | {goal['wanted']:.3g} | {result} |")
+            result = number(goal["measured"]) if goal["reached"] else f"**{number(goal['measured'])}** (missed)"
+            lines.append(f"| {goal['goal']} | {number(goal['wanted'])} | {result} |")
     machines = {f"{one['machine']['processor']}, {one['machine']['threads']} threads" for one in records}
     return "\n".join([*lines, "", f"Measured on {' and '.join(sorted(machines))}."])
+
+
+def number(value: float) -> str:
+    """Three significant digits; whole numbers from 100 on."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 # the file tree
@@ -159,8 +164,9 @@ def shorten(text: str) -> str:
     text = re.split(r"\.\s+(?=[A-Z])", " ".join(text.split()))[0].removesuffix(".")
     if len(text) <= WIDTH:
         return text
-    for marks in (";:", ",("):
-        ends = [place.start() for place in re.finditer(rf" ?[{marks}]", text[: WIDTH + 1]) if place.start() > 20]
+    for marks in (r"[;:](?= )", r"(,(?= )| \()"):
+        ends = [place.start() for place in re.finditer(marks, text[: WIDTH + 1]) if place.start() > 20]
+        ends = [end for end in ends if text[:end].count("(") == text[:end].count(")")]
         if ends:
             return text[: ends[-1]]
     return text[:WIDTH].rsplit(" ", 1)[0]

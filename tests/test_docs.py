@@ -106,11 +106,12 @@ def test_speed_block_tells_what_was_missed(tmp_path: Path):
     goals = [
         {"goal": "A", "wanted": 0.8, "measured": 0.91, "reached": True},
         {"goal": "B", "wanted": 40, "measured": 31.4, "reached": False},
+        {"goal": "C", "wanted": 2, "measured": 1234.5, "reached": True},
     ]
     path = tmp_path / "one.json"
     path.write_text(json.dumps({"goals": goals, "machine": {"processor": "P", "threads": 2}}))
     block = GENERATOR.speed([path])
-    assert "| A | 0.8 | 0.91 |\n| B | 40 | **31.4** (missed) |" in block
+    assert "| A | 0.8 | 0.91 |\n| B | 40 | **31.4** (missed) |\n| C | 2 | 1,234 |" in block
     assert "P, 2 threads" in block
 
 
