@@ -1,0 +1,181 @@
+"""How every benchmark measures: candidates take turns in one run, medians of rounds, ratios round by round.
+
+Nothing is reported unless the operator's tests are green; results go to `benchmarks/results/NAME.json` with machine,
+versions and commit, and from there into docs/performance.md (`python -m benchmarks.table`).
+"""
+
+import gc
+import json
+import os
+import platform
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+REPOSITORY = Path(__file__).parent.parent
+# as PyTorch, Python and the C++ runtime say it
+OUT_OF_MEMORY = ("can't allocate memory", "MemoryError", "std::bad_alloc", "Cannot allocate memory")
+# begins every measured process. Linux counts the peak of the memory that a process has had since its start or since 5
+# was written to clear_refs; getrusage's peak would begin with that of the process that started it
+MARK = """
+_base = 0
+
+def _status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+def _peak():
+    return _status("VmHWM:")
+
+def mark():
+    global _base
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    _base = _status("VmRSS:")
+
+"""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one candidate, one number per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The figure to quote."""
+        return statistics.median(self.seconds)
+
+    def times_faster_than(self, other: "Timing") -> float:
+        """Median over rounds of the other's time divided by ours: drift of the machine cancels in each round."""
+        return statistics.median(o / s for s, o in zip(self.seconds, other.seconds, strict=True))
+
+
+class DoesNotFitError(MemoryError):
+    """A measured process asked for more memory than it was given."""
+
+
+def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int = 5, warm_up: bool = True) -> dict[str, Timing]:
+    """Time all candidates once per round, each round in another order, after one warm-up of each.
+
+    Without `warm_up` the caller has warmed them already, on a shorter input.
+    """
+    names = list(candidates)
+    for name in names if warm_up else ():
+        candidates[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            gc.collect()
+            begin = time.perf_counter()
+            candidates[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def peak_memory(code: str, limit: int | None = None, threads: int | None = None) -> int:
+    """Run Python code in a process of its own; returns the bytes its peak rose above where `mark()` was called (Linux).
+
+    Args:
+        code: calls `mark()` when all is in place that does not count.
+        limit: bytes of address space the process may take.
+        threads: PyTorch's threads; all cores when None.
+
+    Raises:
+        DoesNotFitError: the process needs more than `limit`, or the system ended it for its memory.
+        RuntimeError: the code failed otherwise; the message ends with its traceback.
+    """
+    prelude = MARK
+    if limit is not None:
+        prelude += f"import resource\nresource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))\n"
+    if threads is not None:
+        prelude += f"import torch\ntorch.set_num_threads({threads})\n"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{prelude}{code}\nprint('PEAK', _peak() - _base)\n"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode == -signal.SIGKILL or any(sign in run.stderr for sign in OUT_OF_MEMORY):
+        allowed = "there is" if limit is None else f"{limit / 2**30:.0f} GiB"
+        raise DoesNotFitError(f"needs more memory than {allowed}")
+    if run.returncode:
+        raise RuntimeError(f"the measured process failed:\n{run.stderr[-2000:]}")
+    return int(run.stdout.rsplit("PEAK", 1)[1])
+
+
+def require_green_tests(*paths: str) -> None:
+    """Refuse to measure code whose tests are red."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *paths],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if run.returncode:
+        raise SystemExit(f"no figures from red tests ({', '.join(paths)}):\n{run.stdout[-2000:]}")
+
+
+def save(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], settings: dict[str, Any]) -> Path:
+    """Write one benchmark's result; the last line a benchmark prints is this file's path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    record = {"benchmark": name, "machine": machine(), "settings": settings, "rows": rows, "goals": goals}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def goal(text: str, wanted: float, measured: float) -> dict[str, Any]:
+    """One line of the list of goals, decided by the numbers."""
+    return {"goal": text, "wanted": wanted, "measured": round(measured, 3), "reached": measured >= wanted}
+
+
+def machine() -> dict[str, Any]:
+    """Describe where and with what a figure was measured."""
+    # what an earlier benchmark of the same session recorded is no change of the code
+    measured = ["git", "status", "--porcelain", "--", "swat_lm", "benchmarks", ":!benchmarks/results"]
+    status = subprocess.run(measured, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "transformers", "local-attention")},
+        "commit": commit.stdout.strip()[:12] + ("+changes" if status.stdout.strip() else ""),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def resident_bytes() -> int:
+    """Return the process's peak resident size so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

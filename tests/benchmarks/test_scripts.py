@@ -1,0 +1,104 @@
+"""The benchmarks on models so small that they take seconds: that they run and judge, not how fast anything is."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from benchmarks import decode_cpu, models, table, train_cpu
+
+WIDTH, VOCABULARY = 64, 97
+
+
+@pytest.mark.parametrize("name", [*table.BENCHMARKS, "table"])
+def test_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert left.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+def test_training_row():
+    row = train_cpu.compare(train_cpu.Task(256, WIDTH, VOCABULARY), rounds=1, memory=False)
+    assert "not measured" not in row
+    assert all(row[f"{name} s"] > 0 for name in train_cpu.BUILDERS)
+    assert row["swat share / llama"] == pytest.approx(row["swat times llama"] / row["predicted / llama"])
+    goals = train_cpu.judge(row)
+    assert [line["measured"] for line in goals] == [
+        round(row["swat share / mistral"], 3),
+        round(row["swat share / llama"], 3),
+    ]
+
+
+def test_training_steps_learn_alike():
+    # the same weights and tokens: the softmax window's and Mistral's losses stay equal over steps
+    task = train_cpu.Task(200, WIDTH, VOCABULARY)
+    ours, peer = train_cpu.TrainingStep("softmax window", task), train_cpu.TrainingStep("mistral sdpa", task)
+    losses = [(ours(), peer()) for _ in range(3)]
+    assert losses[0][0] > losses[2][0]
+    for left, right in losses:
+        assert left == pytest.approx(right, abs=1e-4)
+
+
+def test_what_cannot_fit_is_left_out_beforehand(monkeypatch):
+    assert "GiB" in (train_cpu.too_large("mistral eager", train_cpu.Task(16384, 512, 256)) or "")
+    assert train_cpu.too_large("mistral eager", train_cpu.Task(4096, 512, 256)) is None
+    assert train_cpu.too_large("mistral sdpa", train_cpu.Task(16384, 512, 256)) is None
+    monkeypatch.setattr(train_cpu, "MEMORY_LIMIT", 2**20)
+    row = train_cpu.compare(train_cpu.Task(256, WIDTH, VOCABULARY), rounds=1, memory=False)
+    assert row["not measured"].startswith("mistral eager: its scores alone need")
+    assert "mistral eager s" not in row
+    assert row["best mistral"] == "mistral sdpa"
+
+
+def test_predicted_ratio_counts_pairs_and_matrices():
+    length, width = 1024, 128
+    task = train_cpu.Task(length, width, VOCABULARY)
+    weights = sum(
+        p.numel()
+        for name, p in models.mistral(width, VOCABULARY).named_parameters()
+        if p.dim() == 2 and "embed" not in name
+    )
+    inside = sum(min(t + 1, models.WINDOW) for t in range(length))
+
+    def flops(pairs: int) -> int:
+        return 2 * weights * length + 4 * models.LAYERS * width * pairs
+
+    assert train_cpu.predicted_ratio("mistral sdpa", task) == pytest.approx(flops(length**2) / flops(inside))
+    causal = length * (length + 1) // 2
+    assert train_cpu.predicted_ratio("llama sdpa", task) == pytest.approx(flops(causal) / flops(inside))
+
+
+@torch.inference_mode()
+def test_decoding_row():
+    sizes = decode_cpu.Sizes(prompt=300, steps=3, rounds=1, prefill_rounds=1)
+    decode_cpu.check_same_function(VOCABULARY, WIDTH)
+    row = decode_cpu.against_mistral(2, VOCABULARY, sizes, WIDTH)
+    assert row["swat chunk"] in (128, 256)
+    assert row["decode times mistral"] > 0
+    # window places of keys and values in every layer, and one position per stream
+    assert row["swat state bytes"] == 2 * (2 * models.LAYERS * models.WINDOW * WIDTH * 4 + 8)
+
+
+@torch.inference_mode()
+def test_bandwidth_row():
+    sizes = decode_cpu.Sizes(prompt=300, rounds=1)
+    row = decode_cpu.against_bandwidth(sizes, width=WIDTH, layers=2, vocabulary=VOCABULARY)
+    assert 0 < row["share of bandwidth"] == pytest.approx(row["GB/s"] / row[f"{row['best reader']} GB/s"], rel=0.5)
+    parameters = row["parameters"] - VOCABULARY * WIDTH + WIDTH
+    assert row["bytes per token"] == 4 * (parameters + 2 * 2 * models.WINDOW * WIDTH)
+
+
+def test_unequal_models_are_not_measured():
+    logits = torch.randn(1, 3, 5)
+    models.check_equal("a model", logits + 1e-6, logits)
+    with pytest.raises(SystemExit, match="a model differs from its peer by"):
+        models.check_equal("a model", logits + 1e-2, logits)
+    with pytest.raises(SystemExit, match="a model differs"):
+        models.check_equal("a model", torch.full_like(logits, float("nan")), logits)
+
+
+def test_same_weights_give_the_same_function():
+    models.check_same_function(WIDTH, VOCABULARY)
