@@ -37,7 +37,9 @@ application.command(name="info")(information.info)
 application.command(name="convert")(conversion.convert)
 
 # the base of every usage error; typer carries its own copy of click in newer versions
-USAGE_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+USAGE_ERROR: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException" and issubclass(kind, Exception)
+)
 
 
 @measurements.callback()
@@ -79,10 +81,10 @@ def run_application(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except USAGE_ERROR as error:
-        # no_args_is_help shows the help and says so with this exception
         text = error.format_message()  # type: ignore[attr-defined]
-        if type(error).__name__ != "NoArgsIsHelpError":
-            messages().print(f"error: {' '.join(text.split())}", markup=False)
+        # a command without its arguments shows its help, which comes as the message of this exception
+        is_help = type(error).__name__ == "NoArgsIsHelpError"
+        messages().print(text if is_help else f"error: {' '.join(text.split())}", markup=False)
         return USER_ERROR
     except Exception as error:
         # the one place that catches all: what is not the user's to mend is shown whole and ends with 1

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,18 +53,24 @@ def check_architecture(folder: Path) -> None:
 
 def load_model(name: str, device: str | None = None) -> "SwatForCausalLM":
     """The model in evaluation mode, whole: a weight that is missing or has another shape is an error."""
+    from safetensors import SafetensorError
+
     from swat_lm.model.modeling import SwatForCausalLM
 
     folder = find_export(name)
     try:
-        model, loading = SwatForCausalLM.from_pretrained(folder, output_loading_info=True)
+        # with the first option it returns a pair, which its annotation does not say; the second makes it report misfits
+        loaded: Any = SwatForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: the weights are damaged or cut short: {error}") from error
     except OSError as error:
         if Path(folder).exists():
             raise
         reason = " ".join(str(error).split(". ")[0].split())
         raise ValueError(f"no folder {name}, and the hub gave no model of that name: {reason}") from error
+    model, loading = loaded
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(map(str, loading.get(problem) or ()))
+        found = sorted(one if isinstance(one, str) else str(one[0]) for one in loading.get(problem) or ())
         if found:
             raise ValueError(
                 f"{folder}: weights and configuration do not fit: {problem.replace('_', ' ')}: {', '.join(found[:3])}"
@@ -83,8 +89,8 @@ def load_checkpoint(
     from swat_lm.data import load_tokenizer, vocabulary_size
 
     folder = find_export(name)
-    tokens = load_tokenizer(tokenizer or folder)
     model = load_model(name, device)
+    tokens = load_tokenizer(tokenizer or folder)
     known = vocabulary_size(tokens)
     if known > model.config.vocab_size:
         raise ValueError(

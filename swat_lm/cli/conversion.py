@@ -1,7 +1,7 @@
 """`swat-lm convert`: Llama and Mistral weights as a SWAT model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,9 +21,10 @@ def convert(
         typer.Option("--set", help="A configuration field to change, such as score_function=sigmoid; repeatable."),
     ] = None,
 ) -> None:
-    """Take over a Llama or Mistral model: the same function, or a windowed one to train on.
+    """Take over a Llama or Mistral model.
 
-    With `--window keep` and no --set the result computes what the source computes.
+    The result is the same function, or a windowed model to train on. With `--window keep` and no --set the result
+    computes what the source computes.
 
     \b
     Examples:
@@ -46,7 +47,7 @@ def convert(
     results().print(f"{out}", markup=False)
 
 
-def parse_window(text: str) -> "int | str | None":
+def parse_window(text: str) -> int | Literal["keep"] | None:
     """`keep`, None for `none`, or a number; raises ValueError otherwise."""
     if text == "keep":
         return text

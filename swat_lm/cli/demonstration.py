@@ -28,9 +28,10 @@ def demo(
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the generated text begins with.")] = "def main(",
 ) -> None:
-    """Train a small SWAT model and its full-attention twin, and see what happens beyond the training length.
+    """Train a small SWAT model and its twin, and compare.
 
-    Uses text that every machine has: Python's own library. Needs no network and no compiler. Everything lands in one
+    The twin has full attention; both are evaluated far beyond the length they were trained on. Uses text that every
+    machine has: Python's own library. Needs no network and no compiler. Everything lands in one
     folder: models, recipes, metrics, results.json, and report.html with the plots. Run it again to continue after an
     interruption.
 

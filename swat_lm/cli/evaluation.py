@@ -39,9 +39,10 @@ def length(
     tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
 ) -> None:
-    """Loss against evaluation length, on streams read in constant memory.
+    """Measure loss against the length of the context.
 
-    For each length N: the mean loss of the first N tokens of a stream, and that of tokens N/2+1 .. N, where the context
+    Streams are read in constant memory. For each length N: the mean loss of the first N tokens of a stream, and
+    that of tokens N/2+1 .. N, where the context
     is about N long; with standard errors over streams. Documents are joined and cut into streams of the greatest
     length, unless --whole-documents.
 

@@ -51,7 +51,7 @@ def generate(
     import torch
 
     from swat_lm.data import vocabulary_size
-    from swat_lm.model.streaming import load_state, save_state
+    from swat_lm.model.state import load_state, save_state
     from swat_lm.serve.sampling import Sampling
     from swat_lm.serve.stream import TextAssembler, generate_tokens, read_prompt
 
@@ -125,7 +125,7 @@ def prompt_pieces(tokens: "PreTrainedTokenizerFast", prompt: str, fresh: bool) -
 
 def end_token(tokens: "PreTrainedTokenizerFast") -> int | None:
     """The id of the end-of-text token, if there is one."""
-    return None if tokens.eos_token is None else int(tokens.convert_tokens_to_ids(str(tokens.eos_token)))
+    return None if tokens.eos_token is None else tokens.get_vocab().get(str(tokens.eos_token))
 
 
 def pieces_are_exact(tokens: "PreTrainedTokenizerFast") -> bool:

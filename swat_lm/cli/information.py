@@ -25,7 +25,9 @@ def info(
         int | None, typer.Option(min=1, help="Sequence length of the figures; default as trained.")
     ] = None,
 ) -> None:
-    """Parameters, FLOPs per token, state bytes and reach of a model; nothing is loaded but its configuration.
+    """Show what a model costs.
+
+    Parameters, FLOPs per token, state bytes and reach; nothing is loaded but the configuration.
 
     \b
     Examples:
@@ -81,7 +83,7 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
     state = cost.state_bytes(config, context=length, dtype_bytes=2)
     grows = "" if None not in windows else f" after {length:,} tokens, growing"
     return [
-        ("parameters", f"{count.total:,} ({count.embedding:,} of them embeddings)"),
+        ("parameters", f"{count.total:,} ({count.embedding:,} of them in the input embedding)"),
         ("layers", ", ".join(kinds)),
         ("width", f"{config.hidden_size:,}, {config.num_attention_heads} heads of {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size:,}"),

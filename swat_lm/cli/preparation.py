@@ -25,9 +25,9 @@ def tokenizer(
     vocab_size: Annotated[int, typer.Option(help="Tokens in all: 256 bytes, 3 special ones, the rest merges.")] = 8192,
     text_field: TextField = "text",
 ) -> None:
-    """Train a byte-level BPE tokenizer on text; lossless for any input.
+    """Train a tokenizer on text.
 
-    Recipes use it with `data.tokenizer: FOLDER`.
+    It is a byte-level BPE, lossless for any input. Recipes use it with `data.tokenizer: FOLDER`.
 
     \b
     Example:
@@ -49,7 +49,9 @@ def prepare(
     cache: Annotated[Path | None, typer.Option(help="Folder for prepared tokens; default in the user's cache.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that tokenise; default one per core.")] = None,
 ) -> None:
-    """Turn text into tokens on disk, once; `train` with the same data finds them.
+    """Turn text into tokens on disk, once.
+
+    `train` with the same data finds them.
 
     \b
     Examples:

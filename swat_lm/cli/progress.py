@@ -84,7 +84,7 @@ class RunProgress:
         if event.kind == "interrupt":
             self.say(f"{name}: stopped at step {event.step:,} and saved; the same command continues it")
         important = event.kind == "evaluate" or (event.kind == "step" and event.step == event.steps)
-        if event.kind in ("step", "evaluate", "finish"):
+        if event.kind in ("step", "evaluate"):
             numbers = f"step {event.step:,}/{event.steps:,}  {self._numbers(name, event)}"
             self._show(name, event.step, event.steps, numbers, event.seconds_left, important)
 

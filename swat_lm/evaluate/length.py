@@ -170,7 +170,7 @@ def position_losses(
     """
     length = tokens.shape[1]
     tokens = tokens.to(model.device)
-    weight = model.lm_head.weight
+    weight = cast(Tensor, model.lm_head.weight)
     edges = sorted({*range(0, length, chunk), *(cut for cut in cuts if cut < length), length})
     state = model.init_state(len(tokens))
     was_training = model.training

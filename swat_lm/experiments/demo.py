@@ -61,7 +61,7 @@ class DemoSettings:
     sources: tuple[str, ...] = ("python:stdlib",)
     prompt: str = "def main("
     new_tokens: int = 400
-    streams: int = 24
+    streams: int = 12
     """Held-out pieces of the longest evaluation length."""
 
     def __post_init__(self) -> None:

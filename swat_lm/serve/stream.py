@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swat_lm.model.modeling import SwatForCausalLM
-from swat_lm.model.streaming import StreamState
+from swat_lm.model.state import StreamState
 from swat_lm.serve.sampling import Sampling, sample
 
 __all__ = ["TextAssembler", "generate_tokens", "read_prompt"]

@@ -1,0 +1,356 @@
+"""The command line as a stranger uses it, also wrongly: one line on stderr, exit code 2, nothing touched."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from swat_lm import SwatConfig, SwatForCausalLM
+from swat_lm.cli import failures
+from swat_lm.cli.application import application, run_application
+from swat_lm.cli.generation import text_pieces
+from swat_lm.cli.progress import RunProgress, clock
+from swat_lm.data import load_tokenizer
+from swat_lm.train import DivergedError, Event
+
+ROOT = Path(__file__).parents[1]
+RECIPE = """
+model: {hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2, sliding_window: 8}
+data: {sources: [text], sequence_length: 32, cache: tokens}
+train: {steps: 6, batch_size: 2, warmup_steps: 1, evaluate_every: 3, evaluate_batches: 2, save_every: 3}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a recipe and its text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "run.yaml").write_text(RECIPE)
+    (tmp_path / "text").mkdir()
+    for number in range(6):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog\n" * 20)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without any training."""
+    folder = tmp_path_factory.mktemp("model") / "export"
+    torch.manual_seed(0)
+    config = SwatConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        sliding_window=8, max_position_embeddings=64,
+    )  # fmt: skip
+    SwatForCausalLM(config).save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+    return folder
+
+
+class Ran:
+    """What one call of the command line did."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]):
+    """Call the command line in this process."""
+
+    def call(*arguments: object) -> Ran:
+        capfd.readouterr()
+        code = run_application([str(one) for one in arguments])
+        out, err = capfd.readouterr()
+        return Ran(code, out, err)
+
+    return call
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(one.relative_to(folder)): one.read_bytes() for one in sorted(folder.rglob("*")) if one.is_file()}
+
+
+def test_help_of_every_command_has_an_example():
+    runner = CliRunner()
+    for words in (
+        ["demo"],
+        ["train"],
+        ["tokenizer"],
+        ["prepare"],
+        ["generate"],
+        ["evaluate", "length"],
+        ["info"],
+        ["convert"],
+    ):
+        shown = runner.invoke(application, [*words, "--help"])
+        assert shown.exit_code == 0
+        assert f"swat-lm {' '.join(words)}" in shown.output.split("Example", 1)[1], words
+
+
+def test_version_and_bare_call(cli):
+    assert cli("--version").out.startswith("swat-lm 0.")
+    bare = cli()
+    assert "Commands:" in bare.out + bare.err
+
+
+def test_help_needs_no_torch():
+    program = (
+        "import sys, types; package = types.ModuleType('swat_lm'); "
+        f"package.__path__ = [{str(ROOT / 'swat_lm')!r}]; sys.modules['swat_lm'] = package\n"
+        "from swat_lm.cli.application import run_application\n"
+        "assert run_application(['train', '--help']) == 0\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
+def test_missing_packages_are_named():
+    program = (
+        "import sys; sys.modules['typer'] = None\n"
+        "from swat_lm.cli import main\n"
+        "main()"
+    )  # fmt: skip
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == "error: the command line needs typer, which is not installed: pip install 'swat-lm[train]'\n"
+    missing = failures.describe_failure(ModuleNotFoundError("no", name="pyarrow.parquet"))
+    assert missing is not None
+    assert "needs pyarrow" in missing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument"),
+        (["train", "rum.yaml"], "no recipe at rum.yaml; the nearest is run.yaml"),
+        (["train", "text"], "text is a folder; a recipe is a YAML file"),
+        (["train", "run.yaml", "train.step=3"], "unknown key train.step; the nearest valid key is train.steps"),
+        (["train", "run.yaml", "model.hidden_sizes=3"], "hidden_size"),
+        (["train", "run.yaml", "data.sources=nothing/"], "nothing"),
+        (["train", "run.yaml", "data.sources=binary.txt"], "binary.txt: a binary file"),
+        (["train", "run.yaml", "data.sources=empty.txt"], "empty.txt"),
+        (["train", "run.yaml", "out=text/0.txt/x"], "text/0.txt/x"),
+        (["train", "run.yaml", "model.vocab_size=100"], "vocab_size 100 is smaller than the tokenizer's 259"),
+        (["train", "run.yaml", "model.sliding_window=0"], "sliding_window: expected at least 1"),
+        (["tokenizer", "text", "--vocab-size", "9", "--out", "made"], "vocab_size must be at least 259"),
+        (["tokenizer", "text", "--out", "text"], "text exists"),
+        (["tokenizer", "nothing", "--out", "made"], "nothing"),
+        (["prepare", "empty.txt", "--cache", "tokens"], "empty.txt"),
+        (["prepare", "text", "--tokenizer", "./none"], "no tokenizer at ./none"),
+        (["generate", "nothing"], "no checkpoint at nothing"),
+        (["generate", "text"], "text holds no model"),
+        (["generate", "empty.txt"], "empty.txt is a file"),
+        (["evaluate", "length", "nothing", "--data", "text"], "no checkpoint at nothing"),
+        (["evaluate", "length", "nothing", "--data", "text", "--lengths", "8,x"], "--lengths: expected whole numbers"),
+        (["evaluate", "length", "nothing", "--data", "text", "--lengths", "1"], "at least 2"),
+        (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m'; presets:"),
+        (["info", "swat-340m", "a=b"], "only go with a recipe"),
+        (["convert", "nothing", "made"], "nothing is not a checkpoint folder"),
+        (["convert", "text", "made", "--window", "wide"], "--window: expected keep, none or a number"),
+        (["convert", "text", "made", "--set", "slopes"], "--set slopes: write field=value"),
+        (["demo", "--out", "text"], "text exists and is no demo"),
+        (["demo", "--minutes", "0"], "minutes: expected more than 0"),
+    ],
+)
+def test_one_line_and_exit_code_two(cli, here: Path, arguments: list[str], message: str):
+    (here / "binary.txt").write_bytes(b"\x00\x01\x02" * 100)
+    (here / "empty.txt").write_bytes(b"")
+    before = files_of(here)
+    ran = cli(*arguments)
+    assert ran.code == 2
+    assert message in ran.err
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert "Traceback" not in ran.err
+    assert files_of(here) == before
+
+
+def test_debug_shows_the_traceback(cli, here: Path):
+    ran = cli("train", "rum.yaml", "--debug")
+    assert ran.code == 2
+    assert "Traceback" in ran.err
+    assert ran.err.splitlines()[-1].startswith("error: no recipe at rum.yaml")
+
+
+def test_what_is_ours_is_shown_whole(cli, here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("swat_lm.recipe.load_recipe", lambda *_: 1 / 0)
+    ran = cli("train", "run.yaml")
+    assert ran.code == 1
+    assert "ZeroDivisionError" in ran.err
+    assert failures.describe_failure(DivergedError("loss nan")) == "loss nan"
+    assert (
+        failures.describe_failure(OSError(28, "No space left on device", "a.bin")) == "No space left on device: a.bin"
+    )
+
+
+def test_train_generate_evaluate_info(cli, here: Path):
+    trained = cli("train", "run.yaml")
+    assert trained.code == 0, trained.err
+    assert "step 6: loss" in trained.out
+    assert "run: step 6/6" in trained.err
+    run = here / "runs" / "run"
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "export"} <= {one.name for one in run.iterdir()}
+
+    again = cli("train", "run.yaml")
+    assert again.code == 0
+    assert "already trained to step 6" in again.out
+    other = cli("train", "run.yaml", "model.hidden_size=64")
+    assert other.code == 2
+    assert "another architecture" in other.err
+
+    told = cli("generate", run, "--prompt", "the ", "-n", 12, "--seed", 1)
+    assert told.code == 0
+    assert told.out == cli("generate", run / "export", "--prompt", "the ", "-n", 12, "--seed", 1).out
+    assert "(constant)" in told.err
+    checkpoint = next((run / "checkpoints").iterdir())
+    assert "is a training checkpoint" in cli("generate", checkpoint, "--prompt", "x").err
+
+    measured = cli("evaluate", "length", run, "--data", "text", "--lengths", "16,64", "--out", "measured")
+    assert measured.code == 0, measured.err
+    assert (here / "measured" / "length.png").read_bytes().startswith(b"\x89PNG")
+    points = json.loads((here / "measured" / "length.json").read_text())["points"]
+    assert [point["length"] for point in points] == [16, 64]
+    assert cli("evaluate", "length", run, "--data", "text", "--out", "measured").code == 2
+
+    info = cli("info", run)
+    assert "reach" in info.out
+    assert "15 tokens" in info.out
+    # the recipe says 32 tokens, the checkpoint only its configuration's default
+    assert cli("info", "run.yaml", "--length", 500).out == cli("info", run, "--length", 500).out
+
+
+def test_tokenizer_and_prepare(cli, here: Path):
+    assert "270 tokens" in cli("tokenizer", "text", "--vocab-size", 270, "--out", "made").out
+    prepared = cli("prepare", "text", "--tokenizer", "made", "--cache", "tokens")
+    assert prepared.code == 0
+    assert "of 270 kinds" in prepared.out
+    assert cli("prepare", "text", "--tokenizer", "made", "--cache", "tokens").out == prepared.out
+    from_recipe = cli("prepare", "run.yaml", "data.sequence_length=16")
+    assert "of 259 kinds" in from_recipe.out
+
+
+def test_generate_reads_a_pipe_and_saves_its_state(cli, here: Path, exported: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "line of text\n" * 400
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    piped = cli("generate", exported, "--prompt", "-", "-n", 6, "--temperature", 0)
+    given = cli(
+        "generate", exported, "--prompt", text, "-n", 6, "--temperature", 0, "--save-state", "state.safetensors"
+    )
+    assert piped.out == given.out
+    assert "5,200 tokens read" in piped.err
+    assert "exists" in cli("generate", exported, "--prompt", "a", "--save-state", "state.safetensors").err
+
+    continued = cli(
+        "generate", exported, "--prompt", "x", "-n", 4, "--temperature", 0, "--load-state", "state.safetensors"
+    )
+    assert "5,207 tokens read" in continued.err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff\xfe")))
+    assert "stdin is not UTF-8 text (byte 3)" in cli("generate", exported, "--prompt", "-").err
+    assert "give --prompt" in cli("generate", exported, "--load-state", "state.safetensors").err
+
+
+def test_generate_refuses_what_does_not_belong_together(cli, here: Path, exported: Path):
+    assert cli("tokenizer", "text", "--vocab-size", 270, "--out", "made").code == 0
+    assert "has 270 ids" in cli("generate", exported, "--prompt", "a", "--tokenizer", "made").err
+    assert "top_k" in cli("generate", exported, "--prompt", "a", "--top-k", 0).err
+    broken = here / "broken"
+    broken.mkdir()
+    for one in exported.iterdir():
+        (broken / one.name).write_bytes(one.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    assert "weights and configuration do not fit" in cli("generate", broken, "--prompt", "a").err
+    (broken / "config.json").write_text(
+        json.dumps({**config, "num_hidden_layers": 3, "layer_types": None, "mixers": None})
+    )
+    assert "missing keys" in cli("generate", broken, "--prompt", "a").err
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes()[:900])
+    assert "damaged or cut short" in cli("generate", broken, "--prompt", "a").err
+    for model_type, message in (("llama", "convert it first"), ("gpt2", "type 'gpt2'")):
+        (broken / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        assert message in cli("generate", broken, "--prompt", "a").err
+    (broken / "config.json").write_text("{")
+    assert "not a model configuration" in cli("generate", broken, "--prompt", "a").err
+
+
+def test_convert(cli, here: Path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(here / "llama")
+    assert cli("convert", "llama", "same").code == 0
+    assert cli("convert", "llama", "windowed", "--window", 8, "--set", "score_function=sigmoid").code == 0
+    assert SwatConfig.from_pretrained(here / "windowed").window(1) == 8
+    assert SwatConfig.from_pretrained(here / "same").window(1) is None
+    assert "exists" in cli("convert", "llama", "same").err
+
+
+def test_interrupted_training_saves_and_ends_with_130(here: Path):
+    command = [sys.executable, "-m", "swat_lm.cli", "train", "run.yaml", "train.steps=100000", "train.save_every=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics = here / "runs" / "run" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err.decode()
+    assert b"saved; the same command continues it" in err
+    assert len(list((here / "runs" / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_only_the_main_process_speaks(cli, here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "1")
+    ran = cli("info")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert cli("train", "rum.yaml").err == ""
+
+
+def test_text_pieces_keep_every_character():
+    text = "na\u00efve \u20ac\n" * 5000 + "no end"
+    source = io.BufferedReader(io.BytesIO(text.encode()), 64)
+    pieces = list(text_pieces(source, whole=False))
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert max(map(len, pieces)) <= 1 << 17
+    assert list(text_pieces(io.BufferedReader(io.BytesIO(b"a\nb")), whole=True)) == ["a\nb"]
+    long = "x" * 300_000
+    pieces = list(text_pieces(io.BufferedReader(io.BytesIO(long.encode())), whole=False))
+    assert "".join(pieces) == long
+    assert len(pieces) > 1
+
+
+def test_progress_on_a_terminal():
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
+    with RunProgress(console) as progress:
+        progress.event("one", Event(kind="start", step=3, steps=10, tokens=0, path=Path("checkpoints/step-3")))
+        progress.event(
+            "one", Event(kind="step", step=4, steps=10, tokens=9, loss=2.5, tokens_per_second=1234, seconds_left=61)
+        )
+        progress.event("two", Event(kind="evaluate", step=10, steps=10, tokens=9, held_out_loss=3.25))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for words in ("continues from checkpoints/step-3", "loss 2.500", "1,234 tokens/s", "1:01 left", "held out 3.250"):
+        assert words in shown
+    assert clock(3723) == "1:02:03"
+    assert clock(None) == "-:--"
