@@ -1,6 +1,6 @@
 """swat-lm: language models whose attention is a sliding window.
 
-The operator needs PyTorch alone. Model classes are imported on first use and need `pip install swat-lm[model]`;
+Everything is imported on first use. The operator needs PyTorch alone, the model classes `pip install swat-lm[model]`;
 Hugging Face's Auto classes know them as soon as `swat_lm` is imported.
 """
 
@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from swat_lm.model import registration as _registration
-from swat_lm.ops import window_attention, window_attention_step
 
 if TYPE_CHECKING:
     from swat_lm.model.configuration import SwatConfig
     from swat_lm.model.modeling import SwatForCausalLM, SwatModel, SwatPreTrainedModel
+    from swat_lm.ops import window_attention, window_attention_step
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,8 @@ _LAZY = {
     "SwatForCausalLM": "swat_lm.model.modeling",
     "SwatModel": "swat_lm.model.modeling",
     "SwatPreTrainedModel": "swat_lm.model.modeling",
+    "window_attention": "swat_lm.ops",
+    "window_attention_step": "swat_lm.ops",
 }
 
 _MODEL_PACKAGES = ("transformers", "safetensors", "huggingface_hub", "yaml")

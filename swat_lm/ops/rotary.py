@@ -1,7 +1,7 @@
 """Rotary position embedding from absolute positions (RoFormer, arXiv 2104.09864), as exact at position 10**7 as at 0.
 
-Angles are formed in float64 and only their cosine and sine are rounded: float32 angles drift by whole turns
-after a few million tokens. Nothing here is a buffer, so no cast of the model can reach the frequencies.
+Angles are formed in float64 and only their cosine and sine are rounded: float32 angles are off by 0.25 rad
+at position 10**7 and by whole turns later. Nothing here is a buffer, so no cast of the model can reach the frequencies.
 """
 
 import torch
