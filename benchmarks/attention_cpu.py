@@ -10,7 +10,7 @@ import argparse
 import sys
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from benchmarks import measure
 from swat_lm.ops import window_attention

@@ -1,8 +1,8 @@
 """Windowed attention in plain PyTorch, O(T * window) time and memory, forward and recomputing backward; any device.
 
 The band of visible pairs is cut into tiles; a tile's bias, -inf where a pair is not visible, enters the product as its
-addend, and one scratch of scores serves all tiles: fresh large temporaries fault in
-their pages, which costs a CPU 40 % more time than the products and sigmoids alone. The backward saves nothing but query, key and value. Mathematics: docs/mathematics.md.
+addend, and one scratch of scores serves all tiles: fresh large temporaries fault in their pages, which on a CPU costs
+40 % on top of products and sigmoids. The backward saves query, key and value only. Mathematics: docs/mathematics.md.
 """
 
 import torch
