@@ -8,13 +8,14 @@ batched products on the same tile shapes plus torch.sigmoid over the same scores
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
 from swat_lm.ops import window_attention
-from swat_lm.ops.bands import TILE_BUDGET, Band
+from swat_lm.ops.bands import Band
 
 HEADS, HEAD_DIM = 8, 64
 
@@ -69,6 +70,13 @@ def inputs(length: int) -> list[torch.Tensor]:
     return [torch.randn(1, length, HEADS, HEAD_DIM, generator=generator) for _ in range(4)]
 
 
+def attend(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The operator with a single result."""
+    output = window_attention(*tensors, **options)
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
 def useful_pairs(length: int, window: int) -> int:
     """Pairs inside the window."""
     window = min(window, length)
@@ -79,11 +87,11 @@ def against_the_roof(length: int, window: int, rounds: int) -> dict:
     """Forward and backward beside the products and sigmoids they cannot do without."""
     query, key, value, d_output = (t.requires_grad_() for t in inputs(length))
     slopes = torch.tensor([-(2.0**-k) for k in range(1, 5)] + [2.0**-k for k in range(1, 5)])
-    output = window_attention(query, key, value, window=window, slopes=slopes)
+    output = attend(query, key, value, window=window, slopes=slopes)
 
     def forward() -> None:
         with torch.no_grad():
-            window_attention(query, key, value, window=window, slopes=slopes)
+            attend(query, key, value, window=window, slopes=slopes)
 
     def backward() -> None:
         torch.autograd.grad(output, (query, key, value), d_output, retain_graph=True)
@@ -111,9 +119,9 @@ class Roof:
     """The products and sigmoids of one call, on tiles of the same shape that stay in cache, and nothing else."""
 
     def __init__(self, length: int, window: int) -> None:
-        band = Band.of(1, length, length, window, torch.device("cpu"))
-        self.pairs = HEADS * sum(t.count * t.rows * t.keys for t in band.cut(None, None))
-        per_batch = max(1, TILE_BUDGET // (band.rows * band.width))
+        band = Band.of(length, length, window, torch.device("cpu"))
+        self.pairs = HEADS * sum(t.count * t.rows * t.keys for t in band.cut(0, None, None, disjoint=False))
+        per_batch = band.tiles_per_batch
         self.repeats = round(self.pairs / (per_batch * band.rows * band.width))
         self.rows = torch.randn(per_batch, band.rows, HEAD_DIM)
         self.keys = torch.randn(per_batch, band.width, HEAD_DIM)
@@ -158,13 +166,13 @@ def against_flex(length: int, window: int, rounds: int) -> dict:
             sys.stdout.write(f"FlexAttention, block {block}: not measured, {type(error).__name__}\n")
             continue
         layout = [t.transpose(1, 2).contiguous() for t in (query, key, value)]
-        expected = window_attention(*layout, window=window, score_function="softmax").transpose(1, 2)
+        expected = attend(*layout, window=window, score_function="softmax").transpose(1, 2)
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
         with torch.no_grad():
             timings = measure.take_turns(
                 {
-                    "sigmoid": lambda layout=layout: window_attention(*layout, window=window),
-                    "softmax": lambda layout=layout: window_attention(*layout, window=window, score_function="softmax"),
+                    "sigmoid": lambda layout=layout: attend(*layout, window=window),
+                    "softmax": lambda layout=layout: attend(*layout, window=window, score_function="softmax"),
                     "flex": lambda compiled=compiled, mask=mask: compiled(query, key, value, block_mask=mask),
                 },
                 rounds,
@@ -195,16 +203,16 @@ def against_masks(length: int, window: int, rounds: int) -> dict:
         heads_first = (t.transpose(1, 2) for t in tensors)
         return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
 
-    expected = window_attention(*tensors, window=window, score_function="softmax")
+    expected = attend(*tensors, window=window, score_function="softmax")
     torch.testing.assert_close(sdpa(), expected, atol=1e-4, rtol=1e-4)
     candidates = {
-        "ours": lambda: train(lambda: window_attention(*tensors, window=window)),
+        "ours": lambda: train(lambda: attend(*tensors, window=window)),
         "sdpa": lambda: train(sdpa),
     }
     # its exact window of n * look_backward counts the query on top: one key more than ours of the same number
     for name, module in local_attention(window).items():
         result = run_local_attention(module, tensors)
-        longer = window_attention(*tensors, window=window + 1, score_function="softmax")
+        longer = attend(*tensors, window=window + 1, score_function="softmax")
         torch.testing.assert_close(result, longer, atol=1e-4, rtol=1e-4)
         candidates[name] = lambda module=module: train(lambda: run_local_attention(module, tensors))
     timings = measure.take_turns(candidates, rounds)
