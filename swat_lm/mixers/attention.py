@@ -87,7 +87,7 @@ class WindowAttention(Mixer):
         if angles is not None:
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
         if isinstance(memory, RingMemory) and memory.serves_step(hidden):
-            return self._finish(self._attend_step(query, key, value, memory)), memory
+            return self.o_proj(self.attend_step(query, key, value, memory)), memory
         num_queries = query.shape[1]
         num_past, last_visible = 0, None
         if memory is not None:
@@ -109,23 +109,22 @@ class WindowAttention(Mixer):
             return_lse=settings.learned_sink,
             backend=settings.backend,
         )
-        return self._finish(result), None if memory is None else memory.after(key, value)
+        return self.o_proj(self._heads_output(result)), None if memory is None else memory.after(key, value)
 
     def step(self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, memory: RingMemory) -> Tensor:
         """Mix one token per sequence, `[B, 1, M]`, in place over the rings; angles from `paired_angles`."""
         query, key, value = self._project(hidden)
         if angles is not None:
-            query, key = _rotate_paired(query, *angles), _rotate_paired(key, *angles)
-        return self._finish(self._attend_step(query, key, value, memory))
+            query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
+        return self.o_proj(self.attend_step(query, key, value, memory))
 
-    def _attend_step(
-        self, query: Tensor, key: Tensor, value: Tensor, memory: RingMemory
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def attend_step(self, query: Tensor, key: Tensor, value: Tensor, memory: RingMemory) -> Tensor:
+        """Attend with one rotated token per sequence, `[B, 1, heads, D]`; returns the heads' output `[B, 1, H * D]`."""
         settings = self.settings
         if key.dtype != memory.key_ring.dtype:
             # under autocast
             query, key, value = (x.to(memory.key_ring.dtype) for x in (query, key, value))
-        return window_attention_step(
+        result = window_attention_step(
             query,
             key,
             value,
@@ -139,6 +138,7 @@ class WindowAttention(Mixer):
             return_lse=settings.learned_sink,
             backend=settings.backend,
         )
+        return self._heads_output(result)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         settings = self.settings
@@ -150,7 +150,7 @@ class WindowAttention(Mixer):
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, value
 
-    def _finish(self, result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def _heads_output(self, result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         if self.sink is not None:
             output, lse = result
             # softmax with one more key, of score `sink` and value zero
@@ -161,7 +161,7 @@ class WindowAttention(Mixer):
             output = result
         if self.output_norm is not None:
             output = self.output_norm(output)
-        return self.o_proj(output.flatten(2))
+        return output.flatten(2)
 
     def _slopes_on(self, device: torch.device) -> Tensor | None:
         slopes = self._slopes
@@ -190,6 +190,6 @@ def paired_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1).unsqueeze(2), torch.cat((-sin, sin), dim=-1).unsqueeze(2)
 
 
-def _rotate_paired(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+def rotate_paired(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """The rotation of `apply_rotary`: a roll by half a head exchanges the members of every pair."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin).to(x.dtype)

@@ -5,12 +5,13 @@ Legend: B sequences, T tokens, M model width, V vocabulary, W window.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from swat_lm.mixers.protocol import CarryMemory, Visible
+from swat_lm.model.decoding import DecodingPlan, arrange, contiguous_state_dict
 from swat_lm.model.state import StreamState, empty_rings
 from swat_lm.ops.visibility import from_attention_mask, from_document_ids
 
@@ -39,10 +40,14 @@ class Carry:
 class Streaming:
     """Mixed into the language model: states, prefill, the decode step, and chunks with a carry."""
 
+    _decoding_plan: DecodingPlan | None = None
+    _is_arranged = False
+
     if TYPE_CHECKING:
         model: SwatModel
-        lm_head: nn.Module
+        lm_head: nn.Linear
         config: SwatConfig
+        register_state_dict_post_hook: Any
 
     def init_state(
         self, batch_size: int = 1, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -63,6 +68,26 @@ class Streaming:
             position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         windows = tuple(self.config.window(index) for index in range(self.config.num_hidden_layers))
         return StreamState(rings, windows, position)
+
+    def arrange_for_decoding(self) -> None:
+        """Lay the weights out in memory as decoding on a CPU reads them fastest: by input channel, and joined.
+
+        Shapes, names, values and bytes do not change, and whatever the model does still works; only the order of sums
+        does. A product with one row streams through such a matrix, where rows of dot products wait for memory:
+        14.5 GB/s instead of 10.7 GB/s on one core that reads 21 GB/s (width 768, measured on a busy machine).
+        `decode_step` then takes a shorter way, unless a module is replaced or a weight is moved later.
+
+        Raises:
+            ValueError: the model is not on a CPU.
+        """
+        if self.lm_head.weight.device.type != "cpu":
+            raise ValueError(
+                f"arrange_for_decoding serves models on a CPU; this one is on {self.lm_head.weight.device}"
+            )
+        self._decoding_plan = arrange(self)  # type: ignore[arg-type]
+        if not self._is_arranged:
+            self._is_arranged = True
+            self.register_state_dict_post_hook(contiguous_state_dict)
 
     @torch.no_grad()
     def extend(self, input_ids: Tensor, state: StreamState, attention_mask: Tensor | None = None) -> Tensor:
@@ -128,17 +153,22 @@ class Streaming:
     @torch.no_grad()
     def decode_step(self, token: Tensor, state: StreamState) -> Tensor:
         """Feed one token per stream, `[B, 1]`; returns the logits `[B, V]`. The state is changed in place."""
-        memories = state.step_memories()
-        model = self.model
+        model, plan = self.model, self._decoding_plan
+        if plan is not None and not plan.describes_the_model():
+            plan = None
         # cheaper per operation than no_grad; the logits are formed outside of it, so that callers may change them
         with torch.inference_mode():
             hidden = model.embed_tokens(token)
             angles = model.rotary.step_angles(state.position, hidden.dtype)
-            for layer, layer_angles, memory in zip(model.stack, angles, memories, strict=True):
-                hidden = layer.step(hidden, layer_angles, memory)
+            if plan is not None:
+                hidden = plan.step(hidden.squeeze(1), angles, state)
+            else:
+                for layer, layer_angles, memory in zip(model.stack, angles, state.step_memories(), strict=True):
+                    hidden = layer.step(hidden, layer_angles, memory)
+                hidden = model.norm(hidden).squeeze(1)
             state.position += 1
         state.num_columns += 1
-        return self.lm_head(model.norm(hidden)).squeeze(1)
+        return self.lm_head(hidden) if plan is None else torch.mm(hidden, plan.head)
 
     def init_carry(self, mode: Literal["exact", "detached"] = "exact") -> Carry:
         """An empty carry for `forward_chunk`.

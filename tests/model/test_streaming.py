@@ -83,6 +83,60 @@ def test_memory_is_constant():
     assert addresses == [ring.data_ptr() for layer in state.rings for ring in layer.values()]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "sliding_window": [4, None]},
+        {"score_function": "softmax", "learned_sink": True, "output_norm": True, "use_rotary": [True, False]},
+        {"qk_norm": True, "attention_bias": True},
+    ],
+)
+def test_arranged_for_decoding_is_the_same_model(tmp_path, changes):
+    model, ids = tiny_model(**changes), tokens(2, 20)
+    expected, weights = model(ids).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    model.arrange_for_decoding()
+    assert (model._decoding_plan is None) == ("qk_norm" in changes)
+    assert model.lm_head.weight.is_contiguous() == ("tie_word_embeddings" in changes)
+    close(model(ids).logits, expected)
+    state = model.init_state(2)
+    close(torch.stack([model.decode_step(token, state) for token in ids.split(1, dim=1)], dim=1), expected)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    # no byte is held twice
+    storages = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in model.parameters()}
+    assert sum(storage.nbytes() for storage in storages.values()) == sum(
+        4 * value.numel() for value in model.parameters()
+    )
+
+
+def test_a_plan_notices_that_the_model_has_changed():
+    model, ids = tiny_model(), tokens(2, 6)
+    model.arrange_for_decoding()
+
+    def decoded() -> torch.Tensor:
+        state = model.init_state(2)
+        return torch.stack([model.decode_step(token, state) for token in ids.split(1, dim=1)], dim=1)
+
+    # in place: the plan reads the parameters' own memory
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(2.0)
+    assert model._decoding_plan.describes_the_model()
+    close(decoded(), model(ids).logits)
+    replaced = model.model.layers[1].mlp.up_proj
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
+    assert not model._decoding_plan.describes_the_model()
+    close(decoded(), model(ids).logits)
+    model.model.layers[1].mlp.up_proj = replaced
+    assert model._decoding_plan.describes_the_model()
+    model.double()
+    assert not model._decoding_plan.describes_the_model()
+    close(decoded(), model(ids).logits)
+    model.arrange_for_decoding()
+    close(decoded(), model(ids).logits, 1e-12)
+
+
 def test_full_attention_state_grows_and_stays_right():
     model, ids = tiny_model(sliding_window=None), tokens(1, 300)
     state = model.init_state(1)
