@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode_cpu, models, table, train_cpu
+from benchmarks import decode_cpu, measure, models, table, train_cpu
 
 WIDTH, VOCABULARY = 64, 97
 
@@ -102,3 +102,32 @@ def test_unequal_models_are_not_measured():
 
 def test_same_weights_give_the_same_function():
     models.check_same_function(WIDTH, VOCABULARY)
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "1"], ["--threads", "1", "--quick"]])
+def test_runs_judge_their_rows_and_only_full_ones_are_saved(arguments, monkeypatch, capsys):
+    saved = []
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    monkeypatch.setattr(measure, "require_green_tests", lambda *paths: None)
+    monkeypatch.setattr(
+        measure, "save", lambda name, rows, goals, settings: saved.append((name, len(rows), len(goals)))
+    )
+    monkeypatch.setattr(models, "check_same_function", lambda *sizes: None)
+    shares = {"swat share / mistral": 0.9, "swat share / llama": 0.7}
+    monkeypatch.setattr(
+        train_cpu,
+        "compare",
+        lambda task, rounds: {"length": task.length, "width": task.width, "vocabulary": task.vocabulary, **shares},
+    )
+    monkeypatch.setattr(decode_cpu, "check_same_function", lambda vocabulary: None)
+    monkeypatch.setattr(decode_cpu, "against_mistral", lambda *sizes: {"decode times mistral": 2.5})
+    monkeypatch.setattr(decode_cpu, "against_bandwidth", lambda *sizes: {"share of bandwidth": 0.5})
+    threads = torch.get_num_threads()
+    train_cpu.main()
+    decode_cpu.main()
+    torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    assert "MISSED   T 4096, width 512" in out or "MISSED   T 2048, width 512" in out
+    assert "reached  batch 16, vocabulary 8192: times Mistral's tokens/s: 2.5" in out
+    assert "MISSED   100M parameters: share of the read bandwidth: 0.5" in out
+    assert saved == ([] if "--quick" in arguments else [("train_cpu", 8, 16), ("decode_cpu", 5, 5)])
