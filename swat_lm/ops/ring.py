@@ -5,6 +5,7 @@ so nothing is ever shifted or concatenated.
 """
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,27 +27,85 @@ def step(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Write the new key and value, attend; `(output [B, 1, H, D], lse [B, 1, H])`, the lse empty for sigmoid."""
-    window, num_kv_heads, head_dim = key_ring.shape[1:]
+    num_kv_heads, head_dim = key_ring.shape[2:]
     batch, _, num_heads, _ = query.shape
-    dtype = score_dtype(query)
     write(key, value, key_ring, value_ring, slot, position)
-    distance = (position[:, None] - torch.arange(window, device=position.device)).remainder(window)
-    table = bias.at(distance).transpose(0, 1).masked_fill_((distance > position[:, None])[:, None], float("-inf"))
-    table = table.reshape(batch, num_kv_heads, -1, window)
-    grouped = query.to(dtype).reshape(batch, num_kv_heads, -1, head_dim)
+    grouped = query.to(score_dtype(query)).reshape(batch, num_kv_heads, -1, head_dim)
     output = torch.empty_like(grouped)
     softmax = score_function == "softmax"
-    lse = table.new_empty(table.shape[:3]) if softmax else table.new_empty(0)
-    for take, keys, values in _views(key_ring, value_ring, slot, grouped.shape[0]):
-        scores = torch.baddbmm(take(table), take(grouped), keys.to(dtype).transpose(1, 2), alpha=scale)
+    lse = grouped.new_empty(grouped.shape[:3] if softmax else 0)
+    for take, keys, values, table in _products(key_ring, value_ring, slot, position, bias, num_kv_heads):
+        rows = take(grouped)
+        scores = torch.baddbmm(table, rows, keys.to(rows.dtype).transpose(1, 2), alpha=scale)
         if softmax:
             take(lse).copy_(scores.logsumexp(dim=-1))
             weights = scores.softmax(dim=-1)
         else:
             weights = scores.sigmoid_()
-        take(output).copy_(torch.bmm(weights, values.to(dtype)))
+        take(output).copy_(torch.bmm(weights, values.to(rows.dtype)))
     shape = (batch, 1, num_heads)
     return output.view(*shape, head_dim).to(query.dtype), lse.view(shape) if softmax else lse
+
+
+Product = tuple[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor]
+
+
+def _products(
+    key_ring: Tensor, value_ring: Tensor, slot: Tensor, position: Tensor, bias: HeadBias, num_kv_heads: int
+) -> Iterator[Product]:
+    """Yield `(take, keys [N, W, D], values [N, W, D], table [N, G, W])`: batches over which a ring has one stride.
+
+    On a CPU that spares copying the rings, which is all the traffic there is: N runs over the key/value heads of one
+    sequence, or over the sequences of one key/value head where these are many and the first slots in order. `take`
+    picks a batch's part of `[B, K, G, ...]`.
+    """
+    batch, window = slot.shape[0], key_ring.shape[1]
+    if key_ring.device.type != "cpu":
+        keys, values = (ring[slot].transpose(1, 2).flatten(0, 1) for ring in (key_ring, value_ring))
+        table = _tables(position, bias, window).unflatten(1, (num_kv_heads, -1)).flatten(0, 1)
+        yield (lambda x: x.flatten(0, 1)), keys, values, table
+        return
+    slots, positions = slot.tolist(), position.tolist()
+    in_order = batch > num_kv_heads and slots == list(range(batch))
+    if in_order and len(set(positions)) > 1:
+        tables = _tables(position, bias, window).unflatten(1, (num_kv_heads, -1))
+        for head in range(num_kv_heads):
+            take = lambda x, head=head: x[:, head]  # noqa: E731
+            yield take, key_ring[:batch, :, head], value_ring[:batch, :, head], tables[:, head]
+        return
+    periodic = _periodic_table(window, tuple(bias.slopes.tolist()), tuple(bias.constant.tolist()), bias.slopes.dtype)
+    if in_order:
+        filled, table = _table_at(periodic, positions[0], window, num_kv_heads)
+        for head in range(num_kv_heads):
+            take = lambda x, head=head: x[:, head]  # noqa: E731
+            keys, values = (ring[:batch, :filled, head] for ring in (key_ring, value_ring))
+            yield take, keys, values, table[head].expand(batch, -1, -1)
+        return
+    for b, (own, place) in enumerate(zip(slots, positions, strict=True)):
+        filled, table = _table_at(periodic, place, window, num_kv_heads)
+        keys, values = (ring[own, :filled].transpose(0, 1) for ring in (key_ring, value_ring))
+        yield (lambda x, b=b: x[b]), keys, values, table
+
+
+def _tables(position: Tensor, bias: HeadBias, window: int) -> Tensor:
+    """The bias of every place of a ring, `[B, H, W]`, -inf where nothing was written yet."""
+    distance = (position[:, None] - torch.arange(window, device=position.device)).remainder(window)
+    return bias.at(distance).transpose(0, 1).masked_fill_((distance > position[:, None])[:, None], float("-inf"))
+
+
+@lru_cache(maxsize=256)
+def _periodic_table(window: int, slopes: tuple[float, ...], constant: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """Two periods of `bias(-place mod W)`, `[H, 2 W]`: a ring's table at any position is a run of W columns of it."""
+    # a plain tensor, also where it is first needed under inference_mode
+    with torch.inference_mode(False):
+        distance = (-torch.arange(2 * window)).remainder(window)
+        return HeadBias(torch.tensor(slopes, dtype=dtype), torch.tensor(constant, dtype=dtype)).at(distance)
+
+
+def _table_at(periodic: Tensor, position: int, window: int, num_kv_heads: int) -> tuple[int, Tensor]:
+    """Places of the ring that are written, and their bias `[K, G, places]`, a view."""
+    filled, start = min(position + 1, window), window - position % window
+    return filled, periodic[:, start : start + filled].unflatten(0, (num_kv_heads, -1))
 
 
 def step_reference(
@@ -76,27 +135,12 @@ def step_reference(
 
 def write(key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, slot: Tensor, position: Tensor) -> None:
     """Put the new token's key and value at place `position mod window` of its sequence's ring."""
-    place = position.remainder(key_ring.shape[1])
+    window = key_ring.shape[1]
+    if slot.shape[0] == 1 and slot.device.type == "cpu":
+        own, place = int(slot), int(position) % window
+        key_ring[own, place] = key[0, 0]
+        value_ring[own, place] = value[0, 0]
+        return
+    place = position.remainder(window)
     key_ring[slot, place] = key[:, 0]
     value_ring[slot, place] = value[:, 0]
-
-
-def _views(
-    key_ring: Tensor, value_ring: Tensor, slot: Tensor, batch: int
-) -> Iterator[tuple[Callable[[Tensor], Tensor], Tensor, Tensor]]:
-    """Yield `(take, keys [N, W, D], values [N, W, D])`: batches over which a ring has a single stride.
-
-    On a CPU that spares copying the rings, which is all the traffic there is; N runs over the key/value heads of one
-    sequence, or over the sequences of one key/value head where the sequences are the first slots in order.
-    """
-    if key_ring.device.type != "cpu":
-        keys, values = key_ring[slot].transpose(1, 2).flatten(0, 1), value_ring[slot].transpose(1, 2).flatten(0, 1)
-        yield (lambda x: x.flatten(0, 1)), keys, values
-        return
-    slots = slot.tolist()
-    if batch > key_ring.shape[2] and slots == list(range(batch)):
-        for head in range(key_ring.shape[2]):
-            yield (lambda x, h=head: x[:, h]), key_ring[:batch, :, head], value_ring[:batch, :, head]
-        return
-    for b, s in enumerate(slots):
-        yield (lambda x, b=b: x[b]), key_ring[s].transpose(0, 1), value_ring[s].transpose(0, 1)
