@@ -58,10 +58,11 @@ class Stream(Protocol):
 
 
 class OurStream:
-    """A SwatForCausalLM over its rings."""
+    """A SwatForCausalLM over its rings, its weights laid out as one does before decoding on a CPU."""
 
     def __init__(self, model: SwatForCausalLM) -> None:
         self.model = model.eval()
+        self.model.arrange_for_decoding()
 
     def prefill(self, tokens: Tensor, chunk: int) -> Tensor:
         """Begin anew with a prompt."""
@@ -224,8 +225,8 @@ def against_bandwidth(
     The read bandwidth is the best of several ways over a buffer of as many bytes. What PyTorch's matrix-vector
     products reach over the model's own matrices, and nothing else, is given beside it.
     """
-    model = models.swat(width, vocabulary, layers).eval()
-    stream = OurStream(model)
+    stream = OurStream(models.swat(width, vocabulary, layers))
+    model = stream.model
     tokens = models.random_tokens(1, min(sizes.prompt, 4 * models.WINDOW), vocabulary)
     stream.prefill(tokens, 256)
     num_bytes = cost.decoding_bytes_per_token(model.config, tokens.shape[1], 1, weight_bytes=4, dtype_bytes=4)
