@@ -182,16 +182,23 @@ def dump_recipe(recipe: Recipe) -> str:
             return {key: plain(one) for key, one in value.items()}
         return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
-    return yaml.safe_dump(plain(asdict(recipe)), sort_keys=False, width=120)
+    return yaml.dump(plain(asdict(recipe)), Dumper=Dumper, sort_keys=False, width=120)
 
 
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader that reads `1e-3` as a number (YAML 1.2) instead of text."""
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
+class Dumper(yaml.SafeDumper):
+    """Quotes the texts that this `Loader` would read as numbers."""
+
+
+for reader_or_writer in (Loader, Dumper):
+    reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def read_file(path: Path, places: dict[str, str], children: tuple[Path, ...]) -> dict[str, Any]:

@@ -2,7 +2,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from swat_lm.recipe import DataRecipe, Recipe, RecipeError, TrainRecipe, describe, dump_recipe, load_recipe
@@ -165,6 +165,7 @@ def test_python_made_recipes_are_checked_too():
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(sources=["0E0"], learning_rate=1.0, model={"0E0": "1e5"}, loggers=[], seed=0)
 @given(
     sources=st.lists(st.text(min_size=1).filter(lambda s: bool(s.strip())), min_size=1, max_size=3),
     learning_rate=st.floats(min_value=1e-30, max_value=1e30),
