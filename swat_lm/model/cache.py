@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from swat_lm.mixers.protocol import Memory, RingMemory, Visible
 from swat_lm.model.chunk import ChunkPlan
 from swat_lm.model.configuration import SwatConfig
+from swat_lm.ops.ring import empty_ring
 
 
 class StockMemory:
@@ -51,8 +52,8 @@ class RingLayer(CacheLayerMixin):
         """Allocate for states `[B, K, T, D]` (Hugging Face's layout)."""
         batch, heads, _, size = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(batch, self.window, heads, size)
-        self.values = value_states.new_zeros(batch, self.window, heads, size)
+        self.keys = empty_ring(batch, self.window, heads, size, key_states)
+        self.values = empty_ring(batch, self.window, heads, size, value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

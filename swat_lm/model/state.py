@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swat_lm.mixers.protocol import RingMemory, StateTensor
+from swat_lm.ops.ring import empty_ring
 
 FIRST_CAPACITY = 64
 FORMAT = "swat-lm stream state 1"
@@ -85,7 +86,7 @@ class StreamState:
             while capacity < needed:
                 capacity *= 2
             for name, ring in layer.items():
-                larger = ring.new_zeros(ring.shape[0], capacity, *ring.shape[2:])
+                larger = _zeros(ring.shape[0], (capacity, *ring.shape[2:]), ring)
                 larger[:, : ring.shape[1]] = ring
                 layer[name] = larger
             self._memories = []
@@ -95,16 +96,16 @@ def empty_rings(
     specs: Iterable[tuple[StateTensor, ...]], batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Tensor]]:
     """Zeroed rings for B streams, one mapping per layer, from what each mixer says it keeps."""
-    return [
-        {tensor.name: torch.zeros(batch_size, *_capacity(tensor), dtype=dtype, device=device) for tensor in spec}
-        for spec in specs
-    ]
+    like = torch.empty(0, dtype=dtype, device=device)
+    return [{tensor.name: _zeros(batch_size, _capacity(tensor), like) for tensor in spec} for spec in specs]
 
 
 def save_state(state: StreamState, path: str | Path) -> None:
     """Write a state as one safetensors file, beside and then renamed."""
     path = Path(path)
-    tensors = {f"layers.{i}.{name}": ring for i, layer in enumerate(state.rings) for name, ring in layer.items()}
+    tensors = {
+        f"layers.{i}.{name}": ring.contiguous() for i, layer in enumerate(state.rings) for name, ring in layer.items()
+    }
     metadata = {
         "format": FORMAT,
         "windows": json.dumps(state.windows),
@@ -139,8 +140,13 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> StreamSt
     rings: list[dict[str, Tensor]] = [{} for _ in windows]
     for name, tensor in tensors.items():
         _, index, short = name.split(".")
-        rings[int(index)][short] = tensor
+        # in the layout of a new state, so that the same kernels run and the stream continues bit for bit
+        rings[int(index)][short] = _zeros(tensor.shape[0], tuple(tensor.shape[1:]), tensor).copy_(tensor)
     return StreamState(rings, windows, position, int(metadata["num_columns"]), json.loads(metadata["ragged"]))
+
+
+def _zeros(batch_size: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return empty_ring(batch_size, *shape, like) if len(shape) == 3 else like.new_zeros(batch_size, *shape)
 
 
 def _capacity(tensor: StateTensor) -> tuple[int, ...]:

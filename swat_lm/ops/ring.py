@@ -47,6 +47,11 @@ def step(
     return output.view(*shape, head_dim).to(query.dtype), lse.view(shape) if softmax else lse
 
 
+def empty_ring(slots: int, window: int, num_kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
+    """Zeros `[slots, window, K, D]`, head-major in memory, which lets a CPU decode all sequences in one product."""
+    return like.new_zeros(slots, num_kv_heads, window, head_dim).transpose(1, 2)
+
+
 Product = tuple[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor]
 
 
@@ -55,9 +60,9 @@ def _products(
 ) -> Iterator[Product]:
     """Yield `(take, keys [N, W, D], values [N, W, D], table [N, G, W])`: batches over which a ring has one stride.
 
-    On a CPU that spares copying the rings, which is all the traffic there is: N runs over the key/value heads of one
-    sequence, or over the sequences of one key/value head where these are many and the first slots in order. `take`
-    picks a batch's part of `[B, K, G, ...]`.
+    On a CPU that spares copying the rings, which is all the traffic there is: N runs over everything at once where the
+    rings are head-major in memory (`empty_ring`) and the sequences their first slots in order; else over the key/value
+    heads of one sequence, or over many such sequences of one head. `take` picks a batch's part of `[B, K, G, ...]`.
     """
     batch, window = slot.shape[0], key_ring.shape[1]
     if key_ring.device.type != "cpu":
@@ -66,25 +71,32 @@ def _products(
         yield (lambda x: x.flatten(0, 1)), keys, values, table
         return
     slots, positions = slot.tolist(), position.tolist()
-    in_order = batch > num_kv_heads and slots == list(range(batch))
-    if in_order and len(set(positions)) > 1:
-        tables = _tables(position, bias, window).unflatten(1, (num_kv_heads, -1))
+    in_order = slots == list(range(batch))
+    whole = in_order and all(ring.transpose(1, 2).is_contiguous() for ring in (key_ring, value_ring))
+    if whole or (in_order and batch > num_kv_heads):
+        if len(set(positions)) == 1:
+            periodic = _periodic_table(window, *_numbers(bias))
+            filled, table = _table_at(periodic, positions[0], window, num_kv_heads)
+            table = table.expand(batch, -1, -1, -1)
+        else:
+            filled, table = window, _tables(position, bias, window).unflatten(1, (num_kv_heads, -1))
+        keys, values = key_ring[:batch, :filled], value_ring[:batch, :filled]
+        if whole:
+            keys, values = keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
+            yield (lambda x: x.flatten(0, 1)), keys, values, table.flatten(0, 1)
+            return
         for head in range(num_kv_heads):
-            take = lambda x, head=head: x[:, head]  # noqa: E731
-            yield take, key_ring[:batch, :, head], value_ring[:batch, :, head], tables[:, head]
+            yield (lambda x, head=head: x[:, head]), keys[:, :, head], values[:, :, head], table[:, head]
         return
-    periodic = _periodic_table(window, tuple(bias.slopes.tolist()), tuple(bias.constant.tolist()), bias.slopes.dtype)
-    if in_order:
-        filled, table = _table_at(periodic, positions[0], window, num_kv_heads)
-        for head in range(num_kv_heads):
-            take = lambda x, head=head: x[:, head]  # noqa: E731
-            keys, values = (ring[:batch, :filled, head] for ring in (key_ring, value_ring))
-            yield take, keys, values, table[head].expand(batch, -1, -1)
-        return
+    periodic = _periodic_table(window, *_numbers(bias))
     for b, (own, place) in enumerate(zip(slots, positions, strict=True)):
         filled, table = _table_at(periodic, place, window, num_kv_heads)
         keys, values = (ring[own, :filled].transpose(0, 1) for ring in (key_ring, value_ring))
         yield (lambda x, b=b: x[b]), keys, values, table
+
+
+def _numbers(bias: HeadBias) -> tuple[tuple[float, ...], tuple[float, ...], torch.dtype]:
+    return tuple(bias.slopes.tolist()), tuple(bias.constant.tolist()), bias.slopes.dtype
 
 
 def _tables(position: Tensor, bias: HeadBias, window: int) -> Tensor:
@@ -136,11 +148,14 @@ def step_reference(
 def write(key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, slot: Tensor, position: Tensor) -> None:
     """Put the new token's key and value at place `position mod window` of its sequence's ring."""
     window = key_ring.shape[1]
-    if slot.shape[0] == 1 and slot.device.type == "cpu":
-        own, place = int(slot), int(position) % window
-        key_ring[own, place] = key[0, 0]
-        value_ring[own, place] = value[0, 0]
-        return
+    if slot.device.type == "cpu":
+        slots, positions = slot.tolist(), position.tolist()
+        if len(set(positions)) == 1 and slots == list(range(slots[0], slots[0] + len(slots))):
+            # a slice costs a third of an index
+            own, at = slice(slots[0], slots[0] + len(slots)), positions[0] % window
+            key_ring[own, at] = key[:, 0]
+            value_ring[own, at] = value[:, 0]
+            return
     place = position.remainder(window)
     key_ring[slot, place] = key[:, 0]
     value_ring[slot, place] = value[:, 0]

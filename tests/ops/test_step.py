@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from swat_lm.ops import window_attention, window_attention_step
+from swat_lm.ops.ring import empty_ring
 
 
 def stream(batch, length, seed=0):
@@ -33,11 +34,14 @@ def test_every_step_equals_the_full_pass(window, score_function, backend):
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("slots", [[0, 1, 2], [5, 0, 3], [2, 1, 0]])
-def test_ragged_positions_agree_with_the_first_entry(slots, score_function):
+@pytest.mark.parametrize("positions", [[2, 19, 7], [13, 13, 13], [3, 3, 3]])
+@pytest.mark.parametrize("head_major", [False, True])
+def test_positions_and_slots_agree_with_the_first_entry(slots, positions, score_function, head_major):
     """Sequences at different places of their streams, some younger than the window, in any slots of a larger pool."""
-    window, positions = 6, [2, 19, 7]
+    window = 6
     query, key, value, slopes = stream(3, 20)
-    key_ring, value_ring = torch.full((7, window, 2, 8), float("nan")), torch.full((7, window, 2, 8), float("nan"))
+    make = (lambda: empty_ring(7, window, 2, 8, query)) if head_major else (lambda: torch.zeros(7, window, 2, 8))
+    key_ring, value_ring = make().fill_(float("nan")), make().fill_(float("nan"))
     for b, (s, p) in enumerate(zip(slots, positions, strict=True)):
         key_ring[s], value_ring[s] = 0.0, 0.0
         for t in range(p):
