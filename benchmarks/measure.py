@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import signal
 import statistics
 import subprocess
@@ -174,8 +173,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def resident_bytes() -> int:
-    """Return the process's peak resident size so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
