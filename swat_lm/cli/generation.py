@@ -58,6 +58,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     refuse_overwriting(save_to)
     model, tokens = load_checkpoint(checkpoint, tokenizer, device)
+    if model.device.type == "cpu":
+        model.arrange_for_decoding()
     sampling = Sampling(temperature, top_k, top_p, vocab_size=vocabulary_size(tokens))
     fresh = load_from is None
     state = model.init_state() if load_from is None else load_state(load_from, model.device)
