@@ -12,7 +12,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from swat_lm import SwatForCausalLM
-from swat_lm.data import BatchSource, Progress, TokenStore, load_tokenizer, prepare, vocabulary_size
+from swat_lm.data import (
+    BatchSource,
+    Progress,
+    TokenStore,
+    load_tokenizer,
+    prepare,
+    resolve_sources,
+    vocabulary_size,
+)
 from swat_lm.model.configuration import SwatConfig, config_from_recipe
 from swat_lm.model.cost import training_flops_per_token
 from swat_lm.recipe import Recipe
@@ -55,6 +63,8 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     out = Path(recipe.out)
     engine.rows()
     engine.on_main(lambda: check_loggers(recipe.train.loggers))
+    # a misspelt source must not leave an empty run folder behind
+    engine.on_main_only(lambda: resolve_sources(recipe.data.sources))
     engine.on_main(lambda: check_writable(out))
     start, damaged = engine.on_main(lambda: choose_start(out, recipe.train.resume))
     if damaged and engine.is_main:

@@ -215,6 +215,14 @@ def test_refused_recipes_leave_the_run_as_it_was(make_recipe, monkeypatch, chang
     assert snapshot(Path(recipe.out)) == before
 
 
+def test_a_misspelt_source_leaves_no_run_folder(make_recipe, tmp_path):
+    recipe = make_recipe("run")
+    recipe = replace(recipe, data=replace(recipe.data, sources=(str(tmp_path / "nothing"),)))
+    with pytest.raises(ValueError, match="nothing"):
+        run(recipe)
+    assert not Path(recipe.out).exists()
+
+
 def test_run_from_another_runs_checkpoint(make_recipe):
     first = make_recipe("first", steps=4)
     result = run(first)
