@@ -1,0 +1,81 @@
+"""Streams of any causal model: a position's loss is the same whatever chunks computed it, or the model is refused."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from swat_lm.evaluate.reader import CachedReader, StateReader, reader_for
+
+from .models import STREAMABLE, VOCABULARY, tiny_gemma2, tiny_gpt2, tiny_llama, tiny_mamba, tiny_mistral, tiny_swat
+
+
+def random_tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def read_losses(reader, tokens: torch.Tensor, chunk: int) -> torch.Tensor:
+    state, losses = reader.start(len(tokens)), []
+    for start in range(0, tokens.shape[1], chunk):
+        hidden = reader.extend(tokens[:, start : start + chunk], state)
+        losses.append(reader.losses(hidden, tokens[:, start + 1 : start + chunk + 1]))
+    return torch.cat(losses, dim=1)
+
+
+@pytest.mark.parametrize("kind", STREAMABLE)
+def test_losses_do_not_depend_on_the_chunks(kind: str):
+    model, tokens = STREAMABLE[kind](), random_tokens(2, 40)
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits
+    whole = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(2, 39)
+    reader = reader_for(model)
+    for chunk in (1, 7, 16, 1000):
+        torch.testing.assert_close(read_losses(reader, tokens, chunk), whole, atol=2e-4, rtol=2e-4)
+    hits = reader.hits(reader.extend(tokens, reader.start(2)), tokens[:, 1:])
+    assert torch.equal(hits, logits[:, :-1].argmax(-1) == tokens[:, 1:])
+
+
+def test_kinds_of_readers():
+    assert isinstance(reader_for(tiny_swat()), StateReader)
+    assert isinstance(reader_for(tiny_llama()), CachedReader)
+    assert reader_for(tiny_llama()).head is not None
+    # its logits are capped after the head
+    assert reader_for(tiny_gemma2()).head is None
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_mistral, tiny_swat])
+def test_state_bytes(build):
+    reader = reader_for(build())
+    state = reader.start(3)
+    counts = []
+    for _ in range(4):
+        reader.extend(random_tokens(3, 10), state)
+        counts.append(reader.state_bytes(state))
+    if build is tiny_llama:
+        # keys and values of two layers, one head of 16, fp32
+        assert counts == [2 * 2 * 16 * 4 * tokens for tokens in (10, 20, 30, 40)]
+    elif build is tiny_mistral:
+        assert counts == [2 * 2 * 16 * 4 * 6] * 4
+    else:
+        assert len(set(counts)) == 1
+
+
+def test_a_model_that_forgets_between_chunks_is_refused():
+    reader = reader_for(tiny_mamba())
+    with pytest.raises(ValueError, match="MambaForCausalLM gives other results in chunks than in one pass"):
+        reader.start(1)
+
+
+def test_training_mode_is_left_alone():
+    model = tiny_gpt2(resid_pdrop=0.5)
+    model.train()
+    reader = reader_for(model)
+    reader.start(1)
+    assert model.training
+
+
+def test_bad_batches():
+    reader = reader_for(tiny_llama())
+    with pytest.raises(ValueError, match="batch_size: expected at least 1"):
+        reader.start(0)
+    with pytest.raises(ValueError, match="expected 2 streams, got 3"):
+        reader.extend(random_tokens(3, 4), reader.start(2))
