@@ -6,6 +6,7 @@ many of them form one batched product. First and last tiles, and rows with a `la
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,15 @@ class Tiles:
     outside: Tensor | None
     # pairs that first_visible hides on top of the band [count, rows, keys]; None where it hides nothing
     hidden: Tensor | None
+
+
+class Span(NamedTuple):
+    """Batches of tiles whose keys lie in `begin .. end - 1`, made as they are asked for."""
+
+    begin: int
+    end: int
+    num_batches: int
+    batches: Iterator[Tiles]
 
 
 @dataclass(frozen=True)
@@ -81,23 +91,32 @@ class Band:
         """Return where a distance lies inside the causal window."""
         return (distance >= 0) & (distance < self.window)
 
-    def cut(self, sequence: int, first: Tensor | None, last: Tensor | None, disjoint: bool) -> Iterator[Tiles]:
-        """Yield tiles that hold every visible pair of a sequence exactly once.
+    def cut(self, sequence: int, first: Tensor | None, last: Tensor | None, disjoint: bool) -> Iterator["Span"]:
+        """Yield tiles that hold every visible pair of a sequence exactly once, by the keys they share.
 
         Args:
             sequence: its index in the batch.
             first, last: int32 `[T]`, this sequence's visibility; None is the default.
-            disjoint: batch tiles that lie so far apart that no two of them share a key.
+            disjoint: batch tiles that lie so far apart that no two of them share a key; a span is then several batches.
         """
         if last is None:
             yield from self._cut_regular(sequence, first, disjoint)
         else:
             yield from self._cut_ragged(sequence, first, last.long())
 
-    def _cut_regular(self, sequence: int, first: Tensor | None, disjoint: bool) -> Iterator[Tiles]:
+    def _cut_regular(self, sequence: int, first: Tensor | None, disjoint: bool) -> Iterator["Span"]:
+        offset, common = self.num_keys - self.num_queries, self.common_distance()
+        for runs in self._runs(disjoint):
+            block, last_block = runs[0][0], max(block + (count - 1) * stride for block, count, stride in runs)
+            begin = max(0, (block - self.blocks_back) * self.rows + offset)
+            end = min((last_block + 1) * self.rows, self.num_queries) + offset
+            yield Span(begin, end, len(runs), self._tiles(sequence, first, common, runs))
+
+    def _tiles(
+        self, sequence: int, first: Tensor | None, common: Tensor, runs: list[tuple[int, int, int]]
+    ) -> Iterator[Tiles]:
         rows, offset = self.rows, self.num_keys - self.num_queries
-        common = self.common_distance()
-        for block, count, stride in self._runs(disjoint):
+        for block, count, stride in runs:
             row = block * rows
             num_rows = min(rows, self.num_queries - row)
             start = row + offset - self.blocks_back * rows
@@ -110,8 +129,8 @@ class Band:
                 sequence, row, start + column, count, step, num_rows, keys, distance, column, None, hidden
             )  # fmt: skip
 
-    def _runs(self, disjoint: bool) -> Iterator[tuple[int, int, int]]:
-        """Yield `(first block, count, blocks from one tile to the next)` over the blocks of rows of a sequence."""
+    def _runs(self, disjoint: bool) -> Iterator[list[tuple[int, int, int]]]:
+        """Yield by spans `(first block, count, blocks from one tile to the next)` over the blocks of rows."""
         full = self.num_queries // self.rows
         # the first block whose whole tile lies inside the sequence
         inner = -(-(self.blocks_back * self.rows - (self.num_keys - self.num_queries)) // self.rows)
@@ -120,16 +139,16 @@ class Band:
         if full - inner <= self.blocks_back:
             # too few to be worth a batch
             inner = full
-        yield from ((block, 1, 1) for block in range(inner))
+        yield from ([(block, 1, 1)] for block in range(inner))
         span = self.tiles_per_batch * stride
         for begin in range(inner, full, span):
             end = min(begin + span, full)
-            for phase in range(begin, min(begin + stride, end)):
-                yield phase, -(-(end - phase) // stride), stride
+            phases = range(begin, min(begin + stride, end))
+            yield [(phase, -(-(end - phase) // stride), stride) for phase in phases]
         if self.num_queries % self.rows:
-            yield full, 1, 1
+            yield [(full, 1, 1)]
 
-    def _cut_ragged(self, sequence: int, first: Tensor | None, last: Tensor) -> Iterator[Tiles]:
+    def _cut_ragged(self, sequence: int, first: Tensor | None, last: Tensor) -> Iterator["Span"]:
         lowest = (last - (self.window - 1)).clamp_min(0)
         if first is not None:
             lowest = torch.maximum(lowest, first.long())
@@ -140,7 +159,8 @@ class Band:
             index = torch.arange(begin, end, device=last.device)
             distance = own_last[:, None] - index
             outside = (distance < 0) | (index < own_first[:, None])
-            yield Tiles(sequence, row, begin, 1, 0, own_last.shape[0], end - begin, distance, None, outside, None)
+            tiles = Tiles(sequence, row, begin, 1, 0, own_last.shape[0], end - begin, distance, None, outside, None)
+            yield Span(begin, end, 1, iter([tiles]))
 
 
 def _hidden(first: Tensor, row: int, key: int, count: int, step: int, rows: int, keys: int) -> Tensor | None:

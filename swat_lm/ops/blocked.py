@@ -10,8 +10,8 @@ from torch import Tensor
 
 from swat_lm.ops.bands import Band
 from swat_lm.ops.head_bias import HeadBias, score_dtype
-from swat_lm.ops.key_gradients import ApartTiles, SkewedTiles
-from swat_lm.ops.tile_batches import Scratch, TileBatch, TilesOfHead, tile_batches
+from swat_lm.ops.key_gradients import ApartTiles, KeySums, SkewedTiles
+from swat_lm.ops.tile_batches import Scratch, TileBatch, TilesOfHead, key_groups, tile_batches
 
 
 def forward(
@@ -70,45 +70,50 @@ def backward(
     d_lse = None if grad_lse is None else grad_lse.to(dtype)
     softmax = score_function == "softmax"
     d_query = torch.empty_like(q, memory_format=torch.contiguous_format)
-    # head-major, so that the tiles of one head are one contiguous result of a batched product
-    d_key = k.new_zeros(k.shape[0], k.shape[2], k.shape[1], k.shape[3])
-    d_value = torch.zeros_like(d_key)
+    scratch = Scratch(q)
+    d_key, d_value = (
+        KeySums(torch.empty_like(x, memory_format=torch.contiguous_format), name, scratch)
+        for x, name in ((k, "d_key"), (v, "d_value"))
+    )
     # one number per head out of a whole call's pairs, whose signs cancel: summed in float64
     d_bias = HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias))
     band = Band.of(q.shape[1], k.shape[1], window, q.device)
-    scratch = Scratch(q)
     disjoint = not band.is_narrow
-    for batch in tile_batches(band, bias, q.shape[0], k.shape[2], first_visible, last_visible, disjoint):
-        if isinstance(batch, TilesOfHead) and not disjoint:
-            layout = SkewedTiles(batch, scratch)
-        else:
-            layout = ApartTiles(batch, scratch)
-        rows, d_rows = layout.rows(q, "rows"), layout.rows(d_output, "d_rows")
-        columns = batch.keys(k)
-        # two buffers serve four matrices: scores, then dP; weights, then dS
-        scores = _scores(batch, rows, columns, scale, scratch)
-        weights = layout.weights(scores.shape)
-        if softmax:
-            _softmax(scores, weights, None)
-        else:
-            torch.sigmoid(scores, out=weights)
-        layout.add(d_value, weights, d_rows, 1.0)
-        torch.bmm(d_rows, batch.keys(v).transpose(1, 2), out=scores)
-        if softmax:
-            _softmax_backward(scores, weights, None if d_lse is None else batch.rows(d_lse))
-        else:
-            torch.ops.aten.sigmoid_backward.grad_input(scores, weights, grad_input=weights)
-        result = scratch.take("result", *rows.shape)
-        torch.baddbmm(result, weights, columns, beta=0, alpha=scale, out=result)
-        batch.rows(d_query).copy_(result)
-        layout.add(d_key, weights, rows, scale)
-        if needs_per_head:
-            batch.add_per_head(weights, d_bias)
+    for group in key_groups(band, bias, q.shape[0], k.shape[2], first_visible, last_visible, disjoint):
+        d_key.begin(group)
+        d_value.begin(group)
+        for batch in group.batches:
+            if isinstance(batch, TilesOfHead) and not disjoint:
+                layout = SkewedTiles(batch, scratch)
+            else:
+                layout = ApartTiles(batch, scratch)
+            rows, d_rows = layout.rows(q, "rows"), layout.rows(d_output, "d_rows")
+            columns = batch.keys(k)
+            # two buffers serve four matrices: scores, then dP; weights, then dS
+            scores = _scores(batch, rows, columns, scale, scratch)
+            weights = layout.weights(scores.shape)
+            if softmax:
+                _softmax(scores, weights, None)
+            else:
+                torch.sigmoid(scores, out=weights)
+            layout.add(d_value, weights, d_rows, 1.0)
+            torch.bmm(d_rows, batch.keys(v).transpose(1, 2), out=scores)
+            if softmax:
+                _softmax_backward(scores, weights, None if d_lse is None else batch.rows(d_lse))
+            else:
+                torch.ops.aten.sigmoid_backward.grad_input(scores, weights, grad_input=weights)
+            result = scratch.take("result", *rows.shape)
+            torch.baddbmm(result, weights, columns, beta=0, alpha=scale, out=result)
+            batch.rows(d_query).copy_(result)
+            layout.add(d_key, weights, rows, scale)
+            if needs_per_head:
+                batch.add_per_head(weights, d_bias)
+        d_key.end()
+        d_value.end()
     return (
         d_query.to(query.dtype),
-        # the fake kernel promises contiguous gradients, and compiled code relies on it
-        d_key.transpose(1, 2).to(key.dtype).contiguous(),
-        d_value.transpose(1, 2).to(value.dtype).contiguous(),
+        d_key.total.to(key.dtype),
+        d_value.total.to(value.dtype),
         d_bias,
     )
 

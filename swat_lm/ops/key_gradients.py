@@ -15,7 +15,40 @@ view is then the whole transposed matrix of every key block, and one product per
 import torch
 from torch import Tensor
 
-from swat_lm.ops.tile_batches import Scratch, TileBatch, TilesOfHead
+from swat_lm.ops.tile_batches import KeyGroup, Scratch, TileBatch, TilesOfHead
+
+
+class KeySums:
+    """The gradient of keys or values: summed head-major for one group at a time, then written to `total` once.
+
+    A batched product needs a contiguous result, and a reused one is still in the caches when it is copied out.
+    """
+
+    def __init__(self, total: Tensor, name: str, scratch: Scratch) -> None:
+        """`total` `[B, S, K, D]`, uninitialised: every key of it is written by the groups of `key_groups`."""
+        self.total, self.name, self.scratch = total, name, scratch
+
+    def begin(self, group: KeyGroup) -> None:
+        """Start the sums of a group."""
+        self.group, heads = group, group.kv_heads.stop - group.kv_heads.start
+        self.part = self.scratch.take(self.name, heads, group.end - group.begin, self.total.shape[-1])
+        self.is_empty = group.covers
+        if not group.covers:
+            self.part.zero_()
+
+    def add(self, run: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+        """Add `scale * left @ right` to a contiguous view of `part`."""
+        torch.baddbmm(run, left, right, beta=0 if self.is_empty else 1, alpha=scale, out=run)
+        self.is_empty = False
+
+    def end(self) -> None:
+        """Write the sums out: added where earlier groups have written, and zeros where nobody looks."""
+        group = self.group
+        total = self.total[group.sequence, :, group.kv_heads].transpose(0, 1)
+        total[:, group.known : group.begin].zero_()
+        shared = max(0, min(group.known, group.end) - group.begin)
+        total[:, group.begin : group.begin + shared].add_(self.part[:, :shared])
+        total[:, group.begin + shared : group.end].copy_(self.part[:, shared:])
 
 
 class ApartTiles:
@@ -32,12 +65,12 @@ class ApartTiles:
         """`[B, T, H, D]` -> `[N, rows, D]`."""
         return self.batch.rows(x)
 
-    def add(self, total: Tensor, weights: Tensor, rows: Tensor, scale: float) -> None:
-        """Add `scale * weights^T rows` to the head-major `[B, K, S, D]`."""
-        run = self.batch.key_gradient(total)
+    def add(self, sums: KeySums, weights: Tensor, rows: Tensor, scale: float) -> None:
+        """Add `scale * weights^T rows`."""
+        run = self.batch.key_sums(sums.part, sums.group.kv_heads, sums.group.begin)
         left = weights.transpose(1, 2)
         if run.is_contiguous():
-            run.baddbmm_(left, rows, alpha=scale)
+            sums.add(run, left, rows, scale)
         else:
             # a batched product into a strided result would fall back to one product per tile
             part = self.scratch.take("part", *run.shape)
@@ -71,8 +104,8 @@ class SkewedTiles:
         inner = padded[self.blocks_back : self.blocks_back + self.count]
         return inner.copy_(self.batch.rows(x))
 
-    def add(self, total: Tensor, weights: Tensor, rows: Tensor, scale: float) -> None:
-        """Add `scale * weights^T rows` to the head-major `[B, K, S, D]`."""
+    def add(self, sums: KeySums, weights: Tensor, rows: Tensor, scale: float) -> None:
+        """Add `scale * weights^T rows`."""
         blocks, seen_by, head_dim = self.count + self.blocks_back, self.blocks_back + 1, rows.shape[-1]
         left = self.flat.as_strided(
             (blocks, self.block, seen_by * self.block),
@@ -84,6 +117,4 @@ class SkewedTiles:
             (self.block * head_dim, head_dim, 1),
             rows.storage_offset() - self.blocks_back * self.block * head_dim,
         )
-        tiles = self.batch.tiles
-        own = total[tiles.sequence, self.batch.kv_head, tiles.key : tiles.key + blocks * self.block]
-        own.view(blocks, self.block, head_dim).baddbmm_(left, right, alpha=scale)
+        sums.add(sums.part.view(blocks, self.block, head_dim), left, right, scale)

@@ -3,7 +3,8 @@
 Both kinds answer the same questions: which rows, which keys, where key gradients go. They are views, never copies.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ class TilesOfHead:
         """`[B, S, K, D]` -> `[N, keys, D]`; neighbouring tiles may overlap, so this one is for reading only."""
         return self._tiled(x[self.tiles.sequence, self.tiles.key :, self.kv_head], self.tiles.keys)
 
-    def key_gradient(self, x: Tensor) -> Tensor:
-        """`[B, K, S, D]` -> `[N, keys, D]`, for tiles that share no key."""
-        return self._tiled(x[self.tiles.sequence, self.kv_head, self.tiles.key :], self.tiles.keys)
+    def key_sums(self, x: Tensor, kv_heads: slice, begin: int) -> Tensor:
+        """`[heads, keys of a group, D]` -> `[N, keys, D]`, for tiles that share no key."""
+        return self._tiled(x[self.kv_head - kv_heads.start, self.tiles.key - begin :], self.tiles.keys)
 
     def _tiled(self, x: Tensor, length: int) -> Tensor:
         stride = x.stride(0)
@@ -63,10 +64,9 @@ class HeadsOfTile:
         t = self.tiles
         return x[t.sequence, t.key : t.key + t.keys].transpose(0, 1)
 
-    def key_gradient(self, x: Tensor) -> Tensor:
-        """`[B, K, S, D]` -> `[N, keys, D]`."""
-        t = self.tiles
-        return x[t.sequence, :, t.key : t.key + t.keys]
+    def key_sums(self, x: Tensor, kv_heads: slice, begin: int) -> Tensor:
+        """`[K, keys of a group, D]` -> `[N, keys, D]`."""
+        return x[:, self.tiles.key - begin : self.tiles.key - begin + self.tiles.keys]
 
     def add_per_head(self, d_scores: Tensor, d_bias: HeadBias) -> None:
         """Add these heads' sums of dS * distance and of dS to `[H]` each."""
@@ -78,7 +78,21 @@ class HeadsOfTile:
 TileBatch = TilesOfHead | HeadsOfTile
 
 
-def tile_batches(
+class KeyGroup(NamedTuple):
+    """Batches that look at the same keys `begin .. end - 1` of the same key/value heads, made as they are asked for."""
+
+    sequence: int
+    kv_heads: slice
+    begin: int
+    end: int
+    known: int
+    """Keys that earlier groups of these heads have looked at are those below this one."""
+    covers: bool
+    """Whether the first batch looks at all of the keys, and so does any other."""
+    batches: Iterable[TileBatch]
+
+
+def key_groups(
     band: Band,
     bias: HeadBias,
     batch_size: int,
@@ -86,36 +100,79 @@ def tile_batches(
     first_visible: Tensor | None,
     last_visible: Tensor | None,
     disjoint: bool = False,
-) -> Iterator[TileBatch]:
+) -> Iterator[KeyGroup]:
     """Yield every batch of tiles with its bias (-inf outside the band), tiles outside and heads inside.
 
-    In that order one pass over query, key and value touches each of their cache lines while it is still near.
+    In that order one pass over query, key and value touches each of their cache lines while it is still near. Keys that
+    nobody looks at lie between one group's `known` and `begin`; a group without batches ends a sequence.
     """
-    num_heads = bias.slopes.shape[0]
-    group_size = num_heads // num_kv_heads
-    common: Tensor | None = None
-    if last_visible is None and num_heads * band.rows * band.width <= COMMON_TABLE_LIMIT:
-        common = _masked(bias, band.common_distance(), band)
+    group_size = bias.slopes.shape[0] // num_kv_heads
+    tables = BiasTables(band, bias, last_visible is None)
+    everyone = slice(0, num_kv_heads)
     for sequence in range(batch_size):
         first = None if first_visible is None else first_visible[sequence]
         last = None if last_visible is None else last_visible[sequence]
-        for tiles in band.cut(sequence, first, last, disjoint):
-            if tiles.outside is not None:
-                table = bias.at(tiles.distance).masked_fill_(tiles.outside, float("-inf"))
-            elif common is None or tiles.column is None:
-                table = _masked(bias, tiles.distance, band)
+        known = 0
+        for span in band.cut(sequence, first, last, disjoint):
+            if span.num_batches == 1:
+                tiles = next(span.batches)
+                table = tables.of(tiles)
+                for kv_heads in _split_heads(tiles, num_kv_heads):
+                    batches = _batches(tiles, table, kv_heads, group_size)
+                    yield KeyGroup(sequence, kv_heads, span.begin, span.end, known, True, batches)
             else:
-                table = common[:, : tiles.rows, tiles.column : tiles.column + tiles.keys]
-            if tiles.count > 1:
-                for head in range(num_heads):
-                    yield TilesOfHead(tiles, head, group_size, table)
-            else:
-                for member in range(group_size):
-                    yield HeadsOfTile(tiles, member, group_size, table)
+                batches = (
+                    batch for tiles in span.batches for batch in _batches(tiles, tables.of(tiles), everyone, group_size)
+                )
+                yield KeyGroup(sequence, everyone, span.begin, span.end, known, False, batches)
+            known = max(known, span.end)
+        yield KeyGroup(sequence, everyone, band.num_keys, band.num_keys, known, True, ())
 
 
-def _masked(bias: HeadBias, distance: Tensor, band: Band) -> Tensor:
-    return bias.at(distance).masked_fill_(~band.contains(distance), float("-inf"))
+def tile_batches(
+    band: Band,
+    bias: HeadBias,
+    batch_size: int,
+    num_kv_heads: int,
+    first_visible: Tensor | None,
+    last_visible: Tensor | None,
+) -> Iterator[TileBatch]:
+    """Yield the batches of all groups."""
+    for group in key_groups(band, bias, batch_size, num_kv_heads, first_visible, last_visible):
+        yield from group.batches
+
+
+class BiasTables:
+    """Biases of tiles, cut from one common table where that is not too large."""
+
+    def __init__(self, band: Band, bias: HeadBias, is_regular: bool) -> None:
+        self.band, self.bias = band, bias
+        is_small = bias.slopes.shape[0] * band.rows * band.width <= COMMON_TABLE_LIMIT
+        self.common = self._masked(band.common_distance()) if is_regular and is_small else None
+
+    def of(self, tiles: Tiles) -> Tensor:
+        """`[H, rows, keys]`, -inf outside the band."""
+        if tiles.outside is not None:
+            return self.bias.at(tiles.distance).masked_fill_(tiles.outside, float("-inf"))
+        if self.common is None or tiles.column is None:
+            return self._masked(tiles.distance)
+        return self.common[:, : tiles.rows, tiles.column : tiles.column + tiles.keys]
+
+    def _masked(self, distance: Tensor) -> Tensor:
+        return self.bias.at(distance).masked_fill_(~self.band.contains(distance), float("-inf"))
+
+
+def _split_heads(tiles: Tiles, num_kv_heads: int) -> list[slice]:
+    return [slice(i, i + 1) for i in range(num_kv_heads)] if tiles.count > 1 else [slice(0, num_kv_heads)]
+
+
+def _batches(tiles: Tiles, table: Tensor, kv_heads: slice, group_size: int) -> Iterator[TileBatch]:
+    if tiles.count > 1:
+        for head in range(kv_heads.start * group_size, kv_heads.stop * group_size):
+            yield TilesOfHead(tiles, head, group_size, table)
+    else:
+        for member in range(group_size):
+            yield HeadsOfTile(tiles, member, group_size, table)
 
 
 class Scratch:
