@@ -1,0 +1,138 @@
+"""Functions that several kernels call: weights from scores, tiles from memory, loop bounds.
+
+Kernels compute scores in a unit that saves one multiplication per weight: `score_unit` times the score of the contract.
+"""
+
+# Triton rewrites the bodies of kernels, which a checker of Python misreads
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportRedeclaration=false
+
+import triton
+import triton.language as tl
+
+from swat_lm.ops.triton.availability import is_interpreted
+
+# numbers that kernels read must be constants of the compiler
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+if is_interpreted():
+
+    def scalar(value):
+        """Return a bound of a loop as a Python integer: numpy 2.4 refuses the interpreter's own conversion."""
+        return int(value.handle.data.item()) if isinstance(value, tl.tensor) else int(value)
+
+else:
+
+    @triton.jit
+    def scalar(value):
+        """Return a bound of a loop as it is; under the interpreter, as a Python integer."""
+        return value
+
+
+@triton.jit
+def score_unit(SOFTMAX: tl.constexpr, FAST: tl.constexpr):
+    """Return what scale, slope and bias are multiplied by: exp2 for softmax and sigmoid, tanh(score / 2) for fast."""
+    if SOFTMAX:
+        unit = LOG2_E
+    elif FAST:
+        unit = 0.5
+    else:
+        unit = -LOG2_E
+    return unit
+
+
+@triton.jit
+def hidden_score(SOFTMAX: tl.constexpr, FAST: tl.constexpr):
+    """Return the score, in its unit, whose weight is exactly 0: the contract's minus infinity."""
+    if SOFTMAX or FAST:
+        hidden = float("-inf")
+    else:
+        hidden = float("inf")
+    return hidden
+
+
+@triton.jit
+def sigmoid(score, FAST: tl.constexpr, HARDWARE: tl.constexpr):
+    """Return the weights of scores in their unit, float32; never NaN, exactly 0 for `hidden_score`.
+
+    FAST is `tanh(x / 2) / 2 + 1/2` by the hardware's tanh (absolute error at most 2.5e-4 by PTX's bound, 6e-6 as
+    measured by others), otherwise `1 / (1 + exp2(-x))` (3e-7, and relative 1e-6). HARDWARE is off under the
+    interpreter, which has no inline assembly.
+    """
+    if FAST:
+        if HARDWARE:
+            tanh = tl.inline_asm_elementwise(
+                "tanh.approx.f32 $0, $1;", "=f,f", [score], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            tanh = 2.0 / (1.0 + tl.exp2(-2.0 * LOG2_E * score)) - 1.0
+        weight = 0.5 * tanh + 0.5
+    elif HARDWARE:
+        # the plain quotient of Triton handles denormal divisors, which 1 + exp2 never is, at three times the cost
+        weight = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + exp2(score, HARDWARE)], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        weight = 1.0 / (1.0 + tl.exp2(score))
+    return weight
+
+
+@triton.jit
+def exp2(score, HARDWARE: tl.constexpr):
+    """Return 2 ** score, flushing denormal results to 0 on the GPU."""
+    if HARDWARE:
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [score], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        power = tl.exp2(score)
+    return power
+
+
+@triton.jit
+def load_tile(
+    base,
+    first_row,
+    stride_row,
+    num_rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Load `[BLOCK_ROWS, BLOCK_DIM]` from a row on; zeros past the head's channels and, if checked, outside of rows."""
+    row = tl.arange(0, BLOCK_ROWS)
+    channel = tl.arange(0, BLOCK_DIM)
+    # a row's own offset may exceed 32 bits, one inside a tile does not
+    pointers = base + first_row.to(tl.int64) * stride_row + row[:, None] * stride_row + channel[None, :]
+    inside = (first_row + row >= 0) & (first_row + row < num_rows)
+    if CHECK_ROWS:
+        if HEAD_DIM == BLOCK_DIM:
+            tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=inside[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == BLOCK_DIM:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(channel < HEAD_DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base,
+    first_row,
+    stride_row,
+    num_rows,
+    tile,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Store the rows of a tile that exist, rounded to the dtype in memory."""
+    row = tl.arange(0, BLOCK_ROWS)
+    channel = tl.arange(0, BLOCK_DIM)
+    pointers = base + first_row.to(tl.int64) * stride_row + row[:, None] * stride_row + channel[None, :]
+    inside = (first_row + row < num_rows)[:, None] & (channel < HEAD_DIM)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)

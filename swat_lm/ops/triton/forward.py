@@ -1,0 +1,176 @@
+"""Forward kernel: one tile of rows of one head goes over its window in three loops.
+
+The left edge is masked, the middle is not, the diagonal is masked: a masked score costs more than twice the
+instructions of an unmasked one. Sigmoid needs no row maximum, no sum and no rescaling.
+"""
+
+# Triton rewrites the bodies of kernels, which a checker of Python misreads
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swat_lm.ops.head_bias import HeadBias
+from swat_lm.ops.triton.configurations import Problem, configuration
+from swat_lm.ops.triton.device import (
+    LN_2,
+    exp2,
+    hidden_score,
+    load_tile,
+    scalar,
+    score_unit,
+    sigmoid,
+    store_tile,
+)
+from swat_lm.ops.triton.geometry import Rows, tiles_of_rows, visible_keys
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: HeadBias,
+    rows: Rows,
+    score_function: str,
+    scale: float,
+    fast: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return `(output [B, T, H, D], lse [B, T, H])`; the lse is empty for sigmoid. Arguments as in the contract."""
+    batch, num_queries, num_heads, head_dim = query.shape
+    num_keys, num_kv_heads = key.shape[1], key.shape[2]
+    softmax = score_function == "softmax"
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty((batch, num_queries, num_heads) if softmax else (0,), dtype=torch.float32)
+    if output.numel() == 0:
+        return output, lse
+    query, key, value = (with_dense_channels(t) for t in (query, key, value))
+    problem = Problem.of(query, key, rows.window)
+    tile = configuration("forward", problem)
+    group = num_heads // num_kv_heads
+    grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
+    _forward[grid](
+        query, key, value, output, lse, bias.slopes, bias.constant, rows.lower, rows.last,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+        num_queries, num_keys, rows.offset, rows.window, scale,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
+        SOFTMAX=softmax, FAST=fast and not softmax, RAGGED=rows.is_ragged, HARDWARE=problem.hardware,
+        INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return output, lse
+
+
+def with_dense_channels(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied only where the channels of a head are not next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@triton.jit
+def _forward(
+    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_ob, stride_ot, stride_oh, num_queries, num_keys, offset, window, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr,
+    RAGGED: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    # the heads of a group lie next to each other, so that the second finds its keys in the cache
+    member = tl.program_id(0) % GROUP
+    # late rows first: in full attention they have the most work
+    block = tl.num_programs(0) // GROUP - 1 - tl.program_id(0) // GROUP
+    kv_head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    head = kv_head * GROUP + member
+    first_row = block * BLOCK_ROWS
+    if RAGGED:
+        lower_ptr += sequence * num_queries
+        last_ptr += sequence * num_queries
+    start, left, right, count = tiles_of_rows(
+        lower_ptr, last_ptr, first_row, num_queries, num_keys, offset, window, RAGGED, BLOCK_ROWS, BLOCK_KEYS
+    )  # fmt: skip
+    row = tl.minimum(first_row + tl.arange(0, BLOCK_ROWS), num_queries - 1)
+    lower, last = visible_keys(lower_ptr, last_ptr, row, num_queries, num_keys, offset, window, RAGGED)
+    unit = score_unit(SOFTMAX, FAST)
+    slope = tl.load(slopes_ptr + head) * unit
+    bias = tl.load(bias_ptr + head) * unit
+    scale = scale * unit
+
+    query_ptr += sequence * stride_qb + head * stride_qh
+    q = load_tile(query_ptr, first_row, stride_qt, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
+    key_ptr += sequence * stride_kb + kv_head * stride_kh
+    value_ptr += sequence * stride_vb + kv_head * stride_vh
+    total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
+    largest = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
+    mass = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+    total, largest, mass = _over_keys(
+        total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, 0, left, num_keys,
+        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE, INPUT_PRECISION,
+    )  # fmt: skip
+    total, largest, mass = _over_keys(
+        total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left, right, num_keys,
+        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, False, HARDWARE, INPUT_PRECISION,
+    )  # fmt: skip
+    total, largest, mass = _over_keys(
+        total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, right, count, num_keys,
+        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE, INPUT_PRECISION,
+    )  # fmt: skip
+
+    if SOFTMAX:
+        seen = mass > 0.0
+        total = total / tl.where(seen, mass, 1.0)[:, None]
+        lse = tl.where(seen, (largest + tl.log2(tl.where(seen, mass, 1.0))) * LN_2, float("-inf"))
+        own_row = first_row + tl.arange(0, BLOCK_ROWS)
+        pointers = lse_ptr + ((sequence * num_queries + own_row) * tl.num_programs(1) * GROUP + head)
+        tl.store(pointers, lse, mask=own_row < num_queries)
+    output_ptr += sequence * stride_ob + head * stride_oh
+    store_tile(output_ptr, first_row, stride_ot, num_queries, total, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS)
+
+
+@triton.jit
+def _over_keys(
+    total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, begin, end, num_keys,
+    scale, slope, bias, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    SOFTMAX: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    for tile in tl.range(scalar(begin), scalar(end)):
+        first_key = start + tile * BLOCK_KEYS
+        k = load_tile(key_ptr, first_key, stride_ks, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
+        product = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+        score = tile_scores(
+            product, first_key, lower, last, num_keys, scale, slope, bias, BLOCK_KEYS, SOFTMAX, FAST, MASKED
+        )  # fmt: skip
+        v = load_tile(value_ptr, first_key, stride_vs, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
+        if SOFTMAX:
+            new_largest = tl.maximum(largest, tl.max(score, axis=1))
+            # a row that has seen nothing yet has no maximum to subtract
+            finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+            weight = exp2(score - finite[:, None], HARDWARE)
+            shrink = exp2(largest - finite, HARDWARE)
+            mass = mass * shrink + tl.sum(weight, axis=1)
+            total = total * shrink[:, None]
+            largest = new_largest
+        else:
+            weight = sigmoid(score, FAST, HARDWARE)
+        total = tl.dot(weight.to(v.dtype), v, total, input_precision=INPUT_PRECISION)
+    return total, largest, mass
+
+
+@triton.jit
+def tile_scores(
+    product, first_key, lower, last, num_keys, scale, slope, bias, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr,
+    FAST: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Turn products `[rows, keys]` into scores: distances are integers relative to the tile, exact at any position."""
+    column = tl.arange(0, BLOCK_KEYS)
+    row_bias = slope * (last - first_key).to(tl.float32) + bias
+    score = product * scale + (row_bias[:, None] - (slope * column.to(tl.float32))[None, :])
+    if MASKED:
+        upper = tl.minimum(last, num_keys - 1)
+        # one unsigned comparison is both edges: a key past `upper` wraps around to a huge distance
+        width = tl.maximum(upper - lower + 1, 0).to(tl.uint32)
+        distance = ((upper - first_key)[:, None] - column[None, :]).to(tl.uint32)
+        score = tl.where(distance < width[:, None], score, hidden_score(SOFTMAX, FAST))
+    return score

@@ -1,0 +1,124 @@
+"""Where the keys of a tile of rows begin and end, and the rows of a tile of keys; on the host and in kernels.
+
+Rows see the keys `lower .. last`. In a regular call `last = row + S - T` and `lower = max(0, last - window + 1)` are
+computed; in a ragged one (first_visible or last_visible given) both are tables `[B, T]`, non-decreasing in the row.
+"""
+
+# Triton rewrites the bodies of kernels, which a checker of Python misreads
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Visibility of one call as kernels take it."""
+
+    lower: Tensor | None
+    last: Tensor | None
+    # S - T, for a regular call
+    offset: int
+    # at most S, so that it fits 32 bits
+    window: int
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the tables are used."""
+        return self.last is not None
+
+    @classmethod
+    def of(
+        cls,
+        first_visible: Tensor | None,
+        last_visible: Tensor | None,
+        batch: int,
+        num_queries: int,
+        num_keys: int,
+        window: int | None,
+        device: torch.device,
+    ) -> "Rows":
+        """Bring the contract's arguments to this form."""
+        offset = num_keys - num_queries
+        clamped = max(num_keys, 1) if window is None else min(window, max(num_keys, 1))
+        if first_visible is None and last_visible is None:
+            return cls(None, None, offset, clamped)
+        if last_visible is None:
+            last = torch.arange(offset, num_keys, dtype=torch.int32, device=device).expand(batch, -1)
+        else:
+            last = last_visible
+        lower = torch.zeros_like(last) if window is None else (last - (window - 1)).clamp_min(0)
+        if first_visible is not None:
+            lower = torch.maximum(lower, first_visible)
+        return cls(lower.contiguous(), last.contiguous(), offset, clamped)
+
+    def of_key_blocks(self, num_keys: int, block: int) -> Tensor | None:
+        """Return for each block of keys which rows to visit, int32 `[B, blocks, 4]`; None for a regular call.
+
+        The rows `0 .. 3` of a table are: the first that sees a key of the block, the first that sees its last key, the
+        first that does not see its first key any more, and the first that sees none of it any more.
+        """
+        if self.last is None or self.lower is None:
+            return None
+        begin = torch.arange(0, num_keys, block, dtype=torch.int32, device=self.last.device)
+        end = (begin + (block - 1)).clamp_max(num_keys - 1)
+        begin, end = (x.expand(self.last.shape[0], -1).contiguous() for x in (begin, end))
+        search = lambda table, keys, right: torch.searchsorted(table, keys, right=right, out_int32=True)  # noqa: E731
+        return torch.stack(
+            (
+                search(self.last, begin, False),
+                search(self.last, end, False),
+                search(self.lower, begin, True),
+                search(self.lower, end, True),
+            ),
+            dim=-1,
+        ).contiguous()
+
+
+@triton.jit
+def visible_keys(lower_ptr, last_ptr, row, num_queries, num_keys, offset, window, RAGGED: tl.constexpr):
+    """Return `(lower, last)` of rows, a scalar or a tile of them; a row past the end sees nothing."""
+    if RAGGED:
+        exists = row < num_queries
+        last = tl.load(last_ptr + row, mask=exists, other=-1)
+        lower = tl.load(lower_ptr + row, mask=exists, other=0)
+    else:
+        last = row + offset
+        lower = tl.maximum(last - window + 1, 0)
+    return lower, last
+
+
+@triton.jit
+def tiles_of_rows(
+    lower_ptr,
+    last_ptr,
+    first_row,
+    num_queries,
+    num_keys,
+    offset,
+    window,
+    RAGGED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """Return `(start, n1, n2, n)`: of n tiles of keys from `start` on, every row sees all of the tiles n1 .. n2 - 1.
+
+    The grid of tiles ends at the last visible key, so a window that is a multiple of the tile has as few tiles as can
+    be. The start may be negative.
+    """
+    final_row = tl.minimum(first_row + BLOCK_ROWS, num_queries) - 1
+    lower_begin, last_begin = visible_keys(
+        lower_ptr, last_ptr, first_row, num_queries, num_keys, offset, window, RAGGED
+    )  # fmt: skip
+    lower_end, last_end = visible_keys(lower_ptr, last_ptr, final_row, num_queries, num_keys, offset, window, RAGGED)
+    end = tl.minimum(last_end + 1, num_keys)
+    count = tl.maximum(end - lower_begin + BLOCK_KEYS - 1, 0) // BLOCK_KEYS
+    start = end - count * BLOCK_KEYS
+    left = tl.maximum(lower_end - start + BLOCK_KEYS - 1, 0) // BLOCK_KEYS
+    left = tl.minimum(left, count)
+    inner_end = tl.minimum(last_begin + 1, num_keys)
+    inner = tl.maximum(inner_end - (start + left * BLOCK_KEYS), 0) // BLOCK_KEYS
+    return start, left, tl.minimum(left + inner, count), count
