@@ -133,6 +133,16 @@ def read_python(source: SourceFile, on_bytes: Callable[[int], None]) -> str:
 
 def read_jsonl(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     """The text field of each line."""
+    for place, row in read_rows(source, f"a JSON object with field {field!r}", on_bytes):
+        if field not in row:
+            raise missing_field(place, field, list(row))
+        yield checked_text(row[field], place, field)
+
+
+def read_rows(
+    source: SourceFile, expected: str = "a JSON object", on_bytes: Callable[[int], None] = lambda count: None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of a .jsonl file with its place, `path:line`; `expected` says in errors what a line should be."""
     rows = 0
     with opened(source, on_bytes) as stream:
         for number, line in enumerate(stream, 1):
@@ -147,10 +157,8 @@ def read_jsonl(source: SourceFile, field: str, on_bytes: Callable[[int], None]) 
             except json.JSONDecodeError as error:
                 raise DataError(f"{place}: not a JSON object: {error.msg} at column {error.colno}") from None
             if not isinstance(row, dict):
-                raise DataError(f"{place}: expected a JSON object with field {field!r}; got {type(row).__name__}")
-            if field not in row:
-                raise missing_field(place, field, list(row))
-            yield checked_text(row[field], place, field)
+                raise DataError(f"{place}: expected {expected}; got {type(row).__name__}")
+            yield place, row
     if not rows and source.named:
         raise DataError(f"{source.path}: the file is empty")
 

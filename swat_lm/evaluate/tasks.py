@@ -1,0 +1,194 @@
+"""lm-evaluation-harness's tasks with their documents, from the hub or from local files, checked beforehand."""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swat_lm.data.sources import DataError
+from swat_lm.evaluate.benchmark_files import find_file, is_plain_text, read_documents, read_pages
+from swat_lm.evaluate.benchmarks import BENCHMARKS, Benchmark, Doc
+
+__all__ = ["HUB", "STREAMED", "LoadedTask", "check_harness", "load_tasks", "task_names"]
+
+HUB = "hub"
+STREAMED = "_streamed"
+"""Ends the names of tasks whose texts are read as one stream; see `LoadedTask.rolling`."""
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task of the harness that is ready to ask a model."""
+
+    name: str
+    """The harness's name, or that with `_streamed`."""
+    task: Any
+    """The harness's object."""
+    source: str
+    """Where the documents are from."""
+    fingerprint: str
+    """Changes with the documents."""
+    remark: str | None = None
+    """What sets the documents apart from the harness's."""
+    rolling: str = "windows"
+    """How whole texts are scored, "windows" (the harness's way) or "whole"; see `HarnessModel`."""
+
+
+def check_harness() -> None:
+    """Raise ValueError that says what to install where lm-evaluation-harness is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            "this command needs lm-evaluation-harness, which is not installed: pip install 'swat-lm[eval]'"
+        )
+
+
+def task_names(wanted: str | None) -> list[str]:
+    """Names with commas between as a list; all of Table 1 for None. Raises ValueError for none or a repeated one."""
+    if wanted is None:
+        return list(BENCHMARKS)
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--tasks: no task named; known are {', '.join(BENCHMARKS)}")
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise ValueError(f"--tasks: {repeated} is named twice")
+    return names
+
+
+def load_tasks(names: Sequence[str], data: str) -> list[LoadedTask]:
+    """The tasks with all their documents, read and checked.
+
+    Args:
+        names: keys of BENCHMARKS, also with `_streamed` where whole texts are scored; from the hub any task, group or
+            tag of the harness.
+        data: `hub`, or a folder of local files.
+
+    Raises:
+        DataError: an unknown task, a missing file, rows with other fields, or a data set that the hub does not give.
+    """
+    check_harness()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    folder = None if data == HUB else Path(data).expanduser()
+    if folder is not None:
+        if not folder.is_dir():
+            raise DataError(f"no folder {data}: expected one with the benchmarks' files, or `hub`")
+        # every missing file is named before any is read
+        for name in names:
+            find_file(folder, known_benchmark(name))
+    tasks: list[LoadedTask] = []
+    loaded: dict[str, list[LoadedTask]] = {}
+    for name in names:
+        base = name.removesuffix(STREAMED)
+        if base not in loaded:
+            loaded[base] = [load_local(folder, base)] if folder is not None else load_from_hub(base)
+        for one in loaded[base]:
+            if name == base:
+                tasks.append(one)
+            elif one.task.OUTPUT_TYPE == "loglikelihood_rolling":
+                tasks.append(replace(one, name=f"{one.name}{STREAMED}", rolling="whole"))
+            else:
+                raise DataError(f"{name}: only tasks that score whole texts (wikitext) can be streamed")
+    return tasks
+
+
+def known_benchmark(name: str) -> Benchmark:
+    """The benchmark of a name; raises DataError with the nearest name for another."""
+    base = name.removesuffix(STREAMED)
+    if base not in BENCHMARKS:
+        nearest = difflib.get_close_matches(base, BENCHMARKS, 1)
+        hint = f"; the nearest is {nearest[0]}" if nearest else ""
+        raise DataError(
+            f"no local form of task {base!r}{hint}; known are {', '.join(BENCHMARKS)}. The harness's other tasks run "
+            "with --data hub"
+        )
+    return BENCHMARKS[base]
+
+
+def load_local(folder: Path, name: str) -> LoadedTask:
+    """A benchmark from the folder's file, asked as the harness's own task asks."""
+    benchmark = known_benchmark(name)
+    path = find_file(folder, benchmark)
+    changes: Mapping[str, Any] = {}
+    remark = None
+    if is_plain_text(path):
+        docs = read_pages(path)
+        remark = text_remark(path, docs)
+    else:
+        form, docs = read_documents(path, benchmark)
+        changes = form.changes
+    digest = hashlib.sha256("\n".join(json.dumps(doc, sort_keys=True) for doc in docs).encode()).hexdigest()
+    return LoadedTask(name, local_task(benchmark, docs, changes, path), str(path), f"sha256:{digest}", remark)
+
+
+def text_remark(path: Path, docs: Sequence[Doc]) -> str:
+    """What a WikiText file's words are, beside the harness's raw text."""
+    words = [word for doc in docs for word in doc["page"].split()]
+    unknown = words.count("<unk>")
+    if not unknown:
+        return f"{path.name}: {len(docs)} pages of raw text, as the harness has them"
+    return (
+        f"{path.name}: {len(docs)} pages with {100 * unknown / len(words):.1f} % of the words replaced by <unk>; the "
+        "harness (and so the paper) scores the raw text, so this perplexity compares only with others on this file"
+    )
+
+
+def definition(benchmark: Benchmark) -> dict[str, Any]:
+    """The harness's settings of a task, its functions among them."""
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    settings = load_yaml(Path(lm_eval.tasks.__file__).parent / benchmark.definition)
+    # a tag would need the index of all tasks, which takes ten seconds to build
+    settings.pop("tag", None)
+    return settings
+
+
+def local_task(benchmark: Benchmark, docs: Sequence[Doc], changes: Mapping[str, Any], path: Path) -> Any:
+    """The harness's task over the documents."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    data = datasets.DatasetDict({benchmark.split: datasets.Dataset.from_list(list(docs))})
+    settings = definition(benchmark) | {
+        "dataset_path": str(path),
+        "dataset_name": None,
+        "custom_dataset": lambda **_: data,
+        "training_split": None,
+        "validation_split": benchmark.split if benchmark.split == "validation" else None,
+        "test_split": benchmark.split if benchmark.split == "test" else None,
+        **changes,
+    }
+    task: Any = TaskManager(include_defaults=False).load([settings])["tasks"][benchmark.task]
+    # it is not asked again, and results would carry it as source code
+    task.config.custom_dataset = None
+    return task
+
+
+def load_from_hub(name: str) -> list[LoadedTask]:
+    """The harness's own task, group or tag, with its data from the hub or the local cache of it."""
+    from lm_eval.tasks import TaskManager
+
+    try:
+        if name in BENCHMARKS:
+            found = TaskManager(include_defaults=False).load([definition(BENCHMARKS[name])])["tasks"]
+        else:
+            found = TaskManager().load([name])["tasks"]
+    except KeyError as error:
+        raise DataError(f"the harness knows no task {name!r}: {error.args[0]}") from error
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"task {name}: no data from the hub: {reason}; or give local files with --data FOLDER"
+        ) from error
+    return [from_harness(key, task) for key, task in found.items()]
+
+
+def from_harness(name: str, task: Any) -> LoadedTask:
+    """A task that the harness has loaded."""
+    data = task.dataset[task.config.test_split or task.config.validation_split]
+    return LoadedTask(name, task, f"hub:{task.DATASET_PATH}", f"datasets:{data._fingerprint}")

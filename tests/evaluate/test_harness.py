@@ -1,0 +1,222 @@
+"""Our answers to the harness are its own Hugging Face model's, whatever is batched, streamed or read together."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from swat_lm.data import load_tokenizer
+from swat_lm.evaluate import scoring
+from swat_lm.evaluate.scoring import Row, Scorer
+from tests.evaluate import models
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+
+from swat_lm.evaluate.harness import HarnessModel
+
+TEXTS = [
+    ("Question: What is wet?\nAnswer:", " water"),
+    ("Question: What is wet?\nAnswer:", " sand and dust"),
+    # one context, single tokens: read once
+    ("Is rain dry?", "n"),
+    ("Is rain dry?", "y"),
+    ("a context that ends with a space ", "and goes on"),
+    ("", "nothing before this"),
+    ("long " * 60, "cut on the left"),
+    ("x", "a continuation that is longer than the context " * 2),
+]
+
+
+BYTES = 259
+
+
+def tiny_llama() -> PreTrainedModel:
+    return models.tiny_llama(vocab_size=BYTES)
+
+
+def tiny_swat() -> PreTrainedModel:
+    return models.tiny_swat(vocab_size=BYTES)
+
+
+def tiny_gemma2() -> PreTrainedModel:
+    # its logits are capped after the head
+    values = {**models.SHARED, "vocab_size": BYTES, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 7}
+    return models.built("Gemma2", **values, final_logit_softcapping=3.0)
+
+
+def tiny_mamba() -> PreTrainedModel:
+    # cannot be read in chunks
+    return models.built("Mamba", **{**models.STATE_SPACE, "vocab_size": BYTES})
+
+
+def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=one, idx=index)  # type: ignore[arg-type]
+        for index, one in enumerate(arguments)
+    ]
+
+
+def theirs(model: PreTrainedModel, **options: Any) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=load_tokenizer("bytes"), batch_size=3, device="cpu", **options)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gemma2, tiny_swat, tiny_mamba])
+def test_log_likelihoods_are_the_harness_own(build):
+    model = build()
+    ours, harness = HarnessModel(model, load_tokenizer("bytes"), max_length=128), theirs(model, max_length=128)
+    for (value, greedy), (expected, expected_greedy) in zip(
+        ours.loglikelihood(asked("loglikelihood", *TEXTS)),
+        harness.loglikelihood(asked("loglikelihood", *TEXTS), disable_tqdm=True),
+        strict=True,
+    ):
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-4)
+        assert greedy == expected_greedy
+    texts = [("one page of text. " * 30,), ("short",), ("a" * 128,), ("b" * 129,)]
+    for value, expected in zip(
+        ours.loglikelihood_rolling(asked("loglikelihood_rolling", *texts)),
+        harness.loglikelihood_rolling(asked("loglikelihood_rolling", *texts), disable_tqdm=True),
+        strict=True,
+    ):
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def test_greedy_is_found():
+    model, tokens = tiny_llama(), load_tokenizer("bytes")
+    context = "abc"
+    ids = torch.tensor([tokens.encode(context)])
+    with torch.no_grad():
+        likeliest = int(model(input_ids=ids).logits[0, -1].argmax())
+    scorer = Scorer(model)
+    rows = [Row(ids[0].tolist(), [likeliest]), Row(ids[0].tolist(), [(likeliest + 1) % 256])]
+    assert [one.is_greedy for one in scorer.score(rows)] == [True, False]
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gemma2, tiny_swat, tiny_mamba])
+def test_batches_and_streams_change_nothing(build, monkeypatch: pytest.MonkeyPatch):
+    model = build()
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in (2, 3, 9, 30, 31, 50):
+        tokens = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+        rows += [Row(tokens[:1], tokens[1:]), Row(tokens[:-1], tokens[-1:])]
+    expected = Scorer(model, batch_size=1).score(rows)
+    monkeypatch.setattr(scoring, "CHUNK", 8)
+    monkeypatch.setitem(scoring.TOKENS_PER_BATCH, "cpu", 64)
+    for scores in (
+        Scorer(model).score(rows),
+        Scorer(model, batch_size=5).score(rows),
+        Scorer(model).score(rows, stream_above=0),
+        Scorer(model, batch_size=2).score(rows, stream_above=20),
+    ):
+        for one, other in zip(scores, expected, strict=True):
+            assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-4, abs=1e-4)
+            assert one.is_greedy == other.is_greedy
+
+
+def test_progress_counts_every_token_read_once():
+    calls: list[tuple[int, int]] = []
+    rows = [Row([1, 2], [3]), Row([1, 2], [4]), Row([1, 2, 3], [4, 5])]
+    Scorer(tiny_llama(), batch_size=1).score(rows, lambda done, total: calls.append((done, total)))
+    assert calls == [(4, 6), (6, 6)]
+
+
+def test_batches_shrink_until_they_fit(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_llama()
+    rows = [Row([1, 2, 3], [4 + number]) for number in range(9)] + [Row([number, 2, 3], [4]) for number in range(9)]
+    expected = Scorer(model, batch_size=1).score(rows)
+    body, sizes = model.model.forward, []
+
+    def limited(input_ids: torch.Tensor, **options: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return body(input_ids=input_ids, **options)
+
+    scorer = Scorer(model)
+    monkeypatch.setattr(model.model, "forward", limited)
+    scores = scorer.score(rows)
+    # nine inputs, one of which nine rows more share
+    assert sizes == [9, 4, 2, 2, 2, 2, 1]
+    for one, other in zip(scores, expected, strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-5)
+    fixed = Scorer(tiny_llama(), batch_size=4)
+    monkeypatch.setattr(fixed.model.model, "forward", limited)
+    with pytest.raises(ValueError, match="out of memory with 4 rows of 3 tokens: use a smaller --batch-size"):
+        fixed.score(rows)
+
+
+def test_a_long_context_costs_what_the_window_costs():
+    model, tokenizer = tiny_swat(), load_tokenizer("bytes")
+    ours = HarnessModel(model, tokenizer)
+    assert ours.is_endless
+    assert ours.max_length is None
+    reached = []
+    extend = model.extend
+
+    def counted(tokens: torch.Tensor, state: Any, *rest: Any) -> torch.Tensor:
+        reached.append((tokens.shape[1], state.num_bytes))
+        return extend(tokens, state, *rest)
+
+    model.extend = counted  # type: ignore[method-assign]
+    context = "a word and another " * 300 + "one"
+    ((value, _),) = ours.loglikelihood(asked("loglikelihood", (context, " end")))
+    assert len(context) > scoring.STREAM_ABOVE
+    assert {size for size, _ in reached[:-1]} == {scoring.CHUNK}
+    assert len({held for _, held in reached}) == 1
+    ids = torch.tensor([tokenizer.encode(context + " end")])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, -5:-1].log_softmax(-1)
+    expected = logits.gather(-1, ids[0, -4:, None]).sum().item()
+    assert value == pytest.approx(expected, rel=1e-4)
+    # a model without windows in all layers loses the beginning, as with the harness
+    assert not HarnessModel(tiny_llama(), tokenizer).is_endless
+    assert HarnessModel(tiny_llama(), tokenizer).max_length == tiny_llama().config.max_position_embeddings
+
+
+def test_a_whole_text_in_one_stream():
+    model, tokenizer = tiny_swat(), load_tokenizer("bytes")
+    ours = HarnessModel(model, tokenizer, max_length=16)
+    text = "whatever the windows cut, this sees more. " * 4
+    ours.rolling = "whole"
+    (whole,) = ours.loglikelihood_rolling(asked("loglikelihood_rolling", (text,)))
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text)]])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+    assert whole == pytest.approx(logits.gather(-1, ids[0, 1:, None]).sum().item(), rel=1e-5)
+    ours.rolling = "windows"
+    assert ours.loglikelihood_rolling(asked("loglikelihood_rolling", (text,)))[0] != pytest.approx(whole, rel=1e-5)
+
+
+def test_generation_is_the_harness_own():
+    for build in (tiny_llama, tiny_swat):
+        model = build()
+        requests = [("Once", {"until": ["e", "\n"], "max_gen_toks": 20}), ("A longer beginning", {"until": []})]
+        requests = [(text, options | {"max_gen_toks": 12}) for text, options in requests]
+        ours = HarnessModel(model, load_tokenizer("bytes"), max_length=64)
+        expected = theirs(model, max_length=64).generate_until(asked("generate_until", *requests), disable_tqdm=True)
+        assert ours.generate_until(asked("generate_until", *requests)) == expected
+
+
+def test_what_cannot_be_asked_is_said():
+    tokenizer = load_tokenizer("bytes")
+    with pytest.raises(ValueError, match="token 259 is not among the 259 of the model"):
+        Scorer(tiny_llama()).score([Row([1], [259])])
+    with pytest.raises(ValueError, match="at least one token of context"):
+        Scorer(tiny_llama()).score([Row([], [1])])
+    with pytest.raises(ValueError, match="batch_size: expected at least 1"):
+        Scorer(tiny_llama(), batch_size=0)
+    ours = HarnessModel(tiny_llama(), tokenizer, max_length=8)
+    with pytest.raises(ValueError, match="has no tokens of its own"):
+        ours.loglikelihood(asked("loglikelihood", ("context", "")))
+    with pytest.raises(ValueError, match="a continuation of 9 tokens is longer than the 8"):
+        ours.loglikelihood(asked("loglikelihood", ("context", "123456789")))
+    with pytest.raises(ValueError, match="raise --max-length"):
+        ours.generate_until(asked("generate_until", ("context", {"max_gen_toks": 8})))
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a beginning-of-text nor an end-of-text"):
+        HarnessModel(tiny_llama(), tokenizer)
