@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
+from swat_lm.model import cost
 from swat_lm.ops import window_attention
 from swat_lm.ops.bands import Band
 
@@ -77,12 +78,6 @@ def attend(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
     return output
 
 
-def useful_pairs(length: int, window: int) -> int:
-    """Pairs inside the window."""
-    window = min(window, length)
-    return length * window - window * (window - 1) // 2
-
-
 def against_the_roof(length: int, window: int, rounds: int) -> dict:
     """Forward and backward beside the products and sigmoids they cannot do without."""
     query, key, value, d_output = (t.requires_grad_() for t in inputs(length))
@@ -100,7 +95,7 @@ def against_the_roof(length: int, window: int, rounds: int) -> dict:
     timings = measure.take_turns(
         {"forward": forward, "backward": backward, "forward roof": roof.forward, "backward roof": roof.backward}, rounds
     )
-    useful = 4 * HEADS * HEAD_DIM * useful_pairs(length, window)
+    useful = cost.attention_flops(HEADS, HEAD_DIM, length, window)
     seconds = timings["forward"].median
     return {
         "window": window,
@@ -120,7 +115,8 @@ class Roof:
 
     def __init__(self, length: int, window: int) -> None:
         band = Band.of(length, length, window, torch.device("cpu"))
-        self.pairs = HEADS * sum(t.count * t.rows * t.keys for t in band.cut(0, None, None, disjoint=False))
+        tiles = [tile for span in band.cut(0, None, None, disjoint=False) for tile in span.batches]
+        self.pairs = HEADS * sum(tile.count * tile.rows * tile.keys for tile in tiles)
         per_batch = band.tiles_per_batch
         self.repeats = round(self.pairs / (per_batch * band.rows * band.width))
         self.rows = torch.randn(per_batch, band.rows, HEAD_DIM)

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +25,11 @@ RESULTS = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).parent.parent
 # as PyTorch, Python and the C++ runtime say it
 OUT_OF_MEMORY = ("can't allocate memory", "MemoryError", "std::bad_alloc", "Cannot allocate memory")
+# whose versions a result names, where they are installed
+VERSIONS = (
+    "torch", "triton", "transformers", "local-attention", "flash-attn", "flash-attn-3", "flash-attn-4",
+    "flash-linear-attention", "flash-sigmoid",
+)  # fmt: skip
 # begins every measured process. Linux counts the peak of the memory that a process has had since its start or since 5
 # was written to clear_refs; getrusage's peak would begin with that of the process that started it
 MARK = """
@@ -66,22 +71,43 @@ class DoesNotFitError(MemoryError):
     """A measured process asked for more memory than it was given."""
 
 
-def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int = 5, warm_up: bool = True) -> dict[str, Timing]:
+def wall_clock(run: Callable[[], Any]) -> float:
+    """Seconds of one run by the process's clock."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def cuda_clock(run: Callable[[], Any]) -> float:
+    """Seconds between two events on the GPU, one before and one after what the run queues there."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def take_turns(
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int = 5,
+    warm_up: bool = True,
+    clock: Callable[[Any], float] = wall_clock,
+) -> dict[str, Timing]:
     """Time all candidates once per round, each round in another order, after one warm-up of each.
 
-    Without `warm_up` the caller has warmed them already, on a shorter input.
+    Without `warm_up` the caller has warmed them already, on a shorter input. `clock` runs one and returns its seconds.
     """
     names = list(candidates)
     for name in names if warm_up else ():
-        candidates[name]()
+        clock(candidates[name])
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             gc.collect()
-            begin = time.perf_counter()
-            candidates[name]()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clock(candidates[name]))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
@@ -128,12 +154,19 @@ def require_green_tests(*paths: str) -> None:
         raise SystemExit(f"no figures from red tests ({', '.join(paths)}):\n{run.stdout[-2000:]}")
 
 
-def save(name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], settings: dict[str, Any]) -> Path:
-    """Write one benchmark's result; the last line a benchmark prints is this file's path."""
+def save(
+    name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], settings: dict[str, Any], **more: Any
+) -> Path:
+    """Write one benchmark's result; the last line a benchmark prints is this file's path.
+
+    `more` are further fields of the record: `gpu` describes the card, `details` is not shown in the documents.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    record = {"benchmark": name, "machine": machine(), "settings": settings, "rows": rows, "goals": goals}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"benchmark": name, "machine": machine(), "settings": settings, "rows": rows, "goals": goals, **more}
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(path)
     return path
 
 
@@ -154,7 +187,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "local-attention")},
+        "versions": {name: _version(name) for name in VERSIONS},
         "commit": commit.stdout.strip()[:12] + ("+changes" if status.stdout.strip() else ""),
         "date": time.strftime("%Y-%m-%d"),
     }

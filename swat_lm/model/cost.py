@@ -56,12 +56,20 @@ def visible_pairs(num_queries: int, window: int | None, num_past: int = 0) -> in
     return growing * num_past + growing * (growing + 1) // 2 + (num_queries - growing) * window
 
 
+def attention_flops(num_heads: int, head_dim: int, num_queries: int, window: int | None, num_past: int = 0) -> int:
+    """FLOPs of the two products of attention, over the visible pairs of `num_heads` heads (of a batch: B * H)."""
+    return 4 * num_heads * head_dim * visible_pairs(num_queries, window, num_past)
+
+
 def forward_flops(config: SwatConfig, num_tokens: int, num_past: int = 0) -> int:
     """FLOPs of one forward pass over one sequence of T tokens, logits included, after `num_past` tokens of state."""
     matrices = sum(_layer_matrices(config, index) for index in range(config.num_hidden_layers))
     matrices += config.vocab_size * config.hidden_size
-    pairs = sum(visible_pairs(num_tokens, config.window(i), num_past) for i in range(config.num_hidden_layers))
-    return 2 * matrices * num_tokens + 4 * config.num_attention_heads * _head_dim(config) * pairs
+    attention = sum(
+        attention_flops(config.num_attention_heads, _head_dim(config), num_tokens, config.window(index), num_past)
+        for index in range(config.num_hidden_layers)
+    )
+    return 2 * matrices * num_tokens + attention
 
 
 def training_flops_per_token(config: SwatConfig, sequence_length: int) -> float:
@@ -162,7 +170,7 @@ def _window_attention_flops(
     **kwargs: Any,
 ) -> int:
     batch, num_queries, num_heads, head_dim = query
-    return 4 * batch * num_heads * head_dim * visible_pairs(num_queries, window, key[1] - num_queries)
+    return attention_flops(batch * num_heads, head_dim, num_queries, window, key[1] - num_queries)
 
 
 @register_flop_formula(torch.ops.swat_lm.window_attention_backward)
