@@ -1,11 +1,14 @@
 """Tile shapes of the kernels: one table of rules by window, head size, dtype and GPU; nothing is tuned at first use."""
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from swat_lm.ops.triton.availability import is_interpreted
+
+BACKWARD_FORMS = ("two kernels", "five products")
 
 
 class Tile(NamedTuple):
@@ -15,6 +18,8 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    # most registers of a thread (`maxnreg`), for more blocks at once; None leaves it to the compiler
+    registers: int | None = None
 
 
 class Problem(NamedTuple):
@@ -50,3 +55,18 @@ def configuration(kernel: str, problem: Problem) -> Tile:
     if not problem.hardware:
         return Tile(16, 16, 4, 1)
     return Tile(64, 64, 4, 3)
+
+
+def backward_form(problem: Problem) -> str:
+    """Return how the backward is computed: "two kernels" or "five products".
+
+    Two kernels form every score twice (seven products in all) and add in a fixed order. Five products form it once and
+    add the queries' gradients atomically, in float32, in an order that differs from run to run. The environment's
+    SWAT_LM_BACKWARD forces either; so does `torch.use_deterministic_algorithms`.
+    """
+    forced = os.environ.get("SWAT_LM_BACKWARD")
+    if forced is not None and forced not in BACKWARD_FORMS:
+        raise ValueError(f"SWAT_LM_BACKWARD: expected one of {', '.join(BACKWARD_FORMS)}; got {forced!r}")
+    if forced is not None:
+        return forced
+    return "two kernels"

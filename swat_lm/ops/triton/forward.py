@@ -57,7 +57,7 @@ def forward(
         GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
         SOFTMAX=softmax, FAST=fast and not softmax, RAGGED=rows.is_ragged, HARDWARE=problem.hardware,
         INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return output, lse
 

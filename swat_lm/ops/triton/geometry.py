@@ -122,3 +122,38 @@ def tiles_of_rows(
     inner_end = tl.minimum(last_begin + 1, num_keys)
     inner = tl.maximum(inner_end - (start + left * BLOCK_KEYS), 0) // BLOCK_KEYS
     return start, left, tl.minimum(left + inner, count), count
+
+
+@triton.jit
+def rows_of_tile(
+    table_ptr,
+    first_key,
+    num_queries,
+    num_keys,
+    offset,
+    window,
+    RAGGED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """Return `(start, n1, n2, n)`: of n tiles of rows from `start` on, all rows of the tiles n1 .. n2 - 1 see every key.
+
+    Both ends are bounded: rows before the first that sees a key of the tile, and after the last, are not visited.
+    """
+    final_key = tl.minimum(first_key + BLOCK_KEYS, num_keys) - 1
+    if RAGGED:
+        start = tl.load(table_ptr)
+        inner_start = tl.load(table_ptr + 1)
+        inner_end = tl.load(table_ptr + 2)
+        end = tl.load(table_ptr + 3)
+    else:
+        start = tl.maximum(first_key - offset, 0)
+        inner_start = tl.maximum(final_key - offset, 0)
+        inner_end = tl.minimum(first_key - offset + window, num_queries)
+        end = tl.minimum(final_key - offset + window, num_queries)
+    count = tl.maximum(end - start + BLOCK_ROWS - 1, 0) // BLOCK_ROWS
+    left = tl.maximum(inner_start - start + BLOCK_ROWS - 1, 0) // BLOCK_ROWS
+    # keys past the end are no keys: their tile is masked throughout
+    left = tl.where(first_key + BLOCK_KEYS > num_keys, count, tl.minimum(left, count))
+    inner = tl.maximum(inner_end - (start + left * BLOCK_ROWS), 0) // BLOCK_ROWS
+    return start, left, tl.minimum(left + inner, count), count
