@@ -154,6 +154,7 @@ def test_missing_packages_are_named():
         (["evaluate", "length", "nothing", "--data", "text"], "no checkpoint at nothing"),
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "8,x"], "--lengths: expected whole numbers"),
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "1"], "at least 2"),
+        (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected numbers"),
         (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m'; presets:"),
         (["info", "swat-340m", "a=b"], "only go with a recipe"),
         (["convert", "nothing", "made"], "nothing is not a checkpoint folder"),
@@ -222,6 +223,12 @@ def test_train_generate_evaluate_info(cli, here: Path):
     points = json.loads((here / "measured" / "length.json").read_text())["points"]
     assert [point["length"] for point in points] == [16, 64]
     assert cli("evaluate", "length", run, "--data", "text", "--out", "measured").code == 2
+    matrix = ("evaluate", "length", run, "--data", "text", "--lengths", "16,64", "--window", "4,own,none")
+    assert cli(*matrix, "--out", "matrix").code == 0
+    windows = json.loads((here / "matrix" / "windows.json").read_text())
+    assert list(windows) == ["4", "own", "none"]
+    assert windows["own"]["points"] == points
+    assert sorted(path.name for path in (here / "matrix").iterdir()) == ["windows.json", "windows.png"]
 
     info = cli("info", run)
     assert "reach" in info.out

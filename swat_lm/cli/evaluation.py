@@ -1,36 +1,42 @@
 """`swat-lm evaluate length`: loss against the length of the context."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Table
 
-from swat_lm.cli.checkpoints import find_export, load_checkpoint
-from swat_lm.cli.console import results
+from swat_lm.cli.checkpoints import load_any_checkpoint
+from swat_lm.cli.console import messages, results
 from swat_lm.cli.progress import Counter
+from swat_lm.model.loading import find_model_folder
 
 if TYPE_CHECKING:
     import numpy as np
+    from transformers import PreTrainedModel
 
-    from swat_lm.evaluate.length import LengthCurve
+    from swat_lm.evaluate.curves import LengthCurve, WindowMatrix
+    from swat_lm.evaluate.partial import PartialResults
 
 __all__ = ["length"]
 
+OWN, NONE = "own", "none"
 DEFAULT_LENGTHS = "128,256,512,1024,2048,4096"
 
 
 def length(
-    checkpoint: Annotated[str, typer.Argument(help="A run's folder, an exported folder, or a hub name.")],
+    checkpoint: Annotated[str, typer.Argument(help="A run's folder, a folder of any causal model, or a hub name.")],
     data: Annotated[list[str], typer.Option("--data", "-d", help="Text to evaluate on; may be given several times.")],
     lengths: Annotated[str, typer.Option(help="Evaluation lengths in tokens, by commas.")] = DEFAULT_LENGTHS,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for length.json and length.png.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the picture.")] = None,
     whole: Annotated[
         bool, typer.Option("--whole-documents", help="Read each document from its start, instead of joining them.")
     ] = False,
     held_out: Annotated[float, typer.Option(help="Evaluate on this held-out share of the documents; 0: on all.")] = 0.0,
     most: Annotated[int, typer.Option(min=1, help="Most streams to read, spread over the text.")] = 64,
-    window: Annotated[int | None, typer.Option(help="Evaluate with this window in every layer.")] = None,
+    window: Annotated[
+        str, typer.Option(help="Window of every layer: a number, none or own; several by commas give a heat map.")
+    ] = OWN,
     batch_size: Annotated[int, typer.Option(min=1, help="Streams read side by side.")] = 8,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass; speed and memory only.")] = 512,
     text_field: Annotated[
@@ -39,35 +45,50 @@ def length(
     tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
 ) -> None:
-    """Measure loss against the length of the context.
+    """Measure loss against the length of the context, of any causal language model.
 
-    Streams are read in constant memory. For each length N: the mean loss of the first N tokens of a stream, and
-    that of tokens N/2+1 .. N, where the context
-    is about N long; with standard errors over streams. Documents are joined and cut into streams of the greatest
-    length, unless --whole-documents.
+    Streams are read in chunks, in constant memory where the model's state is constant. For each length N: the mean
+    loss of the first N tokens of a stream, and that of tokens N/2+1 .. N, where the context is about N long; with
+    standard errors over streams. Documents are joined and cut into streams of the greatest length, unless
+    --whole-documents. An interrupted measurement with --out goes on where it was.
+
+    --window runs the same weights with another window: a number of tokens, none (full attention) or own (as trained).
+    That works for our models, Llama and Mistral. Several windows give the matrix of Figure 2 of the paper.
 
     \b
     Examples:
       swat-lm evaluate length demo/swat --data python:stdlib --lengths 256,1024,4096
-      swat-lm evaluate length runs/mine --data books/ --whole-documents --out books-length
+      swat-lm evaluate length runs/mine --data books/ --whole-documents --lengths 1024,16384,131072 --out books-length
+      swat-lm evaluate length llama-folder --data books/ --window 64,128,256,none --out windows
     """
-    sizes = parse_lengths(lengths)
-    check_output(out)
-    from swat_lm.evaluate.length import loss_by_length
+    sizes, windows = parse_lengths(lengths), parse_windows(window)
+    check_output(out, "length.json", "windows.json")
+    from swat_lm.evaluate.curves import WindowMatrix
+    from swat_lm.evaluate.limits import extrapolates_beyond
 
-    model, _ = load_checkpoint(checkpoint, tokenizer, device)
-    documents = read_documents(
-        data, tokenizer or find_export(checkpoint), text_field, held_out, model.config.vocab_size
-    )
+    model, _ = load_any_checkpoint(checkpoint, tokenizer, device)
+    twins = {name: model_with_window(model, name) for name in windows}
+    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, held_out, model)
     streams = choose_streams(documents, max(sizes), whole, most)
-    with Counter("evaluating", "tokens") as counter:
-        curve = loss_by_length(
-            model, streams, sizes, chunk=chunk, batch_size=batch_size, window=window, on_progress=counter
-        )
-    results().print(curve_table(curve))
+    made_for = extrapolates_beyond(model)
+    if made_for is not None and max(sizes) > made_for:
+        messages().print(f"note: this model was made for {made_for:,} tokens; its positions beyond are new to it")
+    measure = Measurement(streams, sizes, batch_size, chunk, out)
+    # what a model cannot hold is said before the first one is measured
+    for twin in twins.values():
+        measure.check(twin)
+    curves = [measure(twin, name) for name, twin in twins.items()]
+    for name, curve in zip(windows, curves, strict=True):
+        if len(windows) > 1:
+            results().print(f"window {name}", markup=False)
+        results().print(curve_table(curve))
     if out is not None:
-        save_curve(curve, out, Path(checkpoint).name)
-        results().print(f"{out / 'length.json'}, {out / 'length.png'}", markup=False)
+        title = Path(checkpoint).name
+        if len(windows) > 1:
+            save_matrix(WindowMatrix(tuple(windows), tuple(curves)), out, title)
+        else:
+            save_curve(curves[0], out, title)
+        measure.finish()
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -83,14 +104,71 @@ def parse_lengths(text: str) -> list[int]:
     return sizes
 
 
-def check_output(out: Path | None) -> None:
+def parse_windows(text: str) -> list[str]:
+    """`64,none` as names of windows, each once; raises ValueError for anything else."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in (OWN, NONE) and not (name.isdigit() and int(name) >= 1):
+            raise ValueError(
+                f"--window: expected numbers of at least 1, `{NONE}` or `{OWN}`, with commas between; got {text!r}"
+            )
+    return names
+
+
+def check_output(out: Path | None, *names: str) -> None:
     """Raise FileExistsError before any work is done if the results are there already."""
-    if out is not None and (out / "length.json").exists():
-        raise FileExistsError(f"{out} already holds length.json: name another folder for --out, or remove it")
+    for name in names:
+        if out is not None and (out / name).exists():
+            raise FileExistsError(f"{out} already holds {name}: name another folder for --out, or remove it")
+
+
+def model_with_window(model: "PreTrainedModel", name: str) -> "PreTrainedModel":
+    """The model itself or a twin that shares its weights."""
+    from swat_lm.evaluate.windows import with_window
+
+    return model if name == OWN else with_window(model, None if name == NONE else int(name))
+
+
+class Measurement:
+    """One command's streams and lengths, measured for one window after another, keeping what is done in `out`."""
+
+    def __init__(
+        self, streams: "list[np.ndarray]", sizes: list[int], batch_size: int, chunk: int, out: Path | None
+    ) -> None:
+        self.streams, self.sizes, self.batch_size, self.chunk, self.out = streams, sizes, batch_size, chunk, out
+        self.partials: list[PartialResults] = []
+
+    def check(self, model: "PreTrainedModel") -> None:
+        """Raise ValueError for streams that the model cannot hold."""
+        from swat_lm.evaluate.limits import check_length
+        from swat_lm.evaluate.reader import reader_for
+
+        check_length(reader_for(model), max(self.sizes), min(self.batch_size, len(self.streams)))
+
+    def __call__(self, model: "PreTrainedModel", name: str) -> "LengthCurve":
+        """Loss by length of a model, whose window has this name."""
+        from swat_lm.evaluate.length import loss_by_length
+        from swat_lm.evaluate.partial import PartialResults, measurement_key
+
+        partial = None
+        if self.out is not None:
+            key = measurement_key(model, self.streams, self.sizes)
+            partial = PartialResults(self.out / f"partial-{name}.json", key)
+            self.partials.append(partial)
+        with Counter(f"evaluating, window {name}", "tokens") as counter:
+            return loss_by_length(
+                model, self.streams, self.sizes, chunk=self.chunk, batch_size=self.batch_size,
+                partial=partial, on_progress=counter,
+            )  # fmt: skip
+
+    def finish(self) -> None:
+        """The results are written: what was kept of them on the way is removed."""
+        for partial in self.partials:
+            partial.remove()
 
 
 def read_documents(
-    data: list[str], tokenizer: str, text_field: str, held_out: float, vocab_size: int
+    data: list[str], tokenizer: str, text_field: str, held_out: float, model: "PreTrainedModel"
 ) -> "list[np.ndarray]":
     """Token ids of every document; each ends with the end-of-text token if the tokenizer has one."""
     from swat_lm.data import load_tokenizer, prepare
@@ -102,6 +180,7 @@ def read_documents(
     )
     with Counter("preparing text", "bytes") as counter:
         store = prepare(recipe, lambda at: counter(at.bytes_read, at.bytes_total))
+    vocab_size = cast(int, model.config.get_text_config().vocab_size)
     if store.vocab_size > vocab_size:
         raise ValueError(f"the text was tokenised with {store.vocab_size} ids, the model knows only {vocab_size}")
     split = store.split("held_out" if held_out else "train")
@@ -152,3 +231,19 @@ def save_curve(curve: "LengthCurve", out: Path, name: str) -> None:
     ]  # fmt: skip
     plot_loss_by_length(series, out / "length.png", window=curve.window, title=name)
     curve.save(out / "length.json")
+    results().print(f"{out / 'length.json'}, {out / 'length.png'}", markup=False)
+
+
+def save_matrix(matrix: "WindowMatrix", out: Path, name: str) -> None:
+    """Write windows.json and windows.png into the folder."""
+    from swat_lm.evaluate.heatmaps import plot_heat_map
+    from swat_lm.evaluate.plots import short_number
+
+    out.mkdir(parents=True, exist_ok=True)
+    plot_heat_map(
+        matrix.losses(), out / "windows.png", rows=matrix.names, columns=[short_number(one) for one in matrix.lengths],
+        ylabel="evaluation window (tokens)", xlabel="evaluation length (tokens)", scale="loss (nats per token)",
+        title=name,
+    )  # fmt: skip
+    matrix.save(out / "windows.json")
+    results().print(f"{out / 'windows.json'}, {out / 'windows.png'}", markup=False)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-__all__ = ["LengthCurve", "LengthPoint", "difference", "summarise"]
+__all__ = ["LengthCurve", "LengthPoint", "WindowMatrix", "difference", "summarise", "write_whole"]
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,44 @@ class LengthCurve:
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
-        beside = path.with_name(f".tmp-{path.name}")
-        beside.write_text(self.to_json() + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, self.to_json() + "\n")
+
+
+@dataclass(frozen=True)
+class WindowMatrix:
+    """Loss against evaluation length for several evaluation windows of one model (Figure 2 of SWAT)."""
+
+    names: tuple[str, ...]
+    """Of the windows: a number of tokens, `none` (full attention) or `own` (the model as it is)."""
+    curves: tuple[LengthCurve, ...]
+    """One for each window, all on the same streams and at the same lengths."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Evaluation lengths, rising."""
+        return self.curves[0].lengths
+
+    def losses(self) -> list[list[float]]:
+        """Mean loss in nats per token, by window and length."""
+        return [[point.mean_loss for point in curve.points] for curve in self.curves]
+
+    def save(self, path: Path) -> None:
+        """Write `{window: curve}` as JSON, beside the place and renamed."""
+        curves = {name: json.loads(curve.to_json()) for name, curve in zip(self.names, self.curves, strict=True)}
+        write_whole(path, json.dumps(curves, indent=1) + "\n")
+
+    @classmethod
+    def from_json(cls, text: str) -> "WindowMatrix":
+        """Read what `save` wrote."""
+        values = json.loads(text)
+        return cls(tuple(values), tuple(LengthCurve.from_json(json.dumps(one)) for one in values.values()))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it, so that it is whole or absent."""
+    beside = path.with_name(f".tmp-{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def difference(first: Sequence[float | None], second: Sequence[float | None]) -> tuple[float, float | None]:

@@ -4,20 +4,21 @@ Table 2 of SWAT (arXiv 2502.18845). What is measured is defined in curves.py.
 Legend: B streams read side by side, T tokens of a chunk, M model width, V vocabulary.
 """
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from swat_lm.evaluate.curves import LengthCurve, summarise
-from swat_lm.model.configuration import SwatConfig
-from swat_lm.model.loss import token_losses
-from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.evaluate.limits import check_length
+from swat_lm.evaluate.partial import PartialResults
+from swat_lm.evaluate.reader import Reader, evaluating, reader_for
+from swat_lm.evaluate.windows import model_window, with_window
 
 __all__ = [
     "loss_by_length",
@@ -29,13 +30,14 @@ __all__ = [
 
 
 def loss_by_length(
-    model: SwatForCausalLM,
+    model: PreTrainedModel,
     documents: Sequence[np.ndarray | Tensor | Sequence[int]],
     lengths: Iterable[int],
     *,
     chunk: int = 512,
     batch_size: int = 8,
     window: int | None = None,
+    partial: PartialResults | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LengthCurve:
     """Read every document up to the greatest length and average its losses up to each length; see LengthPoint.
@@ -44,20 +46,21 @@ def loss_by_length(
     depend on `chunk` or `batch_size` beyond rounding.
 
     Args:
-        model: any SwatForCausalLM; evaluated in `eval` mode, without gradients, on its own device.
+        model: any causal language model; evaluated in `eval` mode, without gradients, on its own device.
         documents: token ids of each document. `segments` cuts a stream of short documents into long ones.
         lengths: evaluation lengths in tokens, each at least 2.
         chunk: tokens of each stream per forward pass.
         batch_size: streams read side by side.
         window: evaluate with this window in every layer instead of the model's own; see `with_window`.
+        partial: keeps each batch's sums, and what it holds already is not measured again.
         on_progress: called with tokens done and tokens in all.
 
     Raises:
-        ValueError: no document reaches a length, or an argument is out of range.
+        ValueError: no document reaches a length, an argument is out of range, or a length that the model cannot hold.
     """
     sizes = check_arguments(lengths, documents, chunk, batch_size)
-    if window is not None:
-        model = with_window(model, window)
+    reader = reader_for(model if window is None else with_window(model, window))
+    check_length(reader, sizes[-1], min(batch_size, len(documents)))
     # of like length side by side, so that few rows are padded
     order = sorted(
         (i for i in range(len(documents)) if len(documents[i]) >= sizes[0]), key=lambda i: -len(documents[i])
@@ -66,11 +69,16 @@ def loss_by_length(
     bounds = sorted({1, *sizes, *(max(1, size // 2) for size in sizes)})
     sums: dict[int, list[float]] = {index: [0.0] * (len(bounds) - 1) for index in order}
     state_bytes: dict[int, int] = {}
-    done, total = 0, sum(count - 1 for count in taken.values())
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
+    if partial is not None:
+        sums.update({index: partial.known[str(index)] for index in order if str(index) in partial.known})
+        state_bytes = {int(size): kept for size, kept in partial.known.get("state bytes", {}).items()}
+    left = [index for index in order if partial is None or str(index) not in partial.known]
+    total = sum(count - 1 for count in taken.values())
+    done = total - sum(taken[index] - 1 for index in left)
+    for begin in range(0, len(left), batch_size):
+        rows = left[begin : begin + batch_size]
         tokens = stack([documents[index] for index in rows], [taken[index] for index in rows])
-        for piece in position_losses(model, tokens, chunk, cuts=sizes):
+        for piece in stream_losses(reader, tokens, chunk, cuts=sizes):
             for row, index in enumerate(rows):
                 # beyond the document's own end a row is padding
                 losses = piece.losses[row, : max(0, taken[index] - piece.start)]
@@ -79,6 +87,9 @@ def loss_by_length(
             state_bytes.setdefault(piece.tokens_read, piece.state_bytes)
             if on_progress:
                 on_progress(done, total)
+        if partial is not None:
+            reached = {str(size): state_bytes[size] for size in sizes if size in state_bytes}
+            partial.add({**{str(index): sums[index] for index in rows}, "state bytes": reached})
 
     def mean(index: int, low: int, high: int) -> float | None:
         if len(documents[index]) < high:
@@ -89,11 +100,11 @@ def loss_by_length(
     means = [[mean(index, 1, size) for size in sizes] for index in everyone]
     tails = [[mean(index, max(1, size // 2), size) for size in sizes] for index in everyone]
     kept = [state_bytes[size] for size in sizes]
-    return summarise(sizes, means, tails, kept, total, widest_window(model.config), same_text=False)
+    return summarise(sizes, means, tails, kept, total, model_window(reader.model), same_text=False)
 
 
 def loss_on_same_text(
-    model: SwatForCausalLM,
+    model: PreTrainedModel,
     documents: Sequence[np.ndarray | Tensor | Sequence[int]],
     lengths: Iterable[int],
     *,
@@ -118,8 +129,8 @@ def loss_on_same_text(
             raise ValueError(
                 f"lengths: expected divisors of the greatest, {sizes[-1]}, so that all see the same text; got {size}"
             )
-    if window is not None:
-        model = with_window(model, window)
+    reader = reader_for(model if window is None else with_window(model, window))
+    check_length(reader, sizes[-1], batch_size)
     chosen = [index for index in range(len(documents)) if len(documents[index]) >= sizes[-1]]
     used = {index: len(documents[index]) // sizes[-1] * sizes[-1] for index in chosen}
     done, total = 0, sum(used.values()) * len(sizes)
@@ -134,7 +145,7 @@ def loss_on_same_text(
         for begin in range(0, len(pieces), together):
             part = pieces[begin : begin + together]
             tokens = stack([documents[index][start : start + size] for index, start in part], [size] * len(part))
-            heads, tails_here, kept = piece_sums(model, tokens, chunk)
+            heads, tails_here, kept = piece_sums(reader, tokens, chunk)
             for (index, _), head, tail in zip(part, heads, tails_here, strict=True):
                 sums[index] = (sums[index][0] + head, sums[index][1] + tail)
             done += tokens.numel()
@@ -146,7 +157,7 @@ def loss_on_same_text(
             means[index][at] = head / (count * (size - 1))
             tails[index][at] = tail / (count * (size - max(1, size // 2)))
     predicted = sum(count // size * (size - 1) for count in used.values() for size in sizes)
-    return summarise(sizes, means, tails, state_bytes, predicted, widest_window(model.config), same_text=True)
+    return summarise(sizes, means, tails, state_bytes, predicted, model_window(reader.model), same_text=True)
 
 
 class Piece(NamedTuple):
@@ -162,49 +173,26 @@ class Piece(NamedTuple):
 
 
 def position_losses(
-    model: SwatForCausalLM, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()
+    model: PreTrainedModel, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()
 ) -> Iterator[Piece]:
-    """Stream `tokens` int64 `[B, T]` through the model and yield the loss of every token but the first, in order.
+    """Stream `tokens` int64 `[B, T]` through any causal model; yields the loss of every token but the first, in order.
 
     Each chunk's hidden states predict the token after each of its own; chunks also end at the token numbers `cuts`.
     """
+    return stream_losses(reader_for(model), tokens, chunk, cuts)
+
+
+def stream_losses(reader: Reader, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()) -> Iterator[Piece]:
+    """As `position_losses`, with a reader."""
     length = tokens.shape[1]
-    tokens = tokens.to(model.device)
-    weight = cast(Tensor, model.lm_head.weight)
+    tokens = tokens.to(reader.device)
     edges = sorted({*range(0, length, chunk), *(cut for cut in cuts if cut < length), length})
-    state = model.init_state(len(tokens))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(reader.model):
+        state = reader.start(len(tokens))
         for start, end in itertools.pairwise(edges):
-            with torch.inference_mode():
-                hidden = model.extend(tokens[:, start:end], state)
-                targets = tokens[:, start + 1 : end + 1]
-                losses = token_losses(hidden[:, : targets.shape[1]].flatten(0, 1), weight, targets.flatten())
-            yield Piece(start + 1, losses.view(targets.shape).float().cpu(), end, state.num_bytes // len(tokens))
-    finally:
-        model.train(was_training)
-
-
-def with_window(model: SwatForCausalLM, window: int) -> SwatForCausalLM:
-    """The same weights (shared, not copied) with one window in every layer: Figure 2 and the windows of Table 2.
-
-    A score bias that was derived from the trained window keeps its value. Raises ValueError for a window below 1.
-    """
-    if window < 1:
-        raise ValueError(f"window: expected at least 1 (a token counts itself), got {window}")
-    old = model.config
-    config = cast(SwatConfig, copy.deepcopy(old))
-    layers = range(old.num_hidden_layers)
-    config.score_bias = [old.attention_settings(layer).score_bias for layer in layers]
-    config.sliding_window = window
-    config.layer_types = ["sliding_attention"] * len(layers)
-    with torch.device("meta"):
-        windowed = SwatForCausalLM(config)
-    windowed.load_state_dict(model.state_dict(), assign=True)
-    if config.tie_word_embeddings:
-        windowed.tie_weights()
-    return windowed.train(model.training)
+            hidden = reader.extend(tokens[:, start:end], state)
+            losses = reader.losses(hidden, tokens[:, start + 1 : end + 1])
+            yield Piece(start + 1, losses.cpu(), end, reader.state_bytes(state))
 
 
 def segments(documents: Iterable[np.ndarray], length: int, most: int | None = None) -> list[np.ndarray]:
@@ -257,20 +245,14 @@ def add_to_buckets(sums: list[float], bounds: Sequence[int], start: int, losses:
             sums[bucket] += part.double().sum().item()
 
 
-def piece_sums(model: SwatForCausalLM, tokens: Tensor, chunk: int) -> tuple[list[float], list[float], int]:
+def piece_sums(reader: Reader, tokens: Tensor, chunk: int) -> tuple[list[float], list[float], int]:
     """Of each row of `tokens` `[B, N]` the summed loss of tokens 2 .. N and N/2+1 .. N; bytes kept after the last."""
     middle, kept = max(1, tokens.shape[1] // 2), 0
     whole = torch.zeros(len(tokens), dtype=torch.float64)
     late = torch.zeros(len(tokens), dtype=torch.float64)
-    for piece in position_losses(model, tokens, chunk):
+    for piece in stream_losses(reader, tokens, chunk):
         losses = piece.losses.double()
         whole += losses.sum(dim=1)
         late += losses[:, max(0, middle - piece.start) :].sum(dim=1)
         kept = piece.state_bytes
     return whole.tolist(), late.tolist(), kept
-
-
-def widest_window(config: SwatConfig) -> int | None:
-    """The widest window of any layer; None if a layer has full attention."""
-    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-    return None if None in windows else max(cast(list[int], windows))

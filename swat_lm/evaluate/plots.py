@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-__all__ = ["Series", "plot_loss_by_length", "plot_state_bytes", "plot_training"]
+__all__ = ["Series", "plot_loss_by_length", "plot_state_bytes", "plot_training", "write_picture"]
 
 # the colour-blind safe palette of Okabe and Ito, most distinct first; markers tell the lines apart without colour
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -198,9 +198,13 @@ def finish(figure: Figure, path: Path, title: str | None) -> None:
     if title:
         axes.set_title(title, loc="left", fontsize=13, color="#333333")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=13)
+    write_picture(figure, path)
+
+
+def write_picture(figure: Figure, path: Path) -> None:
+    """Write a PNG beside its place and rename it: an interruption leaves no half picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    # written beside and renamed: an interruption leaves no half picture
     beside = path.with_name(f".tmp-{path.name}")
     beside.write_bytes(buffer.getvalue())
     beside.replace(path)

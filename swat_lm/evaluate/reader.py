@@ -35,6 +35,8 @@ class Reader(Protocol):
     """A model that reads B streams side by side. The caller sets `eval` mode and owns the device."""
 
     model: PreTrainedModel
+    head: nn.Module | None
+    """Makes logits of what `extend` returns; None where these are logits already."""
     vocab_size: int
 
     @property
@@ -48,6 +50,10 @@ class Reader(Protocol):
 
     def extend(self, tokens: Tensor, state: Any) -> Tensor:
         """Read `[B, T]` tokens, changing the state in place; returns what `losses` takes, `[B, T, M]`."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, `[..., M]` to `[..., V]`, in at least float32."""
         ...
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -204,7 +210,7 @@ class CachedReader(HeadReader):
         self._is_proven = True
 
 
-def reader_for(model: PreTrainedModel) -> StateReader | CachedReader:
+def reader_for(model: PreTrainedModel) -> Reader:
     """A reader of this model: ours by its state, any other by its cache."""
     return StateReader(model) if isinstance(model, SwatForCausalLM) else CachedReader(model)
 

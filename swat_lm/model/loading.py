@@ -81,8 +81,8 @@ def load_causal_lm(name: str, device: str | None = None) -> "PreTrainedModel":
     except OSError as error:
         if is_local:
             raise
-        reason = " ".join(str(error).split(". ")[0].split())
-        raise ValueError(f"no folder {name}, and the hub gave no model of that name: {reason}") from error
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"no checkpoint at {name}, and the hub gave no model of that name: {reason}") from error
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"{folder} holds no causal language model that transformers knows") from error

@@ -8,7 +8,8 @@ import torch
 
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.evaluate.curves import LengthCurve, difference
-from swat_lm.evaluate.length import loss_by_length, loss_on_same_text, position_losses, segments, with_window
+from swat_lm.evaluate.length import loss_by_length, loss_on_same_text, position_losses, segments
+from swat_lm.evaluate.windows import with_window
 
 
 def tiny(window: int | None = 7, **changes) -> SwatForCausalLM:

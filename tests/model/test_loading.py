@@ -84,7 +84,7 @@ def test_what_is_no_causal_model(tmp_path):
     [
         ("./nothing", "no checkpoint at ./nothing"),
         ("a/b/c", "no checkpoint at a/b/c"),
-        ("nobody/nothing", "no folder nobody/nothing, and the hub gave no model of that name"),
+        ("nobody/nothing", "no checkpoint at nobody/nothing, and the hub gave no model of that name"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, message: str, monkeypatch):

@@ -1,0 +1,108 @@
+"""What a model cannot hold, said before any hour is spent: its positions, and the memory of its cache."""
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from swat_lm.evaluate.reader import Reader, StateReader, probe
+from swat_lm.evaluate.windows import theoretical_reach
+from swat_lm.model.cost import state_bytes
+
+__all__ = ["available_bytes", "check_length", "extrapolates_beyond", "position_limit", "stream_bytes"]
+
+PROBE_TOKENS = 24
+
+
+def check_length(reader: Reader, length: int, batch_size: int) -> None:
+    """Raise ValueError if B streams of this many tokens cannot be read: too many positions, or too little memory."""
+    limit = position_limit(reader.model)
+    name = type(reader.model).__name__
+    if limit is not None and length > limit:
+        raise ValueError(f"{name} has no position beyond token {limit:,}: it cannot read {length:,}; ask for less")
+    each, free = stream_bytes(reader, length), available_bytes(reader.device)
+    if free is None or each * batch_size <= free:
+        return
+    fits = free // each
+    advice = f"read at most {fits} side by side (--batch-size)" if fits else "ask for less, or for a --window"
+    raise ValueError(
+        f"{name} keeps {gibibytes(each)} of the past of each stream of {length:,} tokens, "
+        f"{gibibytes(each * batch_size)} for {batch_size}; {gibibytes(free)} are free: {advice}"
+    )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Tokens after which a model has no positions, or others than before; None where there is no end.
+
+    Learned positions end. Rotary angles that change with the length of the sequence ("dynamic", "longrope") are as
+    they were only up to the original length, and beyond it a loss would depend on the chunks.
+    """
+    config = cast(Any, model.config.get_text_config())
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    changing = [one for one in kinds if one.get("rope_type") in ("dynamic", "longrope")]
+    if changing:
+        return min(int(one.get("original_max_position_embeddings", most)) for one in changing)
+    words = model.get_input_embeddings()
+    tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and one is not words]
+    # some reserve a few rows before the first position
+    learned = [one for one in tables if most <= one.num_embeddings < most + 8]
+    return most if learned else None
+
+
+def extrapolates_beyond(model: PreTrainedModel) -> int | None:
+    """The length that a model without windows was made for, after which its positions are new to it; else None."""
+    if theoretical_reach(model) is not None:
+        return None
+    config = cast(Any, model.config.get_text_config())
+    most = getattr(config, "max_position_embeddings", None)
+    return most if isinstance(most, int) and getattr(config, "rope_parameters", None) else None
+
+
+@torch.inference_mode()
+def stream_bytes(reader: Reader, length: int) -> int:
+    """Bytes that one stream keeps after `length` tokens, from what a short one keeps."""
+    if isinstance(reader, StateReader):
+        weight = cast(torch.Tensor, reader.head.weight)  # type: ignore[union-attr]
+        # rings without a window are doubled
+        context = 1 << (length - 1).bit_length()
+        return state_bytes(reader.model.config, context=context, dtype_bytes=weight.element_size())  # type: ignore[arg-type]
+    tokens = probe(reader.model, reader.vocab_size, PROBE_TOKENS)
+    state = reader.start(len(tokens))
+    reader.extend(tokens, state)
+    total = reader.state_bytes(state)
+    for layer in getattr(next(iter(state.cache.values())), "layers", ()):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor) or keys.dim() != 4:
+            continue
+        held = (keys.nbytes + values.nbytes) // len(tokens)
+        most = getattr(layer, "sliding_window", None) or length
+        total += held * (min(most, length) - keys.shape[-2]) // keys.shape[-2]
+    return max(total, 1)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of a device, or of this machine for the CPU; None where it cannot be asked for."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    table = Path("/proc/meminfo")
+    if table.exists():
+        for line in table.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def gibibytes(count: int) -> str:
+    """Bytes as GiB or MiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{max(1, round(count / 2**20))} MiB"

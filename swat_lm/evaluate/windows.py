@@ -1,0 +1,86 @@
+"""Which window a model sees through, how far its layers reach together, and the same weights with another window."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from swat_lm.model.configuration import SwatConfig
+from swat_lm.model.conversion import SOURCES, convert_config
+from swat_lm.model.modeling import SwatForCausalLM
+
+__all__ = ["layer_windows", "model_window", "theoretical_reach", "with_window"]
+
+
+def layer_windows(model: PreTrainedModel) -> list[int | None] | None:
+    """The window of every layer, None where a layer sees everything; None for a model whose layers do not say.
+
+    Recurrent layers see everything before them. The windows of models of `transformers` are read from `layer_types`
+    and `sliding_window`, as its caches do.
+    """
+    config = cast(Any, model.config.get_text_config())
+    if isinstance(config, SwatConfig):
+        return [config.window(layer) for layer in range(config.num_hidden_layers)]
+    count = getattr(config, "num_hidden_layers", None)
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if count is None:
+        return None
+    if types is not None:
+        return [window if kind == "sliding_attention" else None for kind in types]
+    # of the models without layer types only these have every layer windowed
+    return [window if config.model_type in ("mistral", "mixtral", "starcoder2") else None] * count
+
+
+def model_window(model: PreTrainedModel) -> int | None:
+    """The widest window of any layer; None if a layer sees everything."""
+    windows = layer_windows(model)
+    return None if windows is None or None in windows else max(cast(list[int], windows))
+
+
+def theoretical_reach(model: PreTrainedModel) -> int | None:
+    """Tokens, itself included, that a place can depend on: 1 + sum of (window - 1) over layers; None = all."""
+    windows = layer_windows(model)
+    return None if windows is None or None in windows else 1 + sum(one - 1 for one in cast(list[int], windows))
+
+
+def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
+    """The same weights (shared, not copied) with one window in every layer, None for full attention.
+
+    Figure 2 and the windows of Table 2. Llama and Mistral models are taken over as softmax models of ours. A score bias
+    that was derived from the trained window keeps its value.
+
+    Raises:
+        ValueError: a window below 1, an architecture without a counterpart here, or layers that rotate differently
+            because they have a window or none.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1 (a token counts itself), got {window}")
+    if isinstance(model, SwatForCausalLM):
+        config = changed_config(model.config, window)
+    elif model.config.model_type in SOURCES:
+        config = convert_config(model.config, window)
+    else:
+        raise ValueError(
+            f"window: a {model.config.model_type} model cannot be run with another window, only swat, "
+            f"{' and '.join(SOURCES)} models can"
+        )
+    with torch.device("meta"):
+        windowed = SwatForCausalLM(config)
+    windowed.load_state_dict(model.state_dict(), assign=True)
+    if config.tie_word_embeddings:
+        windowed.tie_weights()
+    return windowed.train(model.training)
+
+
+def changed_config(old: SwatConfig, window: int | None) -> SwatConfig:
+    """A copy with one window in every layer."""
+    config = cast(SwatConfig, copy.deepcopy(old))
+    layers = range(old.num_hidden_layers)
+    if len({str(old.rotary(layer)) for layer in layers}) > 1 and not isinstance(old.rope_theta, list):
+        raise ValueError("window: this model rotates differently in layers with a window and without: it has no twin")
+    config.score_bias = [old.attention_settings(layer).score_bias for layer in layers]
+    config.sliding_window = window
+    config.layer_types = ["full_attention" if window is None else "sliding_attention"] * len(layers)
+    return config
