@@ -1,0 +1,174 @@
+"""The decoding kernel against the definition, under the interpreter, and compiled for GPUs that are not there."""
+
+import pytest
+import torch
+
+from tests.exactness import assert_as_exact_as_pytorch
+from tests.ops.triton.compiling import POINTERS, compile_kernel
+
+# slots, W, H, K, D: one head per key/value head, a group, a group that is no power of two, a window of one place
+RINGS = [(5, 137, 2, 2, 24), (4, 150, 4, 2, 16), (3, 20, 6, 1, 80), (4, 1, 4, 2, 8)]
+
+
+def make_step(rings, dtype, head_major=True):
+    """Sequences in any slots: a new one, a young one, one after many windows; what must not be read is NaN."""
+    from swat_lm.ops.ring import empty_ring
+
+    slots, window, heads, kv_heads, head_dim = rings
+    draw = torch.Generator().manual_seed(1)
+    make = lambda *shape: torch.randn(*shape, generator=draw).to(torch.float16)  # noqa: E731
+    position = torch.tensor([0, window // 2, 7 * window + 3])
+    slot = torch.tensor([slots - 1, 0, slots // 2])
+    query, key, value = make(3, 1, heads, head_dim), make(3, 1, kv_heads, head_dim), make(3, 1, kv_heads, head_dim)
+    like = query.to(dtype)
+    key_ring, value_ring = (
+        empty_ring(slots, window, kv_heads, head_dim, like)
+        if head_major
+        else like.new_zeros(slots, window, kv_heads, head_dim)
+        for _ in range(2)
+    )
+    for ring in (key_ring, value_ring):
+        ring.fill_(float("nan"))
+        for own, now in zip(slot.tolist(), position.tolist(), strict=True):
+            filled = min(now, window)
+            ring[own, :filled] = make(filled, kv_heads, head_dim).to(dtype)
+    slopes, bias = torch.randn(heads, generator=draw) * 0.2, torch.randn(heads, generator=draw)
+    return [query.to(dtype), key.to(dtype), value.to(dtype), key_ring, value_ring, slot, position], slopes, bias
+
+
+def check(rings, dtype, score_function, splits=None, rotary=False, head_major=True):
+    from swat_lm.ops.ring import step_reference
+    from swat_lm.ops.rotary import apply_rotary, rotary_angles
+    from swat_lm.ops.triton import decode
+
+    tensors, slopes, bias = make_step(rings, dtype, head_major)
+    scale = rings[-1] ** -0.5
+    cos = sin = None
+    rotated = list(tensors)
+    if rotary:
+        cos, sin = rotary_angles(tensors[6][:, None], rings[-1])
+        rotated[:2] = (apply_rotary(x, cos, sin) for x in tensors[:2])
+
+    def definition(kind):
+        # a place that nobody wrote is hidden by the definition, but its NaN would spread through zero weights
+        call = [t.to(kind) if t.is_floating_point() else t.clone() for t in rotated]
+        call[3:5] = (ring.nan_to_num(0.0) for ring in call[3:5])
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        return step_reference(*call, slopes.to(wide), bias.to(wide), score_function, scale)
+
+    (exact, exact_lse), (plain, plain_lse) = definition(torch.float64), definition(dtype)
+    before = [ring.clone() for ring in tensors[3:5]]
+    output, lse = decode.step(*tensors, slopes, bias, 0.0, score_function, scale, cos, sin, splits)
+    assert_as_exact_as_pytorch(output, plain, exact, "output", summed=3.0)
+    if score_function == "softmax":
+        assert_as_exact_as_pytorch(lse, plain_lse, exact_lse, "lse", summed=3.0)
+    for ring, old, new in zip(tensors[3:5], before, rotated[1:3], strict=True):
+        place = tensors[6] % rings[1]
+        # a rotation may be contracted into one rounding
+        torch.testing.assert_close(ring[tensors[5], place], new[:, 0], atol=1e-6 if rotary else 0, rtol=2e-3 * rotary)
+        ring[tensors[5], place] = old[tensors[5], place]
+        assert torch.equal(ring.nan_to_num(7.0), old.nan_to_num(7.0)), "only the new place may change"
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("rings", RINGS)
+def test_step(interpreted, rings, score_function):
+    interpreted(check, rings, torch.float32, score_function)
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("rings", RINGS[:2])
+def test_split_windows(interpreted, rings, score_function):
+    # three programs: a new stream has places for one, a young one for two; the last ends inside a tile
+    interpreted(check, rings, torch.float32, score_function, 3)
+
+
+@pytest.mark.parametrize("rings", RINGS[:3])
+def test_rotates_query_and_key(interpreted, rings):
+    interpreted(check, rings, torch.float32, "sigmoid", 2, True)
+
+
+def test_any_strides(interpreted):
+    interpreted(check, RINGS[1], torch.float32, "sigmoid", None, False, False)
+
+
+@pytest.mark.parametrize(
+    ("rings", "dtype", "score_function"),
+    # one head has no product on tensor cores, whose bfloat16 the interpreter computes wrongly
+    [
+        (RINGS[0], torch.bfloat16, "sigmoid"),
+        (RINGS[0], torch.bfloat16, "softmax"),
+        (RINGS[2], torch.float16, "softmax"),
+    ],
+)
+def test_half_precision(interpreted, rings, dtype, score_function):
+    interpreted(check, rings, dtype, score_function, 2)
+
+
+def run_stream():
+    from swat_lm.ops import window_attention
+    from swat_lm.ops.ring import empty_ring
+    from swat_lm.ops.triton import decode
+
+    torch.manual_seed(0)
+    length, window = 17, 7
+    query, key, value = torch.randn(2, length, 4, 16), torch.randn(2, length, 2, 16), torch.randn(2, length, 2, 16)
+    slopes = torch.tensor([-0.5, -0.25, 0.5, 0.25])
+    expected = window_attention(query, key, value, window=window, slopes=slopes, score_bias=-0.5)
+    rings = [empty_ring(2, window, 2, 16, query) for _ in range(2)]
+    for t in range(length):
+        now = slice(t, t + 1)
+        output, _ = decode.step(
+            query[:, now], key[:, now], value[:, now], *rings, torch.tensor([1, 0]), torch.full((2,), t),
+            slopes, None, -0.5, "sigmoid", 0.25, None, None,
+        )  # fmt: skip
+        torch.testing.assert_close(output, expected[:, now], atol=1e-5, rtol=1e-5)
+
+
+def test_token_by_token_is_one_pass(interpreted):
+    interpreted(run_stream)
+
+
+def test_windows_are_split_until_the_device_is_full():
+    decode = pytest.importorskip("swat_lm.ops.triton.decode", reason="triton is not installed")
+    assert decode.num_splits(8 * 16, 1024, 132) == 3
+    assert decode.num_splits(64 * 16, 1024, 132) == 1
+    assert decode.num_splits(1, 4096, 132) == 32
+    # a program of fewer places costs more than it saves
+    assert decode.num_splits(1, 128, 132) == 1
+    assert decode.num_splits(1, 1, 132) == 1
+
+
+def arguments(dtype, group, head_dim, softmax):
+    """A launch of the decoding kernel, in the compiler's words."""
+    from swat_lm.ops.triton import decode
+
+    tile = decode.DecodeTile.of(group, head_dim, getattr(torch, dtype).itemsize)
+    kernel = decode._decode
+    described: dict = dict.fromkeys(kernel.arg_names, "i32:16")
+    described |= dict.fromkeys(("query", "key", "value", "key_ring", "value_ring", "output"), POINTERS[dtype])
+    described |= dict.fromkeys(("slopes", "cos", "sin", "lse", "maxima", "totals"), "*fp32")
+    described |= {"parts": "*fp32", "arrivals": "*i32"}
+    described |= {"slot": "*i64", "position": "*i64", "score_bias": None, "scale": "fp32", "bias": "fp32"}
+    described |= {"num_kv_heads": "i32", "key_channel": 1, "value_channel": 1}
+    described |= {
+        "GROUP": group, "HEAD_DIM": head_dim, "SOFTMAX": softmax, "HAS_SLOPES": True, "HAS_SCORE_BIAS": False,
+        "ROTARY": True, "SPLIT": True, "HARDWARE": True, "ROWS": tile.rows, "BLOCK_DIM": tile.block_dim,
+        "PLACES": tile.places, "STAGES": tile.stages,
+    }  # fmt: skip
+    return kernel, described, tile
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "group", "head_dim", "softmax"),
+    [("bfloat16", 1, 64, False), ("bfloat16", 8, 128, False), ("float16", 1, 128, True)],
+)
+def test_compiles_without_spills(capability, dtype, group, head_dim, softmax):
+    pytest.importorskip("triton", reason="triton is not installed")
+    kernel, described, tile = arguments(dtype, group, head_dim, softmax)
+    compiled = compile_kernel(kernel, described, capability, tile.warps, tile.stages)
+    assert compiled.spills == 0
+    assert bool(compiled.tensor_core_products) == (group > 1)
+    # tiles are on their way while others are used
+    assert compiled.instructions["LDGSTS"] > 0
