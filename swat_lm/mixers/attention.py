@@ -102,14 +102,14 @@ class WindowAttention(Mixer):
             value,
             window=settings.window,
             score_function=settings.score_function,
-            slopes=self._slopes_on(query.device),
+            slopes=self.slopes_on(query.device),
             score_bias=settings.score_bias,
             first_visible=visible.first_visible(num_past),
             last_visible=last_visible,
             return_lse=settings.learned_sink,
             backend=settings.backend,
         )
-        return self.o_proj(self._heads_output(result)), None if memory is None else memory.after(key, value)
+        return self.o_proj(self.heads_output(result)), None if memory is None else memory.after(key, value)
 
     def step(self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, memory: RingMemory) -> Tensor:
         """Mix one token per sequence, `[B, 1, M]`, in place over the rings; angles from `paired_angles`."""
@@ -133,12 +133,12 @@ class WindowAttention(Mixer):
             memory.slot,
             memory.position,
             score_function=settings.score_function,
-            slopes=self._slopes_on(query.device),
+            slopes=self.slopes_on(query.device),
             score_bias=settings.score_bias,
             return_lse=settings.learned_sink,
             backend=settings.backend,
         )
-        return self._heads_output(result)
+        return self.heads_output(result)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         settings = self.settings
@@ -150,7 +150,8 @@ class WindowAttention(Mixer):
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, value
 
-    def _heads_output(self, result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def heads_output(self, result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """From the operator's `[B, T, H, D]`, with its lse where a sink is learned, to `o_proj`'s `[B, T, H * D]`."""
         if self.sink is not None:
             output, lse = result
             # softmax with one more key, of score `sink` and value zero
@@ -163,7 +164,8 @@ class WindowAttention(Mixer):
             output = self.output_norm(output)
         return output.flatten(2)
 
-    def _slopes_on(self, device: torch.device) -> Tensor | None:
+    def slopes_on(self, device: torch.device) -> Tensor | None:
+        """One slope per query head, `[H]`, or None where there are none."""
         slopes = self._slopes
         if slopes is not None and slopes.device != device:
             # made outside inference mode, so that a later training step may save it for its backward
@@ -173,7 +175,7 @@ class WindowAttention(Mixer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WindowAttention":
         super()._apply(fn, recurse)
-        self._slopes_on(self.q_proj.weight.device) if self.q_proj.weight.device.type != "meta" else None
+        self.slopes_on(self.q_proj.weight.device) if self.q_proj.weight.device.type != "meta" else None
         return self
 
     def extra_repr(self) -> str:

@@ -50,6 +50,11 @@ class StreamState:
         """B."""
         return self.position.shape[0]
 
+    def common_position(self) -> int | None:
+        """Where all streams stand, or None where they stand apart."""
+        positions = set(self.position.tolist())
+        return positions.pop() if len(positions) == 1 else None
+
     def step_memories(self) -> list[RingMemory]:
         """The layers' memories for one more token, made once."""
         self._reserve(1)

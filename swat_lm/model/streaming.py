@@ -168,7 +168,7 @@ class Streaming:
                 hidden = model.norm(hidden).squeeze(1)
             state.position += 1
         state.num_columns += 1
-        return self.lm_head(hidden) if plan is None else torch.mm(hidden, plan.head)
+        return self.lm_head(hidden) if plan is None else plan.head.times(hidden)
 
     def init_carry(self, mode: Literal["exact", "detached"] = "exact") -> Carry:
         """An empty carry for `forward_chunk`.

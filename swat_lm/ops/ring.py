@@ -29,6 +29,16 @@ def step(
     """Write the new key and value, attend; `(output [B, 1, H, D], lse [B, 1, H])`, the lse empty for sigmoid."""
     num_kv_heads, head_dim = key_ring.shape[2:]
     batch, _, num_heads, _ = query.shape
+    if slot.device.type == "cpu":
+        places = set(position.tolist())
+        if len(places) == 1 and slot.tolist() == list(range(batch)) and key_ring.transpose(1, 2).is_contiguous():
+            table = periodic_table(key_ring.shape[1], num_kv_heads, bias)
+            rings = (key_ring[:batch], value_ring[:batch])
+            softmax = score_function == "softmax"
+            output, lse = step_together(
+                query, key, value, *rings, places.pop(), table, score_function, scale, return_lse=softmax
+            )
+            return output, output.new_empty(0, dtype=table.dtype) if lse is None else lse
     write(key, value, key_ring, value_ring, slot, position)
     grouped = query.to(score_dtype(query)).reshape(batch, num_kv_heads, -1, head_dim)
     output = torch.empty_like(grouped)
@@ -45,6 +55,56 @@ def step(
         take(output).copy_(torch.bmm(weights, values.to(rows.dtype)))
     shape = (batch, 1, num_heads)
     return output.view(*shape, head_dim).to(query.dtype), lse.view(shape) if softmax else lse
+
+
+def step_together(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    position: int,
+    periodic: Tensor,
+    score_function: str,
+    scale: float,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `step` does for sequences that stand at one position and own the rings in order, `[B, W, K, D]`.
+
+    All of them then share one bias and one place to write to. Fast where the rings are head-major in memory.
+
+    Args:
+        periodic: from `periodic_table`.
+    """
+    batch, window, num_kv_heads, head_dim = key_ring.shape
+    place, filled = position % window, min(position + 1, window)
+    key_ring.narrow(1, place, 1).copy_(key)
+    value_ring.narrow(1, place, 1).copy_(value)
+    if filled < window:
+        key_ring, value_ring = key_ring.narrow(1, 0, filled), value_ring.narrow(1, 0, filled)
+    keys, values = key_ring.transpose(1, 2).flatten(0, 1), value_ring.transpose(1, 2).flatten(0, 1)
+    rows, dtype = query.reshape(batch * num_kv_heads, -1, head_dim), periodic.dtype
+    if keys.dtype != dtype:
+        rows, keys, values = rows.to(dtype), keys.to(dtype), values.to(dtype)
+    scores = torch.bmm(rows, keys.transpose(1, 2)).view(batch, num_kv_heads, -1, filled)
+    # an addition of its own: as the product's addend the bias would be copied for every sequence
+    scores = torch.add(periodic.narrow(2, window - place, filled), scores, alpha=scale)
+    lse = None
+    if score_function == "softmax":
+        lse = scores.logsumexp(dim=-1).view(batch, 1, -1) if return_lse else None
+        weights = scores.softmax(dim=-1)
+    else:
+        weights = scores.sigmoid_()
+    output = torch.bmm(weights.flatten(0, 1), values).view(batch, 1, -1, head_dim)
+    return output if output.dtype == query.dtype else output.to(query.dtype), lse
+
+
+def periodic_table(window: int, num_kv_heads: int, bias: HeadBias) -> Tensor:
+    """Two periods of the bias of a ring's places, `[K, G, 2 W]`; made once for equal numbers.
+
+    The bias of all places at a position p is the run of W columns that begins at `W - p mod W`.
+    """
+    return _periodic_table(window, *_numbers(bias)).unflatten(0, (num_kv_heads, -1))
 
 
 def empty_ring(slots: int, window: int, num_kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
@@ -74,13 +134,8 @@ def _products(
     in_order = slots == list(range(batch))
     whole = in_order and all(ring.transpose(1, 2).is_contiguous() for ring in (key_ring, value_ring))
     if whole or (in_order and batch > num_kv_heads):
-        if len(set(positions)) == 1:
-            periodic = _periodic_table(window, *_numbers(bias))
-            filled, table = _table_at(periodic, positions[0], window, num_kv_heads)
-            table = table.expand(batch, -1, -1, -1)
-        else:
-            filled, table = window, _tables(position, bias, window).unflatten(1, (num_kv_heads, -1))
-        keys, values = key_ring[:batch, :filled], value_ring[:batch, :filled]
+        table = _tables(position, bias, window).unflatten(1, (num_kv_heads, -1))
+        keys, values = key_ring[:batch], value_ring[:batch]
         if whole:
             keys, values = keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
             yield (lambda x: x.flatten(0, 1)), keys, values, table.flatten(0, 1)

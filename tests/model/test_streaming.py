@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swat_lm.model.cost import state_bytes
+from swat_lm.model.decoding import Matrix
 from swat_lm.model.state import load_state, save_state
 
 from .models import VOCABULARY, close, tiny_model, tokens
@@ -135,6 +136,45 @@ def test_a_plan_notices_that_the_model_has_changed():
     close(decoded(), model(ids).logits)
     model.arrange_for_decoding()
     close(decoded(), model(ids).logits, 1e-12)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 64])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_matrix_in_pieces_is_the_matrix(num_threads, by_rows):
+    torch.manual_seed(0)
+    weight = torch.randn(384, 40) if by_rows else torch.randn(40, 384).t()
+    matrix, residual = Matrix(weight.t()), torch.randn(3, 384)
+    matrix.cut(num_threads)
+    rows = torch.randn(3, 40)
+    for count in (1, 3):
+        expected = torch.nn.functional.linear(rows[:count], weight)
+        torch.testing.assert_close(matrix.times(rows[:count]), expected)
+        torch.testing.assert_close(matrix.times_plus(rows[:count], residual[:count]), expected + residual[:count])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_plan_serves_every_state(num_threads):
+    """Streams that stand apart or together, and a ring that grows: as the layers do it one by one."""
+    model = tiny_model(hidden_size=128, intermediate_size=256, sliding_window=[4, None])
+    ids, mask = tokens(3, 20), torch.ones(3, 20, dtype=torch.long)
+    mask[1, :5] = 0
+    states = [model.init_state(3) for _ in range(4)]
+    for state, padding in zip(states, (mask, mask, None, None), strict=True):
+        model.prefill(ids, state, chunk=15, attention_mask=padding)
+    more = tokens(3, 60, seed=2).split(1, dim=1)
+    expected = [torch.stack([model.decode_step(token, state) for token in more]) for state in states[::2]]
+    model.arrange_for_decoding()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        actual = [torch.stack([model.decode_step(token, state) for token in more]) for state in states[1::2]]
+    finally:
+        torch.set_num_threads(threads)
+    assert model._decoding_plan.num_threads == num_threads
+    assert states[1].common_position() is None
+    assert states[3].common_position() == 80
+    for ours, theirs in zip(actual, expected, strict=True):
+        close(ours, theirs)
 
 
 def test_full_attention_state_grows_and_stays_right():
