@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "blocked")
+BACKENDS = ("auto", "reference", "blocked", "triton")
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
 PRECISIONS = ("auto", "exact", "fast")
 
@@ -99,6 +99,30 @@ def check_visibility(query: Tensor, key: Tensor, first_visible: Tensor | None, l
             f"query: {query.shape[1]} queries over {key.shape[1]} keys; the queries are the last of the keys unless "
             "last_visible says where each one stands"
         )
+
+
+def check_rotary(query: Tensor, key: Tensor, last_visible: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> None:
+    """Refuse angles that do not fit, and calls whose queries and keys are not the same tokens."""
+    if rotary is None:
+        return
+    if query.shape[1] != key.shape[1] or last_visible is not None:
+        raise ValueError(
+            f"rotary: serves queries and keys of the same tokens, got {query.shape[1]} queries over {key.shape[1]} keys"
+            f"{'' if last_visible is None else ' and last_visible'}; rotate both with apply_rotary before the call"
+        )
+    if query.shape[3] % 2:
+        raise ValueError(f"rotary: needs an even head size, got {query.shape[3]}")
+    shapes = [(query.shape[1], query.shape[3] // 2), (query.shape[0], query.shape[1], query.shape[3] // 2)]
+    for name, tensor in zip(("cosine", "sine"), rotary, strict=True):
+        if tuple(tensor.shape) not in shapes:
+            raise ValueError(f"rotary: expected the {name} [T, D/2] or [B, T, D/2], got {_shape(tensor)}")
+        if not tensor.is_floating_point() or tensor.device != query.device:
+            raise ValueError(
+                f"rotary: expected the {name} as a floating-point tensor on {query.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+        if tensor.requires_grad:
+            raise ValueError(f"rotary: angles get no gradient; pass the {name} detached, or use apply_rotary")
 
 
 def check_rings(

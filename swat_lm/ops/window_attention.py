@@ -1,27 +1,27 @@
 """The contract of windowed attention: two public entries, their checks, and the dispatch to a backend.
 
 `window_attention` serves training and prefill, `window_attention_step` decodes in place over rings. Both are one
-`torch.library` op each (positional tensors, a fixed number of outputs), so `torch.compile` sees a single node.
+`torch.library` op each (positional tensors, a fixed number of outputs), so `torch.compile` sees a single node; that of
+the first is in `library.py`.
 """
-
-import logging
 
 import torch
 from torch import Tensor
 
-from swat_lm.ops import blocked, ring
+from swat_lm.ops import library as _library  # noqa: F401  (registers the op)
+from swat_lm.ops import ring
 from swat_lm.ops.checks import (
     check_choices,
     check_inputs,
     check_rings,
+    check_rotary,
     check_visibility,
     checked_window,
 )
+from swat_lm.ops.dispatch import choose_backend
 from swat_lm.ops.head_bias import head_bias
 from swat_lm.ops.reference import window_attention_reference
-
-logger = logging.getLogger(__name__)
-_announced: set[str] = set()
+from swat_lm.ops.rotary import apply_rotary
 
 
 def window_attention(
@@ -36,6 +36,7 @@ def window_attention(
     scale: float | None = None,
     first_visible: Tensor | None = None,
     last_visible: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
     precision: str = "auto",
     return_lse: bool = False,
     backend: str = "auto",
@@ -59,7 +60,7 @@ def window_attention(
     own key: flash-attn's `window_size=(window - 1, 0)`, Hugging Face's `sliding_window=window`.
 
     Args:
-        query: `[B, T, H, D]`, already rotated where rotary is used; float32, float64, bfloat16 or float16.
+        query: `[B, T, H, D]`, already rotated unless `rotary` is given; float32, float64, bfloat16 or float16.
         key, value: `[B, S, K, D]`; H is a multiple of K (query head h reads key/value head `h // (H / K)`).
         window: keys a row may see, itself included, at least 1; None is full causal attention.
         score_function: "sigmoid" (weights are independent and do not sum to 1) or "softmax".
@@ -71,11 +72,15 @@ def window_attention(
         first_visible, last_visible: int32 `[B, T]`, indices into the keys, non-decreasing in t (the values are not
             checked here); defaults 0 and `S - T + t`. `first > last`: the row sees nothing, its output and all its
             gradients are exactly 0. `swat_lm.ops.visibility` makes them from masks, documents and lengths.
+        rotary: cosine and sine `[B, T, D/2]` or `[T, D/2]` of `swat_lm.ops.rotary.rotary_angles`: query and key are
+            rotated as `apply_rotary` does, and gradients are those of the unrotated. Queries and keys must be the same
+            tokens (T = S, no `last_visible`); the angles get no gradient.
         precision: "exact"; "fast" permits the hardware's approximate tanh for bfloat16 and float16 inputs; "auto"
             leaves the choice to the backend. float32 and float64 are always exact.
         return_lse: softmax only: also return the logarithm of the sum of exponentials, float32 (float64 for float64)
             `[B, T, H]`, differentiable, `-inf` where a row sees nothing; it joins attention over disjoint key sets.
-        backend: "reference" (the equation, O(T * S)), "blocked" (PyTorch, O(T * window)), or "auto".
+        backend: "reference" (the equation, O(T * S)), "blocked" (PyTorch, O(T * window)), "triton" (kernels for NVIDIA
+            GPUs; on a CPU under Triton's interpreter only), or "auto".
 
     Returns:
         `[B, T, H, D]` in the query's dtype; with `return_lse`, the pair `(output, lse)`.
@@ -90,8 +95,16 @@ def window_attention(
     check_visibility(query, key, first_visible, last_visible)
     if return_lse and score_function != "softmax":
         raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
+    check_rotary(query, key, last_visible, rotary)
     factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
-    backend = _choose_backend(backend, query.device)
+    backend = choose_backend(backend, query)
+    cos, sin = (None, None) if rotary is None else rotary
+    if backend != "triton" and rotary is not None:
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        cos, sin = None, None
+    elif rotary is not None:
+        # one row of angles serves all sequences
+        cos, sin = (x.contiguous().view(-1, *x.shape[-2:]) for x in rotary)
 
     if backend == "reference":
         output, lse = window_attention_reference(
@@ -100,9 +113,9 @@ def window_attention(
     else:
         bias_tensor = score_bias if isinstance(score_bias, Tensor) else None
         bias_number = 0.0 if isinstance(score_bias, Tensor) else float(score_bias)
-        output, lse = torch.ops.swat_lm.window_attention(
-            query, key, value, slopes, bias_tensor, first_visible, last_visible,
-            bias_number, window, score_function, factor, precision,
+        output, lse, *_ = torch.ops.swat_lm.window_attention(
+            query, key, value, slopes, bias_tensor, first_visible, last_visible, cos, sin,
+            bias_number, window, score_function, factor, precision, backend,
         )  # fmt: skip
     if return_lse:
         assert lse is not None
@@ -160,7 +173,7 @@ def window_attention_step(
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError("window_attention_step is for inference: call it under torch.no_grad() or inference_mode()")
     factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
-    if _choose_backend(backend, query.device) == "reference":
+    if choose_backend(backend, query) == "reference":
         output, lse = ring.step_reference(
             query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, score_function, factor
         )
@@ -173,113 +186,6 @@ def window_attention_step(
         0.0 if isinstance(score_bias, Tensor) else float(score_bias), score_function, factor,
     )  # fmt: skip
     return (output, lse) if return_lse else output
-
-
-# the two ops and the backward, as torch.library sees them
-
-
-@torch.library.custom_op("swat_lm::window_attention", mutates_args=())
-def _window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor | None,
-    score_bias: Tensor | None,
-    first_visible: Tensor | None,
-    last_visible: Tensor | None,
-    bias: float,
-    window: int | None,
-    score_function: str,
-    scale: float,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    return blocked.forward(
-        query, key, value, head_bias(slopes, score_bias, bias, query), first_visible, last_visible, window,
-        score_function, scale,
-    )  # fmt: skip
-
-
-@_window_attention.register_fake
-def _(
-    query, key, value, slopes, score_bias, first_visible, last_visible, bias, window, score_function, scale, precision
-):
-    batch, num_queries, num_heads, _ = query.shape
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    shape = (batch, num_queries, num_heads) if score_function == "softmax" else (0,)
-    return query.new_empty(query.shape), query.new_empty(shape, dtype=statistics)
-
-
-@torch.library.custom_op("swat_lm::window_attention_backward", mutates_args=())
-def _window_attention_backward(
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor | None,
-    score_bias: Tensor | None,
-    first_visible: Tensor | None,
-    last_visible: Tensor | None,
-    bias: float,
-    window: int | None,
-    score_function: str,
-    scale: float,
-    precision: str,
-    needs_slopes: bool,
-    needs_score_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_query, grad_key, grad_value, grad_head = blocked.backward(
-        grad_output, grad_lse, query, key, value, head_bias(slopes, score_bias, bias, query), first_visible,
-        last_visible, window, score_function, scale, needs_slopes or needs_score_bias,
-    )  # fmt: skip
-    # an op has a fixed number of outputs: what nobody asked for is empty
-    grad_slopes = grad_head.slopes.to(slopes.dtype) if slopes is not None and needs_slopes else query.new_empty(0)
-    grad_bias = query.new_empty(0)
-    if score_bias is not None and needs_score_bias:
-        grad_bias = grad_head.constant.to(score_bias.dtype)
-    return grad_query, grad_key, grad_value, grad_slopes, grad_bias
-
-
-@_window_attention_backward.register_fake
-def _(
-    grad_output, grad_lse, query, key, value, slopes, score_bias, first_visible, last_visible, bias, window,
-    score_function, scale, precision, needs_slopes, needs_score_bias,
-):  # fmt: skip
-    return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-        torch.empty_like(slopes) if needs_slopes else query.new_empty(0),
-        torch.empty_like(score_bias) if needs_score_bias else query.new_empty(0),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    query, key, value, slopes, score_bias, first_visible, last_visible, *numbers = inputs
-    ctx.save_for_backward(query, key, value, slopes, score_bias, first_visible, last_visible)
-    ctx.numbers = numbers
-    # the op's second output exists for sigmoid too, where it is empty and has no gradient
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_output, grad_lse):
-    saved = ctx.saved_tensors
-    query, _, _, slopes, score_bias, *_ = saved
-    if grad_output is None and grad_lse is None:
-        return (None,) * 12
-    if grad_output is None:
-        grad_output = torch.zeros_like(query)
-    if ctx.numbers[2] != "softmax":
-        grad_lse = None
-    needs_slopes = slopes is not None and ctx.needs_input_grad[3]
-    needs_bias = score_bias is not None and ctx.needs_input_grad[4]
-    grads = torch.ops.swat_lm.window_attention_backward(
-        grad_output, grad_lse, *saved, *ctx.numbers, needs_slopes, needs_bias
-    )
-    return (*grads[:3], grads[3] if needs_slopes else None, grads[4] if needs_bias else None, *(None,) * 7)
-
-
-_window_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _step_in_place(
@@ -320,17 +226,3 @@ def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
         return query, key, value
     dtype = torch.get_autocast_dtype(device_type)
     return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def _choose_backend(backend: str, device: torch.device) -> str:
-    if backend != "auto":
-        return backend
-    if device.type != "cpu":
-        _announce_once(f"no fused kernel for {device.type} yet: window attention runs on the 'blocked' PyTorch backend")
-    return "blocked"
-
-
-def _announce_once(message: str) -> None:
-    if message not in _announced:
-        _announced.add(message)
-        logger.warning(message)

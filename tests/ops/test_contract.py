@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from swat_lm.ops import window_attention, window_attention_step
-from swat_lm.ops import window_attention as entry
+from swat_lm.ops import dispatch, window_attention, window_attention_step
+from swat_lm.ops.rotary import apply_rotary, rotary_angles
 
 
 def tensors(heads=4, kv_heads=2, dtype=torch.float32):
@@ -24,7 +24,7 @@ BAD = [
     ({"window": 2.5}, r"^window: expected an integer .* got 2.5"),
     ({"window": True}, r"^window: expected an integer .* got True"),
     ({"score_function": "tanh"}, r"^score_function: expected one of sigmoid, softmax; got 'tanh'"),
-    ({"backend": "cuda"}, r"^backend: expected one of auto, reference, blocked; got 'cuda'"),
+    ({"backend": "cuda"}, r"^backend: expected one of auto, reference, blocked, triton; got 'cuda'"),
     ({"precision": "half"}, r"^precision: expected one of"),
     ({"precision": "fast"}, r"^precision: 'fast' serves bfloat16 and float16 inputs only, got torch.float32"),
     ({"slopes": torch.zeros(3)}, r"^slopes: expected one number per query head, shape \[4\], got \[3\]"),
@@ -73,7 +73,7 @@ def test_opcheck(score_function):
     query, key, value = (t.requires_grad_() for t in tensors())
     slopes, bias = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
     first = torch.zeros(2, 10, dtype=torch.int32)
-    tail = (0.0, 4, score_function, 0.3, "auto")
+    tail = (None, None, 0.0, 4, score_function, 0.3, "auto", "blocked")
     for arguments in (
         (query, key, value, slopes, bias, first, None, *tail),
         (query, key, value, None, None, None, None, *tail),
@@ -86,10 +86,10 @@ def test_results_have_the_strides_the_fake_kernels_promise():
     """Inductor asserts them; opcheck compares shapes only."""
     query, key, value = tensors()
     query, key, value = query.transpose(1, 2).contiguous().transpose(1, 2), key, value
-    tail = (0.0, 4, "softmax", 0.3, "auto")
-    results = torch.ops.swat_lm.window_attention(query, key, value, None, None, None, None, *tail)
+    tail = (0.0, 4, "softmax", 0.3, "auto", "blocked")
+    results = torch.ops.swat_lm.window_attention(query, key, value, *(None,) * 6, *tail)
     grads = torch.ops.swat_lm.window_attention_backward(
-        torch.ones_like(query), None, query, key, value, None, None, None, None, *tail, False, False
+        torch.ones_like(query), None, query, key, value, *(None,) * 8, *tail, False, False
     )
     for result in (*results, *grads):
         assert result.is_contiguous()
@@ -136,12 +136,47 @@ def test_the_step_compiles_and_mutates_its_rings():
 
 
 def test_a_slower_path_is_announced_once_by_name(caplog):
-    entry_module = __import__("sys").modules["swat_lm.ops.window_attention"]
-    entry_module._announced.clear()
+    dispatch._announced.clear()
+    query = torch.zeros(1, 1, 1, 8, device="meta")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert entry_module._choose_backend("auto", torch.device("cuda")) == "blocked"
+            assert dispatch.choose_backend("auto", query) == "blocked"
     assert len(caplog.records) == 1
-    assert "blocked" in caplog.text
-    assert entry_module._choose_backend("reference", torch.device("cuda")) == "reference"
-    assert entry is window_attention
+    assert "slower 'blocked' PyTorch backend: the kernels are for NVIDIA GPUs" in caplog.text
+    assert dispatch.choose_backend("reference", query) == "reference"
+
+
+def test_triton_is_refused_where_it_cannot_run():
+    query, key, value = tensors()
+    message = r"^backend: 'triton' cannot serve this call: .*(interpreter runs the kernels|triton is not installed)"
+    with pytest.raises(ValueError, match=message):
+        window_attention(query, key, value, window=4, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_rotary_is_a_rotation_before_the_call(backend, shared):
+    query, key, value = (t.requires_grad_() for t in tensors())
+    positions = torch.arange(3, 13) if shared else torch.stack((torch.arange(10), torch.arange(7, 17)))
+    angles = rotary_angles(positions, 8)
+    fused = window_attention(query, key, value, window=4, rotary=angles, backend=backend)
+    rotated = (apply_rotary(query, *angles), apply_rotary(key, *angles))
+    assert torch.equal(fused, window_attention(*rotated, value, window=4, backend=backend))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(2, 4, 4, 8)}, r"^rotary: serves queries and keys of the same tokens, got 4 queries"),
+        ({"last_visible": torch.zeros(2, 10, dtype=torch.int32)}, r"^rotary: serves .* and last_visible; rotate both"),
+        ({"rotary": (torch.zeros(10, 8), torch.zeros(10, 4))}, r"^rotary: expected the cosine \[T, D/2\].*\[10, 8\]"),
+        ({"rotary": (torch.zeros(10, 4), torch.zeros(10, 4).long())}, r"^rotary: expected the sine as a floating"),
+        ({"rotary": (torch.zeros(10, 4), torch.zeros(10, 4).requires_grad_())}, r"^rotary: angles get no gradient"),
+    ],
+)
+def test_bad_rotary(change, message):
+    query, key, value = tensors()
+    angles = (torch.ones(10, 4), torch.zeros(10, 4))
+    arguments = {"query": query, "key": key, "value": value, "window": 4, "rotary": angles, **change}
+    with pytest.raises(ValueError, match=message):
+        window_attention(**arguments)

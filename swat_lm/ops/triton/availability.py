@@ -4,7 +4,6 @@ import importlib.util
 import os
 
 import torch
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -16,21 +15,21 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def why_not(query: Tensor) -> str | None:
-    """Return why the kernels cannot serve tensors like this one, naming what to do about it; None if they can."""
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why the kernels cannot serve such tensors, naming what to do about it; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed; {INSTALL}"
-    if query.device.type == "cpu":
+    if device.type == "cpu":
         if not is_interpreted():
             return "the tensors are on the CPU, where only Triton's interpreter runs the kernels (TRITON_INTERPRET=1)"
-        if query.dtype == torch.bfloat16:
+        if dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 products wrongly; use float32 or float16 there"
-    elif query.device.type != "cuda" or torch.version.hip is not None:
-        return f"the kernels are for NVIDIA GPUs, the tensors are on {query.device.type}"
-    elif torch.cuda.get_device_capability(query.device) < (8, 0):
+    elif device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels are for NVIDIA GPUs, the tensors are on {device.type}"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than the Ampere generation (compute capability 8.0), the kernels' oldest"
-    if query.dtype not in DTYPES:
-        return f"the kernels compute in float32, bfloat16 and float16, the tensors are {query.dtype}"
-    if query.shape[-1] > LARGEST_HEAD:
-        return f"the kernels hold heads of up to {LARGEST_HEAD} channels, these have {query.shape[-1]}"
+    if dtype not in DTYPES:
+        return f"the kernels compute in float32, bfloat16 and float16, the tensors are {dtype}"
+    if head_dim > LARGEST_HEAD:
+        return f"the kernels hold heads of up to {LARGEST_HEAD} channels, these have {head_dim}"
     return None

@@ -21,6 +21,7 @@ from swat_lm.ops.triton.device import (
     exp2,
     hidden_score,
     load_tile,
+    on_device,
     scalar,
     score_unit,
     sigmoid,
@@ -28,6 +29,7 @@ from swat_lm.ops.triton.device import (
 )
 from swat_lm.ops.triton.forward import tile_scores, with_dense_channels
 from swat_lm.ops.triton.geometry import Rows, rows_of_tile, tiles_of_rows, visible_keys
+from swat_lm.ops.triton.rotation import angle_stride, rotate, rotate_back
 
 
 class Gradients(NamedTuple):
@@ -53,8 +55,13 @@ def backward(
     scale: float,
     fast: bool,
     needs_per_head: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Gradients:
-    """Return the gradients; `output` and `lse` are those of the forward for softmax and unused for sigmoid."""
+    """Return the gradients; `output` and `lse` are those of the forward for softmax and unused for sigmoid.
+
+    With `cos` and `sin` query and key are the rotated ones, and the gradients those of the unrotated.
+    """
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1], key.shape[2]
     softmax = score_function == "softmax"
@@ -68,7 +75,8 @@ def backward(
     accumulates_query = backward_form(problem) == "five products"
     shift = None
     if softmax:
-        assert output is not None and lse is not None
+        assert output is not None
+        assert lse is not None
         # what a row's gradients have in common: the part that its normaliser takes
         shift = (grad_output.float() * output.float()).sum(dim=-1)
         if grad_lse is not None:
@@ -77,7 +85,7 @@ def backward(
     group = num_heads // num_kv_heads
     common = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_DIM": problem.block_dim, "SOFTMAX": softmax,
-        "FAST": fast and not softmax, "RAGGED": rows.is_ragged, "HARDWARE": problem.hardware,
+        "FAST": fast and not softmax, "RAGGED": rows.is_ragged, "ROTARY": cos is not None, "HARDWARE": problem.hardware,
         "INPUT_PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     tensors = (query, key, value, grad_output)
@@ -89,25 +97,30 @@ def backward(
         grad_query = torch.empty_like(query, memory_format=contiguous)
         tile = configuration("backward query", problem)
         grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
-        _backward_query[grid](
-            *tensors, grad_query, lse, shift, bias.slopes, bias.constant, rows.lower, rows.last,
-            *strides, *grad_query.stride()[:3], *sizes, **common, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
+        with on_device(query):
+            _backward_query[grid](
+                *tensors, grad_query, lse, shift, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin,
+                *strides, *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
+                BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
+                num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+            )  # fmt: skip
+    tile = configuration("backward key, five products" if accumulates_query else "backward key", problem)
+    blocks = -(-num_keys // tile.keys)
+    per_head = query.new_zeros((batch, num_heads, blocks, 2) if needs_per_head else (0,), dtype=torch.float32)
+    with on_device(query):
+        _backward_key[(blocks, num_kv_heads, batch)](
+            *tensors, grad_key, grad_value, grad_query, per_head, lse, shift, bias.slopes, bias.constant,
+            rows.lower, rows.last, rows.of_key_blocks(num_keys, tile.keys), cos, sin,
+            *strides, *grad_key.stride()[:3], *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
+            BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, PER_HEAD=needs_per_head, QUERY=accumulates_query,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
-    tile = configuration("backward key, five products" if accumulates_query else "backward key", problem)
-    blocks = triton.cdiv(num_keys, tile.keys)
-    per_head = query.new_zeros((batch, num_heads, blocks, 2) if needs_per_head else (0,), dtype=torch.float32)
-    _backward_key[(blocks, num_kv_heads, batch)](
-        *tensors, grad_key, grad_value, grad_query, per_head, lse, shift, bias.slopes, bias.constant,
-        rows.lower, rows.last, rows.of_key_blocks(num_keys, tile.keys),
-        *strides, *grad_key.stride()[:3], *grad_query.stride()[:3], *sizes, **common,
-        BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, PER_HEAD=needs_per_head, QUERY=accumulates_query,
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
     grad_bias = _zeros(bias)
     if needs_per_head:
         # one number per head out of a whole call's pairs, whose signs cancel
         grad_bias = HeadBias(*per_head.double().sum(dim=(0, 2)).unbind(dim=-1))
+    if accumulates_query and cos is not None and sin is not None:
+        grad_query = rotate(grad_query, cos, sin, query.dtype, back=True)
     return Gradients(grad_query.to(query.dtype), grad_key, grad_value, grad_bias)
 
 
@@ -118,10 +131,10 @@ def _zeros(bias: HeadBias) -> HeadBias:
 @triton.jit
 def _backward_query(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, lse_ptr, shift_ptr, slopes_ptr, bias_ptr,
-    lower_ptr, last_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
+    lower_ptr, last_ptr, cos_ptr, sin_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
-    num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr,
+    stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr,
     HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     member = tl.program_id(0) % GROUP
@@ -170,10 +183,14 @@ def _backward_query(
         count, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE,
         INPUT_PRECISION,
     )  # fmt: skip
+    d_query = d_query * scale
+    if ROTARY:
+        d_query = rotate_back(
+            d_query, first_row, num_queries, cos_ptr + sequence * stride_ab, sin_ptr + sequence * stride_ab, HEAD_DIM,
+            BLOCK_DIM, BLOCK_ROWS,
+        )  # fmt: skip
     grad_query_ptr += sequence * stride_gb + head * stride_gh
-    store_tile(
-        grad_query_ptr, first_row, stride_gt, num_queries, d_query * scale, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS
-    )  # fmt: skip
+    store_tile(grad_query_ptr, first_row, stride_gt, num_queries, d_query, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS)
 
 
 @triton.jit
@@ -218,11 +235,11 @@ def row_statistics(lse_ptr, shift_ptr, places, exists, SOFTMAX: tl.constexpr):
 @triton.jit
 def _backward_key(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_key_ptr, grad_value_ptr, grad_query_ptr, per_head_ptr,
-    lse_ptr, shift_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr, table_ptr,
+    lse_ptr, shift_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr, table_ptr, cos_ptr, sin_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_hb, stride_hs, stride_hh, stride_gb, stride_gt, stride_gh,
-    num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr,
+    stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr,
     HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     PER_HEAD: tl.constexpr, QUERY: tl.constexpr,
 ):  # fmt: skip
@@ -277,8 +294,14 @@ def _backward_key(
             pointers = per_head_ptr + ((sequence * num_heads + head) * tl.num_programs(0) + block) * 2
             tl.store(pointers, tl.sum(d_slope, axis=0))
             tl.store(pointers + 1, tl.sum(d_bias, axis=0))
+    d_key = d_key * scale
+    if ROTARY:
+        d_key = rotate_back(
+            d_key, first_key, num_keys, cos_ptr + sequence * stride_ab, sin_ptr + sequence * stride_ab, HEAD_DIM,
+            BLOCK_DIM, BLOCK_KEYS,
+        )  # fmt: skip
     place = sequence * stride_hb + kv_head * stride_hh
-    store_tile(grad_key_ptr + place, first_key, stride_hs, num_keys, d_key * scale, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS)
+    store_tile(grad_key_ptr + place, first_key, stride_hs, num_keys, d_key, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS)
     store_tile(grad_value_ptr + place, first_key, stride_hs, num_keys, d_value, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS)
 
 

@@ -7,14 +7,22 @@ Kernels compute scores in a unit that saves one multiplication per weight: `scor
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportRedeclaration=false
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from swat_lm.ops.triton.availability import is_interpreted
 
 # numbers that kernels read must be constants of the compiler
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+def on_device(tensor: Tensor) -> torch.cuda.device:
+    """Return the context in which kernels are launched on the tensor's GPU, which need not be the current one."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
 
 if is_interpreted():
 

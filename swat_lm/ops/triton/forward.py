@@ -7,6 +7,8 @@ instructions of an unmasked one. Sigmoid needs no row maximum, no sum and no res
 # Triton rewrites the bodies of kernels, which a checker of Python misreads
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,12 +21,23 @@ from swat_lm.ops.triton.device import (
     exp2,
     hidden_score,
     load_tile,
+    on_device,
     scalar,
     score_unit,
     sigmoid,
     store_tile,
 )
 from swat_lm.ops.triton.geometry import Rows, tiles_of_rows, visible_keys
+from swat_lm.ops.triton.rotation import angle_stride, load_rotated, rotate
+
+
+class Results(NamedTuple):
+    """Of one forward; the lse is empty for sigmoid, the rotated tensors where nothing was rotated."""
+
+    output: Tensor
+    lse: Tensor
+    rotated_query: Tensor
+    rotated_key: Tensor
 
 
 def forward(
@@ -36,30 +49,39 @@ def forward(
     score_function: str,
     scale: float,
     fast: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return `(output [B, T, H, D], lse [B, T, H])`; the lse is empty for sigmoid. Arguments as in the contract."""
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Results:
+    """Return the output and what the backward needs of it. Arguments as in the contract.
+
+    `cos` and `sin`, contiguous `[B or 1, T, D/2]`, rotate query and key on the way.
+    """
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1], key.shape[2]
     softmax = score_function == "softmax"
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((batch, num_queries, num_heads) if softmax else (0,), dtype=torch.float32)
+    rotated = torch.empty_like(output) if cos is not None else query.new_empty(0)
     if output.numel() == 0:
-        return output, lse
+        return Results(output, lse, rotated, query.new_empty(0 if cos is None else key.shape))
     query, key, value = (with_dense_channels(t) for t in (query, key, value))
+    if cos is not None and sin is not None:
+        key = rotate(key, cos, sin, key.dtype)
     problem = Problem.of(query, key, rows.window)
     tile = configuration("forward", problem)
     group = num_heads // num_kv_heads
     grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
-    _forward[grid](
-        query, key, value, output, lse, bias.slopes, bias.constant, rows.lower, rows.last,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        num_queries, num_keys, rows.offset, rows.window, scale,
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
-        SOFTMAX=softmax, FAST=fast and not softmax, RAGGED=rows.is_ragged, HARDWARE=problem.hardware,
-        INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
-    return output, lse
+    with on_device(query):
+        _forward[grid](
+            query, key, value, output, lse, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin, rotated,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], angle_stride(cos),
+            num_queries, num_keys, rows.offset, rows.window, scale,
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
+            SOFTMAX=softmax, FAST=fast and not softmax, RAGGED=rows.is_ragged, ROTARY=cos is not None,
+            HARDWARE=problem.hardware, INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
+    return Results(output, lse, rotated, key if cos is not None else query.new_empty(0))
 
 
 def with_dense_channels(tensor: Tensor) -> Tensor:
@@ -70,11 +92,11 @@ def with_dense_channels(tensor: Tensor) -> Tensor:
 @triton.jit
 def _forward(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_ot, stride_oh, num_queries, num_keys, offset, window, scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    cos_ptr, sin_ptr, rotated_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_ot, stride_oh, stride_ab,
+    num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr, ROTARY: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     # the heads of a group lie next to each other, so that the second finds its keys in the cache
     member = tl.program_id(0) % GROUP
@@ -98,7 +120,15 @@ def _forward(
     scale = scale * unit
 
     query_ptr += sequence * stride_qb + head * stride_qh
-    q = load_tile(query_ptr, first_row, stride_qt, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
+    if ROTARY:
+        q = load_rotated(
+            query_ptr, first_row, stride_qt, num_queries, cos_ptr + sequence * stride_ab,
+            sin_ptr + sequence * stride_ab, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, False,
+        ).to(query_ptr.dtype.element_ty)  # fmt: skip
+        rotated_ptr += sequence * stride_ob + head * stride_oh
+        store_tile(rotated_ptr, first_row, stride_ot, num_queries, q, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS)
+    else:
+        q = load_tile(query_ptr, first_row, stride_qt, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
     key_ptr += sequence * stride_kb + kv_head * stride_kh
     value_ptr += sequence * stride_vb + kv_head * stride_vh
     total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)

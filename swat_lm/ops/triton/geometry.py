@@ -136,7 +136,7 @@ def rows_of_tile(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Return `(start, n1, n2, n)`: of n tiles of rows from `start` on, all rows of the tiles n1 .. n2 - 1 see every key.
+    """Return `(start, n1, n2, n)`: of n tiles of rows from `start` on, those in n1 .. n2 - 1 see every key.
 
     Both ends are bounded: rows before the first that sees a key of the tile, and after the last, are not visited.
     """

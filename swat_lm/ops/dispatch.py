@@ -1,0 +1,39 @@
+"""Which backend serves a call; a slower path is taken only when asked for, or announced once by name."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from swat_lm.ops.triton.availability import why_not
+
+logger = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+
+def choose_backend(backend: str, query: Tensor) -> str:
+    """Return "reference", "blocked" or "triton".
+
+    Raises:
+        ValueError: "triton" was asked for and cannot serve these tensors; the message says why and what to do.
+    """
+    if backend in ("reference", "blocked"):
+        return backend
+    if backend == "auto" and query.device.type == "cpu":
+        return "blocked"
+    return _choose(backend, query.device, query.dtype, query.shape[-1])
+
+
+# asked once while a call is compiled, not traced: it looks for packages and into the environment
+@torch.compiler.assume_constant_result
+def _choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    reason = why_not(device, dtype, head_dim)
+    if reason is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend: 'triton' cannot serve this call: {reason}")
+    message = f"window attention runs on the slower 'blocked' PyTorch backend: {reason}"
+    if message not in _announced:
+        _announced.add(message)
+        logger.warning(message)
+    return "blocked"
