@@ -1,5 +1,6 @@
 """Every recipe loads strictly, describes a model that can be built, and is what its name and comments say."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from swat_lm.model.architectures import (
+    ARCHITECTURES,
+    build_model,
+    check_trainable,
+    configure_model,
+    count_model_parameters,
+)
 from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.cost import count_parameters
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.presets import preset_names
-from swat_lm.recipe import RecipeError, dump_recipe, load_recipe
+from swat_lm.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "swat_lm" / "experiments").glob("*.yaml")])
@@ -22,11 +30,16 @@ VOCABULARIES = {"bytes": 259, "NousResearch/Llama-2-7b-hf": 32_000, "openai-comm
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_valid(path: Path, tmp_path: Path):
     recipe = load_recipe(path)
-    config = config_from_recipe(recipe.model, VOCABULARIES[recipe.data.tokenizer])
+    if needs_fla(recipe) and importlib.util.find_spec("fla") is None:
+        with pytest.raises(ValueError, match="pip install flash-linear-attention"):
+            configure_model(recipe.model, VOCABULARIES[recipe.data.tokenizer])
+        return
+    config = configure_model(recipe.model, VOCABULARIES[recipe.data.tokenizer])
     with torch.device("meta"):
-        model = SwatForCausalLM(config)
-    assert count_parameters(config).total == sum(one.numel() for one in model.parameters())
-    assert recipe.data.sequence_length == config.max_position_embeddings
+        model = build_model(config)
+    assert count_model_parameters(config).total == sum(one.numel() for one in model.parameters())
+    # state-space models know no length
+    assert recipe.data.sequence_length == getattr(config, "max_position_embeddings", recipe.data.sequence_length)
     assert recipe.train.schedule == "cosine"
 
     resolved = tmp_path / "resolved.yaml"
@@ -37,8 +50,34 @@ def test_recipe_is_valid(path: Path, tmp_path: Path):
         load_recipe(path, ["train.learning_rat=1"])
 
 
+def needs_fla(recipe: Recipe) -> bool:
+    library = ARCHITECTURES.get(recipe.model.get("architecture", "swat"))
+    return library is not None and bool(library.requires)
+
+
+BASELINES = ("llama", "mistral", "mamba2", "gated-deltanet", "retnet", "gla", "deltanet", "mamba")
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_have_the_size_of_swat(name: str):
+    swat, recipe = (load_recipe(ROOT / "recipes" / f"{one}-340m.yaml") for one in ("swat", name))
+    assert (recipe.data, recipe.train, recipe.seed) == (swat.data, swat.train, swat.seed)
+    check_documents(recipe)
+    if needs_fla(recipe):
+        pytest.importorskip("fla")
+    ours, theirs = (count_model_parameters(configure_model(one.model, 32_000)) for one in (swat, recipe))
+    assert theirs.total == pytest.approx(ours.total, rel=0.02)
+    assert theirs.embedding == ours.embedding
+
+
+def check_documents(recipe: Recipe) -> None:
+    """Every baseline can be trained so, but for the machine."""
+    if not needs_fla(recipe):
+        check_trainable(recipe.model, recipe.data.documents)
+
+
 def test_paper_runs_are_all_there():
-    named = {load_recipe(path).model.get("preset") for path in RECIPES}
+    named = {load_recipe(path).model.get("preset") for path in RECIPES} - {None}
     assert set(preset_names()) <= named
 
 

@@ -9,6 +9,8 @@ from swat_lm.cli.checkpoints import find_export
 from swat_lm.cli.console import key_value_table, results
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from swat_lm.model.configuration import SwatConfig
 
 __all__ = ["info"]
@@ -41,11 +43,15 @@ def info(
         results().print("presets: " + ", ".join(preset_names()), markup=False)
         return
     config, trained_length = find_config(target, overrides or [])
-    results().print(key_value_table(describe_model(config, length or trained_length)))
+    from swat_lm.model.configuration import SwatConfig
+
+    describe = describe_model if isinstance(config, SwatConfig) else describe_library_model
+    results().print(key_value_table(describe(config, length or trained_length)))  # type: ignore[arg-type]
 
 
-def find_config(target: str, overrides: list[str]) -> "tuple[SwatConfig, int]":
+def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, int]":
     """The configuration and training length behind a recipe, a preset or a checkpoint."""
+    from swat_lm.model.architectures import configure_model
     from swat_lm.model.configuration import SwatConfig, config_from_recipe
     from swat_lm.model.presets import preset_names
 
@@ -57,7 +63,7 @@ def find_config(target: str, overrides: list[str]) -> "tuple[SwatConfig, int]":
         size = None
         if "vocab_size" not in recipe.model:
             size = vocabulary_size(load_tokenizer(recipe.data.tokenizer))
-        return config_from_recipe(recipe.model, size), recipe.data.sequence_length
+        return configure_model(recipe.model, size), recipe.data.sequence_length
     if overrides:
         raise ValueError(f"settings such as {overrides[0]!r} only go with a recipe (a .yaml file); got {target}")
     if target in preset_names():
@@ -91,4 +97,20 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
         ("training", f"{cost.training_flops_per_token(config, length):.3g} FLOPs per token at {length:,} tokens"),
         ("decoding", f"{cost.decoding_flops_per_token(config, length):.3g} FLOPs per token after {length:,} tokens"),
         ("state", f"{state:,} bytes per stream in bf16{grows}"),
+    ]
+
+
+def describe_library_model(config: "PreTrainedConfig", length: int) -> list[tuple[str, str]]:
+    """The same of a baseline from a library: counted, or estimated and called so."""
+    from swat_lm.model.architectures import count_model_parameters, model_state_bytes, training_flops
+
+    count, flops = count_model_parameters(config), training_flops(config, length)
+    state = model_state_bytes(config, length)
+    return [
+        ("architecture", type(config).__name__.removesuffix("Config")),
+        ("parameters", f"{count.total:,} ({count.embedding:,} of them in the input embedding)"),
+        ("width", f"{config.hidden_size:,} in {config.num_hidden_layers} layers"),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("training", f"{flops.per_token:.3g} FLOPs per token at {length:,} tokens ({flops.method})"),
+        ("state", "known only while it runs" if state is None else f"{state:,} bytes in bf16 after {length:,} tokens"),
     ]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from swat_lm.model.architectures import streaming_inputs
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.state import StreamState
@@ -135,6 +136,7 @@ class CacheState:
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
         self.cache: dict[str, Any] = {}
+        self.tokens_read = 0
 
 
 class CachedReader(HeadReader):
@@ -177,12 +179,14 @@ class CachedReader(HeadReader):
         return sum(found.values()) // state.batch_size
 
     def _read(self, tokens: Tensor, state: CacheState) -> Tensor:
-        outputs = self._body(input_ids=tokens, use_cache=True, **state.cache)
+        extra = streaming_inputs(self.model.config, state.tokens_read, tokens.shape[1], tokens.device)
+        outputs = self._body(input_ids=tokens, use_cache=True, **state.cache, **extra)
         # state-space models of transformers call theirs otherwise
         name = "cache_params" if "cache_params" in outputs else "past_key_values"
         if outputs.get(name) is None:
             raise ValueError(f"{type(self.model).__name__} returns no cache: it cannot read a stream in chunks")
         state.cache = {name: outputs[name]}
+        state.tokens_read += tokens.shape[1]
         return outputs.logits if self.head is None else outputs[0]
 
     @torch.inference_mode()

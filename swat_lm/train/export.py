@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from swat_lm.model.architectures import exported_class
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import replace_folder
 from swat_lm.train.engine import Engine
@@ -92,10 +93,10 @@ def progress_bars_off() -> Iterator[None]:
 def plain_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """The model without shards, compilation or checkpointing, around these very tensors."""
     config = model.config
-    # fully_shard replaces the class by a subclass of its own; the registered one is in the line of bases
-    kind = next(base for base in type(model).__mro__ if base.__module__.startswith("swat_lm."))
+    # fully_shard and our loss stand before the class that others know
+    kind = exported_class(type(model))
     with torch.device("meta"):
-        copy = kind(config)  # type: ignore[call-arg]
+        copy = kind(config)  # type: ignore[arg-type]
     copy.load_state_dict(weights, assign=True)  # type: ignore[attr-defined]
     copy.tie_weights()  # type: ignore[attr-defined]
     return copy  # type: ignore[return-value]

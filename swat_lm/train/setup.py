@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from swat_lm import SwatForCausalLM
 from swat_lm.data import (
     BatchSource,
     Progress,
@@ -21,8 +20,7 @@ from swat_lm.data import (
     resolve_sources,
     vocabulary_size,
 )
-from swat_lm.model.configuration import SwatConfig, config_from_recipe
-from swat_lm.model.cost import training_flops_per_token
+from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
 from swat_lm.recipe import Recipe
 from swat_lm.train.checkpoint import Checkpoint
 from swat_lm.train.engine import Engine
@@ -63,6 +61,7 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     out = Path(recipe.out)
     engine.rows()
     engine.on_main(lambda: check_loggers(recipe.train.loggers))
+    check_trainable(recipe.model, recipe.data.documents)
     # a misspelt source must not leave an empty run folder behind
     engine.on_main_only(lambda: resolve_sources(recipe.data.sources))
     engine.on_main(lambda: check_writable(out))
@@ -94,21 +93,21 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
 
     # on the CPU, so that the first weights depend on the seed alone
     torch.manual_seed(recipe.seed)
-    model = engine.set_up(SwatForCausalLM(config))
+    model = engine.set_up(build_model(config))
     model.train()
     optimizer = make_optimizer(model, recipe.train)
     if start is not None:
         engine.read_state(start.folder, model, optimizer)
     engine.on_main(lambda: write_recipe(recipe, out))
-    flops = training_flops_per_token(config, recipe.data.sequence_length)
+    flops = training_flops(config, recipe.data.sequence_length).per_token
     return Training(
         recipe, engine, model, optimizer, tokenizer, source, held_out, start, plain_config, store.key, flops
     )
 
 
-def configure(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> SwatConfig:
+def configure(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     """The model's configuration; special tokens the recipe leaves open are the tokenizer's, for generation."""
-    config = config_from_recipe(recipe.model, vocabulary_size(tokenizer))
+    config = configure_model(recipe.model, vocabulary_size(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(tokenizer, name))
