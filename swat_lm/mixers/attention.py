@@ -112,7 +112,7 @@ class WindowAttention(Mixer):
         return self.o_proj(self.heads_output(result)), None if memory is None else memory.after(key, value)
 
     def step(self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, memory: RingMemory) -> Tensor:
-        """Mix one token per sequence, `[B, 1, M]`, in place over the rings; angles from `paired_angles`."""
+        """Mix one token per sequence, `[B, 1, M]`, in place over the rings."""
         query, key, value = self._project(hidden)
         if angles is not None:
             query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
@@ -184,14 +184,9 @@ class WindowAttention(Mixer):
         return f"window={shown.window}, score_function={shown.score_function}, slopes={shown.slopes}"
 
 
-def paired_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles `[B, T, D / 2]` laid out over whole heads, `[B, T, 1, D]`: cosines, and sines with the pair's sign.
-
-    Made once per decoding step, they turn a rotation into three operations instead of ten.
-    """
-    return torch.cat((cos, cos), dim=-1).unsqueeze(2), torch.cat((-sin, sin), dim=-1).unsqueeze(2)
-
-
 def rotate_paired(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """The rotation of `apply_rotary`: a roll by half a head exchanges the members of every pair."""
+    """The rotation of `apply_rotary` by angles `[B, 1, 1, D]` of `LayerRotary.step_angles`.
+
+    A roll by half a head exchanges the members of every pair.
+    """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin).to(x.dtype)

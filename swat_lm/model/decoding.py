@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from swat_lm.mixers.attention import WindowAttention, rotate_paired
 from swat_lm.mixers.norm import RMSNorm
 from swat_lm.mixers.protocol import RingMemory
+from swat_lm.model.rotary import LayerRotary
 from swat_lm.model.state import StreamState
 from swat_lm.ops.head_bias import head_bias, score_dtype
 from swat_lm.ops.ring import periodic_table, step_together
@@ -145,13 +146,14 @@ class DecodingPlan:
             for modules, name, module, address in self.held
         )
 
-    def step(self, hidden: Tensor, angles: list[tuple[Tensor, Tensor] | None], state: StreamState) -> Tensor:
+    def step(self, hidden: Tensor, rotary: LayerRotary, state: StreamState) -> Tensor:
         """Hidden states `[B, M]` before the layers to hidden states after the final norm."""
         if self.num_threads != torch.get_num_threads():
             self.num_threads = torch.get_num_threads()
             for matrix in (self.head, *(matrix for layer in self.layers for matrix in layer.matrices())):
                 matrix.cut(self.num_threads)
         position = state.common_position()
+        angles = rotary.step_angles(state.position if position is None else state.position[:1], hidden.dtype)
         for layer, layer_angles, memory in zip(self.layers, angles, state.step_memories(), strict=True):
             hidden = layer.step(hidden, layer_angles, memory, position)
         return self.final_norm(hidden)

@@ -70,11 +70,11 @@ class Streaming:
         return StreamState(rings, windows, position)
 
     def arrange_for_decoding(self) -> None:
-        """Lay the weights out in memory as decoding on a CPU reads them fastest: by input channel, and joined.
+        """Lay the weights out in memory as decoding on a CPU reads them fastest: most by input channel, and joined.
 
         Shapes, names, values and bytes do not change, and whatever the model does still works; only the order of sums
-        does. A product with one row streams through such a matrix, where rows of dot products wait for memory:
-        14.5 GB/s instead of 10.7 GB/s on one core that reads 21 GB/s (width 768, measured on a busy machine).
+        does. A product with one row streams through such a matrix, where rows of dot products wait for memory: 18 to
+        22 GB/s instead of 12 on one core that reads 25 GB/s (width 768, 2,304 to 16,384 outputs; docs/experiments.md).
         `decode_step` then takes a shorter way, unless a module is replaced or a weight is moved later.
 
         Raises:
@@ -159,10 +159,10 @@ class Streaming:
         # cheaper per operation than no_grad; the logits are formed outside of it, so that callers may change them
         with torch.inference_mode():
             hidden = model.embed_tokens(token)
-            angles = model.rotary.step_angles(state.position, hidden.dtype)
             if plan is not None:
-                hidden = plan.step(hidden.squeeze(1), angles, state)
+                hidden = plan.step(hidden.squeeze(1), model.rotary, state)
             else:
+                angles = model.rotary.step_angles(state.position, hidden.dtype)
                 for layer, layer_angles, memory in zip(model.stack, angles, state.step_memories(), strict=True):
                     hidden = layer.step(hidden, layer_angles, memory)
                 hidden = model.norm(hidden).squeeze(1)
