@@ -136,6 +136,7 @@ def window_attention_step(
     slopes: Tensor | None = None,
     score_bias: float | Tensor = 0.0,
     scale: float | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
     precision: str = "auto",
     return_lse: bool = False,
     backend: str = "auto",
@@ -151,12 +152,15 @@ def window_attention_step(
                                     distance   1 0 3 2
 
     Args:
-        query: `[B, 1, H, D]`, rotated.
-        key, value: `[B, 1, K, D]`, the new token's, the key rotated.
+        query: `[B, 1, H, D]`, rotated unless `rotary` is given.
+        key, value: `[B, 1, K, D]`, the new token's; the key rotated unless `rotary` is given.
         key_ring, value_ring: `[slots, window, K, D]`; changed in place.
         slot: int64 `[B]`, all different (the values are not checked here).
         position: int64 `[B]`, the new token's place in its stream, from 0.
-        score_function, slopes, score_bias, scale, precision, return_lse, backend: as in `window_attention`.
+        rotary: cosine and sine of the new tokens' angles, `[B, 1, D/2]`, or `[1, D/2]` for all: rotate query and key
+            before anything else, in the same kernel where there is one.
+        precision: as in `window_attention`; kernels are exact with every one, since a step waits for memory.
+        score_function, slopes, score_bias, scale, return_lse, backend: as in `window_attention`.
 
     Returns:
         `[B, 1, H, D]` in the query's dtype; with `return_lse`, also the lse `[B, 1, H]`.
@@ -169,11 +173,18 @@ def window_attention_step(
     check_rings(query, key, key_ring, value_ring, slot, position)
     if return_lse and score_function != "softmax":
         raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
+    check_rotary(query, key, None, rotary)
     tensors = [t for t in (query, key, value, slopes, score_bias) if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError("window_attention_step is for inference: call it under torch.no_grad() or inference_mode()")
     factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
-    if choose_backend(backend, query) == "reference":
+    backend = choose_backend(backend, query)
+    cos = sin = None
+    if rotary is not None and backend == "triton":
+        cos, sin = (x.reshape(-1, 1, x.shape[-1]).expand(query.shape[0], -1, -1) for x in rotary)
+    elif rotary is not None:
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+    if backend == "reference":
         output, lse = ring.step_reference(
             query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, score_function, factor
         )
@@ -182,8 +193,8 @@ def window_attention_step(
     run = torch.ops.swat_lm.window_attention_step if torch.compiler.is_compiling() else _step_in_place
     output, lse = run(
         query, key, value, key_ring, value_ring, slot, position, slopes,
-        score_bias if isinstance(score_bias, Tensor) else None,
-        0.0 if isinstance(score_bias, Tensor) else float(score_bias), score_function, factor,
+        score_bias if isinstance(score_bias, Tensor) else None, cos, sin,
+        0.0 if isinstance(score_bias, Tensor) else float(score_bias), score_function, factor, backend,
     )  # fmt: skip
     return (output, lse) if return_lse else output
 
@@ -198,10 +209,21 @@ def _step_in_place(
     position: Tensor,
     slopes: Tensor | None,
     score_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     bias: float,
     score_function: str,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        # not above: `import swat_lm` must work without triton
+        from swat_lm.ops.triton import decode
+
+        return decode.step(
+            query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, bias, score_function, scale,
+            cos, sin,
+        )  # fmt: skip
     return ring.step(
         query, key, value, key_ring, value_ring, slot, position,
         head_bias(slopes, score_bias, bias, query), score_function, scale,
@@ -214,7 +236,10 @@ _window_attention_step = torch.library.custom_op(
 
 
 @_window_attention_step.register_fake
-def _(query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, bias, score_function, scale):
+def _(
+    query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, cos, sin, bias, score_function, scale,
+    backend,
+):  # fmt: skip
     statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
     shape = query.shape[:3] if score_function == "softmax" else (0,)
     return query.new_empty(query.shape), query.new_empty(shape, dtype=statistics)

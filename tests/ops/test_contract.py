@@ -98,8 +98,9 @@ def test_results_have_the_strides_the_fake_kernels_promise():
 def test_opcheck_of_the_step():
     query, key, value = (t[:, :1] for t in tensors())
     rings = torch.zeros(2, 3, 4, 2, 8)
-    arguments = (query, key, value, rings[0], rings[1], torch.tensor([0, 2]), torch.tensor([5, 1]), None, None, 0.0)
-    torch.library.opcheck(torch.ops.swat_lm.window_attention_step, (*arguments, "softmax", 0.3))
+    arguments = (query, key, value, rings[0], rings[1], torch.tensor([0, 2]), torch.tensor([5, 1]))
+    arguments = (*arguments, None, None, None, None, 0.0, "softmax", 0.3, "blocked")
+    torch.library.opcheck(torch.ops.swat_lm.window_attention_step, arguments)
 
 
 def test_compiles_to_one_graph():

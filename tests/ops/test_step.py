@@ -5,6 +5,7 @@ import torch
 
 from swat_lm.ops import window_attention, window_attention_step
 from swat_lm.ops.ring import empty_ring
+from swat_lm.ops.rotary import apply_rotary, rotary_angles
 
 
 def stream(batch, length, seed=0):
@@ -100,6 +101,26 @@ def test_half_precision_rings():
         torch.testing.assert_close(output, full[:, now], atol=0.02, rtol=0.01)
 
 
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_rotates_when_asked_to(backend, shared):
+    query, key, value, slopes = stream(3, 1)
+    position = torch.tensor([9, 9, 9] if shared else [4, 0, 12])
+    angles = rotary_angles(position[:1] if shared else position[:, None], 8)
+    slot = torch.tensor([0, 1, 2])
+    rings = torch.zeros(2, 2, 3, 5, 2, 8)
+    expected = window_attention_step(
+        apply_rotary(query, *angles), apply_rotary(key, *angles), value, *rings[0], slot, position, slopes=slopes
+    )
+    output = window_attention_step(
+        query, key, value, *rings[1], slot, position, slopes=slopes, rotary=angles, backend=backend
+    )
+    torch.testing.assert_close(output, expected)
+    assert torch.equal(rings[0], rings[1])
+    with pytest.raises(ValueError, match=r"^rotary: expected the cosine"):
+        window_attention_step(query, key, value, *rings[0], slot, position, rotary=(angles[0][..., :2], angles[1]))
+
+
 def test_refusals():
     query, key, value, slopes = stream(2, 1)
     ring = torch.zeros(3, 4, 2, 8)
@@ -113,6 +134,8 @@ def test_refusals():
         call(query, key, value, ring, ring.clone(), slot, position.int())
     with pytest.raises(ValueError, match=r"^slot: 2 sequences cannot own 1 rings"):
         call(query, key, value, ring[:1], ring[:1].clone(), slot, position)
+    with pytest.raises(ValueError, match=r"^backend: 'triton' cannot serve this call: .*TRITON_INTERPRET=1"):
+        call(query, key, value, ring, ring.clone(), slot, position, backend="triton")
     with pytest.raises(ValueError, match="for inference"):
         call(query, key.requires_grad_(), value, ring, ring.clone(), slot, position)
     with pytest.raises(ValueError, match=r"^slopes: expected one number per query head, shape \[4\], got \[3\]"):

@@ -129,6 +129,35 @@ def test_token_by_token_is_one_pass(interpreted):
     interpreted(run_stream)
 
 
+def check_entry():
+    from swat_lm.ops import window_attention_step
+    from swat_lm.ops.rotary import rotary_angles
+
+    tensors, slopes, bias = make_step(RINGS[2], torch.float32)
+    tensors[3:5] = (ring.nan_to_num(0.0) for ring in tensors[3:5])
+    angles = rotary_angles(tensors[6][:, None], RINGS[2][-1])
+    options = {"score_function": "softmax", "slopes": slopes, "score_bias": bias, "return_lse": True, "rotary": angles}
+    results = {}
+    for backend in ("triton", "blocked"):
+        rings = [ring.clone() for ring in tensors[3:5]]
+        call = (*tensors[:3], *rings, *tensors[5:])
+        results[backend] = *window_attention_step(*call, backend=backend, **options), *rings
+    for ours, theirs in zip(*results.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    # a pool's rings and a joined projection are views
+    wide = torch.cat([t.flatten(2) for t in tensors[:3]], dim=-1).split([6 * 80, 80, 80], dim=-1)
+    views = [t.unflatten(2, (-1, 80)) for t in wide]
+    rings = [ring.clone() for ring in tensors[3:5]]
+    output, _ = window_attention_step(*views, *rings, *tensors[5:], backend="triton", **options)
+    assert torch.equal(output, results["triton"][0])
+    arguments = (*tensors, slopes, bias, None, None, 0.0, "sigmoid", 0.3, "triton")
+    torch.library.opcheck(torch.ops.swat_lm.window_attention_step, arguments)
+
+
+def test_the_entry_dispatches_to_the_kernel(interpreted):
+    interpreted(check_entry)
+
+
 def test_windows_are_split_until_the_device_is_full():
     decode = pytest.importorskip("swat_lm.ops.triton.decode", reason="triton is not installed")
     assert decode.num_splits(8 * 16, 1024, 132) == 3
