@@ -88,6 +88,7 @@ def test_help_of_every_command_has_an_example():
         ["prepare"],
         ["generate"],
         ["evaluate", "length"],
+        ["evaluate", "tasks"],
         ["info"],
         ["convert"],
     ):

@@ -10,7 +10,16 @@ from typing import Annotated
 
 import typer
 
-from swat_lm.cli import conversion, demonstration, evaluation, generation, information, preparation, training
+from swat_lm.cli import (
+    benchmarks,
+    conversion,
+    demonstration,
+    evaluation,
+    generation,
+    information,
+    preparation,
+    training,
+)
 from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED, USER_ERROR, quiet_broken_pipe, report_failure
 
@@ -33,6 +42,7 @@ application.command(name="prepare")(preparation.prepare)
 application.command(name="generate")(generation.generate)
 application.add_typer(measurements, name="evaluate")
 measurements.command(name="length")(evaluation.length)
+measurements.command(name="tasks")(benchmarks.tasks)
 application.command(name="info")(information.info)
 application.command(name="convert")(conversion.convert)
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, cast
 from swat_lm.model.loading import find_model_folder, load_causal_lm, model_type
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from swat_lm.model.modeling import SwatForCausalLM
 
-__all__ = ["find_export", "load_any_checkpoint", "load_checkpoint", "load_model"]
+__all__ = ["check_vocabulary", "find_export", "load_any_checkpoint", "load_checkpoint", "load_model"]
 
 
 def find_export(name: str) -> str:
@@ -63,13 +63,22 @@ def load_any_checkpoint(
 
 def matching_tokenizer(model: "PreTrainedModel", folder: str, tokenizer: str | None) -> "PreTrainedTokenizerFast":
     """The tokenizer of a model; the model may have more ids than it (a padded vocabulary), never fewer."""
-    from swat_lm.data import load_tokenizer, vocabulary_size
+    from swat_lm.data import load_tokenizer
 
     tokens = load_tokenizer(tokenizer or folder)
-    known, has = vocabulary_size(tokens), cast(int, model.config.get_text_config().vocab_size)
+    check_vocabulary(tokens, model.config, tokenizer or folder, folder)
+    return tokens
+
+
+def check_vocabulary(
+    tokens: "PreTrainedTokenizerFast", config: "PreTrainedConfig", tokenizer: str, folder: str
+) -> None:
+    """Raise ValueError that names both if a tokenizer has ids that a model of this configuration does not know."""
+    from swat_lm.data import vocabulary_size
+
+    known, has = vocabulary_size(tokens), cast(int, config.get_text_config().vocab_size)
     if known > has:
         raise ValueError(
-            f"the tokenizer {tokenizer or folder} has {known} ids, the model {folder} only {has}: "
+            f"the tokenizer {tokenizer} has {known} ids, the model {folder} only {has}: "
             "they do not belong together; give the model's own with --tokenizer"
         )
-    return tokens

@@ -20,9 +20,10 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from swat_lm.evaluate.limits import check_length, position_limit
 from swat_lm.evaluate.scoring import Row, Scorer
 
-__all__ = ["HarnessModel", "Rolling"]
+__all__ = ["HarnessModel", "Rolling", "check_max_length"]
 
 Rolling = Literal["windows", "whole"]
 
@@ -66,8 +67,8 @@ class HarnessModel(TemplateLM):
                 "the tokenizer has neither a beginning-of-text nor an end-of-text token: the first token of a text "
                 "cannot be predicted; give a tokenizer that has one with --tokenizer"
             )
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
+        if max_length is not None:
+            check_max_length(model, max_length)
         self.window_length: int = max_length or resolve_max_length(model.config, tokenizer)
         self.max_length: int | None = None if max_length is None and self.is_endless else self.window_length
 
@@ -128,6 +129,7 @@ class HarnessModel(TemplateLM):
             pairs: list[tuple[list[int], list[int]]]
             if self.rolling == "whole":
                 pairs = [([self.prefix_token_id], tokens)] if tokens else []
+                check_length(self._scorer.reader, len(tokens), 1)
             else:
                 windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.window_length, context_len=1)
                 pairs = [make_disjoint_window(pair) for pair in windows]
@@ -197,6 +199,15 @@ class HarnessModel(TemplateLM):
             postprocess_generated_text(tokenizer.decode(ids, skip_special_tokens=True), until, None)
             for ids in made[:, longest:].tolist()
         ]
+
+
+def check_max_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raise ValueError for a length that a model, which may be without weights, cannot read or be asked about."""
+    if max_length < 2:
+        raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
+    positions = position_limit(model)
+    if positions is not None and max_length > positions:
+        raise ValueError(f"max_length: {type(model).__name__} has {positions} positions, got {max_length}")
 
 
 def settings(request: Instance) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Scorer:
         self.model = model.eval()
         self.batch_size = batch_size
         # its state is its own business: of another type for each kind of model
-        self._reader: Any = reader_for(model)
+        self.reader: Any = reader_for(model)
         self._body, self._head = split_model(model)
         self._streams: bool | None = None
         self._budget = TOKENS_PER_BATCH.get(model.device.type, TOKENS_PER_BATCH["cuda"])
@@ -95,7 +95,7 @@ class Scorer:
         """Whether the model reads in chunks as in one pass; some recurrent models of transformers do not."""
         if self._streams is None:
             try:
-                self._reader.start(1)
+                self.reader.start(1)
                 self._streams = True
             except ValueError as error:
                 logger.info("long texts are read in one pass: %s", error)
@@ -151,9 +151,9 @@ class Scorer:
                 raise ValueError(f"row {index}: expected at least one token of context and one to predict")
             tokens = [*context, *continuation]
             largest = max(tokens)
-            if largest >= self._reader.vocab_size or min(tokens) < 0:
+            if largest >= self.reader.vocab_size or min(tokens) < 0:
                 raise ValueError(
-                    f"row {index}: token {largest} is not among the {self._reader.vocab_size} of the model: "
+                    f"row {index}: token {largest} is not among the {self.reader.vocab_size} of the model: "
                     "tokenizer and model do not belong together"
                 )
             inputs = tuple(tokens[:-1])
@@ -194,11 +194,11 @@ class Scorer:
         yield from self._look_up(places)
 
     def _stream(self, batch: Sequence[Reading]) -> Iterator[tuple[int, float, bool]]:
-        state = self._reader.start(len(batch))
+        state = self.reader.start(len(batch))
         longest = len(batch[0].tokens)
         for start in range(0, longest, CHUNK):
             end = min(start + CHUNK, longest)
-            hidden = self._reader.extend(self._stack(batch, start, end), state)
+            hidden = self.reader.extend(self._stack(batch, start, end), state)
             places = []
             for row, reading in enumerate(batch):
                 for index, targets in reading.wanted:
@@ -225,9 +225,9 @@ class Scorer:
         hidden = torch.cat([place.hidden for place in places])
         targets = torch.tensor(list(itertools.chain.from_iterable(place.targets for place in places)))
         values, greedy = [], []
-        size = default_chunk(self._reader.vocab_size)
+        size = default_chunk(self.reader.vocab_size)
         for part, target in zip(hidden.split(size), targets.to(hidden.device).split(size), strict=True):
-            logits = self._reader.logits(part)
+            logits = self.reader.logits(part)
             of_target = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
             values.append((of_target - logits.logsumexp(-1)).double())
             greedy.append(logits.argmax(-1) == target)

@@ -1,0 +1,221 @@
+"""`swat-lm evaluate tasks`: the benchmarks of SWAT's Table 1 through lm-evaluation-harness."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.measure import Measurement
+from rich.table import Table
+
+from swat_lm.cli.console import results
+from swat_lm.cli.progress import RunProgress, clock
+
+if TYPE_CHECKING:
+    from swat_lm.evaluate.harness import HarnessModel
+    from swat_lm.evaluate.suite import Subject, Suite, TaskResult
+    from swat_lm.evaluate.table1 import Row
+
+__all__ = ["tasks"]
+
+# a path, a hub name, or either behind a name of the user's
+NAMED = re.compile(r"(?P<label>[^=/]+)=(?P<name>.+)")
+
+
+def tasks(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...",
+            help="Runs' folders, model folders or hub names of any causal language models; NAME=CHECKPOINT names one.",
+        ),
+    ],
+    names: Annotated[
+        str | None, typer.Option("--tasks", "-t", help="Tasks with commas between; default: all of Table 1.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", "-d", help="Folder of local files, or `hub` for the harness's own data.")
+    ] = "hub",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N documents of each task.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Rows per batch, or auto: as many as fit.")] = "auto",
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens a prediction may see; default: the model's own, for windowed models no end."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of results; a rerun continues what is in it.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoints' own.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+) -> None:
+    """Score checkpoints on the eight benchmarks and two perplexities of SWAT's Table 1.
+
+    PIQA, HellaSwag, WinoGrande, ARC-easy, ARC-challenge, SIQA, BoolQ, LAMBADA and WikiText, with the prompts and
+    metrics of lm-evaluation-harness, beside the paper's rows. From the hub, any other task of the
+    harness can be named too. With --out, each finished task is kept, and the table is written as table.md, table.html
+    and table.json.
+
+    \b
+    Examples:
+      swat-lm evaluate tasks runs/mine --limit 100
+      swat-lm evaluate tasks SWAT=runs/mine Llama=models/llama --data benchmarks/ --out table1
+      swat-lm evaluate tasks runs/mine --tasks wikitext,wikitext_streamed --data benchmarks/
+    """
+    # the harness and its libraries draw their own bars otherwise; read when they are first imported
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    rows = parse_batch_size(batch_size)
+    chosen = label_checkpoints(checkpoints)
+    from swat_lm.evaluate.tasks import check_harness, load_tasks, task_names
+
+    check_harness()
+    from swat_lm.cli.checkpoints import load_any_checkpoint
+    from swat_lm.evaluate.harness import HarnessModel
+    from swat_lm.evaluate.suite import Suite
+    from swat_lm.evaluate.table1 import PAPER, chance_row, notes, our_row, save_table
+
+    # whatever may be wrong is found before anything is measured
+    wanted = task_names(names)
+    subjects = {label: describe(label, name, tokenizer, max_length, limit) for label, name in chosen.items()}
+    loaded = load_tasks(wanted, data)
+    suites = {label: Suite(subject, loaded, out) for label, subject in subjects.items()}
+    found: dict[str, dict[str, TaskResult]] = {}
+    with RunProgress() as progress:
+        for label, suite in suites.items():
+            if suite.missing:
+                model, tokens = load_any_checkpoint(chosen[label], tokenizer, device)
+                harness = HarnessModel(model, tokens, max_length=max_length, batch_size=rows)
+                run_suite(suite, harness, progress)
+                del harness, model
+            elif out is not None:
+                progress.say(f"{label}: all results are there already, in {suite.folder}")
+            found[label] = suite.results
+    ours = [our_row(label, one) for label, one in found.items()]
+    guess = chance_row(next(iter(found.values())))
+    remarks = notes(found, limit)
+    show(ours, guess, found, remarks)
+    if out is not None:
+        written = save_table(out, [*ours, guess, *PAPER], remarks)
+        results().print(", ".join(map(str, written)), markup=False)
+
+
+def parse_batch_size(text: str) -> int | None:
+    """Rows per batch; None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--batch-size: expected auto or a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def label_checkpoints(given: Sequence[str]) -> dict[str, str]:
+    """Checkpoints by the names they have in tables: NAME=CHECKPOINT, or the last part of the path.
+
+    Raises ValueError for two of one name, or a name that cannot be a folder's.
+    """
+    chosen: dict[str, str] = {}
+    for one in given:
+        found = NAMED.fullmatch(one)
+        path = Path(one)
+        label, name = (found["label"], found["name"]) if found else (path.name, one)
+        if not found and path.name == "export":
+            label = path.absolute().parent.name
+        if not label or label.startswith("."):
+            raise ValueError(f"{one}: a name to show is needed: write NAME={name}")
+        if label in chosen:
+            raise ValueError(f"two checkpoints are called {label}: name them apart with NAME=CHECKPOINT")
+        chosen[label] = name
+    return chosen
+
+
+def describe(label: str, name: str, tokenizer: str | None, max_length: int | None, limit: int | None) -> "Subject":
+    """What decides a checkpoint's results, without loading its weights; raises ValueError for one that will not run."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from swat_lm.cli.checkpoints import check_vocabulary
+    from swat_lm.data import load_tokenizer
+    from swat_lm.data.tokenizer import tokenizer_facts
+    from swat_lm.evaluate.harness import check_max_length
+    from swat_lm.evaluate.suite import Subject, weights_fingerprint
+    from swat_lm.model.loading import find_model_folder
+
+    folder = find_model_folder(name)
+    checkpoint = weights_fingerprint(folder)
+    tokens = load_tokenizer(tokenizer or folder)
+    config = AutoConfig.from_pretrained(folder)
+    check_vocabulary(tokens, config, tokenizer or folder, folder)
+    if max_length is not None:
+        with torch.device("meta"):
+            check_max_length(AutoModelForCausalLM.from_config(config), max_length)
+    return Subject(label, checkpoint, tokenizer_facts(tokens).fingerprint, max_length, limit)
+
+
+def run_suite(suite: "Suite", model: "HarnessModel", progress: RunProgress) -> None:
+    """Measure what is missing, a line for each finished task."""
+    label = suite.subject.label
+    for result in suite.run(model, lambda task, done, total: progress.count(f"{label}: {task}", done, total)):
+        values = []
+        for metric in result.metrics:
+            value = result.value(metric)
+            if value is not None:
+                values.append(f"{metric} {value[0]:.4g}")
+        progress.say(f"{label}: {result.task} done in {clock(result.seconds)}: {', '.join(values)}")
+
+
+def show(
+    rows: "Sequence[Row]", guess: "Row", others: "Mapping[str, Mapping[str, TaskResult]]", remarks: Sequence[str]
+) -> None:
+    """Print our results, a column for each checkpoint; the paper's rows; what Table 1 does not show; the notes."""
+    from swat_lm.evaluate.table1 import other_metrics
+
+    console = results()
+    tables = [ours_table([*rows, guess]), paper_table()] if any(row.cells for row in rows) else []
+    for table in tables:
+        # a narrow terminal wraps lines rather than cutting numbers off
+        options = console.options.update(max_width=1000)
+        console.width = max(console.width, Measurement.get(console, options, table).maximum)
+        console.print(table, markup=False)
+    for label, found in others.items():
+        for task, metric, value, error in other_metrics(found):
+            rest = "" if error is None else f" +- {error:.4f}"
+            console.print(f"{label}: {task} {metric} {value:.4f}{rest}", markup=False)
+    for remark in remarks:
+        console.print(f"- {remark}", markup=False)
+
+
+def ours_table(rows: "Sequence[Row]") -> Table:
+    """Our rows of Table 1, standing upright."""
+    from swat_lm.evaluate.table1 import headings, shown
+
+    table = new_table("measured here")
+    for row in rows:
+        table.add_column(row.name, justify="right", no_wrap=True)
+    for heading in headings(rows):
+        table.add_row(heading, *(shown(row.cells.get(heading), "+-") for row in rows))
+    return table
+
+
+def paper_table() -> Table:
+    """The paper's rows, both sizes side by side."""
+    from swat_lm.evaluate.table1 import PAPER, PRINTED, headings, shown
+
+    groups = list(dict.fromkeys(row.group for row in PAPER))
+    columns = headings(PAPER)
+    table = new_table(f"\nprinted in the paper, not measured here: {' | '.join(PRINTED)}")
+    for number in range(len(groups)):
+        for heading in columns:
+            mark = "| " if number and heading == columns[0] else ""
+            table.add_column(f"{mark}{heading}", justify="right", no_wrap=True)
+    for name in dict.fromkeys(row.name for row in PAPER):
+        cells = [next((row.cells for row in PAPER if (row.name, row.group) == (name, group)), {}) for group in groups]
+        table.add_row(name, *(shown(one.get(heading), "+-") for one in cells for heading in columns))
+    return table
+
+
+def new_table(title: str) -> Table:
+    """A table without lines whose first column names the rows."""
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("", no_wrap=True)
+    return table

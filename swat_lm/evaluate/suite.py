@@ -1,0 +1,270 @@
+"""Runs lm-evaluation-harness's tasks for one checkpoint: each result is kept when it is there, and not measured twice.
+
+A kept result belongs to one checkpoint, tokenizer, set of documents and choice of options; another one is an error.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swat_lm.evaluate.curves import write_whole
+from swat_lm.evaluate.tasks import LoadedTask
+
+if TYPE_CHECKING:
+    from swat_lm.evaluate.harness import HarnessModel
+
+__all__ = ["Subject", "Suite", "TaskResult", "weights_fingerprint"]
+
+RESAMPLES = 1000
+"""Draws of the harness's bootstrap for errors of perplexities; accuracies have theirs in closed form."""
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+HARNESS_SECTIONS = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, as far as it decides the results."""
+
+    label: str
+    """Its name in tables and its folder's."""
+    checkpoint: str
+    """See `weights_fingerprint`."""
+    tokenizer: str
+    """The tokenizer's fingerprint."""
+    max_length: int | None
+    """As given to `HarnessModel`."""
+    limit: int | None
+    """Documents per task; None: all."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task's result for one checkpoint, as it is kept."""
+
+    task: str
+    identity: dict[str, Any]
+    source: str
+    """Where the documents are from."""
+    remark: str | None
+    rolling: str
+    window_length: int
+    """Tokens of a window where whole texts are scored in windows."""
+    seconds: float
+    chance: float | None
+    """Expected accuracy of guessing; None where there are no choices."""
+    harness: dict[str, Any]
+    """The harness's own results, a JSON object."""
+    documents: dict[str, list[Any]]
+    """Each metric of each document, in order, to compare models in pairs."""
+
+    def value(self, metric: str) -> tuple[float, float | None] | None:
+        """A metric and its standard error; None for a metric that the task does not have."""
+        found = self.harness["results"][self.task]
+        if f"{metric},none" not in found:
+            return None
+        error = found.get(f"{metric}_stderr,none")
+        if metric == "word_perplexity" and not isinstance(error, float):
+            error = perplexity_error(self.documents[metric])
+        return float(found[f"{metric},none"]), error if isinstance(error, float) else None
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics."""
+        return [name.removesuffix(",none") for name in self.harness["results"][self.task]
+                if name.endswith(",none") and not name.endswith("_stderr,none")]  # fmt: skip
+
+
+class Suite:
+    """The results of one checkpoint, in a folder of its own below `folder` (None: kept nowhere)."""
+
+    def __init__(self, subject: Subject, tasks: Sequence[LoadedTask], folder: Path | None) -> None:
+        """Reads what is there already.
+
+        Raises:
+            ValueError: a kept result that belongs to another measurement, or a damaged file.
+        """
+        self.subject, self.tasks = subject, list(tasks)
+        self.folder = None if folder is None else folder / subject.label
+        self.results: dict[str, TaskResult] = {}
+        for task in self.tasks:
+            kept = self._read(task)
+            if kept is not None:
+                self.results[task.name] = kept
+
+    @property
+    def missing(self) -> list[LoadedTask]:
+        """Tasks without a result."""
+        return [task for task in self.tasks if task.name not in self.results]
+
+    def run(
+        self, model: "HarnessModel", on_progress: Callable[[str, int, int], None] | None = None
+    ) -> Iterator[TaskResult]:
+        """Measure what is missing, keeping and yielding each result; then write the harness's JSON.
+
+        `on_progress` is called with the task's name, tokens read and tokens in all.
+        """
+        for task in self.missing:
+            model.on_progress = None
+            if on_progress is not None:
+                model.on_progress = lambda done, total, name=task.name: on_progress(name, done, total)
+            result = measure(model, task, self.subject, self._identity(task))
+            self.results[task.name] = result
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(self._path(task.name), json.dumps(asdict(result), indent=1, default=str) + "\n")
+            yield result
+        if self.folder is not None:
+            write_whole(self.folder / "results.json", json.dumps(self.harness_json(), indent=1, default=str) + "\n")
+
+    def harness_json(self) -> dict[str, Any]:
+        """All results in the form of the harness's own results file."""
+        merged: dict[str, Any] = {section: {} for section in HARNESS_SECTIONS}
+        for task in self.tasks:
+            if task.name in self.results:
+                for section in HARNESS_SECTIONS:
+                    merged[section] |= self.results[task.name].harness.get(section, {})
+        config = {"model": self.subject.label, "limit": self.subject.limit, "bootstrap_iters": RESAMPLES}
+        return merged | {"config": config, "lm_eval_version": harness_version()}
+
+    def _identity(self, task: LoadedTask) -> dict[str, Any]:
+        subject = asdict(self.subject)
+        del subject["label"]
+        return subject | {"documents": task.fingerprint, "lm_eval": harness_version()}
+
+    def _path(self, task: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{task}.json"
+
+    def _read(self, task: LoadedTask) -> TaskResult | None:
+        if self.folder is None or not self._path(task.name).exists():
+            return None
+        path = self._path(task.name)
+        try:
+            result = TaskResult(**json.loads(path.read_text(encoding="utf-8")))
+            result.harness["results"][task.name]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not a result of this command ({error}): remove it") from None
+        here = self._identity(task)
+        for name, value in here.items():
+            if result.identity.get(name) != value:
+                raise ValueError(
+                    f"{path} holds another measurement: {name} is {short(result.identity.get(name))} there, "
+                    f"{short(value)} now; remove the file, or name another folder with --out"
+                )
+        return result
+
+
+def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity: Mapping[str, Any]) -> TaskResult:
+    """Ask the model everything that the task asks, by the harness's evaluation."""
+    import lm_eval
+
+    # its decorator hides its parameters from type checkers
+    evaluate: Any = lm_eval.evaluate
+    model.rolling = "whole" if task.rolling == "whole" else "windows"
+    began = time.monotonic()
+    inner = task.task.task_name
+    with quiet_harness():
+        found = evaluate(
+            lm=model,
+            task_dict={"tasks": {inner: task.task}},
+            limit=subject.limit,
+            bootstrap_iters=RESAMPLES,
+            log_samples=True,
+        )
+    samples = found["samples"][inner]
+    choices = [len(one["arguments"]) for one in samples]
+    is_choice = task.task.OUTPUT_TYPE == "multiple_choice"
+    return TaskResult(
+        task=task.name,
+        identity=dict(identity),
+        source=task.source,
+        remark=task.remark,
+        rolling=task.rolling,
+        window_length=model.window_length,
+        seconds=round(time.monotonic() - began, 2),
+        chance=math.fsum(1 / count for count in choices) / len(choices) if is_choice else None,
+        # a streamed task goes by its own name
+        harness={
+            section: {task.name: found[section][inner]} for section in HARNESS_SECTIONS if inner in found[section]
+        },
+        documents={metric: [one[metric] for one in samples] for metric in samples[0]["metrics"]},
+    )
+
+
+@contextlib.contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Without the harness's words on stdout, where results go, and its processes for a second of resampling."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
+
+
+def perplexity_error(documents: Sequence[Sequence[float]]) -> float | None:
+    """Standard error of exp(-sum of log-likelihoods / sum of words) over documents, which the harness does not give.
+
+    That of a ratio of sums, times the perplexity (delta method). None for fewer than two documents.
+    """
+    count, words = len(documents), math.fsum(weight for _, weight in documents)
+    if count < 2:
+        return None
+    rate = -math.fsum(value for value, _ in documents) / words
+    spread = math.fsum((-value - rate * weight) ** 2 for value, weight in documents)
+    return math.exp(rate) * math.sqrt(count / (count - 1) * spread) / words
+
+
+def weights_fingerprint(folder: str) -> str:
+    """Changes with a checkpoint's configuration or weights: from the files of a folder, or a hub name's commit.
+
+    Raises:
+        ValueError: a folder without weights, or a hub name that is not known.
+    """
+    path = Path(folder)
+    if not path.exists():
+        return hub_fingerprint(folder)
+    files = next((found for pattern in WEIGHTS if (found := sorted(path.glob(pattern)))), [])
+    if not files:
+        raise ValueError(f"{folder} holds no weights: expected model.safetensors or its parts")
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def hub_fingerprint(name: str) -> str:
+    """A hub name with its commit."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split(". ")[0].split())
+        raise ValueError(f"no folder {name}, and the hub gave no model of that name: {reason}") from error
+    return f"hub:{name}@{getattr(config, '_commit_hash', None)}"
+
+
+def harness_version() -> str:
+    """Of the installed lm-evaluation-harness."""
+    return importlib.metadata.version("lm_eval")
+
+
+def short(value: object) -> str:
+    """A value for a message: hashes cut, None as all or none."""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:16]}..."
