@@ -4,11 +4,13 @@
 
 Both sides read the prompt in chunks, each of the size that serves it best, then decode greedily token by token under
 inference_mode: ours by `decode_step`, Mistral by its forward with a DynamicCache, without `generate()` on either side.
+The prompt is read once, in turns: a round is one segment of it by every candidate. A row is kept when it is measured,
+and an interrupted run goes on after it.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -19,11 +21,13 @@ from torch import Tensor
 from transformers import DynamicCache, MistralForCausalLM
 
 from benchmarks import measure, models
+from benchmarks.rows import Rows
 from swat_lm import SwatForCausalLM
 from swat_lm.model import cost
 
 WIDTH, VOCABULARIES, BATCHES = 256, (256, 8192), (1, 16)
-PROMPT, CHUNKS = 16384, (128, 256, 512, 1024)
+PROMPT, CHUNKS = 16384, (256, 512, 1024)
+PEERS = ("mistral sdpa", "mistral eager")
 # 98 million parameters without the input embedding's, which decoding does not read
 LARGE_WIDTH, LARGE_LAYERS, LARGE_VOCABULARY = 768, 12, 16384
 
@@ -33,19 +37,23 @@ class Sizes:
     """How much is measured."""
 
     prompt: int = PROMPT
-    steps: int = 64
-    rounds: int = 7
-    prefill_rounds: int = 3
+    segments: int = 8
+    steps: int = 48
+    rounds: int = 15
 
 
-QUICK = Sizes(prompt=2048, steps=16, rounds=3, prefill_rounds=1)
+QUICK = Sizes(prompt=2048, segments=2, steps=16, rounds=3)
 
 
 class Stream(Protocol):
     """B streams of one candidate."""
 
-    def prefill(self, tokens: Tensor, chunk: int) -> Tensor:
-        """Begin anew with a prompt `[B, T]`; returns the logits after it, `[B, V]`."""
+    def begin(self, batch: int) -> None:
+        """Forget what was read; B streams from now on."""
+        ...
+
+    def read(self, tokens: Tensor, chunk: int) -> Tensor:
+        """Go on with `[B, T]` of a prompt, in chunks; returns the logits after it, `[B, V]`."""
         ...
 
     def step(self, token: Tensor) -> Tensor:
@@ -64,9 +72,12 @@ class OurStream:
         self.model = model.eval()
         self.model.arrange_for_decoding()
 
-    def prefill(self, tokens: Tensor, chunk: int) -> Tensor:
-        """Begin anew with a prompt."""
-        self.state = self.model.init_state(tokens.shape[0])
+    def begin(self, batch: int) -> None:
+        """An empty state."""
+        self.state = self.model.init_state(batch)
+
+    def read(self, tokens: Tensor, chunk: int) -> Tensor:
+        """Go on with a prompt."""
         return self.model.prefill(tokens, self.state, chunk)[0]
 
     def step(self, token: Tensor) -> Tensor:
@@ -84,9 +95,12 @@ class MistralStream:
     def __init__(self, model: MistralForCausalLM) -> None:
         self.model = model.eval()
 
-    def prefill(self, tokens: Tensor, chunk: int) -> Tensor:
-        """Begin anew with a prompt; of a chunk only the last place's logits are formed."""
+    def begin(self, batch: int) -> None:
+        """An empty cache, which takes any batch."""
         self.cache = DynamicCache(config=self.model.config)
+
+    def read(self, tokens: Tensor, chunk: int) -> Tensor:
+        """Go on with a prompt; of a chunk only the last place's logits are formed."""
         logits = None
         for part in tokens.split(chunk, dim=1):
             logits = self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
@@ -114,41 +128,57 @@ def main() -> None:
         "tests/ops/test_step.py", "tests/model/test_conversion.py", "tests/model/test_streaming.py"
     )
     sizes = QUICK if arguments.quick else Sizes()
+    settings = {
+        "width": WIDTH,
+        "layers": models.LAYERS,
+        "head_dim": models.HEAD_DIM,
+        "window": models.WINDOW,
+        "dtype": "float32",
+        "prompt": sizes.prompt,
+        "rounds": sizes.rounds,
+        "steps_per_round": sizes.steps,
+        "prefill_rounds": sizes.segments,
+        "chunks_tried": list(CHUNKS),
+    }
+    tasks: dict[str, Callable[[], dict]] = {
+        f"batch {batch}, vocabulary {vocabulary}": partial(against_mistral, batch, vocabulary, sizes)
+        for vocabulary in VOCABULARIES
+        for batch in BATCHES
+    }
+    tasks["100M parameters"] = partial(against_bandwidth, sizes)
+    kept = None if arguments.quick else Rows("decode_cpu", settings)
     rows, goals = [], []
     with torch.inference_mode():
         for vocabulary in VOCABULARIES:
             check_same_function(vocabulary)
-            for batch in BATCHES:
-                row = against_mistral(batch, vocabulary, sizes)
-                where = f"batch {batch}, vocabulary {vocabulary}"
-                goals.append(measure.goal(f"{where}: times Mistral's tokens/s", 2, row["decode times mistral"]))
-                rows.append(row)
-        rows.append(against_bandwidth(sizes))
-    goals.append(measure.goal("100M parameters: share of the read bandwidth", 0.7, rows[-1]["share of bandwidth"]))
+        for label, task in tasks.items():
+            say(f"row {len(rows) + 1} of {len(tasks)}: {label}")
+            row = task() if kept is None else kept.measured(label, task)
+            report(row)
+            if "decode times mistral" in row:
+                goals.append(measure.goal(f"{label}: times Mistral's tokens/s", 2, row["decode times mistral"]))
+                goals.append(measure.goal(f"{label}: times Mistral's prefill", 1, row["prefill times mistral"]))
+            else:
+                goals.append(measure.goal(f"{label}: share of the read bandwidth", 0.7, row["share of bandwidth"]))
+            rows.append(row)
     for line in goals:
-        sys.stdout.write(f"{'reached' if line['reached'] else 'MISSED '}  {line['goal']}: {line['measured']}\n")
-    if not arguments.quick:
-        settings = {
-            "width": WIDTH,
-            "layers": models.LAYERS,
-            "head_dim": models.HEAD_DIM,
-            "window": models.WINDOW,
-            "dtype": "float32",
-            "prompt": sizes.prompt,
-            "steps_per_round": sizes.steps,
-            "rounds": sizes.rounds,
-            "prefill_rounds": sizes.prefill_rounds,
-            "chunks_tried": list(CHUNKS),
-        }
-        sys.stdout.write(f"{measure.save('decode_cpu', rows, goals, settings)}\n")
+        say(f"{'reached' if line['reached'] else 'MISSED '}  {line['goal']}: {line['measured']}")
+    if kept is not None:
+        path = measure.save("decode_cpu", rows, goals, settings)
+        kept.forget()
+        say(str(path))
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def report(row: dict) -> None:
     """Print one row as it is measured."""
     for key, value in row.items():
-        sys.stdout.write(f"  {key}: {value:.4g}\n" if isinstance(value, float) else f"  {key}: {value}\n")
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        say(f"  {key}: {value:.4g}" if isinstance(value, float) else f"  {key}: {value}")
 
 
 def check_same_function(vocabulary: int, width: int = WIDTH, prompt: int = 3 * models.WINDOW + 5) -> None:
@@ -157,8 +187,10 @@ def check_same_function(vocabulary: int, width: int = WIDTH, prompt: int = 3 * m
     tokens = models.random_tokens(2, prompt + 4, vocabulary)
     for attention in ("sdpa", "eager"):
         peer = MistralStream(models.mistral(width, vocabulary, attention))
-        expected = peer.prefill(tokens[:, :prompt], 100)
-        models.check_equal("prefill", ours.prefill(tokens[:, :prompt], 150), expected)
+        ours.begin(2)
+        peer.begin(2)
+        expected = peer.read(tokens[:, :prompt], 100)
+        models.check_equal("prefill", ours.read(tokens[:, :prompt], 150), expected)
         for token in tokens[:, prompt:].split(1, dim=1):
             models.check_equal("a decoding step", ours.step(token), peer.step(token))
 
@@ -172,43 +204,63 @@ def against_mistral(batch: int, vocabulary: int, sizes: Sizes, width: int = WIDT
         "mistral eager": MistralStream(models.mistral(width, vocabulary, "eager")),
     }
     tokens = models.random_tokens(batch, sizes.prompt, vocabulary)
-    sample = tokens[:, : max(CHUNKS) * 2]
-    chunks = {name: best_chunk(stream, sample) for name, stream in streams.items()}
-    prefills = measure.take_turns(
-        {name: partial(stream.prefill, tokens, chunks[name]) for name, stream in streams.items()},
-        sizes.prefill_rounds,
-        warm_up=False,
-    )
+    say("  choosing chunk sizes and the better of Mistral's attentions")
+    chunks, reading = {}, {}
+    for name, stream in streams.items():
+        chunks[name], reading[name] = best_chunk(stream, tokens)
+    stepping = measure.take_turns({name: partial(decode, streams[name], tokens[:, -1:], 8) for name in PEERS}, 5)
+    prefill_peer = min(PEERS, key=lambda name: reading[name])
+    decode_peer = min(PEERS, key=lambda name: stepping[name].median)
+    streams = {
+        name: stream for name, stream in streams.items() if name not in PEERS or name in (prefill_peer, decode_peer)
+    }
+    say("  reading the prompt")
+    prefills = read_in_turns(streams, tokens, chunks, sizes.segments)
+    say("  decoding")
     # every stream now stands after the whole prompt, and goes on from round to round
     decodes = measure.take_turns(
         {name: partial(decode, stream, tokens[:, -1:], sizes.steps) for name, stream in streams.items()}, sizes.rounds
     )
-    peers = ("mistral sdpa", "mistral eager")
-    prefill_peer = min(peers, key=lambda name: prefills[name].median)
-    decode_peer = min(peers, key=lambda name: decodes[name].median)
     row: dict = {"batch": batch, "vocabulary": vocabulary, "prompt": sizes.prompt}
-    for name, timing in prefills.items():
-        row |= {f"{name} prefill tokens/s": batch * sizes.prompt / timing.median, f"{name} chunk": chunks[name]}
-    for name, timing in decodes.items():
+    shown = {"swat": ("swat", "swat"), "softmax window": ("softmax window", "softmax window")}
+    for name, (reader, stepper) in {**shown, "mistral": (prefill_peer, decode_peer)}.items():
         row |= {
-            f"{name} tokens/s": batch * sizes.steps / timing.median,
-            f"{name} ms per step": timing.median / sizes.steps * 1e3,
-            f"{name} state bytes": streams[name].num_bytes(),
+            f"{name} prefill tokens/s": batch * sizes.prompt / sizes.segments / prefills[reader].median,
+            f"{name} chunk": chunks[reader],
+            f"{name} tokens/s": batch * sizes.steps / decodes[stepper].median,
+            f"{name} ms per step": decodes[stepper].median / sizes.steps * 1e3,
+            f"{name} state bytes": streams[stepper].num_bytes(),
         }
     for label, name in (("", "swat"), ("softmax ", "softmax window")):
         row[f"{label}prefill times mistral"] = prefills[name].times_faster_than(prefills[prefill_peer])
         row[f"{label}decode times mistral"] = decodes[name].times_faster_than(decodes[decode_peer])
-    row |= {"best prefill peer": prefill_peer, "best decode peer": decode_peer}
-    report(row)
-    return row
+    return row | {"best prefill peer": prefill_peer, "best decode peer": decode_peer}
 
 
-def best_chunk(stream: Stream, tokens: Tensor) -> int:
-    """The chunk size with which a stream reads a prompt fastest."""
-    sizes = [size for size in CHUNKS if size <= tokens.shape[1]]
-    candidates: dict[str, Callable] = {str(size): partial(stream.prefill, tokens, size) for size in sizes}
-    timings = measure.take_turns(candidates, 2)
-    return min(sizes, key=lambda size: min(timings[str(size)].seconds))
+def best_chunk(stream: Stream, tokens: Tensor) -> tuple[int, float]:
+    """The chunk size with which a stream reads fastest beyond its first window, and its seconds for as many tokens."""
+    sample = tokens[:, : max(CHUNKS)]
+    sizes = [size for size in CHUNKS if size <= sample.shape[1]]
+    stream.begin(tokens.shape[0])
+    stream.read(tokens[:, : models.WINDOW], models.WINDOW)
+    timings = measure.take_turns({str(size): partial(stream.read, sample, size) for size in sizes}, 2, warm_up=False)
+    return min(((size, min(timings[str(size)].seconds)) for size in sizes), key=lambda found: found[1])
+
+
+def read_in_turns(
+    streams: dict[str, Stream], tokens: Tensor, chunks: dict[str, int], rounds: int
+) -> dict[str, measure.Timing]:
+    """Every stream reads the whole prompt from its beginning, one segment a round; seconds of the segments."""
+
+    def segments(stream: Stream, chunk: int) -> Iterator[Tensor]:
+        for part in tokens.chunk(rounds, dim=1):
+            yield stream.read(part, chunk)
+
+    reading = {}
+    for name, stream in streams.items():
+        stream.begin(tokens.shape[0])
+        reading[name] = partial(next, segments(stream, chunks[name]))
+    return measure.take_turns(reading, rounds, warm_up=False)
 
 
 def decode(stream: Stream, token: Tensor, steps: int) -> None:
@@ -222,13 +274,14 @@ def against_bandwidth(
 ) -> dict:
     """Batch 1 at 100M parameters: bytes a token has to read, over time, against how fast the same memory can be read.
 
-    The read bandwidth is the best of several ways over a buffer of as many bytes. What PyTorch's matrix-vector
-    products reach over the model's own matrices, and nothing else, is given beside it.
+    The read bandwidth is the best of several ways over a buffer of as many bytes. What the products with the weights
+    reach alone, as decoding does them and as torch's linear does them one by one, is given beside it.
     """
     stream = OurStream(models.swat(width, vocabulary, layers))
     model = stream.model
     tokens = models.random_tokens(1, min(sizes.prompt, 4 * models.WINDOW), vocabulary)
-    stream.prefill(tokens, 256)
+    stream.begin(1)
+    stream.read(tokens, 256)
     num_bytes = cost.decoding_bytes_per_token(model.config, tokens.shape[1], 1, weight_bytes=4, dtype_bytes=4)
     # a multiple of the width, so that it is also a matrix
     buffer = torch.randn(num_bytes // 4 // width * width)
@@ -241,12 +294,13 @@ def against_bandwidth(
         {
             "decode": partial(decode, stream, tokens[:, -1:], 1),
             "products": products(model),
+            "plain products": plain_products(width, models.feed_forward_width(width), layers, vocabulary),
             **readers,
         },
         3 * sizes.rounds,
     )
     best = min(readers, key=lambda name: timings[name].median)
-    row = {
+    return {
         "parameters": cost.count_parameters(model.config).total,
         "bytes per token": num_bytes,
         "state bytes": stream.num_bytes(),
@@ -255,17 +309,31 @@ def against_bandwidth(
         "best reader": best,
         **{f"{name} GB/s": num_bytes / timings[name].median / 1e9 for name in readers},
         "products GB/s": num_bytes / timings["products"].median / 1e9,
+        "plain products GB/s": num_bytes / timings["plain products"].median / 1e9,
         "share of bandwidth": timings["decode"].times_faster_than(timings[best]),
         "share of the products' rate": timings["decode"].times_faster_than(timings["products"]),
     }
-    report(row)
-    return row
 
 
 def products(model: SwatForCausalLM) -> Callable[[], None]:
-    """Every weight matrix times one vector, by torch's own linear, and nothing else."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
-    vectors = {size: torch.randn(1, 1, size) for size in {matrix.shape[1] for matrix in matrices}}
+    """Every weight matrix times one vector as `decode_step` does it, and nothing else."""
+    plan = model._decoding_plan
+    assert plan is not None
+    matrices = [matrix for layer in plan.layers for matrix in layer.matrices()] + [plan.head]
+    vectors = {size: torch.randn(1, size) for size in {matrix.whole.shape[0] for matrix in matrices}}
+
+    def run() -> None:
+        for matrix in matrices:
+            matrix.times(vectors[matrix.whole.shape[0]])
+
+    return run
+
+
+def plain_products(width: int, feed_forward: int, layers: int, vocabulary: int) -> Callable[[], None]:
+    """The same with matrices as they are before they are laid out, one by one, by torch's linear."""
+    shapes = [*[(width, width)] * 4, *[(feed_forward, width)] * 2, (width, feed_forward)] * layers
+    matrices = [torch.randn(shape) for shape in [*shapes, (vocabulary, width)]]
+    vectors = {size: torch.randn(1, size) for size in (width, feed_forward)}
 
     def run() -> None:
         for matrix in matrices:

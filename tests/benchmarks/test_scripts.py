@@ -73,10 +73,11 @@ def test_predicted_ratio_counts_pairs_and_matrices():
 
 @torch.inference_mode()
 def test_decoding_row():
-    sizes = decode_cpu.Sizes(prompt=300, steps=3, rounds=1, prefill_rounds=1)
+    sizes = decode_cpu.Sizes(prompt=600, segments=2, steps=3, rounds=1)
     decode_cpu.check_same_function(VOCABULARY, WIDTH)
     row = decode_cpu.against_mistral(2, VOCABULARY, sizes, WIDTH)
-    assert row["swat chunk"] in (128, 256)
+    assert row["swat chunk"] in (256, 512)
+    assert row["best prefill peer"] in decode_cpu.PEERS
     assert row["decode times mistral"] > 0
     # window places of keys and values in every layer, and one position per stream
     assert row["swat state bytes"] == 2 * (2 * models.LAYERS * models.WINDOW * WIDTH * 4 + 8)
@@ -105,8 +106,9 @@ def test_same_weights_give_the_same_function():
 
 
 @pytest.mark.parametrize("arguments", [["--threads", "1"], ["--threads", "1", "--quick"]])
-def test_runs_judge_their_rows_and_only_full_ones_are_saved(arguments, monkeypatch, capsys):
+def test_runs_judge_their_rows_and_only_full_ones_are_saved(arguments, monkeypatch, capsys, tmp_path):
     saved = []
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
     monkeypatch.setattr(measure, "require_green_tests", lambda *paths: None)
     monkeypatch.setattr(
@@ -120,7 +122,9 @@ def test_runs_judge_their_rows_and_only_full_ones_are_saved(arguments, monkeypat
         lambda task, rounds: {"length": task.length, "width": task.width, "vocabulary": task.vocabulary, **shares},
     )
     monkeypatch.setattr(decode_cpu, "check_same_function", lambda vocabulary: None)
-    monkeypatch.setattr(decode_cpu, "against_mistral", lambda *sizes: {"decode times mistral": 2.5})
+    monkeypatch.setattr(
+        decode_cpu, "against_mistral", lambda *sizes: {"decode times mistral": 2.5, "prefill times mistral": 0.9}
+    )
     monkeypatch.setattr(decode_cpu, "against_bandwidth", lambda *sizes: {"share of bandwidth": 0.5})
     threads = torch.get_num_threads()
     train_cpu.main()
@@ -129,5 +133,8 @@ def test_runs_judge_their_rows_and_only_full_ones_are_saved(arguments, monkeypat
     out = capsys.readouterr().out
     assert "MISSED   T 4096, width 512" in out or "MISSED   T 2048, width 512" in out
     assert "reached  batch 16, vocabulary 8192: times Mistral's tokens/s: 2.5" in out
+    assert "MISSED   batch 1, vocabulary 256: times Mistral's prefill: 0.9" in out
     assert "MISSED   100M parameters: share of the read bandwidth: 0.5" in out
-    assert saved == ([] if "--quick" in arguments else [("train_cpu", 8, 16), ("decode_cpu", 5, 5)])
+    assert saved == ([] if "--quick" in arguments else [("train_cpu", 8, 16), ("decode_cpu", 5, 9)])
+    # what is kept for an interrupted run is gone
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,41 @@
+"""Rows of a benchmark as they are measured, kept in a hidden file, so that an interrupted run goes on after them."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import measure
+
+
+class Rows:
+    """The rows that are measured so far.
+
+    What an interrupted run has left is taken up where machine, versions, commit and settings are the same; a working
+    tree with changes is like no other.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
+        self.path = measure.RESULTS / f".{name}.partial"
+        # as it reads back from the file
+        self.origin = json.loads(json.dumps({**measure.machine(), "date": None, "settings": settings}))
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.path.exists() and "+" not in self.origin["commit"]:
+            record = json.loads(self.path.read_text())
+            if record["origin"] == self.origin:
+                self.rows = record["rows"]
+
+    def measured(self, label: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of this label, measured unless it is there, and kept at once."""
+        if label not in self.rows:
+            self.rows[label] = run()
+            self.path.parent.mkdir(exist_ok=True)
+            # beside and renamed: the file is whole or not there
+            beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+            beside.write_text(json.dumps({"origin": self.origin, "rows": self.rows}, indent=1) + "\n")
+            beside.replace(self.path)
+        return self.rows[label]
+
+    def forget(self) -> None:
+        """Remove the file, once the result is saved."""
+        self.path.unlink(missing_ok=True)
