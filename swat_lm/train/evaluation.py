@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_lm.data import BatchSource
+from swat_lm.data.synthetic import SyntheticSource
 from swat_lm.train.engine import Engine
 from swat_lm.train.objectives import NextToken
 
@@ -38,7 +39,7 @@ class HeldOutLoss:
 class HeldOut:
     """The same rows at every evaluation: the first `num_batches` batches of `source`, or all if there are fewer."""
 
-    source: BatchSource
+    source: BatchSource | SyntheticSource
     num_batches: int
     token_bytes: Tensor | None
     """Bytes each token id stands for, int64 [V]; None if unknown."""

@@ -26,8 +26,9 @@ from swat_lm.train.interruption import Interruption
 from swat_lm.train.metrics import open_writers
 from swat_lm.train.objectives import NextToken
 from swat_lm.train.optimizer import set_hyperparameters
+from swat_lm.train.run_folder import hold_folder
 from swat_lm.train.schedule import learning_rate
-from swat_lm.train.setup import Training, set_up
+from swat_lm.train.setup import Training, check_beforehand, set_up
 
 __all__ = ["Run", "run"]
 
@@ -46,6 +47,10 @@ def run(recipe: Recipe, on_event: Callable[[Event], None] | None = None) -> RunR
 
     with ExitStack() as stack:
         engine = Engine(recipe.train)
+        check_beforehand(engine, recipe)
+        lock = engine.on_main_only(lambda: hold_folder(Path(recipe.out)))
+        if lock is not None:
+            stack.callback(lock.release)
         training = set_up(engine, recipe, on_progress)
         first = training.start.step if training.start else 0
         writers = engine.on_main_only(lambda: open_writers(recipe, first)) or []

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import (
     Checkpoint,
@@ -15,7 +17,7 @@ from swat_lm.train.checkpoint import (
     remove_leftovers,
 )
 
-__all__ = ["CHANGEABLE", "check_continuation", "check_model", "check_writable", "choose_start", "write_recipe"]
+__all__ = ["CHANGEABLE", "check_continuation", "check_model", "choose_start", "hold_folder", "write_recipe"]
 
 CHANGEABLE = frozenset(
     {
@@ -37,8 +39,12 @@ NOT_ARCHITECTURE = frozenset(
 )
 
 
-def check_writable(out: Path) -> None:
-    """Make the folder and write into it, so that a run fails in its first second; raises OSError."""
+def hold_folder(out: Path) -> FileLock:
+    """Make the folder, write into it, so that a run fails in its first second, and keep other runs out of it.
+
+    The lock holds until `release()` or the end of the process, however it ends. Raises OSError, also where another
+    process holds it.
+    """
     probe = out / ".tmp-probe"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -46,7 +52,15 @@ def check_writable(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(error.errno, f"cannot write to the output folder {out}: {error.strerror}") from None
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"another run is writing to {out}: wait for it, stop it, or choose another `out`"
+        ) from None
     remove_leftovers(out)
+    return lock
 
 
 def write_recipe(recipe: Recipe, out: Path) -> None:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from swat_lm.data import (
     resolve_sources,
     vocabulary_size,
 )
+from swat_lm.data.synthetic import SyntheticSource, SyntheticTask, is_synthetic, synthetic_task
 from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
 from swat_lm.recipe import Recipe
 from swat_lm.train.checkpoint import Checkpoint
@@ -27,9 +28,9 @@ from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOut
 from swat_lm.train.metrics import check_loggers
 from swat_lm.train.optimizer import make_optimizer
-from swat_lm.train.run_folder import check_continuation, check_model, check_writable, choose_start, write_recipe
+from swat_lm.train.run_folder import check_continuation, check_model, choose_start, write_recipe
 
-__all__ = ["Training", "set_up"]
+__all__ = ["Training", "check_beforehand", "set_up"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     tokenizer: PreTrainedTokenizerFast
-    source: BatchSource
+    source: BatchSource | SyntheticSource
     held_out: HeldOut | None
     """None if the recipe evaluates never or holds nothing out."""
     start: Checkpoint | None
@@ -49,8 +50,16 @@ class Training:
     config: dict[str, Any]
     """The model's configuration as plain values."""
     data: str
-    """Identity of the prepared tokens."""
+    """Identity of the prepared tokens, or the task."""
     flops_per_token: float
+
+
+def check_beforehand(engine: Engine, recipe: Recipe) -> None:
+    """What can be refused before there is a run folder: a misspelt source, say, must not leave an empty one behind."""
+    engine.rows()
+    engine.on_main(lambda: check_loggers(recipe.train.loggers))
+    check_trainable(recipe.model, recipe.data.documents)
+    engine.on_main_only(lambda: check_sources(recipe))
 
 
 def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], None] | None = None) -> Training:
@@ -59,12 +68,6 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     `on_progress` hears how far tokenising is, on the main process. Raises ValueError or OSError.
     """
     out = Path(recipe.out)
-    engine.rows()
-    engine.on_main(lambda: check_loggers(recipe.train.loggers))
-    check_trainable(recipe.model, recipe.data.documents)
-    # a misspelt source must not leave an empty run folder behind
-    engine.on_main_only(lambda: resolve_sources(recipe.data.sources))
-    engine.on_main(lambda: check_writable(out))
     start, damaged = engine.on_main(lambda: choose_start(out, recipe.train.resume))
     if damaged and engine.is_main:
         assert start is not None
@@ -75,21 +78,14 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     if start is not None:
         check_model(start, plain_config)
 
-    # the others then find what the main process made (or, without a shared disk, make it themselves)
-    engine.on_main_only(lambda: prepare(recipe.data, on_progress))
-    store = prepare(recipe.data)
+    rows = open_rows(engine, recipe, vocabulary_size(tokenizer), on_progress)
     if start is not None and start.folder.parent.parent.resolve() == out.resolve():
-        check_continuation(start, json.loads(json.dumps(asdict(recipe))), store.key)
+        check_continuation(start, json.loads(json.dumps(asdict(recipe))), rows.key)
     if start is not None and start.step > recipe.train.steps:
         raise ValueError(
             f"checkpoint {start.folder} is at step {start.step}, beyond train.steps ({recipe.train.steps}): raise "
             "train.steps, or choose another `out`"
         )
-    source = open_split(recipe, store, "train")
-    held_out = None
-    if recipe.data.held_out and recipe.train.evaluate_every:
-        counts = None if store.token_bytes is None else torch.from_numpy(store.token_bytes)
-        held_out = HeldOut(open_split(recipe, store, "held_out"), recipe.train.evaluate_batches, counts)
 
     # on the CPU, so that the first weights depend on the seed alone
     torch.manual_seed(recipe.seed)
@@ -101,8 +97,50 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     engine.on_main(lambda: write_recipe(recipe, out))
     flops = training_flops(config, recipe.data.sequence_length).per_token
     return Training(
-        recipe, engine, model, optimizer, tokenizer, source, held_out, start, plain_config, store.key, flops
+        recipe, engine, model, optimizer, tokenizer, rows.source, rows.held_out, start, plain_config, rows.key, flops
     )
+
+
+class Rows(NamedTuple):
+    """What a run reads."""
+
+    source: BatchSource | SyntheticSource
+    held_out: HeldOut | None
+    key: str
+    """Identity of the data: equal for the same tokens, or the same task."""
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Raise ValueError for sources that lead nowhere, or a task that does not exist."""
+    if is_synthetic(recipe.data.sources):
+        synthetic_task(recipe.data.sources[0])
+    else:
+        resolve_sources(recipe.data.sources)
+
+
+def open_rows(engine: Engine, recipe: Recipe, vocab_size: int, on_progress: Callable[[Progress], None] | None) -> Rows:
+    """The rows of both splits: of a task, or of text, which is prepared first."""
+    evaluates = recipe.data.held_out > 0 and recipe.train.evaluate_every > 0
+    if is_synthetic(recipe.data.sources):
+        task = synthetic_task(recipe.data.sources[0])
+        source = open_task(recipe, task, "train", vocab_size)
+        held_out = HeldOut(open_task(recipe, task, "held_out", vocab_size), recipe.train.evaluate_batches, None)
+        return Rows(source, held_out if evaluates else None, str(task))
+    # the others then find what the main process made (or, without a shared disk, make it themselves)
+    engine.on_main_only(lambda: prepare(recipe.data, on_progress))
+    store = prepare(recipe.data)
+    source, held_out = open_split(recipe, store, "train"), None
+    if evaluates:
+        counts = None if store.token_bytes is None else torch.from_numpy(store.token_bytes)
+        held_out = HeldOut(open_split(recipe, store, "held_out"), recipe.train.evaluate_batches, counts)
+    return Rows(source, held_out, store.key)
+
+
+def open_task(recipe: Recipe, task: SyntheticTask, split: str, vocab_size: int) -> SyntheticSource:
+    """The rows of a split of a task; the held-out rows do not depend on the run's seed."""
+    seed = recipe.seed if split == "train" else recipe.data.split_seed
+    size = recipe.train.batch_size
+    return SyntheticSource(task, split, recipe.data.sequence_length, seed, batch_size=size, vocab_size=vocab_size)
 
 
 def configure(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:

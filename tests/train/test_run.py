@@ -237,6 +237,7 @@ def test_run_from_another_runs_checkpoint(make_recipe):
 def test_held_out_rows_are_the_same_for_every_seed(make_recipe):
     rows = []
     for recipe in (make_recipe("one"), replace(make_recipe("other"), seed=9)):
+        Path(recipe.out).mkdir()
         training = set_up(Engine(recipe.train), recipe)
         assert training.held_out is not None
         rows.append((training.source.batch(0), next(training.held_out.source.pass_over())))

@@ -10,8 +10,8 @@ from swat_lm.train.run_folder import (
     CHANGEABLE,
     check_continuation,
     check_model,
-    check_writable,
     choose_start,
+    hold_folder,
     write_recipe,
 )
 
@@ -133,9 +133,19 @@ def test_recipe_is_written_whole(tmp_path):
 def test_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to the output folder .*file/run"):
-        check_writable(tmp_path / "file" / "run")
-    check_writable(tmp_path / "new" / "run")
-    assert list((tmp_path / "new" / "run").iterdir()) == []
+        hold_folder(tmp_path / "file" / "run")
+    hold_folder(tmp_path / "new" / "run").release()
+    assert {path.name for path in (tmp_path / "new" / "run").iterdir()} <= {".lock"}
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
+    first = hold_folder(tmp_path)
+    (tmp_path / ".tmp-of-the-first").mkdir()
+    with pytest.raises(OSError, match="another run is writing to"):
+        hold_folder(tmp_path)
+    assert (tmp_path / ".tmp-of-the-first").exists()
+    first.release()
+    hold_folder(tmp_path).release()
 
 
 def test_every_train_key_was_considered():
