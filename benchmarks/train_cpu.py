@@ -1,10 +1,11 @@
 """A training step beside Hugging Face's Mistral with the same window and Llama with full attention: time and memory.
 
-    python -m benchmarks.train_cpu [--quick]
+    python -m benchmarks.train_cpu [--quick] [--lengths 4096]
 
-A step is forward with labels, backward, a fused AdamW step and clearing the gradients, in fp32, batch 1, the same for
-all. Predicted ratios count FLOPs by swat_lm/model/cost.py: ours the pairs inside the window, Mistral all T * T (its
-mask hides pairs, nothing is skipped), Llama T * (T + 1) / 2.
+A row is kept when it is measured, short lengths first, and an interrupted run goes on after it. A step is forward with
+labels, backward, a fused AdamW step and clearing the gradients, in fp32, batch 1, the same for all. Predicted ratios
+count FLOPs by swat_lm/model/cost.py: ours the pairs inside the window, Mistral all T * T (its mask hides pairs, nothing
+is skipped), Llama T * (T + 1) / 2.
 """
 
 import argparse
@@ -12,11 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import measure, models
+from benchmarks.rows import Rows
 from swat_lm.model import cost
 from swat_lm.model.conversion import convert_config
 
@@ -46,32 +49,43 @@ def main() -> None:
     """Measure, judge the goals, save and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short length, fewer rounds; results are not saved")
+    parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=LENGTHS, help="leave others out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     measure.require_green_tests("tests/ops", "tests/model/test_conversion.py", "tests/model/test_cost.py")
-    rows, goals = [], []
+    settings = {
+        "layers": models.LAYERS,
+        "head_dim": models.HEAD_DIM,
+        "window": models.WINDOW,
+        "batch": 1,
+        "dtype": "float32",
+        "step": "forward, backward, fused AdamW",
+        "memory_limit_gib": MEMORY_LIMIT // 2**30,
+    }
+    kept = None if arguments.quick else Rows("train_cpu", settings)
+    tasks = [
+        Task(length, width, vocabulary)
+        for length in ((2048,) if arguments.quick else sorted(arguments.lengths))
+        for width in WIDTHS
+        for vocabulary in VOCABULARIES
+    ]
     for width in WIDTHS:
         for vocabulary in VOCABULARIES:
             models.check_same_function(width, vocabulary)
-            for length in (2048,) if arguments.quick else LENGTHS:
-                rounds = 3 if arguments.quick else ROUNDS if length < LONG else ROUNDS_WHEN_LONG
-                rows.append(compare(Task(length, width, vocabulary), rounds))
-                goals += judge(rows[-1])
+    rows, goals = [], []
+    for task in tasks:
+        rounds = 3 if arguments.quick else ROUNDS if task.length < LONG else ROUNDS_WHEN_LONG
+        measure_row = partial(compare, task, rounds)
+        sys.stdout.write(f"row {len(rows) + 1} of {len(tasks)}: {task}\n")
+        rows.append(measure_row() if kept is None else kept.measured(str(task), measure_row))
+        goals += judge(rows[-1])
     for line in goals:
         sys.stdout.write(f"{'reached' if line['reached'] else 'MISSED '}  {line['goal']}: {line['measured']}\n")
-    if not arguments.quick:
-        settings = {
-            "layers": models.LAYERS,
-            "head_dim": models.HEAD_DIM,
-            "window": models.WINDOW,
-            "batch": 1,
-            "dtype": "float32",
-            "step": "forward, backward, fused AdamW",
-            "rounds": {str(length): ROUNDS if length < LONG else ROUNDS_WHEN_LONG for length in LENGTHS},
-            "memory_limit_gib": MEMORY_LIMIT // 2**30,
-        }
+    if kept is not None:
         sys.stdout.write(f"{measure.save('train_cpu', rows, goals, settings)}\n")
+        if set(arguments.lengths) == set(LENGTHS):
+            kept.forget()
 
 
 def compare(task: Task, rounds: int, memory: bool = True) -> dict:
