@@ -22,7 +22,8 @@ class DataRecipe:
     """Text, tokenizer and how rows are packed. Paths are relative to the working directory."""
 
     sources: tuple[str, ...]
-    """Files or folders of .txt .md .py .jsonl .parquet (also .gz .xz), `hub:NAME[:CONFIG][:SPLIT]`, `python:stdlib`."""
+    """Files or folders of .txt .md .py .jsonl .parquet (also .gz .xz), `hub:NAME[:CONFIG][:SPLIT]`, `python:stdlib`,
+    or one recall task: `synthetic:mqar?pairs=8` (also kv, passkey, copy)."""
     text_field: str = "text"
     """The field of a .jsonl, .parquet or hub row that holds the document's text."""
     tokenizer: str = "bytes"

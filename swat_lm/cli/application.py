@@ -18,6 +18,7 @@ from swat_lm.cli import (
     generation,
     information,
     preparation,
+    recall,
     training,
 )
 from swat_lm.cli.console import messages
@@ -42,6 +43,8 @@ application.command(name="prepare")(preparation.prepare)
 application.command(name="generate")(generation.generate)
 application.add_typer(measurements, name="evaluate")
 measurements.command(name="length")(evaluation.length)
+measurements.command(name="recall")(recall.recall)
+measurements.command(name="reach")(recall.reach)
 measurements.command(name="tasks")(benchmarks.tasks)
 application.command(name="info")(information.info)
 application.command(name="convert")(conversion.convert)

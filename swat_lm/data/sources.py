@@ -116,6 +116,8 @@ def resolve_sources(names: Iterable[str]) -> list[Source]:
             raise DataError(f"{name}: only {STANDARD_LIBRARY} is known")
         elif name.startswith("hub:"):
             found.append(hub_source(name))
+        elif name.startswith("synthetic:"):
+            raise DataError(f"{name}: rows of a task are drawn while training; there is no text to prepare")
         elif path.is_dir():
             found += folder_files(path)
         elif path.exists():

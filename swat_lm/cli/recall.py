@@ -1,0 +1,245 @@
+"""`swat-lm evaluate recall` and `swat-lm evaluate reach`: what a model still knows of what stood far back."""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from swat_lm.cli.checkpoints import load_any_checkpoint
+from swat_lm.cli.console import results
+from swat_lm.cli.evaluation import OWN, check_output, model_with_window, parse_windows, read_documents, with_error
+from swat_lm.cli.progress import Counter
+from swat_lm.model.loading import find_model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from swat_lm.evaluate.reach import ReachCurve
+    from swat_lm.evaluate.recall import RecallCurve, RecallItem
+
+__all__ = ["reach", "recall"]
+
+SHARED_CHECKPOINT = Annotated[str, typer.Argument(help="A run's folder, a folder of any causal model, or a hub name.")]
+WINDOW = Annotated[str, typer.Option(help="Window of every layer: a number, none or own.")]
+DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
+TOKENIZER = Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")]
+
+
+def recall(
+    checkpoint: SHARED_CHECKPOINT,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", "-t", help="passkey, kv, mqar, copy, or synthetic:NAME; several times."),
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", "-d", help="A .jsonl of key-value retrieval or LongEval lines.")
+    ] = None,
+    distances: Annotated[
+        str | None, typer.Option(help="Distances in tokens, by commas; default: around the window and reach.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Items per distance; of a file, most items in all.")] = 50,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the picture.")] = None,
+    window: WINDOW = OWN,
+    batch_size: Annotated[int, typer.Option(min=1, help="Items read side by side.")] = 8,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass; speed and memory only.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the items.")] = 0,
+    tokenizer: TOKENIZER = None,
+    device: DEVICE = None,
+) -> None:
+    """Measure what a model recalls of a text, against the distance to it.
+
+    Tasks in text, for any model: passkey (a number in filler), kv (key-value retrieval), mqar (several keys asked for),
+    copy (a list of words). For a model that was trained on a synthetic task, name it as its recipe does. An answer is
+    right if the model would write all of its tokens. The picture marks the window's edge and the theoretical reach,
+    1 + (W - 1) times the layers.
+
+    \b
+    Examples:
+      swat-lm evaluate recall runs/mine --task passkey --task kv --distances 64,256,1024,4096
+      swat-lm evaluate recall runs/recall-mqar --task 'synthetic:mqar?pairs=8' --out mqar
+      swat-lm evaluate recall llama-folder --data kv_retrieval_75_keys.jsonl.xz --samples 100
+    """
+    names = list(dict.fromkeys(task or ([] if data else ["passkey"])))
+    asked = None if distances is None else parse_distances(distances)
+    check_output(out, "recall.json")
+    model, tokens = load_any_checkpoint(checkpoint, tokenizer, device)
+    (view,) = parse_one_window(window)
+    model = model_with_window(model, view)
+    where = asked or default_distances(model)
+    from swat_lm.evaluate.recall import measure_recall
+
+    # all items first, so that what cannot be made is said before anything is measured
+    sets = [(name, make_items(name, model, tokens, where, samples, seed, asked is not None)) for name in names]
+    sets += [(path.name.partition(".")[0], file_items(path, tokens, samples)) for path in data or []]
+    curves = []
+    for name, items in sets:
+        with Counter(f"recalling, {name}", "tokens") as counter:
+            curve = measure_recall(model, items, name, chunk=chunk, batch_size=batch_size, on_progress=counter)
+        curves.append(curve)
+        results().print(f"{name}: window {curve.window or 'none'}, reach {curve.reach or 'everything'}", markup=False)
+        results().print(recall_table(curve))
+    if out is not None:
+        save_recall(curves, out, Path(checkpoint).name)
+
+
+def reach(
+    checkpoint: SHARED_CHECKPOINT,
+    data: Annotated[list[str], typer.Option("--data", "-d", help="Text to measure on; may be given several times.")],
+    length: Annotated[
+        int | None, typer.Option(min=3, help="Tokens before the prediction; default: twice the reach.")
+    ] = None,
+    most: Annotated[int, typer.Option(min=1, help="Streams, spread over the text.")] = 32,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the picture.")] = None,
+    window: WINDOW = OWN,
+    held_out: Annotated[float, typer.Option(help="Measure on this held-out share of the documents; 0: on all.")] = 0.0,
+    text_field: Annotated[
+        str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")
+    ] = "text",
+    tokenizer: TOKENIZER = None,
+    device: DEVICE = None,
+) -> None:
+    """Measure how far back a model's predictions depend on the text, by gradients.
+
+    The influence of a token is the norm of the gradient of the last token's loss with respect to its embedding. Given
+    are the distances within which half, 90 % and 99 % of all influence lie.
+
+    \b
+    Example:
+      swat-lm evaluate reach runs/mine --data books/ --out reach
+    """
+    check_output(out, "reach.json")
+    model, _ = load_any_checkpoint(checkpoint, tokenizer, device)
+    (view,) = parse_one_window(window)
+    model = model_with_window(model, view)
+    from swat_lm.evaluate.length import segments
+    from swat_lm.evaluate.reach import effective_reach
+    from swat_lm.evaluate.windows import theoretical_reach
+
+    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, held_out, model)
+    size = length or min(2 * (theoretical_reach(model) or 1024), 8192)
+    with Counter("measuring", "streams") as counter:
+        curve = effective_reach(model, segments(documents, size + 1, most), on_progress=counter)
+    results().print(reach_table(curve))
+    if out is not None:
+        from swat_lm.evaluate.recall_plots import plot_reach
+
+        out.mkdir(parents=True, exist_ok=True)
+        plot_reach(curve, out / "reach.png", title=Path(checkpoint).name)
+        curve.save(out / "reach.json")
+        results().print(f"{out / 'reach.json'}, {out / 'reach.png'}", markup=False)
+
+
+def parse_distances(text: str) -> list[int]:
+    """`64,128` as numbers, rising; raises ValueError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(
+            f"--distances: expected whole numbers above 0 with commas between, such as 64,256; got {text!r}"
+        )
+    return sorted({int(part) for part in parts})
+
+
+def parse_one_window(text: str) -> list[str]:
+    """The name of one window."""
+    names = parse_windows(text)
+    if len(names) != 1:
+        raise ValueError(f"--window: this command takes one window, got {text!r}")
+    return names
+
+
+def default_distances(model: "PreTrainedModel") -> list[int]:
+    """From a quarter of the window to twice the reach, and both sides of either edge; without a window 64 to 2,048."""
+    from swat_lm.evaluate.windows import model_window, theoretical_reach
+
+    window, reach_here = model_window(model), theoretical_reach(model)
+    if window is None or reach_here is None:
+        return [1 << power for power in range(6, 12)]
+    # W - 1 and reach - 1 are the last distances on this side of either edge
+    between = [window << power for power in range(1, 64) if window << power < reach_here]
+    edges = {window // 4, window // 2, window - 1, window, *between, reach_here - 1, reach_here, 2 * reach_here}
+    return sorted(one for one in edges if one > 0)
+
+
+def make_items(
+    name: str,
+    model: "PreTrainedModel",
+    tokens: "PreTrainedTokenizerFast",
+    distances: list[int],
+    samples: int,
+    seed: int,
+    asked: bool,
+) -> "list[RecallItem]":
+    """Items of one task; of default distances, those too short for it are left out."""
+    from swat_lm.data.synthetic import PREFIX, synthetic_task
+    from swat_lm.evaluate.probes import synthetic_items, text_items
+
+    items: list[RecallItem] = []
+    make = functools.partial(text_items, name, encoder(tokens))
+    if name.startswith(PREFIX):
+        task = synthetic_task(name)
+        # the task has odd distances only
+        distances = [one - 1 + one % 2 for one in distances] if task.name == "kv" and not asked else distances
+        make = functools.partial(synthetic_items, task)
+    for distance in distances:
+        try:
+            items += make([distance], samples, seed)
+        except ValueError:
+            if asked or distance == distances[-1]:
+                raise
+    return items
+
+
+def file_items(path: Path, tokens: "PreTrainedTokenizerFast", most: int) -> "list[RecallItem]":
+    """Items of a file."""
+    from swat_lm.evaluate.probes import read_items
+
+    return read_items(path, encoder(tokens), most)
+
+
+def encoder(tokens: "PreTrainedTokenizerFast") -> "functools.partial[list[int]]":
+    """Text to tokens without special ones."""
+    return functools.partial(tokens.encode, add_special_tokens=False)
+
+
+def recall_table(curve: "RecallCurve") -> Table:
+    """The curve as a table of text."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in ("distance", "recalled", "95 % interval", "loss of answers", "items"):
+        table.add_column(name, justify="right")
+    for point in curve.points:
+        table.add_row(
+            f"{point.distance:,}",
+            f"{100 * point.accuracy:.1f} %",
+            f"{100 * point.low:.1f} .. {100 * point.high:.1f} %",
+            with_error(point.loss, point.loss_error),
+            f"{point.num_items}",
+        )
+    return table
+
+
+def reach_table(curve: "ReachCurve") -> Table:
+    """The distances within which shares of the influence lie, beside what the windows allow."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("influence")
+    table.add_column("within so many tokens", justify="right")
+    for name, value in curve.within.items():
+        error = curve.within_error[name]
+        table.add_row(f"{100 * float(name):g} %", f"{value:,.1f}" + ("" if error is None else f" +- {error:.1f}"))
+    table.add_row("theoretical reach", "everything" if curve.reach is None else f"{curve.reach - 1:,}")
+    return table
+
+
+def save_recall(curves: "list[RecallCurve]", out: Path, name: str) -> None:
+    """Write recall.json (one curve per task) and recall.png into the folder."""
+    import json
+    from dataclasses import asdict
+
+    from swat_lm.evaluate.curves import write_whole
+    from swat_lm.evaluate.recall_plots import plot_recall
+
+    out.mkdir(parents=True, exist_ok=True)
+    plot_recall(curves, out / "recall.png", title=name)
+    write_whole(out / "recall.json", json.dumps([asdict(curve) for curve in curves], indent=1) + "\n")
+    results().print(f"{out / 'recall.json'}, {out / 'recall.png'}", markup=False)

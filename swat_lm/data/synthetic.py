@@ -1,0 +1,270 @@
+"""Recall tasks drawn from numbers instead of text: rows whose answers stand at a known distance before their question.
+
+A source of the trainer, `data.sources: ["synthetic:mqar?pairs=8"]`, where only answers are targets, and the rows by
+which `swat-lm evaluate recall` measures what was learnt. A row is a pure function of (seed, split, number).
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+from urllib.parse import parse_qsl
+
+import numpy as np
+import torch
+
+from swat_lm.data.batches import IGNORED, Batch
+from swat_lm.data.sources import DataError
+
+__all__ = ["PREFIX", "Answer", "Row", "SyntheticSource", "SyntheticTask", "is_synthetic", "synthetic_task"]
+
+PREFIX = "synthetic:"
+# ids: fillers, the mark, keys, values
+FILLERS = 8
+MARK = FILLERS
+FIRST_KEY = FILLERS + 1
+SPLITS = ("train", "held_out", "probe")
+# rows of one pass over a split without end
+ROWS = 1 << 16
+
+
+class Answer(NamedTuple):
+    """Tokens that can only be known from an earlier place."""
+
+    start: int
+    """Index of the first token of the answer; the token before it predicts it."""
+    end: int
+    distance: int
+    """From the place that predicts to the token it must recall: a window of W reaches distance W - 1 in one layer."""
+
+
+class Row(NamedTuple):
+    """One row of a task."""
+
+    tokens: np.ndarray
+    """int64 [T]."""
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class SyntheticTask:
+    """One kind of rows.
+
+    - `kv`: pairs of key and value throughout, and at the end one key again, whose newest value is wanted (Lost in the
+      Middle, arXiv 2307.03172).
+    - `mqar`: some pairs, filler, and every key again in another order, anywhere after them (arXiv 2312.04927).
+    - `passkey`: a mark and a code somewhere in filler, and the mark again at the end (arXiv 2305.16300).
+    - `copy`: random values and, after a lag of up to half a row, the same again.
+    """
+
+    name: str
+    pairs: int = 8
+    """Pairs of `mqar`."""
+    keys: int = 64
+    """Different keys."""
+    values: int = 64
+    """Different values; chance is one in so many for each token of an answer."""
+    digits: int = 4
+    """Values in the code of `passkey`."""
+
+    @property
+    def num_ids(self) -> int:
+        """Token ids that the task uses, from 0."""
+        return FIRST_KEY + self.keys + self.values
+
+    def __str__(self) -> str:
+        settings = "&".join(f"{one}={getattr(self, one)}" for one in SETTINGS[self.name])
+        return f"{PREFIX}{self.name}?{settings}"
+
+    def row(self, random: np.random.Generator, length: int) -> Row:
+        """A row of exactly `length` tokens whose distances are drawn; raises DataError if it is too short."""
+        self.check_length(length)
+        if self.name == "mqar":
+            return self.scattered(random, length)
+        longest = {"kv": length - 3, "passkey": length - self.digits - 2, "copy": length // 2 - 1}[self.name]
+        shortest = {"kv": 1, "passkey": self.digits, "copy": min(2, longest)}[self.name]
+        distance = int(random.integers(shortest, longest + 1))
+        if self.name == "kv":
+            distance -= 1 - distance % 2
+        row = self.row_at(random, distance)
+        before = length - len(row.tokens)
+        filler = self.filling(random, before)
+        answers = tuple(Answer(one.start + before, one.end + before, one.distance) for one in row.answers)
+        return Row(np.concatenate([filler, row.tokens]), answers)
+
+    def row_at(self, random: np.random.Generator, distance: int) -> Row:
+        """The shortest row whose answers have exactly this distance; raises DataError if the task cannot have it."""
+        low = {"kv": 1, "mqar": 2 * self.pairs - 1, "passkey": self.digits, "copy": 1}[self.name]
+        if distance < low or (self.name == "kv" and distance % 2 == 0):
+            which = "an odd number" if self.name == "kv" else "a number"
+            raise DataError(f"{self}: expected {which} of at least {low} as distance, got {distance}")
+        if self.name == "kv":
+            return self.kv(random, distance)
+        if self.name == "mqar":
+            return self.gathered(random, distance)
+        if self.name == "passkey":
+            code = self.draw_values(random, self.digits)
+            gap = self.fillers(random, distance - self.digits)
+            tokens = np.concatenate([[MARK], code, gap, [MARK], code])
+            return Row(tokens, (Answer(len(tokens) - self.digits, len(tokens), distance),))
+        segment = self.draw_values(random, distance)
+        # the mark stands before both, so the copy lags by one more than the segment is long
+        tokens = np.concatenate([[MARK], segment, [MARK], segment])
+        return Row(tokens, (Answer(distance + 2, len(tokens), distance),))
+
+    def kv(self, random: np.random.Generator, distance: int) -> Row:
+        """The wanted pair, pairs with other keys, and the wanted key."""
+        others = (distance - 1) // 2
+        wanted, *rest = random.choice(self.keys, 1 + min(others, self.keys - 1), replace=False)
+        drawn = random.choice(rest, others, replace=others > len(rest)) if others else np.zeros(0, np.int64)
+        pairs = np.empty(2 * others + 2, np.int64)
+        pairs[0::2] = FIRST_KEY + np.concatenate([[wanted], drawn])
+        pairs[1::2] = self.draw_values(random, others + 1)
+        tokens = np.concatenate([pairs, [pairs[0], pairs[1]]])
+        return Row(tokens, (Answer(len(tokens) - 1, len(tokens), distance),))
+
+    def gathered(self, random: np.random.Generator, distance: int) -> Row:
+        """The pairs, filler, and the pairs again, so that all have the same distance."""
+        pairs = self.draw_pairs(random)
+        tokens = np.concatenate([pairs, self.fillers(random, distance + 1 - len(pairs)), pairs])
+        first = distance + 2
+        return Row(tokens, tuple(Answer(first + 2 * i, first + 2 * i + 1, distance) for i in range(self.pairs)))
+
+    def scattered(self, random: np.random.Generator, length: int) -> Row:
+        """The pairs, and among filler each of them again, in another order and anywhere."""
+        pairs = self.draw_pairs(random)
+        tokens = np.concatenate([pairs, self.fillers(random, length - len(pairs))])
+        free = (length - len(pairs)) // 2
+        places = np.sort(random.choice(free, self.pairs, replace=False)) * 2 + len(pairs)
+        answers = []
+        for place, which in zip(places.tolist(), random.permutation(self.pairs).tolist(), strict=True):
+            tokens[place : place + 2] = pairs[2 * which : 2 * which + 2]
+            answers.append(Answer(place + 1, place + 2, place - (2 * which + 1)))
+        return Row(tokens, tuple(answers))
+
+    def draw_pairs(self, random: np.random.Generator) -> np.ndarray:
+        """Different keys, each followed by a value."""
+        found = np.empty(2 * self.pairs, np.int64)
+        found[0::2] = FIRST_KEY + random.choice(self.keys, self.pairs, replace=False)
+        found[1::2] = self.draw_values(random, self.pairs)
+        return found
+
+    def draw_values(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """So many values."""
+        return random.integers(FIRST_KEY + self.keys, self.num_ids, count)
+
+    def fillers(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """Tokens that mean nothing."""
+        return random.integers(0, FILLERS, count)
+
+    def filling(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """What stands before the part of a row that matters: more of the same, which is of no use."""
+        if self.name != "kv":
+            return self.fillers(random, count)
+        found = np.empty(count + count % 2, np.int64)
+        found[0::2] = FIRST_KEY + random.integers(0, self.keys, len(found) // 2)
+        found[1::2] = self.draw_values(random, len(found) // 2)
+        return found[len(found) - count :]
+
+    def check_length(self, length: int) -> None:
+        """Raise DataError for rows that are too short for the task."""
+        least = {"kv": 6, "mqar": 4 * self.pairs, "passkey": 2 * self.digits + 3, "copy": 6}[self.name]
+        if length < least:
+            raise DataError(f"{self}: needs data.sequence_length of at least {least}, got {length}")
+
+
+# what each task knows of its dataclass
+SETTINGS = {
+    "kv": ("keys", "values"),
+    "mqar": ("pairs", "keys", "values"),
+    "passkey": ("digits", "values"),
+    "copy": ("values",),
+}
+
+
+def is_synthetic(sources: tuple[str, ...]) -> bool:
+    """Whether a recipe's sources are a task; raises DataError if a task stands beside something else."""
+    found = [one for one in sources if one.startswith(PREFIX)]
+    if found and len(sources) > 1:
+        raise DataError(f"{found[0]}: a task is the only source of its run; got {len(sources)} sources")
+    return bool(found)
+
+
+def synthetic_task(name: str) -> SyntheticTask:
+    """`synthetic:NAME?setting=number&...`; raises DataError for an unknown task or setting."""
+    kind, _, settings = name.removeprefix(PREFIX).partition("?")
+    if kind not in SETTINGS:
+        raise DataError(f"{name}: no task of that name; known: {', '.join(PREFIX + one for one in SETTINGS)}")
+    task = replace(SyntheticTask(kind), **settings_of(name, settings, SETTINGS[kind]))
+    if kind == "mqar" and task.pairs > task.keys:
+        raise DataError(f"{name}: {task.pairs} pairs need as many keys; got {task.keys}")
+    return task
+
+
+def settings_of(name: str, text: str, known: Sequence[str]) -> Mapping[str, int]:
+    """The numbers after the question mark."""
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text))
+    except ValueError:
+        raise DataError(f"{name}: write settings as {PREFIX}NAME?pairs=8&keys=64; got {text!r}") from None
+    for key, value in pairs:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise DataError(f"{name}: no setting {key!r}; {hint}")
+        least = 2 if key in ("keys", "values") else 1
+        if not value.isdigit() or int(value) < least:
+            raise DataError(f"{name}: {key} must be a whole number of at least {least}; got {value!r}")
+    return {key: int(value) for key, value in pairs}
+
+
+class SyntheticSource:
+    """The rows of one split of a task, without end; used like a `BatchSource`."""
+
+    def __init__(
+        self, task: SyntheticTask, split: str, sequence_length: int, seed: int, *, batch_size: int, vocab_size: int
+    ) -> None:
+        """Raises DataError if the rows are too short for the task, or the vocabulary too small."""
+        task.check_length(sequence_length)
+        if task.num_ids > vocab_size:
+            raise DataError(
+                f"{task}: needs {task.num_ids} token ids, the tokenizer has {vocab_size}: use fewer keys or values, or "
+                "another data.tokenizer"
+            )
+        if batch_size < 1:
+            raise DataError(f"need batch_size >= 1; got {batch_size}")
+        self.task, self.sequence_length, self.batch_size = task, sequence_length, batch_size
+        self.seed = (seed, SPLITS.index(split))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one pass; training goes on beyond them."""
+        return ROWS
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one pass."""
+        return -(-self.num_rows // self.batch_size)
+
+    def batch(self, step: int, rows: range | None = None) -> Batch:
+        """Rows `rows` (all if None) of the global batch of a step."""
+        chosen = range(self.batch_size) if rows is None else rows
+        if not len(chosen) or min(chosen) < 0 or max(chosen) >= self.batch_size:
+            raise DataError(f"rows must be a non-empty part of range({self.batch_size}); got {rows}")
+        drawn = [self.row(step * self.batch_size + place) for place in chosen]
+        ids = torch.from_numpy(np.stack([one.tokens for one in drawn]))
+        labels = torch.full_like(ids, IGNORED)
+        for place, one in enumerate(drawn):
+            for answer in one.answers:
+                labels[place, answer.start : answer.end] = ids[place, answer.start : answer.end]
+        positions = torch.arange(self.sequence_length).expand_as(ids).contiguous()
+        return Batch(ids, labels, positions, None)
+
+    def pass_over(self, rows: range | None = None, num_batches: int | None = None) -> Iterator[Batch]:
+        """The first `num_batches` batches, always the same."""
+        for step in range(self.num_batches if num_batches is None else min(num_batches, self.num_batches)):
+            yield self.batch(step, rows)
+
+    def row(self, number: int) -> Row:
+        """The row of this number."""
+        return self.task.row(np.random.default_rng((*self.seed, number)), self.sequence_length)

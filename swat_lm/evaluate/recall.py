@@ -1,0 +1,192 @@
+"""Recall against distance: whether a model still knows what stood so many tokens ago; intervals, JSON.
+
+An item holds its tokens and where its answers are; they are read as streams, each answer scored by the tokens that the
+model itself would have written (all of them the likeliest). Legend: B items side by side, T tokens, M model width.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from swat_lm.data.synthetic import Answer
+from swat_lm.evaluate.curves import mean_and_error, write_whole
+from swat_lm.evaluate.limits import check_length
+from swat_lm.evaluate.reader import Reader, evaluating, reader_for
+from swat_lm.evaluate.windows import model_window, theoretical_reach
+
+__all__ = ["RecallCurve", "RecallItem", "RecallPoint", "measure_recall", "wilson"]
+
+Z = 1.959964
+"""Of the 95 % interval."""
+
+
+class RecallItem(NamedTuple):
+    """A text with something to recall."""
+
+    tokens: np.ndarray
+    """int64 [T]."""
+    answers: tuple[Answer, ...]
+    group: int
+    """Items of a group make one point of the curve."""
+
+
+@dataclass(frozen=True)
+class RecallPoint:
+    """Recall at one distance."""
+
+    distance: int
+    """Mean distance of the answers in tokens, from the place that predicts to what it must recall."""
+    num_items: int
+    num_answers: int
+    accuracy: float
+    """Share of answers all of whose tokens are the likeliest."""
+    low: float
+    """Of the 95 % interval of Wilson over items (each weighs as its share of right answers)."""
+    high: float
+    loss: float
+    """Nats per token of the answers."""
+    loss_error: float | None
+    """Standard error over items."""
+
+
+@dataclass(frozen=True)
+class RecallCurve:
+    """Recall of one model in one task."""
+
+    task: str
+    points: tuple[RecallPoint, ...]
+    window: int | None
+    """Widest window of the model; None: a layer sees everything."""
+    reach: int | None
+    """Tokens, its own included, that a place can depend on: 1 + sum of (window - 1)."""
+
+    def save(self, path: Path) -> None:
+        """Write the JSON beside the place and rename it."""
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def from_json(cls, text: str) -> "RecallCurve":
+        """Read what `save` wrote."""
+        values = json.loads(text)
+        points = tuple(RecallPoint(**one) for one in values["points"])
+        return cls(values["task"], points, values["window"], values["reach"])
+
+
+class Scored(NamedTuple):
+    """What a model made of one item."""
+
+    right: list[bool]
+    """Per answer."""
+    loss: float
+    """Nats per token over all answers."""
+
+
+def measure_recall(
+    model: PreTrainedModel,
+    items: Sequence[RecallItem],
+    task: str,
+    *,
+    chunk: int = 512,
+    batch_size: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> RecallCurve:
+    """Read every item and score its answers; one point for each group, by rising distance.
+
+    Raises:
+        ValueError: no items, an item without an answer or with tokens that the model does not know, or one too long.
+    """
+    reader = reader_for(model)
+    check_items(items, reader.vocab_size, chunk, batch_size)
+    # of like length side by side, the longest first, so that what does not fit fails at once
+    order = sorted(range(len(items)), key=lambda index: -len(items[index].tokens))
+    check_length(reader, len(items[order[0]].tokens), min(batch_size, len(items)))
+    scored: dict[int, Scored] = {}
+    done, total = 0, sum(len(item.tokens) for item in items)
+    with evaluating(model):
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            found = score_batch(reader, [items[index] for index in rows], chunk)
+            scored.update(zip(rows, found, strict=True))
+            done += sum(len(items[index].tokens) for index in rows)
+            if on_progress:
+                on_progress(done, total)
+    groups: dict[int, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(item.group, []).append(index)
+    points = [summary([items[i] for i in members], [scored[i] for i in members]) for members in groups.values()]
+    points.sort(key=lambda point: point.distance)
+    return RecallCurve(task, tuple(points), model_window(model), theoretical_reach(model))
+
+
+def check_items(items: Sequence[RecallItem], vocab_size: int, chunk: int, batch_size: int) -> None:
+    """Raise ValueError for what cannot be scored."""
+    if not items:
+        raise ValueError("recall: expected at least one item")
+    if chunk < 1 or batch_size < 1:
+        raise ValueError(f"recall: expected chunk and batch_size of at least 1, got {chunk} and {batch_size}")
+    for index, item in enumerate(items):
+        if not item.answers or any(not 0 < a.start < a.end <= len(item.tokens) for a in item.answers):
+            raise ValueError(f"item {index}: expected answers within its {len(item.tokens)} tokens, after the first")
+        if item.tokens.max() >= vocab_size:
+            raise ValueError(
+                f"item {index}: token {item.tokens.max()} is not among the {vocab_size} of the model: task and model, "
+                "or tokenizer and model, do not belong together"
+            )
+
+
+def score_batch(reader: Reader, items: Sequence[RecallItem], chunk: int) -> list[Scored]:
+    """Read items side by side, padded on the right, and look only at places before answers."""
+    length = max(len(item.tokens) for item in items)
+    tokens = torch.zeros(len(items), length, dtype=torch.int64)
+    wanted = torch.zeros(len(items), length, dtype=torch.bool)
+    for row, item in enumerate(items):
+        tokens[row, : len(item.tokens)] = torch.from_numpy(np.asarray(item.tokens, dtype=np.int64))
+        for answer in item.answers:
+            wanted[row, answer.start : answer.end] = True
+    hits, losses = torch.zeros(tokens.shape, dtype=torch.bool), torch.zeros(tokens.shape, dtype=torch.float64)
+    state = reader.start(len(items))
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        hidden = reader.extend(tokens[:, start:end], state)
+        here = wanted[:, start + 1 : end + 1]
+        if not here.any():
+            continue
+        chosen = hidden[:, : here.shape[1]][here.to(hidden.device)].unsqueeze(0)
+        targets = tokens[:, start + 1 : end + 1][here].unsqueeze(0)
+        rows, columns = here.nonzero(as_tuple=True)
+        losses[rows, columns + start + 1] = reader.losses(chosen, targets.to(hidden.device))[0].double().cpu()
+        hits[rows, columns + start + 1] = reader.hits(chosen, targets.to(hidden.device))[0].cpu()
+    results = []
+    for row, item in enumerate(items):
+        right = [bool(hits[row, answer.start : answer.end].all()) for answer in item.answers]
+        results.append(Scored(right, losses[row][wanted[row]].mean().item()))
+    return results
+
+
+def summary(items: Sequence[RecallItem], scored: Sequence[Scored]) -> RecallPoint:
+    """One point of the curve."""
+    distances = [answer.distance for item in items for answer in item.answers]
+    right = [sum(one.right) / len(one.right) for one in scored]
+    accuracy = math.fsum(right) / len(right)
+    low, high = wilson(accuracy, len(right))
+    return RecallPoint(
+        round(sum(distances) / len(distances)), len(items), len(distances), accuracy, low, high,
+        *mean_and_error([one.loss for one in scored]),
+    )  # fmt: skip
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` trials (Wilson, 1927), which holds also near 0 and 1."""
+    if count < 1 or not 0 <= share <= 1:
+        raise ValueError(f"wilson: expected a share of at least one trial, got {share} of {count}")
+    square = Z * Z
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = Z * math.sqrt(share * (1 - share) / count + square / (4 * count * count)) / (1 + square / count)
+    return max(0.0, middle - half), min(1.0, middle + half)

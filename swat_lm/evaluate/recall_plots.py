@@ -1,0 +1,81 @@
+"""Pictures of recall and influence against distance, with the window's edge and the theoretical reach marked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from swat_lm.evaluate.plots import COLOURS, DASHES, MARKERS, finish, mark_vertical, new_figure, short_number
+from swat_lm.evaluate.reach import ReachCurve
+from swat_lm.evaluate.recall import RecallCurve
+
+__all__ = ["plot_reach", "plot_recall"]
+
+
+def plot_recall(curves: Sequence[RecallCurve], path: Path, *, title: str | None = None) -> None:
+    """Share of right answers against distance; bars are 95 % intervals. Raises ValueError without a curve."""
+    if not curves:
+        raise ValueError("nothing to draw: expected at least one curve")
+    figure, axes = new_figure()
+    for index, curve in enumerate(curves):
+        at = [max(point.distance, 1) for point in curve.points]
+        accuracy = [point.accuracy for point in curve.points]
+        below = [max(0.0, point.accuracy - point.low) for point in curve.points]
+        above = [max(0.0, point.high - point.accuracy) for point in curve.points]
+        axes.errorbar(
+            at, accuracy, yerr=[below, above], label=curve.task, color=COLOURS[index % 6], marker=MARKERS[index % 6],
+            linestyle=DASHES[index % 6], linewidth=2.2, markersize=7, capsize=4,
+        )  # fmt: skip
+    axes.set_ylim(-0.03, 1.12)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.set_ylabel("share of answers recalled")
+    by_distance(axes, [point.distance for curve in curves for point in curve.points], "distance to recall (tokens)")
+    mark_edges(axes, curves[0].window, curves[0].reach)
+    finish(figure, path, title)
+
+
+def plot_reach(curve: ReachCurve, path: Path, *, title: str | None = None) -> None:
+    """Influence per token against distance, both axes logarithmic; distance 0 stands at the left edge."""
+    figure, axes = new_figure()
+    shown = [i for i, share in enumerate(curve.share) if share > 0 and curve.first[i] > 0]
+    if not shown:
+        raise ValueError("nothing to draw: no token before the last has any influence")
+    middle = [(curve.first[i] * curve.last[i]) ** 0.5 for i in shown]
+    shares = [curve.share[i] for i in shown]
+    errors = [min(curve.share_error[i] or 0.0, 0.9 * curve.share[i]) for i in shown]
+    axes.errorbar(
+        middle, shares, yerr=errors, label="influence of one token", color=COLOURS[0], marker=MARKERS[0],
+        linewidth=2.2, markersize=7, capsize=4,
+    )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylabel("share of the gradient's norm")
+    by_distance(axes, [curve.last[i] for i in shown], "distance to the prediction (tokens)")
+    mark_edges(axes, curve.window, curve.reach)
+    for name, value in curve.within.items():
+        if value >= 1:
+            axes.axvline(value, color=COLOURS[1], linewidth=1.4, linestyle="--")
+            axes.annotate(f"{100 * float(name):g} %", (value, 0.02), xycoords=("data", "axes fraction"),
+                          xytext=(4, 0), textcoords="offset points", fontsize=12, color=COLOURS[1])  # fmt: skip
+    finish(figure, path, title)
+
+
+def by_distance(axes: Axes, distances: Sequence[int], label: str) -> None:
+    """A doubling axis with a tick at every fourth power of two at most, so that labels do not touch."""
+    axes.set_xscale("log", base=2)
+    powers = range(0, max(max(distances, default=1), 2).bit_length() + 1)
+    step = 1 if len(powers) <= 14 else 2
+    low = max(1, min(distances, default=1))
+    axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in powers if 2**power >= low / 2][::step]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.set_xlabel(label)
+
+
+def mark_edges(axes: Axes, window: int | None, reach: int | None) -> None:
+    """The last distance that one layer sees, and the last that all layers together can carry."""
+    edges = [(one - 1, text) for one, text in ((window, "window"), (reach, "reach")) if one is not None and one > 1]
+    if len({at for at, _ in edges}) == 1 and len(edges) == 2:
+        edges = [(edges[0][0], "window = reach")]
+    for at, text in edges:
+        mark_vertical(axes, at, text)
