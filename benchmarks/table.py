@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.measure import REPOSITORY, RESULTS
 
 PAGE = REPOSITORY / "docs" / "performance.md"
-BENCHMARKS = ("attention_cpu", "train_cpu", "decode_cpu")
+BENCHMARKS = ("attention_cpu", "train_cpu", "decode_cpu", "attention_gpu")
 NOT_RECORDED = "Not recorded yet: `python -m benchmarks.{name}` measures it on this machine and records it here."
 
 
@@ -61,8 +61,11 @@ def fill(page: str, results: Path) -> str:
 
 
 def render(record: dict[str, Any]) -> str:
-    """One benchmark: where it was measured, its goals, and its rows, those with equal columns in one table."""
-    parts = [describe(record["machine"], record["settings"])]
+    """One benchmark: where it was measured, its goals, and its rows, those with equal columns in one table.
+
+    A record with `lines` has many rows of few figures: there a row is a line of the table.
+    """
+    parts = [describe(record["machine"], record["settings"], record.get("gpu"))]
     if record["goals"]:
         goals = [
             [
@@ -78,18 +81,23 @@ def render(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         groups.setdefault(tuple(row), []).append(row)
     for columns, rows in groups.items():
+        if record.get("lines"):
+            head = [heading(column) for column in columns]
+            parts.append(table(head, [[cell(row[column]) for column in columns] for row in rows]))
+            continue
         # figures run down, so that a comparison of many figures stays readable
         body = [[heading(column), *(cell(row[column]) for row in rows)] for column in columns]
         parts.append(table(body[0], body[1:]))
     return "\n\n".join(parts)
 
 
-def describe(machine: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The machine, the versions and the settings in one paragraph."""
+def describe(machine: dict[str, Any], settings: dict[str, Any], gpu: dict[str, Any] | None = None) -> str:
+    """The machine, its GPU where that is what was measured, the versions and the settings in one paragraph."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     shown = "; ".join(f"{heading(name)} {cell(value)}" for name, value in settings.items())
+    card = "" if gpu is None else f"{gpu['name']} ({cell({k: v for k, v in gpu.items() if k != 'name'})}); "
     return (
-        f"{machine['processor']}, {machine['threads']} threads, {machine['memory_gib']} GiB; "
+        f"{card}{machine['processor']}, {machine['threads']} threads, {machine['memory_gib']} GiB; "
         f"Python {machine['python']}, {versions}; commit {machine['commit']}, {machine['date']}. Settings: {shown}."
     )
 
