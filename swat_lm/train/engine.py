@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -33,6 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from swat_lm.data import Batch
 from swat_lm.recipe import TrainRecipe
+from swat_lm.train.plain_reading import PlainPlanner, PlainReader
 
 if sys.platform != "win32":
     import resource
@@ -187,17 +189,23 @@ class Engine:
 
     def read_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read what `write_state` wrote, on any number of processes; raises ValueError naming the folder."""
+        try:
+            # DCP would report an unreadable index in several lines and tracebacks
+            PlainReader(folder).read_metadata()
+        except (UnpicklingError, EOFError, AttributeError, OSError) as error:
+            raise ValueError(f"cannot read checkpoint {folder}: {error}") from error
         weights, state = get_state_dict(model, optimizer)
         with single_process_notice_ignored():
             try:
                 dcp_load(
                     {"model": weights, "optimizer": state},
-                    storage_reader=FileSystemReader(folder),
+                    storage_reader=PlainReader(folder),
+                    planner=PlainPlanner(),
                     no_dist=self.num_processes == 1,
                 )
             except CheckpointException as error:
                 cause = next(iter(error.failures.values()))[0]
-                raise ValueError(f"cannot read checkpoint {folder}: {cause}") from error
+                raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
 
     def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:

@@ -1,10 +1,14 @@
 import json
+import pickle
 import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from swat_lm.recipe import TrainRecipe
 from swat_lm.train.checkpoint import (
@@ -169,3 +173,34 @@ def test_recipe_wins_over_the_restored_optimizer(tmp_path):
     assert other.param_groups[1]["weight_decay"] == 0.0
     assert other.param_groups[0]["betas"] == (0.5, 0.6)
     assert [parameter.dim() for parameter in other.param_groups[0]["params"]] == [2, 2]
+
+
+class Payload:
+    """Unpickled as it comes, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_index_of_a_foreign_checkpoint_runs_no_code(tmp_path):
+    model, optimizer = trained(2)
+    folder = save(tmp_path, 2, model=model, optimizer=optimizer)
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    with pytest.raises(ValueError, match=rf"cannot read checkpoint {folder}: its index names"):
+        Engine(TRAIN).read_state(folder, model, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_values_of_a_foreign_checkpoint_run_no_code(tmp_path):
+    model, optimizer = trained(2)
+    weights, state = get_state_dict(model, optimizer)
+    state["param_groups"][0]["lr"] = Payload(tmp_path / "ran")
+    writer = FileSystemWriter(tmp_path / "foreign", single_file_per_rank=True)
+    dcp_save({"model": weights, "optimizer": state}, storage_writer=writer, no_dist=True)
+    (tmp_path / "ran").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="cannot read checkpoint"):
+        Engine(TRAIN).read_state(tmp_path / "foreign", model, optimizer)
+    assert not (tmp_path / "ran").exists()
