@@ -21,7 +21,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swat_lm.evaluate.limits import check_length, position_limit
-from swat_lm.evaluate.scoring import Row, Scorer
+from swat_lm.evaluate.readings import Row
+from swat_lm.evaluate.scoring import Scorer
 
 __all__ = ["HarnessModel", "Rolling", "check_max_length"]
 

@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations under any causal model: batches that fit by themselves, long rows in streams.
 
-Logits exist for some tokens at a time and only where something is predicted. Rows with the same input are read once.
+Logits exist for some tokens at a time and only where something is predicted. What rows have in common is read once.
 Legend: B rows, T tokens, N places, M model width, V vocabulary.
 """
 
@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from swat_lm.evaluate.reader import reader_for, split_model
+from swat_lm.evaluate.readings import Family, Reading, Row, families, readings
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
 
-__all__ = ["Row", "Score", "Scorer"]
+__all__ = ["Score", "Scorer"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,8 @@ STREAM_ABOVE = 4096
 """Tokens of the longest row that is read in one pass; longer ones are streams."""
 CHUNK = 1024
 """Tokens of a stream per pass."""
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
 """Padded tokens of a batch to begin with; halved when memory runs out."""
-
-
-class Row(NamedTuple):
-    """Tokens to predict and the tokens before them, neither empty."""
-
-    context: Sequence[int]
-    continuation: Sequence[int]
 
 
 class Score(NamedTuple):
@@ -47,13 +40,9 @@ class Score(NamedTuple):
     """Whether every token of it is the likeliest one."""
 
 
-@dataclass
-class Reading:
-    """One input to read, and the continuations that are looked up in it; each ends one token after the input."""
-
-    tokens: list[int]
-    wanted: list[tuple[int, Sequence[int]]] = field(default_factory=list)
-    """Index of the row, and its continuation."""
+Answer = tuple[int, float, bool]
+"""A row's index; log-likelihood of a stretch of its continuation; whether all of it are the likeliest tokens."""
+Work = Callable[[Sequence[Family]], Iterator[Answer]]
 
 
 class Places(NamedTuple):
@@ -120,110 +109,126 @@ class Scorer:
             ValueError: a row without context or continuation, a token the model does not know, or one row that does
                 not fit into memory.
         """  # fmt: skip
-        readings = sorted(self._readings(rows), key=lambda reading: -len(reading.tokens))
-        total, done = sum(len(reading.tokens) for reading in readings), 0
+        found = families(readings(rows, self.reader.vocab_size))
+        if not isinstance(self.model, SwatForCausalLM):
+            # what others keep of a beginning cannot be repeated for each member without knowing its kind
+            found = alone(found)
         sums = [(0.0, True)] * len(rows)
-        start = 0
-        while start < len(readings):
-            streamed = len(readings[start].tokens) > stream_above and self.can_stream()
-            count = self._fitting(readings, start, streamed, stream_above)
-            batch = readings[start : start + count]
-            try:
-                found = list(self._stream(batch) if streamed else self._one_pass(batch))
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._shrink(batch, count)
-                continue
-            for index, value, greedy in found:
-                sums[index] = (sums[index][0] + value, sums[index][1] and greedy)
-            start += count
-            done += sum(len(reading.tokens) for reading in batch)
-            if on_progress:
-                on_progress(done, total)
+        done, total = 0, sum(family.num_tokens for family in found)
+        for work, waiting in self._plans(found, stream_above):
+            start = 0
+            while start < len(waiting):
+                batch = self._fitting(waiting, start, CHUNK if work == self._stream else None)
+                try:
+                    answers = list(work(batch))
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._shrink(batch)
+                    continue
+                for index, value, greedy in answers:
+                    sums[index] = (sums[index][0] + value, sums[index][1] and greedy)
+                start += len(batch)
+                done += sum(family.num_tokens for family in batch)
+                if on_progress:
+                    on_progress(done, total)
         return [Score(*one) for one in sums]
 
-    def _readings(self, rows: Sequence[Row]) -> list[Reading]:
-        """Rows with the same input together, as in multiple choice between single tokens."""
-        known: dict[tuple[int, ...], Reading] = {}
-        for index, (context, continuation) in enumerate(rows):
-            if not len(context) or not len(continuation):
-                raise ValueError(f"row {index}: expected at least one token of context and one to predict")
-            tokens = [*context, *continuation]
-            largest = max(tokens)
-            if largest >= self.reader.vocab_size or min(tokens) < 0:
-                raise ValueError(
-                    f"row {index}: token {largest} is not among the {self.reader.vocab_size} of the model: "
-                    "tokenizer and model do not belong together"
-                )
-            inputs = tuple(tokens[:-1])
-            known.setdefault(inputs, Reading(tokens[:-1])).wanted.append((index, continuation))
-        return list(known.values())
+    def _plans(self, found: Sequence[Family], stream_above: int) -> list[tuple[Work, list[Family]]]:
+        """Ways to read, and what is read so, the longest first."""
+        streams, passes, shared = [], [], []
+        for family in found:
+            if family.longest > stream_above and self.can_stream():
+                streams += alone([family])
+            elif family.num_shared:
+                shared.append(family)
+            else:
+                passes.append(family)
+        plans: list[tuple[Work, list[Family]]] = [
+            (self._stream, streams), (self._shared, shared), (self._one_pass, passes),
+        ]  # fmt: skip
+        # first by beginnings of about one length, so that neither these nor the rests are padded much
+        return [(work, sorted(some, key=lambda one: (-(one.num_shared // 16), -one.longest))) for work, some in plans]
 
-    def _fitting(self, readings: Sequence[Reading], start: int, streamed: bool, stream_above: int) -> int:
-        """How many readings make the next batch; the first is the longest."""
-        longest = min(len(readings[start].tokens), CHUNK) if streamed else len(readings[start].tokens)
-        count = self.batch_size or max(1, self._budget // longest)
-        count = min(count, len(readings) - start)
-        if streamed:
-            while len(readings[start + count - 1].tokens) <= stream_above:
-                count -= 1
-        return count
+    def _fitting(self, waiting: Sequence[Family], start: int, at_once: int | None) -> list[Family]:
+        """The next batch, at least one; `at_once` bounds the tokens of a row that count."""
+        batch = [waiting[start]]
+        for family in waiting[start + 1 :]:
+            more = [*batch, family]
+            if self.batch_size is not None:
+                if sum(len(one.members) for one in more) > self.batch_size:
+                    break
+            elif padded_tokens(more, at_once) > self._budget:
+                break
+            batch = more
+        return batch
 
-    def _shrink(self, batch: Sequence[Reading], count: int) -> None:
+    def _shrink(self, batch: Sequence[Family]) -> None:
         """Half the batch next time; raises ValueError where that does not help."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if self.batch_size is not None or count == 1:
-            raise ValueError(
-                f"out of memory with {count} rows of {len(batch[0].tokens)} tokens: "
-                + ("use a smaller --batch-size, or auto" if count > 1 else "shorten the texts, or use another device")
-            )  # fmt: skip
-        self._budget = max(1, count // 2) * len(batch[0].tokens)
+        if self.batch_size is not None or len(batch) == 1:
+            count = sum(len(family.members) for family in batch)
+            advice = (
+                "use a smaller --batch-size, or auto" if len(batch) > 1 else "shorten the texts, or use another device"
+            )
+            longest = max(family.num_shared + family.longest for family in batch)
+            raise ValueError(f"out of memory with {count} rows of {longest} tokens: {advice}")
+        self._budget = padded_tokens(batch, None) // 2
 
-    def _one_pass(self, batch: Sequence[Reading]) -> Iterator[tuple[int, float, bool]]:
-        tokens = self._stack(batch, 0, len(batch[0].tokens))
+    def _one_pass(self, batch: Sequence[Family]) -> Iterator[Answer]:
+        """Rows on their own, whole."""
+        members = [one for family in batch for one in family.members]
         with torch.inference_mode():
-            outputs = self._body(input_ids=tokens, use_cache=False)
+            outputs = self._body(input_ids=self._stack([one.tokens for one in members]), use_cache=False)
         hidden = outputs.logits if self._head is None else outputs[0]
-        places = []
-        for row, reading in enumerate(batch):
-            end = len(reading.tokens)
-            for index, targets in reading.wanted:
-                places.append(Places(index, hidden[row, end - len(targets) : end], targets))
-        yield from self._look_up(places)
+        yield from self._look_up(places(members, hidden, 0))
 
-    def _stream(self, batch: Sequence[Reading]) -> Iterator[tuple[int, float, bool]]:
-        state = self.reader.start(len(batch))
-        longest = len(batch[0].tokens)
-        for start in range(0, longest, CHUNK):
-            end = min(start + CHUNK, longest)
-            hidden = self.reader.extend(self._stack(batch, start, end), state)
-            places = []
-            for row, reading in enumerate(batch):
-                for index, targets in reading.wanted:
-                    first = len(reading.tokens) - len(targets)
-                    low, high = max(start, first), min(end, len(reading.tokens))
-                    if low < high:
-                        part = targets[low - first : high - first]
-                        places.append(Places(index, hidden[row, low - start : high - start], part))
-            yield from self._look_up(places)
+    def _stream(self, batch: Sequence[Family]) -> Iterator[Answer]:
+        """Rows on their own, chunk by chunk in constant memory."""
+        members = [one for family in batch for one in family.members]
+        state = self.reader.start(len(members))
+        for start in range(0, max(len(one.tokens) for one in members), CHUNK):
+            tokens = self._stack([one.tokens[start : start + CHUNK] for one in members])
+            yield from self._look_up(places(members, self.reader.extend(tokens, state), start))
 
-    def _stack(self, batch: Sequence[Reading], start: int, end: int) -> Tensor:
-        """The tokens `start .. end` of each reading, int64 `[B, T]`, padded on the right, where none looks."""
-        rows = torch.zeros(len(batch), end - start, dtype=torch.int64)
-        for row, reading in enumerate(batch):
-            part = reading.tokens[start:end]
-            rows[row, : len(part)] = torch.tensor(part, dtype=torch.int64)
-        return rows.to(self.model.device)
+    def _shared(self, batch: Sequence[Family]) -> Iterator[Answer]:
+        """Beginnings once, then the rest of every member after its own."""
+        model: Any = self.model
+        longest = max(family.num_shared for family in batch)
+        tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+        documents = torch.full_like(tokens, -1)
+        for row, family in enumerate(batch):
+            # on the left, so that all end together
+            tokens[row, longest - family.num_shared :] = torch.tensor(family.members[0].tokens[: family.num_shared])
+            documents[row, longest - family.num_shared :] = 0
+        tokens, documents = tokens.to(model.device), documents.to(model.device)
+        with torch.inference_mode():
+            carry = model.init_carry("detached")
+            for part, ids in zip(tokens.split(CHUNK, dim=1), documents.split(CHUNK, dim=1), strict=True):
+                _, carry = model.forward_chunk(part, carry, ids)
+            counts = torch.tensor([len(family.members) for family in batch], device=model.device)
+            rest = [one.tokens[family.num_shared :] for family in batch for one in family.members]
+            later = self._stack(rest)
+            hidden, _ = model.forward_chunk(later, carry.repeated(counts), torch.zeros_like(later))
+        starts = [family.num_shared for family in batch for _ in family.members]
+        members = [one for family in batch for one in family.members]
+        yield from self._look_up(places(members, hidden, starts))
+
+    def _stack(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Rows of tokens as int64 `[B, T]`, padded on the right, where no earlier token looks."""
+        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        for row, ids in enumerate(rows):
+            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return tokens.to(self.model.device)
 
     @torch.inference_mode()
-    def _look_up(self, places: Sequence[Places]) -> Iterator[tuple[int, float, bool]]:
+    def _look_up(self, found: Sequence[Places]) -> Iterator[Answer]:
         """Summed log-probability, and whether all are the likeliest, of each stretch; logits some places at a time."""
-        if not places:
+        if not found:
             return
-        hidden = torch.cat([place.hidden for place in places])
-        targets = torch.tensor(list(itertools.chain.from_iterable(place.targets for place in places)))
+        hidden = torch.cat([place.hidden for place in found])
+        targets = torch.tensor(list(itertools.chain.from_iterable(place.targets for place in found)))
         values, greedy = [], []
         size = default_chunk(self.reader.vocab_size)
         for part, target in zip(hidden.split(size), targets.to(hidden.device).split(size), strict=True):
@@ -231,10 +236,36 @@ class Scorer:
             of_target = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
             values.append((of_target - logits.logsumexp(-1)).double())
             greedy.append(logits.argmax(-1) == target)
-        lengths = [len(place.targets) for place in places]
+        lengths = [len(place.targets) for place in found]
         by_place = zip(torch.cat(values).cpu().split(lengths), torch.cat(greedy).cpu().split(lengths), strict=True)
-        for place, (value, hit) in zip(places, by_place, strict=True):
+        for place, (value, hit) in zip(found, by_place, strict=True):
             yield place.index, math.fsum(value.tolist()), bool(hit.all())
+
+
+def places(members: Sequence[Reading], hidden: Tensor, start: int | Sequence[int]) -> list[Places]:
+    """Where in hidden states `[B, T, M]`, of tokens from `start` on, something is looked up."""
+    found = []
+    starts = [start] * len(members) if isinstance(start, int) else start
+    for row, (reading, begin) in enumerate(zip(members, starts, strict=True)):
+        end = min(begin + hidden.shape[1], len(reading.tokens))
+        for index, targets in reading.wanted:
+            first = len(reading.tokens) - len(targets)
+            low = max(begin, first)
+            if low < end:
+                found.append(Places(index, hidden[row, low - begin : end - begin], targets[low - first : end - first]))
+    return found
+
+
+def alone(found: Sequence[Family]) -> list[Family]:
+    """Every member by itself."""
+    return [Family(0, [reading]) for family in found for reading in family.members]
+
+
+def padded_tokens(batch: Sequence[Family], at_once: int | None) -> int:
+    """Tokens of a batch with its padding."""
+    longest = max(family.longest for family in batch)
+    members = sum(len(family.members) for family in batch)
+    return len(batch) * max(family.num_shared for family in batch) + members * min(longest, at_once or longest)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

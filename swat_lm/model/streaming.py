@@ -36,6 +36,15 @@ class Carry:
     document_length: Tensor | None = None
     """int64 `[B]`: tokens of that document so far."""
 
+    def repeated(self, counts: Tensor) -> "Carry":
+        """Each sequence so many times (int64 `[B]`), in order: several continuations go on from one beginning."""
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.repeat_interleave(counts, dim=0)
+
+        memories = tuple(CarryMemory(one.keep, rows(one.key), rows(one.value)) for one in self.memories)
+        return Carry(self.mode, memories, self.num_tokens, rows(self.document), rows(self.document_length))
+
 
 class Streaming:
     """Mixed into the language model: states, prefill, the decode step, and chunks with a carry."""

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from swat_lm.data import load_tokenizer
 from swat_lm.evaluate import scoring
-from swat_lm.evaluate.scoring import Row, Scorer
+from swat_lm.evaluate.readings import Row, families, readings
+from swat_lm.evaluate.scoring import Scorer
 from tests.evaluate import models
 
 pytest.importorskip("lm_eval")
@@ -116,6 +117,38 @@ def test_batches_and_streams_change_nothing(build, monkeypatch: pytest.MonkeyPat
         for one, other in zip(scores, expected, strict=True):
             assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-4, abs=1e-4)
             assert one.is_greedy == other.is_greedy
+
+
+def test_beginnings_are_read_once():
+    model = tiny_swat()
+    generator = torch.Generator().manual_seed(2)
+
+    def some(count: int) -> list[int]:
+        return torch.randint(256, (count,), generator=generator).tolist()
+
+    rows = []
+    for length in (9, 30, 12, 55, 1):
+        context = some(length)
+        rows += [Row(context, some(number)) for number in (3, 1, 1, 8)]
+    # the contexts differ, as in WinoGrande
+    start, end = some(20), some(6)
+    rows += [Row([*start, *some(3)], end), Row([*start, *some(5)], end), Row(some(40), some(2))]
+    found = readings(rows, 259)
+    groups = families(found)
+    # the shortest context is not worth it
+    assert [(one.num_shared, len(one.members)) for one in groups[:4]] == [(8, 3), (29, 3), (11, 3), (54, 3)]
+    assert (groups[-2].num_shared, len(groups[-2].members), groups[-1].num_shared) == (20, 2, 0)
+    assert [member for group in groups for member in group.members] == found
+    extended: list[int] = []
+    plain = Scorer(model, batch_size=1)
+    expected = [plain.score([row])[0] for row in rows]
+    chunk = model.forward_chunk
+    model.forward_chunk = lambda tokens, *rest: extended.append(len(tokens)) or chunk(tokens, *rest)  # type: ignore
+    for scorer in (Scorer(model), Scorer(model, batch_size=7)):
+        for one, other in zip(scorer.score(rows), expected, strict=True):
+            assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-4, abs=1e-4)
+            assert one.is_greedy == other.is_greedy
+    assert extended[:2] == [5, 14]
 
 
 def test_progress_counts_every_token_read_once():
