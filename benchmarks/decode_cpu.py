@@ -197,8 +197,9 @@ def check_same_function(vocabulary: int, width: int = WIDTH, prompt: int = 3 * m
 
 def against_mistral(batch: int, vocabulary: int, sizes: Sizes, width: int = WIDTH) -> dict:
     """Prefill and decoding of B streams in turns with Mistral, by the better of its attentions."""
+    ours = OurStream(models.swat(width, vocabulary))
     streams: dict[str, Stream] = {
-        "swat": OurStream(models.swat(width, vocabulary)),
+        "swat": ours,
         "softmax window": OurStream(models.softmax_window(width, vocabulary)),
         "mistral sdpa": MistralStream(models.mistral(width, vocabulary, "sdpa")),
         "mistral eager": MistralStream(models.mistral(width, vocabulary, "eager")),
@@ -208,9 +209,9 @@ def against_mistral(batch: int, vocabulary: int, sizes: Sizes, width: int = WIDT
     chunks, reading = {}, {}
     for name, stream in streams.items():
         chunks[name], reading[name] = best_chunk(stream, tokens)
-    stepping = measure.take_turns({name: partial(decode, streams[name], tokens[:, -1:], 8) for name in PEERS}, 5)
+    first_steps = measure.take_turns({name: partial(decode, streams[name], tokens[:, -1:], 8) for name in PEERS}, 5)
     prefill_peer = min(PEERS, key=lambda name: reading[name])
-    decode_peer = min(PEERS, key=lambda name: stepping[name].median)
+    decode_peer = min(PEERS, key=lambda name: first_steps[name].median)
     streams = {
         name: stream for name, stream in streams.items() if name not in PEERS or name in (prefill_peer, decode_peer)
     }
@@ -218,9 +219,11 @@ def against_mistral(batch: int, vocabulary: int, sizes: Sizes, width: int = WIDT
     prefills = read_in_turns(streams, tokens, chunks, sizes.segments)
     say("  decoding")
     # every stream now stands after the whole prompt, and goes on from round to round
-    decodes = measure.take_turns(
-        {name: partial(decode, stream, tokens[:, -1:], sizes.steps) for name, stream in streams.items()}, sizes.rounds
-    )
+    stepping: dict[str, Callable[[], None]] = {
+        name: partial(decode, stream, tokens[:, -1:], sizes.steps) for name, stream in streams.items()
+    }
+    stepping["products"] = products(ours.model, batch, sizes.steps)
+    decodes = measure.take_turns(stepping, sizes.rounds)
     row: dict = {"batch": batch, "vocabulary": vocabulary, "prompt": sizes.prompt}
     shown = {"swat": ("swat", "swat"), "softmax window": ("softmax window", "softmax window")}
     for name, (reader, stepper) in {**shown, "mistral": (prefill_peer, decode_peer)}.items():
@@ -234,6 +237,7 @@ def against_mistral(batch: int, vocabulary: int, sizes: Sizes, width: int = WIDT
     for label, name in (("", "swat"), ("softmax ", "softmax window")):
         row[f"{label}prefill times mistral"] = prefills[name].times_faster_than(prefills[prefill_peer])
         row[f"{label}decode times mistral"] = decodes[name].times_faster_than(decodes[decode_peer])
+    row["swat ms per step, products alone"] = decodes["products"].median / sizes.steps * 1e3
     return row | {"best prefill peer": prefill_peer, "best decode peer": decode_peer}
 
 
@@ -315,16 +319,17 @@ def against_bandwidth(
     }
 
 
-def products(model: SwatForCausalLM) -> Callable[[], None]:
-    """Every weight matrix times one vector as `decode_step` does it, and nothing else."""
+def products(model: SwatForCausalLM, batch: int = 1, steps: int = 1) -> Callable[[], None]:
+    """Every weight matrix times B vectors as `decode_step` does it, and nothing else, for a number of tokens."""
     plan = model._decoding_plan
     assert plan is not None
     matrices = [matrix for layer in plan.layers for matrix in layer.matrices()] + [plan.head]
-    vectors = {size: torch.randn(1, size) for size in {matrix.whole.shape[0] for matrix in matrices}}
+    vectors = {size: torch.randn(batch, size) for size in {matrix.whole.shape[0] for matrix in matrices}}
 
     def run() -> None:
-        for matrix in matrices:
-            matrix.times(vectors[matrix.whole.shape[0]])
+        for _ in range(steps):
+            for matrix in matrices:
+                matrix.times(vectors[matrix.whole.shape[0]])
 
     return run
 
