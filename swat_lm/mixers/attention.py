@@ -114,12 +114,25 @@ class WindowAttention(Mixer):
     def step(self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, memory: RingMemory) -> Tensor:
         """Mix one token per sequence, `[B, 1, M]`, in place over the rings."""
         query, key, value = self._project(hidden)
+        if angles is not None and query.is_cuda:
+            # the kernel rotates
+            return self.o_proj(self.attend_step(query, key, value, memory, half_angles(*angles)))
         if angles is not None:
             query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
         return self.o_proj(self.attend_step(query, key, value, memory))
 
-    def attend_step(self, query: Tensor, key: Tensor, value: Tensor, memory: RingMemory) -> Tensor:
-        """Attend with one rotated token per sequence, `[B, 1, heads, D]`; returns the heads' output `[B, 1, H * D]`."""
+    def attend_step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        memory: RingMemory,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend with one token per sequence, `[B, 1, heads, D]`; returns the heads' output `[B, 1, H * D]`.
+
+        `rotary` is cosine and sine, `[B, 1, D / 2]`; None where query and key are rotated already.
+        """
         settings = self.settings
         if key.dtype != memory.key_ring.dtype:
             # under autocast
@@ -135,6 +148,7 @@ class WindowAttention(Mixer):
             score_function=settings.score_function,
             slopes=self.slopes_on(query.device),
             score_bias=settings.score_bias,
+            rotary=rotary,
             return_lse=settings.learned_sink,
             backend=settings.backend,
         )
@@ -190,3 +204,9 @@ def rotate_paired(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     A roll by half a head exchanges the members of every pair.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin).to(x.dtype)
+
+
+def half_angles(cos: Tensor, signed_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The angles of `LayerRotary.step_angles` as the operator takes them: `[B, 1, 1, D]` to `[B, 1, D / 2]`, views."""
+    half = cos.shape[-1] // 2
+    return cos[:, :, 0, :half], signed_sin[:, :, 0, half:]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from swat_lm.mixers import MIXERS, AttentionSettings, WindowAttention
+from swat_lm.mixers.attention import half_angles, rotate_paired
 from swat_lm.mixers.protocol import CarryMemory, RingMemory, StateTensor, Visible
 from swat_lm.ops.rotary import rotary_angles
 
@@ -144,3 +145,23 @@ def test_rings_and_carries_continue_one_pass(changes):
 def test_backends_agree():
     x = hidden(11)
     torch.testing.assert_close(mix(attention(backend="reference"), x), mix(attention(backend="blocked"), x))
+
+
+def test_a_step_rotates_alike_before_the_operator_and_in_it():
+    """On a GPU the kernel rotates, with halves of the angles that other devices use whole."""
+    mixer, position = attention(), torch.tensor([3, 11])
+    cos, sin = (x[:, :, None].repeat(1, 1, 1, 2) for x in rotary_angles(position[:, None], 8, dtype=torch.float64))
+    whole = cos, torch.cat((-sin[..., :4], sin[..., 4:]), dim=-1)
+    query, key, value = (torch.randn(2, 1, heads, 8, dtype=torch.float64) for heads in (2, 1, 1))
+    outputs = []
+    for in_operator in (False, True):
+        rings = torch.ones(2, 2, 5, 1, 8, dtype=torch.float64)
+        memory = RingMemory(rings[0], rings[1], torch.tensor([0, 1]), position)
+        with torch.no_grad():
+            if in_operator:
+                outputs.append((mixer.attend_step(query, key, value, memory, half_angles(*whole)), rings))
+            else:
+                rotated = rotate_paired(query, *whole), rotate_paired(key, *whole)
+                outputs.append((mixer.attend_step(*rotated, value, memory), rings))
+    for ours, theirs in zip(*outputs, strict=True):
+        torch.testing.assert_close(ours, theirs)
