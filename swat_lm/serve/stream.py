@@ -65,12 +65,16 @@ def generate_tokens(
 class TextAssembler:
     """Turns tokens into text one at a time, holding back bytes that do not yet make a character.
 
-    Decodes against a few tokens of context, since some tokenizers decide by the token before whether a space belongs
-    between two; the rest is forgotten, so a stream of any length needs constant memory.
+    What it gives out together is the text of all tokens decoded at once, invalid bytes included, wherever a tokenizer
+    decodes bytes as they come (byte-level ones do). Decodes against a few tokens of context, since some tokenizers
+    decide by the token before whether a space belongs between two; the rest is forgotten, so a stream of any length
+    needs constant memory.
     """
 
-    # no UTF-8 character is longer than four bytes: what is not whole after that will never be
-    MOST_HELD = 4
+    # an unfinished UTF-8 character is at most three bytes, each shown as a replacement character
+    MOST_OPEN = 3
+    # tokens kept before some are sought that can be forgotten, and before all of them are given up as they are
+    MANY_HELD, MOST_HELD = 4, 16
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool = True) -> None:
         """A tokenizer is anything with Hugging Face's `decode(ids, skip_special_tokens=...)`."""
@@ -78,22 +82,58 @@ class TextAssembler:
         self._skip = skip_special_tokens
         self._context: list[int] = []
         self._held: list[int] = []
+        # what was given out of the held tokens' text
+        self._given = ""
 
     def push(self, token: int) -> str:
         """The text that became whole with this token, maybe none."""
         self._held.append(token)
-        text = self._new_text()
-        if text.endswith("\ufffd") and len(self._held) < self.MOST_HELD:
-            return ""
-        self._context, self._held = self._held, []
-        return text
+        text = self._text_of_held()
+        if text is None:
+            # the last bytes change how those before them read: wait for the next ones, but not for ever
+            return "" if len(self._held) < self.MANY_HELD else self._give_up()
+        if not text.endswith("\ufffd"):
+            new = text[len(self._given) :]
+            self._context, self._held, self._given = self._held, [], ""
+            return new
+        settled = text.rstrip("\ufffd")
+        settled = text[: max(len(settled), len(text) - self.MOST_OPEN)]
+        new = settled[len(self._given) :]
+        self._given += new
+        if len(self._held) > self.MANY_HELD:
+            new += self._forget_some(text)
+        return new if len(self._held) < self.MOST_HELD else new + self._give_up()
 
     def finish(self) -> str:
         """What is still held back; incomplete bytes come as replacement characters."""
-        text = self._new_text() if self._held else ""
-        self._context, self._held = [], []
-        return text
+        new = self._give_up() if self._held else ""
+        self._context = []
+        return new
 
-    def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
-        return self._tokenizer.decode(self._context + self._held, skip_special_tokens=self._skip)[len(before) :]
+    def _forget_some(self, text: str) -> str:
+        """Forget the held tokens before the last character's beginning; returns what was not yet given of them."""
+        for count in range(len(self._held) - 1, 0, -1):
+            first, rest = self._held[:count], self._held[count:]
+            first_text = self._decode(first)
+            # two parts of one character would be replaced apart
+            if first_text + self._decode(rest) == text:
+                new = first_text[len(self._given) :]
+                self._context, self._held, self._given = first, rest, self._given[len(first_text) :]
+                return new
+        return ""
+
+    def _give_up(self) -> str:
+        """Forget all held tokens; returns what was not yet given of them."""
+        text = self._text_of_held()
+        new = (self._decode(self._held) if text is None else text)[len(self._given) :]
+        self._context, self._held, self._given = self._held, [], ""
+        return new
+
+    def _text_of_held(self) -> str | None:
+        """What the held tokens add to the context's text; None if they change what was given out already."""
+        before = self._decode(self._context)
+        whole = self._decode(self._context + self._held)
+        return whole[len(before) :] if whole.startswith(before + self._given) else None
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
