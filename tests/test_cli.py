@@ -333,18 +333,61 @@ def test_only_the_main_process_speaks(cli, here: Path, monkeypatch: pytest.Monke
     assert cli("train", "rum.yaml").err == ""
 
 
+class Arriving(io.BytesIO):
+    """A pipe whose reader gets these pieces."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        super().__init__()
+        self.left = list(pieces)
+
+    def read1(self, size: int | None = -1, /) -> bytes:
+        """The next piece."""
+        return self.left.pop(0) if self.left else b""
+
+
 def test_text_pieces_keep_every_character():
     text = "na\u00efve \u20ac\n" * 5000 + "no end"
     source = io.BufferedReader(io.BytesIO(text.encode()), 64)
     pieces = list(text_pieces(source, whole=False))
     assert "".join(pieces) == text
     assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert len(pieces) > 1
     assert max(map(len, pieces)) <= 1 << 17
     assert list(text_pieces(io.BufferedReader(io.BytesIO(b"a\nb")), whole=True)) == ["a\nb"]
-    long = "x" * 300_000
-    pieces = list(text_pieces(io.BufferedReader(io.BytesIO(long.encode())), whole=False))
-    assert "".join(pieces) == long
-    assert len(pieces) > 1
+
+
+def test_how_a_prompt_arrives_does_not_change_its_pieces_without_line_breaks():
+    text = ("x" * 37 + "\n\n" + "y" * 12 + "\nz z\n  w") * 40
+    cut = {}
+    for size in (1, 7, 50, len(text)):
+        arriving = Arriving([text[at : at + size].encode() for at in range(0, len(text), size)])
+        pieces = list(text_pieces(arriving, whole=False, longest=10))
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 10
+        at = 0
+        forced = []
+        for piece in pieces[:-1]:
+            at += len(piece)
+            if not (text[at - 1] == "\n" and text[at - 2].strip() and text[at].strip()):
+                forced.append(at)
+        cut[size] = forced
+    assert cut[1]
+    assert cut[1] == cut[7] == cut[50] == cut[len(text)]
+
+
+def test_how_a_prompt_arrives_does_not_change_its_tokens(cli, here: Path):
+    (here / "code.py").write_text(
+        "def f(x):\n    if x:\n        return 1\n\n    return 2\n\n\nclass A:\n    y = 1\n" * 9
+    )
+    assert cli("tokenizer", "code.py", "--vocab-size", 320, "--out", "made").code == 0
+    tokens = load_tokenizer("made")
+    text = (here / "code.py").read_text()
+    expected = tokens.encode(text, add_special_tokens=False)
+    lines = [line.encode() for line in text.splitlines(keepends=True)]
+    for arriving in (lines, [text.encode()], [bytes([one]) for one in text.encode()]):
+        pieces = list(text_pieces(Arriving(arriving), whole=False))
+        assert [token for piece in pieces for token in tokens.encode(piece, add_special_tokens=False)] == expected
+    assert len(list(text_pieces(Arriving(lines), whole=False))) == 9
 
 
 def test_progress_on_a_terminal():

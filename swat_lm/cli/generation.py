@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 PIECE_BYTES = 1 << 16
+# more than a command line can carry in one argument (128 KiB on Linux), so that a pipe equals --prompt there
+LONGEST_PIECE = 1 << 18
 
 
 def generate(
@@ -131,19 +133,21 @@ def end_token(tokens: "PreTrainedTokenizerFast") -> int | None:
 
 
 def pieces_are_exact(tokens: "PreTrainedTokenizerFast") -> bool:
-    """Whether text may be cut at line breaks: byte-level tokenizers add nothing at the start of a piece."""
+    """Whether text may be cut at `SAFE_CUT`: byte-level tokenizers add nothing at the start of a piece."""
     from swat_lm.data.tokenizer import is_byte_level
 
     return is_byte_level(tokens.backend_tokenizer.to_str())
 
 
-def text_pieces(source: BinaryIO, whole: bool) -> Iterator[str]:
-    """UTF-8 text from a pipe as it comes, cut after line breaks (or where a line is longer than a piece).
+def text_pieces(source: BinaryIO, whole: bool, longest: int = LONGEST_PIECE) -> Iterator[str]:
+    """UTF-8 text from a pipe as it comes, cut where a line break stands between two visible characters.
 
-    `whole` reads to the end first, for tokenizers that must see all. Raises ValueError for what is not text.
+    Byte-level tokens end there, so that neither the cuts nor the way the text arrives change them; without such a place
+    in `longest` characters it is cut anyway, always at the same one. `whole` reads to the end first, for tokenizers
+    that must see all. Raises ValueError for what is not text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    held, at = "", 0
+    held, looked_at, at = "", 0, 0
     while True:
         read = source.read1(PIECE_BYTES)  # type: ignore[attr-defined]
         try:
@@ -155,11 +159,23 @@ def text_pieces(source: BinaryIO, whole: bool) -> Iterator[str]:
             break
         if whole:
             continue
-        cut = held.rfind("\n") + 1
-        if not cut and len(held) >= PIECE_BYTES:
-            cut = len(held)
-        if cut:
-            yield held[:cut]
-            held = held[cut:]
+        start = 0
+        while cut := piece_end(held, start, looked_at, longest):
+            yield held[start:cut]
+            start = looked_at = cut
+        held = held[start:]
+        looked_at = len(held)
     if held:
         yield held
+
+
+def piece_end(text: str, start: int, looked_at: int, longest: int) -> int:
+    """Where the piece that begins at `start` ends, 0 if that is still open; there is no cut before `looked_at`."""
+    from swat_lm.data.readers import SAFE_CUT
+
+    # the character after a cut must be there, hence one more; both before it belong to this piece
+    end = min(len(text), start + longest + 1)
+    cuts = [found.start() for found in SAFE_CUT.finditer(text, max(start + 2, looked_at), end)]
+    if cuts:
+        return cuts[-1]
+    return start + longest if end == start + longest + 1 else 0
