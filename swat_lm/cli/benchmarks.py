@@ -66,6 +66,8 @@ def tasks(
     # the harness and its libraries draw their own bars otherwise; read when they are first imported
     os.environ.setdefault("TQDM_DISABLE", "1")
     rows = parse_batch_size(batch_size)
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: expected a folder")
     chosen = label_checkpoints(checkpoints)
     from swat_lm.evaluate.tasks import check_harness, load_tasks, task_names
 
@@ -116,7 +118,7 @@ def label_checkpoints(given: Sequence[str]) -> dict[str, str]:
     """
     chosen: dict[str, str] = {}
     for one in given:
-        found = NAMED.fullmatch(one)
+        found = None if Path(one).exists() else NAMED.fullmatch(one)
         path = Path(one)
         label, name = (found["label"], found["name"]) if found else (path.name, one)
         if not found and path.name == "export":
@@ -130,7 +132,7 @@ def label_checkpoints(given: Sequence[str]) -> dict[str, str]:
 
 
 def describe(label: str, name: str, tokenizer: str | None, max_length: int | None, limit: int | None) -> "Subject":
-    """What decides a checkpoint's results, without loading its weights; raises ValueError for one that will not run."""
+    """What decides a checkpoint's results, its weights unread; raises ValueError for one that will not run."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

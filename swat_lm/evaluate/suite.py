@@ -27,6 +27,8 @@ __all__ = ["Subject", "Suite", "TaskResult", "weights_fingerprint"]
 RESAMPLES = 1000
 """Draws of the harness's bootstrap for errors of perplexities; accuracies have theirs in closed form."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+NO_FILTER = "none"
+"""The harness's name for answers taken as they are."""
 HARNESS_SECTIONS = ("results", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
@@ -67,20 +69,25 @@ class TaskResult:
     """Each metric of each document, in order, to compare models in pairs."""
 
     def value(self, metric: str) -> tuple[float, float | None] | None:
-        """A metric and its standard error; None for a metric that the task does not have."""
+        """A metric and its standard error; None for a metric that the task does not have.
+
+        Where the harness filters a model's words in several ways, a metric is called `metric,filter`.
+        """
         found = self.harness["results"][self.task]
-        if f"{metric},none" not in found:
+        name, _, kind = metric.partition(",")
+        key = f"{name},{kind or NO_FILTER}"
+        if key not in found:
             return None
-        error = found.get(f"{metric}_stderr,none")
+        error = found.get(f"{name}_stderr,{kind or NO_FILTER}")
         if metric == "word_perplexity" and not isinstance(error, float):
             error = perplexity_error(self.documents[metric])
-        return float(found[f"{metric},none"]), error if isinstance(error, float) else None
+        return float(found[key]), error if isinstance(error, float) else None
 
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics."""
-        return [name.removesuffix(",none") for name in self.harness["results"][self.task]
-                if name.endswith(",none") and not name.endswith("_stderr,none")]  # fmt: skip
+        names = (name for name in self.harness["results"][self.task] if "," in name and "_stderr," not in name)
+        return [name.removesuffix(f",{NO_FILTER}") for name in names]
 
 
 class Suite:
@@ -112,6 +119,9 @@ class Suite:
 
         `on_progress` is called with the task's name, tokens read and tokens in all.
         """
+        if self.folder is not None:
+            # before any work, so that a place that cannot be written costs none
+            self.folder.mkdir(parents=True, exist_ok=True)
         for task in self.missing:
             model.on_progress = None
             if on_progress is not None:
@@ -119,7 +129,6 @@ class Suite:
             result = measure(model, task, self.subject, self._identity(task))
             self.results[task.name] = result
             if self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(self._path(task.name), json.dumps(asdict(result), indent=1, default=str) + "\n")
             yield result
         if self.folder is not None:
@@ -196,8 +205,18 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
         harness={
             section: {task.name: found[section][inner]} for section in HARNESS_SECTIONS if inner in found[section]
         },
-        documents={metric: [one[metric] for one in samples] for metric in samples[0]["metrics"]},
+        documents=by_document(samples),
     )
+
+
+def by_document(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Each metric of each document, in order; under `metric,filter` where there is more than the plain one."""
+    found: dict[str, list[Any]] = {}
+    for one in samples:
+        for metric in one["metrics"]:
+            name = metric if one["filter"] == NO_FILTER else f"{metric},{one['filter']}"
+            found.setdefault(name, []).append(one[metric])
+    return found
 
 
 @contextlib.contextmanager

@@ -181,3 +181,31 @@ def test_a_checkpoint_is_known_by_its_files(tmp_path: Path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no weights"):
         weights_fingerprint(str(tmp_path))
+
+
+def test_tasks_that_generate(model: HarnessModel, tmp_path: Path):
+    """Any other task of the harness, here one with two ways to read an answer."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    rows = datasets.DatasetDict(
+        {"test": datasets.Dataset.from_list([{"q": "1+1=", "a": "2"}, {"q": "2+2=", "a": "4"}])}
+    )
+    take = {"function": "take_first"}
+    digits = {"function": "regex", "regex_pattern": "([0-9])"}
+    settings = {
+        "task": "sums", "custom_dataset": lambda **_: rows, "test_split": "test", "output_type": "generate_until",
+        "doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [{"name": "none", "filter": [take]}, {"name": "digits", "filter": [digits, take]}],
+    }  # fmt: skip
+    task = TaskManager(include_defaults=False).load([settings])["tasks"]["sums"]
+    task.config.custom_dataset = None  # type: ignore[attr-defined]
+    (result,) = Suite(SUBJECT, [LoadedTask("sums", task, "here", "sha256:x")], tmp_path).run(model)
+    assert result.metrics == ["exact_match", "exact_match,digits"]
+    assert set(result.documents) == set(result.metrics)
+    for metric in result.metrics:
+        value = result.value(metric)
+        assert value is not None
+        assert value[0] == sum(result.documents[metric]) / 2
+    assert [one[:2] for one in table1.other_metrics({"sums": result})] == [("sums", one) for one in result.metrics]

@@ -84,6 +84,7 @@ def test_what_is_there_is_taken_up(cli, here: Path):
         (["run", "run/export", "--data", "data"], "two checkpoints are called run: name them apart"),
         (["run", "--data", "nothing"], "no folder nothing: expected one with the benchmarks' files, or `hub`"),
         (["run", "--data", "data", "--tasks", "picqa"], "no local form of task 'picqa'; the nearest is piqa"),
+        (["run", "--data", "data", "--out", "run/export/config.json"], "config.json is a file: expected a folder"),
         (["run", "--data", "data", "--tasks", ","], "--tasks: no task named"),
         (["run", "--data", "data", "--batch-size", "0"], "--batch-size: expected auto or a whole number"),
         (["run", "--data", "few"], "few lacks the file of task wikitext: expected lm/wikitext-2-raw.test.txt"),
@@ -107,7 +108,7 @@ def test_one_line_before_anything_is_measured(cli, here: Path, arguments: list[s
         tokens.save_pretrained(here / "big")
     if "gpt2=gpt2" in arguments:
         save(models.tiny_gpt2(vocab_size=259, bos_token_id=0, eos_token_id=0), here / "gpt2")
-    code, out, err = cli(*arguments, "--out", "table")
+    code, out, err = cli("--out", "table", *arguments)
     assert code == 2
     assert message in err
     assert err.startswith("error: ")
