@@ -40,6 +40,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'swat_lm' has no attribute {name!r}")
+    problem = _registration.complaint() if _LAZY[name].startswith("swat_lm.model") else None
+    if problem is not None:
+        raise ImportError(problem, name="transformers")
     try:
         module = import_module(_LAZY[name])
     except ModuleNotFoundError as error:

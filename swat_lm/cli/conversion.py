@@ -38,7 +38,12 @@ def convert(
         name, equals, value = one.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"--set {one}: write field=value, for example score_function=sigmoid")
-        changes[name.strip()] = yaml.safe_load(value)
+        if name.strip() in ("window", "sliding_window"):
+            raise ValueError(f"--set {one}: give the window by --window")
+        try:
+            changes[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {one}: {value!r} is no YAML value; quote it") from None
     wanted = parse_window(window)
 
     from swat_lm.model.conversion import convert_folder

@@ -34,6 +34,10 @@ class StateTensor(NamedTuple):
         return count
 
 
+# beyond what any layer keeps, and far from where 32-bit indices end: a stream has no end
+FARTHEST = -(2**30)
+
+
 @dataclass
 class Visible:
     """The first key that each query may see, counted from the first token of the chunk (negative: in the past).

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from swat_lm.mixers.protocol import Memory, RingMemory, Visible
+from swat_lm.mixers.protocol import FARTHEST, Memory, RingMemory, Visible
 from swat_lm.model.chunk import ChunkPlan
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.ops.ring import empty_ring
@@ -55,6 +55,12 @@ class RingLayer(CacheLayerMixin):
         self.keys = empty_ring(batch, self.window, heads, size, key_states)
         self.values = empty_ring(batch, self.window, heads, size, value_states)
         self.is_initialized = True
+
+    def grow(self, size: int) -> None:
+        """More places for a ring that has not wrapped yet, where a place is a position."""
+        old, self.window = self.window, size
+        if self.is_initialized and size > old:
+            self.keys, self.values = (enlarged(ring, size) for ring in (self.keys, self.values))  # type: ignore[arg-type]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hugging Face's entry, for batches without padding: returns the last W - 1 keys and the new ones, in order."""
@@ -103,7 +109,7 @@ class RingCache(Cache):
     layers: list[RingLayer]
 
     def __init__(self, config: SwatConfig, max_length: int | None = None) -> None:
-        """Prepare empty rings; no ring is longer than `max_length` tokens, which a caller promises not to exceed.
+        """Prepare empty rings, at first no longer than `max_length` tokens; they grow up to the window if more come.
 
         Raises:
             ValueError: a layer without a window.
@@ -115,6 +121,7 @@ class RingCache(Cache):
                 raise ValueError(f"layer {index} has full attention: use transformers' DynamicCache(config=config)")
             sizes.append(window if max_length is None else min(window, max(max_length, 1)))
         super().__init__(layers=[RingLayer(size) for size in sizes])  # type: ignore[arg-type]
+        self._windows: list[int] = windows  # type: ignore[assignment]
         assert config.num_key_value_heads is not None
         assert config.head_dim is not None
         self._heads, self._head_dim = config.num_key_value_heads, config.head_dim
@@ -128,13 +135,15 @@ class RingCache(Cache):
         """The layers' memories for a chunk of hidden states like `[B, T, M]`; allocates the rings on first use.
 
         Raises:
-            ValueError: right padding (names the row), packed documents, or more tokens than the rings were made for.
+            ValueError: right padding (names the row), or packed documents.
         """
         if plan.packed:
             raise ValueError("packed documents cannot be decoded from: pass use_cache=False, or one document a row")
         seen = self.get_seq_length()
         if self.max_length is not None and seen + num_tokens > self.max_length:
-            raise ValueError(f"this cache was made for {self.max_length} tokens, {seen + num_tokens} are asked for")
+            self.max_length = max(2 * self.max_length, seen + num_tokens)
+            for layer, window in zip(self.layers, self._windows, strict=True):
+                layer.grow(min(window, self.max_length))
         if plan.num_real is not None:
             _refuse_right_padding(plan, num_tokens)
         if self.position is None or self._slot is None:
@@ -165,7 +174,7 @@ class RingCache(Cache):
         assert self.position is not None
         num_real = self._num_real(plan, num_tokens)
         padding = 0 if num_real is None else num_tokens - num_real
-        first = (padding - self.position).to(torch.int32).unsqueeze(1)
+        first = (padding - self.position).clamp(min=FARTHEST).to(torch.int32).unsqueeze(1)
         return Visible(first.expand(-1, num_tokens).contiguous())
 
     @staticmethod
@@ -206,6 +215,13 @@ class RingCache(Cache):
         if self.position is not None:
             self.position = self.position[indices]
             self._slot = torch.arange(self.position.shape[0], device=self.position.device)
+
+
+def enlarged(ring: Tensor, size: int) -> Tensor:
+    """A ring `[B, W, K, D]` with more places, the new ones zero."""
+    larger = empty_ring(ring.shape[0], size, ring.shape[2], ring.shape[3], ring)
+    larger[:, : ring.shape[1]] = ring
+    return larger
 
 
 def _refuse_right_padding(plan: ChunkPlan, num_tokens: int) -> None:

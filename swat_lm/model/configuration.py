@@ -119,7 +119,7 @@ class SwatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what was left open, check everything, then let Hugging Face do its part."""
-        _refuse_misspelt(kwargs)
+        _check_extra(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_sizes()
@@ -298,12 +298,38 @@ class SwatConfig(PreTrainedConfig):
 RECIPE_KEYS = tuple(field.name for field in fields(SwatConfig) if field.name in SwatConfig.__annotations__)  # type: ignore[arg-type]
 
 
-def _refuse_misspelt(extra: Mapping[str, Any]) -> None:
+# what others call our fields, or what is easily written instead
+ALIASES = {
+    "window": "sliding_window", "window_size": "sliding_window", "attention_window": "sliding_window",
+    "num_heads": "num_attention_heads", "n_heads": "num_attention_heads", "n_head": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "n_kv_heads": "num_key_value_heads",
+    "num_layers": "num_hidden_layers", "n_layers": "num_hidden_layers", "n_layer": "num_hidden_layers",
+    "depth": "num_hidden_layers", "width": "hidden_size", "d_model": "hidden_size", "dim": "hidden_size",
+    "n_embd": "hidden_size", "ffn_dim": "intermediate_size", "head_size": "head_dim", "vocabulary": "vocab_size",
+    "attn_bias": "attention_bias", "rotary": "use_rotary", "rope": "use_rotary", "sink": "learned_sink",
+    "bias": "score_bias", "backend": "attention_backend", "mixer": "mixers", "alibi": "slopes",
+}  # fmt: skip
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
     # Hugging Face keeps any unknown argument as an attribute; one that nearly is a setting of ours is a slip
     for key in extra:
-        nearest = difflib.get_close_matches(key, RECIPE_KEYS, n=1, cutoff=0.85)
+        nearest = [ALIASES[key]] if key in ALIASES else difflib.get_close_matches(key, RECIPE_KEYS, n=1, cutoff=0.8)
         if nearest:
             raise ValueError(f"SwatConfig has no argument {key!r}; did you mean {nearest[0]!r}?")
+
+
+def check_fields(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Raise ValueError, naming the nearest valid one, for a key of `what` that is not among `known`."""
+    for key in values:
+        if key not in known:
+            nearest = [ALIASES[key]] if key in ALIASES else difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(known)}"
+            raise ValueError(f"{what}: unknown key {key!r}{hint}")
+    slopes = values.get("slopes")
+    if any(isinstance(one, int) for one in (slopes if isinstance(slopes, list) else [slopes])):
+        # YAML 1.1 reads 8:4 as a number to the base 60
+        raise ValueError(f"{what}: slopes came as a number; a split such as 8:4 must be quoted in YAML: '8:4'")
 
 
 def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) -> SwatConfig:
@@ -318,12 +344,7 @@ def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) 
             smaller than the tokenizer's.
     """
     values = dict(model)
-    known = (*RECIPE_KEYS, "preset")
-    for key in values:
-        if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(known)}"
-            raise ValueError(f"model: unknown key {key!r}{hint}")
+    check_fields(values, (*RECIPE_KEYS, "preset"), "model")
     preset = values.pop("preset", None)
     if vocab_size is not None:
         if values.get("vocab_size", vocab_size) < vocab_size:
@@ -334,9 +355,6 @@ def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) 
         values.setdefault("vocab_size", vocab_size)
     if preset is not None:
         values = {**preset_fields(preset), **values}
-    if isinstance(values.get("slopes"), int):
-        # YAML 1.1 reads 8:4 as a number to the base 60
-        raise ValueError("model: slopes came as a number; a split such as 8:4 must be quoted in YAML: '8:4'")
     try:
         return SwatConfig(**values)
     except StrictDataclassError as error:

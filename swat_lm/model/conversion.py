@@ -11,7 +11,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from swat_lm.model.configuration import ROPE_TYPES, SwatConfig
+from swat_lm.model.configuration import RECIPE_KEYS, ROPE_TYPES, SwatConfig, check_fields
 from swat_lm.model.modeling import SwatForCausalLM
 
 SOURCES = ("llama", "mistral")
@@ -88,6 +88,7 @@ def convert_config(
     """The SwatConfig of a Llama or Mistral configuration; arguments and errors as in `convert`."""
     if source.model_type not in SOURCES:
         raise ValueError(f"source: expected a {' or '.join(SOURCES)} model, got {source.model_type!r}")
+    check_fields(changes, [name for name in RECIPE_KEYS if name != "sliding_window"], "changes")
     _refuse_what_differs(source)
     fields = {name: getattr(source, name, None) for name in TAKEN_OVER}
     fields.update(

@@ -103,7 +103,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = F.linear(part, weight).to(statistics)
             log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
             counted = (target != IGNORE).unsqueeze(-1)
-            place = target.clamp(min=0).unsqueeze(-1)
+            place = target.masked_fill(target == IGNORE, 0).unsqueeze(-1)
             total += ((log_sum - logits.gather(-1, place)) * counted).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
@@ -149,3 +149,11 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
         )
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels: expected one per token, [{hidden.shape[0]}], got {list(labels.shape)}")
+    # elsewhere than on a CPU looking would wait for the device, whose own kernels fail on such labels
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[((labels < 0) & (labels != IGNORE)) | (labels >= weight.shape[0])]
+        if wrong.numel():
+            raise ValueError(
+                f"labels: expected 0 to {weight.shape[0] - 1}, or {IGNORE} for a token that is not counted; got "
+                f"{int(wrong[0])}"
+            )

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from weakref import ReferenceType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +39,8 @@ class StreamState:
     """Tokens fed to each stream, padding included."""
     ragged: bool = False
     """Whether padding has set the streams apart."""
+    fits: "ReferenceType[Any] | None" = None
+    """The model whose decoding step has found the rings to be its own."""
     _memories: list[RingMemory] = field(default_factory=list)
 
     @property

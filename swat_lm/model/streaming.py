@@ -6,11 +6,12 @@ Legend: B sequences, T tokens, M model width, V vocabulary, W window.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from swat_lm.mixers.protocol import CarryMemory, Visible
+from swat_lm.mixers.protocol import FARTHEST, CarryMemory, Visible
 from swat_lm.model.decoding import DecodingPlan, arrange, contiguous_state_dict
 from swat_lm.model.state import StreamState, empty_rings
 from swat_lm.ops.visibility import from_attention_mask, from_document_ids
@@ -120,7 +121,8 @@ class Streaming:
         visible = Visible()
         if state.ragged:
             # what stands before a stream's first token is not there; padding has moved that token to the right
-            visible = Visible((-start).to(torch.int32)[:, None].expand(-1, num_tokens).contiguous())
+            first = (-start).clamp(min=FARTHEST).to(torch.int32)
+            visible = Visible(first[:, None].expand(-1, num_tokens).contiguous())
         angles = self.model.rotary.angles(positions, hidden.dtype)
         memories = state.chunk_memories(num_tokens, num_real)
         for layer, layer_angles, memory in zip(self.model.stack, angles, memories, strict=True):
@@ -161,7 +163,16 @@ class Streaming:
 
     @torch.no_grad()
     def decode_step(self, token: Tensor, state: StreamState) -> Tensor:
-        """Feed one token per stream, `[B, 1]`; returns the logits `[B, V]`. The state is changed in place."""
+        """Feed one token per stream, `[B, 1]`; returns the logits `[B, V]`. The state is changed in place.
+
+        Raises:
+            ValueError: another number of tokens, or the state of another model.
+        """
+        if token.shape != (state.batch_size, 1):
+            raise ValueError(f"token: expected [{state.batch_size}, 1], one per stream; got {list(token.shape)}")
+        if state.fits is None or state.fits() is not self:
+            self._check_state(token, state)
+            state.fits = ref(self)
         model, plan = self.model, self._decoding_plan
         if plan is not None and not plan.describes_the_model():
             plan = None
@@ -202,6 +213,11 @@ class Streaming:
         Returns:
             Hidden states `[B, T, M]` after the final norm (for `model.loss`), and the carry for the next chunk.
         """
+        if carry.mode == "exact" and any(_is_reentrant(layer) for layer in self.model.stack):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True would lose the gradients that flow through the carry: "
+                "enable it with use_reentrant=False, or take a detached carry"
+            )
         if document_ids is not None or carry.document is not None:
             positions, visible, document, length = _document_chunk(input_ids, document_ids, carry)
         else:
@@ -228,6 +244,11 @@ class Streaming:
                         f"state: layer {index} keeps {tensor.name} as {list(tensor.shape)}, the state holds "
                         f"{list(held)}; it belongs to another model"
                     )
+
+
+def _is_reentrant(layer: nn.Module) -> bool:
+    options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(layer.training and getattr(layer, "gradient_checkpointing", False) and options.get("use_reentrant"))
 
 
 def _left_padding(attention_mask: Tensor | None, input_ids: Tensor, state: StreamState) -> Tensor | None:
@@ -273,4 +294,4 @@ def _document_chunk(
         start = torch.where(first[:, 1:] == 0, -length.unsqueeze(1), first[:, 1:].long() - 1)
     positions = (own - start).clamp(min=0)
     after = torch.where(ids[:, -1] < 0, 0, ids.shape[1] - start[:, -1])
-    return positions, Visible(start.to(torch.int32)), ids[:, -1], after
+    return positions, Visible(start.clamp(min=FARTHEST).to(torch.int32)), ids[:, -1], after

@@ -146,5 +146,7 @@ def _softmax_backward(d_weights: Tensor, weights: Tensor, d_lse: Tensor | None) 
     """Turn the weights into the gradient of the scores, in place."""
     shift = (d_weights * weights).sum(dim=-1, keepdim=True)
     if d_lse is not None:
-        shift -= d_lse[..., None]
+        # a row that sees nothing has weights of zero, and whatever its lse's gradient is must not reach anything
+        sees = weights.sum(dim=-1, keepdim=True) > 0
+        shift -= d_lse[..., None].where(sees, 0.0)
     weights.mul_(d_weights.sub_(shift))

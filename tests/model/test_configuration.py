@@ -93,6 +93,9 @@ def test_rotary_base_has_one_home():
         ({"attention_backend": "cuda"}, "attention_backend"),
         ({"sliding_widow": 5}, "no argument 'sliding_widow'; did you mean 'sliding_window'"),
         ({"rms_norm_epsilon": 1e-5}, "did you mean 'rms_norm_eps'"),
+        ({"window": 5}, "no argument 'window'; did you mean 'sliding_window'"),
+        ({"num_heads": 5}, "did you mean 'num_attention_heads'"),
+        ({"rotary": False}, "did you mean 'use_rotary'"),
     ],
 )
 def test_what_cannot_be_is_named(changes, message):
@@ -117,6 +120,7 @@ def test_recipe_mapping():
         ({"vocab_size": 100}, 260, "smaller than the tokenizer's 260"),
         ({"hidden_size": "wide"}, None, "model: .*hidden_size.*expected int"),
         ({"slopes": 484}, None, "must be quoted"),
+        ({"slopes": [122, "2:2"]}, None, "must be quoted"),
         ({"sliding_window": 0}, None, "sliding_window: expected at least 1"),
     ],
 )

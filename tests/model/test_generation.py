@@ -135,8 +135,18 @@ def test_rings_are_no_longer_than_the_generation():
     cache = model.generate(tokens(1, 5), return_dict_in_generate=True, **GREEDY).past_key_values
     # the last token is never fed
     assert cache.layers[0].keys.shape[1] == 5 + 24 - 1
-    with torch.no_grad(), pytest.raises(ValueError, match="made for 28 tokens, 29"):
-        model(tokens(1, 1), past_key_values=cache, use_cache=True)
+
+
+def test_conversation_goes_on_beyond_the_length_a_cache_was_made_for():
+    model, ids = tiny_model(sliding_window=64), tokens(1, 80)
+    first = model.generate(ids[:, :5], return_dict_in_generate=True, **GREEDY)
+    cache, told = first.past_key_values, first.sequences
+    for turn in (slice(5, 12), slice(12, 80)):
+        told = torch.cat((told, ids[:, turn]), dim=1)
+        continued = model.generate(told, past_key_values=cache, **GREEDY)
+        same_tokens(model, continued, model.generate(told, use_cache=False, **GREEDY))
+        told = continued
+    assert cache.layers[0].keys.shape[1] == 64
 
 
 def test_conversation_goes_on_from_a_cache():

@@ -137,3 +137,11 @@ def test_targets_stop_at_documents():
     labels = torch.tensor([[1, 2, 3, 4, 5]])
     assert next_tokens(labels).tolist() == [[2, 3, 4, 5, -100]]
     assert next_tokens(labels, torch.tensor([[0, 0, 1, 1, 1]])).tolist() == [[2, -100, 4, 5, -100]]
+
+
+@pytest.mark.parametrize("wrong", [-1, 53])
+def test_labels_that_are_no_tokens_are_refused(wrong):
+    hidden, weight, labels = inputs()
+    labels[3] = wrong
+    with pytest.raises(ValueError, match=f"labels: expected 0 to 52, or -100 .*; got {wrong}"):
+        chunked_cross_entropy(hidden, weight, labels)

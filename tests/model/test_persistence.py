@@ -158,3 +158,25 @@ def test_attention_weights_cannot_be_asked_for():
         tiny_model()(tokens(1, 4), output_attentions=True)
     with pytest.raises(TypeError, match="atention_mask"):
         tiny_model()(tokens(1, 4), atention_mask=torch.ones(1, 4))
+
+
+def test_an_old_transformers_is_left_alone(tmp_path):
+    """The operator works beside it, and the model classes say what they need."""
+    (tmp_path / "transformers" / "models" / "auto").mkdir(parents=True)
+    for package in ("transformers", "transformers/models", "transformers/models/auto"):
+        (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / "transformers" / "models" / "auto" / "configuration_auto.py").write_text("LOADED = True\n")
+    (tmp_path / "transformers-4.57.1.dist-info").mkdir()
+    (tmp_path / "transformers-4.57.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.57.1\n")
+    program = """
+from swat_lm import window_attention
+from transformers.models.auto.configuration_auto import LOADED
+try:
+    from swat_lm import SwatConfig
+except ImportError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert "need transformers 5.20 or newer, 4.57.1 is installed" in ran.stdout, ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -338,3 +338,34 @@ def test_a_stream_at_ten_million_is_as_exact_as_at_zero():
     # past the window, the first tokens no longer matter, nor do the zeros before them
     assert near_logits.shape == (1, VOCABULARY)
     close(far_logits, near_logits, 2e-5)
+
+
+def test_step_refuses_the_state_of_another_model():
+    model, state = tiny_model(sliding_window=7), tiny_model(sliding_window=9).init_state(2)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        model.decode_step(tokens(2, 1), state)
+    with pytest.raises(ValueError, match=r"token: expected \[2, 1\], one per stream; got \[2, 2\]"):
+        model.decode_step(tokens(2, 2), model.init_state(2))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_streams_do_not_end_with_32_bits(padded):
+    model, ids = tiny_model(sliding_window=8, use_rotary=False), tokens(2, 20)
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :3] = 0 if padded else 1
+    near, far = model.init_state(2), model.init_state(2)
+    for state in (near, far):
+        model.prefill(ids[:, :12], state, attention_mask=mask)
+    # a multiple of the window, so that the same places hold the same distances
+    far.position += 2**31
+    assert torch.equal(model.extend(ids[:, 12:], near), model.extend(ids[:, 12:], far))
+
+
+def test_exact_carry_refuses_reentrant_checkpointing():
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model.forward_chunk(tokens(1, 4), model.init_carry("exact"))
+    model.forward_chunk(tokens(1, 4), model.init_carry("detached"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.forward_chunk(tokens(1, 4), model.init_carry("exact"))

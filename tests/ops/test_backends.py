@@ -248,3 +248,21 @@ def test_memory_is_linear_in_the_length():
         largest = max((e.self_cpu_memory_usage for e in profile.key_averages()), default=0)
         peaks.append(largest / query.nbytes)
     assert peaks[1] <= peaks[0] * 1.1
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+def test_no_nan_leaves_a_row_that_sees_nothing(backend):
+    query, key, value = (torch.randn(1, 8, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    first = torch.tensor([[3, 3, 3, 3, 4, 5, 6, 7]], dtype=torch.int32)
+    logs = [
+        window_attention(
+            query, key, value, window=window, score_function="softmax", first_visible=first, return_lse=True,
+            backend=backend,
+        )[1]
+        for window in (4, 2)
+    ]  # fmt: skip
+    # of two rows that see nothing the gradient is not a number
+    torch.logaddexp(*logs)[:, 3:].sum().backward()
+    for tensor in (query, key):
+        assert tensor.grad is not None
+        assert bool(tensor.grad.isfinite().all())
