@@ -87,6 +87,7 @@ def compare(
     shape: Shape, tasks: Iterable[str], device: Device, peers: Mapping[str, Peer], rounds: int, thorough: bool
 ) -> dict[str, Result]:
     """Time all admitted candidates of a shape, by task; of several settings of one peer the fastest."""
+    device.forget_compiled()
     set_bytes = work.least_bytes(shape, "forward")
     inputs = Inputs(shape, device.torch_device, sets_that_leave_the_cache(set_bytes, device.cache_bytes))
     tasks = tuple(tasks)

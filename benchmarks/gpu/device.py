@@ -35,6 +35,10 @@ class Device(Protocol):
         """Give unused memory back."""
         ...
 
+    def forget_compiled(self) -> None:
+        """Drop what the compiler has made for earlier shapes."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Name, driver and what else a figure depends on."""
         ...
@@ -66,8 +70,12 @@ class CudaDevice:
         return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs" if thorough else None)
 
     def free(self) -> None:
-        """Empty PyTorch's cache, and its compiler's."""
+        """Empty PyTorch's cache of memory."""
         torch.cuda.empty_cache()
+
+    def forget_compiled(self) -> None:
+        """Begin anew: after eight versions of a function torch.compile would run it uncompiled, an unfair peer."""
+        torch.compiler.reset()
 
     def describe(self) -> dict[str, Any]:
         """What nvidia-smi and PyTorch say."""

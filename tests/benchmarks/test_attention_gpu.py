@@ -41,6 +41,9 @@ class FakeDevice:
     def free(self):
         pass
 
+    def forget_compiled(self):
+        pass
+
     def describe(self):
         return {"name": "Fake H100", "driver_version": "1.2"}
 
