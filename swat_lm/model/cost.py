@@ -156,40 +156,21 @@ def _mixer_name(config: SwatConfig, layer_index: int) -> str:
 
 
 @register_flop_formula(torch.ops.swat_lm.window_attention)
-def _window_attention_flops(
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    slopes: Any,
-    score_bias: Any,
-    first_visible: Any,
-    last_visible: Any,
-    bias: float,
-    window: int | None,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    batch, num_queries, num_heads, head_dim = query
-    return attention_flops(batch * num_heads, head_dim, num_queries, window, key[1] - num_queries)
+def _window_attention_flops(*args: Any, **kwargs: Any) -> int:
+    return _attended_flops(torch.ops.swat_lm.window_attention, args)
 
 
 @register_flop_formula(torch.ops.swat_lm.window_attention_backward)
-def _window_attention_backward_flops(
-    grad_output: tuple[int, ...],
-    grad_lse: Any,
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    slopes: Any,
-    score_bias: Any,
-    first_visible: Any,
-    last_visible: Any,
-    bias: float,
-    window: int | None,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return 2 * _window_attention_flops(query, key, value, None, None, None, None, bias, window)
+def _window_attention_backward_flops(*args: Any, **kwargs: Any) -> int:
+    return 2 * _attended_flops(torch.ops.swat_lm.window_attention_backward, args)
+
+
+def _attended_flops(operation: Any, args: tuple[Any, ...]) -> int:
+    # tensors come as their shapes; the places of the arguments are the op's own affair
+    named = {argument.name: value for argument, value in zip(operation.default._schema.arguments, args, strict=False)}
+    batch, num_queries, num_heads, head_dim = named["query"]
+    num_past = named["key"][1] - num_queries
+    return attention_flops(batch * num_heads, head_dim, num_queries, named["window"], num_past)
 
 
 @register_flop_formula(torch.ops.swat_lm.window_attention_step)
