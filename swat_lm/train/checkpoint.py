@@ -4,6 +4,7 @@ A folder `checkpoints/step-00000100` holds DCP's files and `checkpoint.json`, th
 only once it is whole; whatever a crash leaves is named `.tmp-*` and removed by the next run.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -69,7 +70,8 @@ def save_checkpoint(
         if engine.is_main:
             shutil.rmtree(beside, ignore_errors=True)
         reason = error.strerror or str(error)
-        raise OSError(error.errno, f"cannot write checkpoint {folder} ({reason}); older ones are intact") from error
+        number = errno.EIO if error.errno is None else error.errno
+        raise OSError(number, f"cannot write checkpoint {folder} ({reason}); older ones are intact") from error
     engine.on_main(lambda: remove_old(folder.parent, keep))
 
 

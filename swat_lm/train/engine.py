@@ -5,10 +5,11 @@ so that replicated, fully sharded and hybrid runs are one code path. Checkpoints
 """
 
 import atexit
+import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -164,6 +165,8 @@ class Engine:
         if self.num_processes > 1:
             dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if outcome[1] is not None:
+            # so that what all processes raise need be told by one only
+            outcome[1].from_main_process = True
             raise outcome[1]
         return outcome[0]
 
@@ -184,8 +187,7 @@ class Engine:
                     no_dist=self.num_processes == 1,
                 )
             except CheckpointException as error:
-                causes = [cause for cause, _ in error.failures.values()]
-                raise next((one for one in causes if isinstance(one, OSError)), OSError(str(causes[0]))) from error
+                raise system_error([cause for cause, _ in error.failures.values()]) from error
 
     def read_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Read what `write_state` wrote, on any number of processes; raises ValueError naming the folder."""
@@ -246,6 +248,23 @@ def mesh_shape(train: TrainRecipe, num_processes: int) -> tuple[int, int]:
             "train.sharding=hybrid"
         )
     return train.replicas, num_processes // train.replicas
+
+
+def system_error(errors: Sequence[BaseException]) -> OSError:
+    """The first OSError with a number among errors and what they come from.
+
+    torch's file writer only says that a file is shorter than it should be, and keeps the system's reason behind that.
+    Where there is none, an input/output error with the first error's words.
+    """
+    for error in errors:
+        one, seen = error, set()
+        while one is not None and id(one) not in seen:
+            if isinstance(one, OSError) and one.errno is not None:
+                return one
+            seen.add(id(one))
+            one = one.__cause__ or one.__context__
+    words = str(errors[0]).splitlines()
+    return OSError(errno.EIO, words[0] if words else type(errors[0]).__name__)
 
 
 @contextmanager
