@@ -3,6 +3,7 @@
 Legend: B streams, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 __all__ = ["Sampling", "sample"]
 
+# below, logits over temperature leave float32 and the odds of all but the most likely token are nothing anyway
+LOWEST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 takes the most likely token; top-k, then top-p, narrow the choice."""
+    """How tokens are drawn. Temperature 0 (or below 1e-6): the most likely token; top-k, then top-p, narrow the choice."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -24,8 +28,8 @@ class Sampling:
     """Never draw ids from here on, for models whose vocabulary is padded beyond the tokenizer's."""
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: expected 0 (most likely token) or above, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: expected 0 (most likely token) or a number above, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}; leave it out to keep all tokens")
         if not 0 < self.top_p <= 1:
@@ -37,7 +41,7 @@ class Sampling:
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """Draw one token per stream from logits `[B, V]`; returns int64 `[B]`."""
     logits = logits[:, : sampling.vocab_size].float()
-    if sampling.temperature == 0:
+    if sampling.temperature < LOWEST_TEMPERATURE:
         return logits.argmax(dim=-1)
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[1]:

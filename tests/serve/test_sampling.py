@@ -17,6 +17,8 @@ def shares(sampling: Sampling, count: int = 4000) -> list[float]:
 def test_temperature():
     assert shares(Sampling(temperature=0)) == [1, 0, 0, 0]
     assert shares(Sampling()) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+    # so low that dividing by it would leave float32
+    assert shares(Sampling(temperature=1e-45)) == [1, 0, 0, 0]
     squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
     assert shares(Sampling(temperature=0.5)) == pytest.approx((squared / squared.sum()).tolist(), abs=0.03)
 
@@ -45,6 +47,7 @@ def test_same_seed_same_tokens():
     [
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
