@@ -17,9 +17,11 @@ from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.cli import failures
 from swat_lm.cli.application import application, run_application
 from swat_lm.cli.generation import text_pieces
+from swat_lm.cli.outputs import check_new_folder
 from swat_lm.cli.progress import RunProgress, clock
 from swat_lm.data import load_tokenizer
 from swat_lm.train import DivergedError, Event
+from swat_lm.train.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -156,6 +158,8 @@ def test_missing_packages_are_named():
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "8,x"], "--lengths: expected whole numbers"),
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "1"], "at least 2"),
         (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected numbers"),
+        (["generate", "nothing", "--seed", "100000000000000000000000"], "'--seed'"),
+        (["generate", "nothing", "--temperature", "inf"], "temperature: expected 0"),
         (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m'; presets:"),
         (["info", "swat-340m", "a=b"], "only go with a recipe"),
         (["convert", "nothing", "made"], "nothing is not a checkpoint folder"),
@@ -330,7 +334,66 @@ def test_only_the_main_process_speaks(cli, here: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("RANK", "1")
     ran = cli("info")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
-    assert cli("train", "rum.yaml").err == ""
+
+
+def test_errors_of_other_processes_are_told_unless_the_main_process_does(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", fake_broadcast)
+    engine = object.__new__(Engine)
+    engine.is_main, engine.num_processes = False, 2
+    with pytest.raises(FileNotFoundError) as caught:
+        engine.on_main(lambda: 0)
+    assert failures.report_failure(caught.value, debug=False) == 2
+    # also where it is told in other words
+    wrapped = OSError(28, "cannot write checkpoint")
+    wrapped.__cause__ = caught.value
+    assert failures.report_failure(wrapped, debug=False) == 2
+    assert capsys.readouterr().err == ""
+    assert failures.report_failure(FileNotFoundError(2, "No such file", "own.bin"), debug=False) == 2
+    assert capsys.readouterr().err == "error (process 1): No such file: own.bin\n"
+
+
+def fake_broadcast(outcome: list, src: int, device: object) -> None:
+    """What the main process tells the others when it met an error."""
+    outcome[:] = [None, FileNotFoundError(2, "No such file", "main.bin")]
+
+
+def test_an_error_of_one_process_alone_has_a_message(cli, here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "1")
+    ran = cli("train", "rum.yaml")
+    assert ran.code == 2
+    assert ran.err == "error (process 1): no recipe at rum.yaml; the nearest is run.yaml\n"
+
+
+def test_messages_of_system_errors():
+    assert failures.describe_failure(OSError(None, "cannot write")) == "cannot write"
+    assert failures.describe_failure(OSError("cannot write")) == "cannot write"
+    assert failures.describe_failure(OSError(28, "No space left")) == "No space left"
+
+
+def test_where_a_state_goes_is_tried_before_any_work(cli, here: Path, exported: Path):
+    before = files_of(here)
+    for place in ("run.yaml/x.state", "new/" + "x" * 254):
+        ran = cli("generate", "nothing", "--prompt", "a", "--save-state", place)
+        assert ran.code == 2
+        assert ran.err.startswith(f"error: cannot write --save-state {place}: ")
+        assert ran.err.count("\n") == 1
+    assert files_of(here) == before
+    assert not (here / "new").exists()
+    # a good place is left as it was, too, when the work fails
+    assert "no checkpoint at nothing" in cli("generate", "nothing", "--save-state", "new/deep/x.state").err
+    assert not (here / "new").exists()
+    assert cli("generate", exported, "--prompt", "a", "-n", 1, "--save-state", "new/deep/x.state").code == 0
+    assert [one.name for one in (here / "new" / "deep").iterdir()] == ["x.state"]
+
+
+def test_places_for_folders_are_tried(here: Path):
+    check_new_folder(here / "made" / "deep", "--out")
+    assert not (here / "made").exists()
+    with pytest.raises(FileExistsError, match=r"text exists: name another folder for --out, or remove it"):
+        check_new_folder(here / "text", "--out")
+    with pytest.raises(NotADirectoryError, match=r"cannot write --out .*run.yaml/made: Not a directory"):
+        check_new_folder(here / "run.yaml" / "made", "--out")
 
 
 class Arriving(io.BytesIO):

@@ -40,7 +40,7 @@ def describe_os_error(error: OSError) -> str:
     """The system's words with the file they are about; a message of our own as it is."""
     if error.filename is not None and error.strerror:
         return f"{error.strerror}: {error.filename}"
-    return (error.strerror if error.errno is not None else None) or str(error) or type(error).__name__
+    return error.strerror or str(error) or type(error).__name__
 
 
 def one_line(text: str) -> str:
@@ -49,7 +49,10 @@ def one_line(text: str) -> str:
 
 
 def report_failure(error: BaseException, debug: bool) -> int:
-    """Print the error on the main process and return the exit code; re-raise nothing."""
+    """Print the error and return the exit code; re-raise nothing.
+
+    Of several processes, those that only repeat what the main process met stay silent.
+    """
     message = describe_failure(error)
     if message is None or debug:
         traceback.print_exception(error)
@@ -58,8 +61,20 @@ def report_failure(error: BaseException, debug: bool) -> int:
             return 1
     if on_main_process():
         sys.stderr.write(f"error: {message}\n")
-        sys.stderr.flush()
+    elif not came_from_main(error):
+        sys.stderr.write(f"error (process {os.environ['RANK']}): {message}\n")
+    sys.stderr.flush()
     return USER_ERROR
+
+
+def came_from_main(error: BaseException) -> bool:
+    """Whether the main process met this error, or the one it stands for, and told the others (`Engine.on_main`)."""
+    chain: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in chain:
+        chain.append(one)
+        one = one.__cause__ or one.__context__
+    return any(getattr(one, "from_main_process", False) for one in chain)
 
 
 def quiet_broken_pipe() -> int:

@@ -10,6 +10,7 @@ import typer
 
 from swat_lm.cli.checkpoints import load_checkpoint
 from swat_lm.cli.console import messages
+from swat_lm.cli.outputs import check_new_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,7 +33,7 @@ def generate(
     top_p: Annotated[
         float, typer.Option(help="Choose among the most likely tokens that sum to this probability.")
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes the draws repeatable.")] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end-of-text token.")] = False,
     load_from: Annotated[Path | None, typer.Option("--load-state", help="Go on with a stream saved before.")] = None,
     save_to: Annotated[Path | None, typer.Option("--save-state", help="Save the stream's state at the end.")] = None,
@@ -58,7 +59,8 @@ def generate(
     from swat_lm.serve.stream import TextAssembler, generate_tokens, read_prompt
 
     sampling = Sampling(temperature, top_k, top_p)
-    refuse_overwriting(save_to)
+    if save_to is not None:
+        check_new_file(save_to, "--save-state")
     model, tokens = load_checkpoint(checkpoint, tokenizer, device)
     if model.device.type == "cpu":
         model.arrange_for_decoding()
@@ -84,14 +86,9 @@ def generate(
         if last is not None:
             # the state has not read the last token yet, and whoever goes on begins after it
             read_prompt(model, [[last]], state)
+        save_to.parent.mkdir(parents=True, exist_ok=True)
         save_state(state, save_to)
     report_state(read, before, int(state.position), state.num_bytes)
-
-
-def refuse_overwriting(path: Path | None) -> None:
-    """Raise FileExistsError for a state that is there already, before any work is done."""
-    if path is not None and path.exists():
-        raise FileExistsError(f"{path} exists: name another file for --save-state, or remove it")
 
 
 def report_state(read: int, before: int, position: int, after: int) -> None:
