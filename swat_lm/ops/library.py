@@ -28,6 +28,7 @@ def _window_attention(
     scale: float,
     precision: str,
     backend: str,
+    skip_saturated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     head = head_bias(slopes, score_bias, bias, query)
     if backend == "triton":
@@ -39,7 +40,7 @@ def _window_attention(
             first_visible, last_visible, query.shape[0], query.shape[1], key.shape[1], window, query.device
         )
         fast = precisions.is_fast(precision, query.dtype, score_bias, bias)
-        results = forward.forward(query, key, value, head, rows, score_function, scale, fast, cos, sin)
+        results = forward.forward(query, key, value, head, rows, score_function, scale, fast, cos, sin, skip_saturated)
         return results.output, results.lse, results.rotated_query, results.rotated_key
     nothing = query.new_empty(0), query.new_empty(0)
     return *blocked.forward(
@@ -50,7 +51,7 @@ def _window_attention(
 @_window_attention.register_fake
 def _(
     query, key, value, slopes, score_bias, first_visible, last_visible, cos, sin, bias, window, score_function, scale,
-    precision, backend,
+    precision, backend, skip_saturated,
 ):  # fmt: skip
     batch, num_queries, num_heads, _ = query.shape
     statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -84,6 +85,7 @@ def _window_attention_backward(
     scale: float,
     precision: str,
     backend: str,
+    skip_saturated: bool,
     needs_slopes: bool,
     needs_score_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -99,7 +101,7 @@ def _window_attention_backward(
         fast = precisions.is_fast(precision, query.dtype, score_bias, bias)
         grad_query, grad_key, grad_value, grad_head = backward.backward(
             grad_output, grad_lse, query, key, value, output, lse, head, rows, score_function, scale, fast,
-            needs_per_head, cos, sin,
+            needs_per_head, cos, sin, skip_saturated,
         )  # fmt: skip
     else:
         grad_query, grad_key, grad_value, grad_head = blocked.backward(
@@ -116,7 +118,8 @@ def _window_attention_backward(
 @_window_attention_backward.register_fake
 def _(
     grad_output, grad_lse, query, key, value, slopes, score_bias, first_visible, last_visible, cos, sin, output, lse,
-    bias, window, score_function, scale, precision, backend, needs_slopes, needs_score_bias,
+    bias, window, score_function, scale, precision, backend, skip_saturated,
+    needs_slopes, needs_score_bias,
 ):  # fmt: skip
     return (
         query.new_empty(query.shape),
@@ -147,7 +150,7 @@ def _backward(ctx, grad_output, grad_lse, grad_rotated_query, grad_rotated_key):
     saved = ctx.saved_tensors
     query, _, _, slopes, score_bias, *_ = saved
     if grad_output is None and grad_lse is None:
-        return (None,) * 15
+        return (None,) * 16
     if grad_output is None:
         grad_output = torch.zeros_like(query)
     if ctx.numbers[2] != "softmax":
@@ -157,7 +160,7 @@ def _backward(ctx, grad_output, grad_lse, grad_rotated_query, grad_rotated_key):
     grads = torch.ops.swat_lm.window_attention_backward(
         grad_output, grad_lse, *saved, *ctx.numbers, needs_slopes, needs_bias
     )
-    return (*grads[:3], grads[3] if needs_slopes else None, grads[4] if needs_bias else None, *(None,) * 10)
+    return (*grads[:3], grads[3] if needs_slopes else None, grads[4] if needs_bias else None, *(None,) * 11)
 
 
 _window_attention.register_autograd(_backward, setup_context=_setup_context)

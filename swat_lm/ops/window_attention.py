@@ -38,6 +38,7 @@ def window_attention(
     last_visible: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     precision: str = "auto",
+    skip_saturated: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -77,6 +78,9 @@ def window_attention(
             tokens (T = S, no `last_visible`); the angles get no gradient.
         precision: "exact"; "fast" permits the hardware's approximate tanh for bfloat16 and float16 inputs; "auto"
             leaves the choice to the backend. float32 and float64 are always exact.
+        skip_saturated: sigmoid only: permit the triton backend to take weights as 0 or 1 where a head's slope makes
+            them so to within 4.2e-8 whatever the product is (docs/kernels.md); an output's absolute error is at most
+            4.2e-8 times the sum of |value| over the keys treated so. The other backends compute every weight.
         return_lse: softmax only: also return the logarithm of the sum of exponentials, float32 (float64 for float64)
             `[B, T, H]`, differentiable, `-inf` where a row sees nothing; it joins attention over disjoint key sets.
         backend: "reference" (the equation, O(T * S)), "blocked" (PyTorch, O(T * window)), "triton" (kernels for NVIDIA
@@ -95,6 +99,8 @@ def window_attention(
     check_visibility(query, key, first_visible, last_visible)
     if return_lse and score_function != "softmax":
         raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
+    if skip_saturated and score_function != "sigmoid":
+        raise ValueError("skip_saturated: only sigmoid weights saturate one by one; softmax weights share their sum")
     check_rotary(query, key, last_visible, rotary)
     factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
     backend = choose_backend(backend, query)
@@ -115,7 +121,7 @@ def window_attention(
         bias_number = 0.0 if isinstance(score_bias, Tensor) else float(score_bias)
         output, lse, *_ = torch.ops.swat_lm.window_attention(
             query, key, value, slopes, bias_tensor, first_visible, last_visible, cos, sin,
-            bias_number, window, score_function, factor, precision, backend,
+            bias_number, window, score_function, factor, precision, backend, skip_saturated,
         )  # fmt: skip
     if return_lse:
         assert lse is not None

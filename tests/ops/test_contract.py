@@ -37,6 +37,10 @@ BAD = [
         r"^first_visible: expected \[batch, queries\] = \[2, 10\]",
     ),
     ({"last_visible": torch.zeros(2, 10)}, r"^last_visible: expected int32"),
+    (
+        {"skip_saturated": True, "score_function": "softmax"},
+        r"^skip_saturated: only sigmoid weights saturate",
+    ),
     ({"return_lse": True}, r"^return_lse: only softmax has a normaliser"),
     ({"query": torch.zeros(2, 10, 8)}, r"^query: expected 4 dimensions"),
     ({"query": torch.zeros(2, 10, 3, 8)}, r"^query: 3 query heads cannot be shared evenly by 2"),
@@ -73,7 +77,7 @@ def test_opcheck(score_function):
     query, key, value = (t.requires_grad_() for t in tensors())
     slopes, bias = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
     first = torch.zeros(2, 10, dtype=torch.int32)
-    tail = (None, None, 0.0, 4, score_function, 0.3, "auto", "blocked")
+    tail = (None, None, 0.0, 4, score_function, 0.3, "auto", "blocked", False)
     for arguments in (
         (query, key, value, slopes, bias, first, None, *tail),
         (query, key, value, None, None, None, None, *tail),
@@ -86,7 +90,7 @@ def test_results_have_the_strides_the_fake_kernels_promise():
     """Inductor asserts them; opcheck compares shapes only."""
     query, key, value = tensors()
     query, key, value = query.transpose(1, 2).contiguous().transpose(1, 2), key, value
-    tail = (0.0, 4, "softmax", 0.3, "auto", "blocked")
+    tail = (0.0, 4, "softmax", 0.3, "auto", "blocked", False)
     results = torch.ops.swat_lm.window_attention(query, key, value, *(None,) * 6, *tail)
     grads = torch.ops.swat_lm.window_attention_backward(
         torch.ones_like(query), None, query, key, value, *(None,) * 8, *tail, False, False

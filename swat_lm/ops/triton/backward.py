@@ -30,6 +30,7 @@ from swat_lm.ops.triton.device import (
 from swat_lm.ops.triton.forward import tile_scores, with_dense_channels
 from swat_lm.ops.triton.geometry import Rows, rows_of_tile, tiles_of_rows, visible_keys
 from swat_lm.ops.triton.rotation import angle_stride, rotate, rotate_back
+from swat_lm.ops.triton.saturation import add_output_gradients, largest_norms, reach, saturated_tiles
 
 
 class Gradients(NamedTuple):
@@ -57,6 +58,7 @@ def backward(
     needs_per_head: bool,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    skip_saturated: bool = False,
 ) -> Gradients:
     """Return the gradients; `output` and `lse` are those of the forward for softmax and unused for sigmoid.
 
@@ -71,7 +73,7 @@ def backward(
     query, key, value, grad_output = (with_dense_channels(t) for t in (query, key, value, grad_output))
     grad_key = torch.empty_like(key, memory_format=contiguous)
     grad_value = torch.empty_like(value, memory_format=contiguous)
-    problem = Problem.of(query, key, rows.window)
+    problem = Problem.of(query, key, rows.window, score_function)
     accumulates_query = backward_form(problem) == "five products"
     shift = None
     if softmax:
@@ -82,10 +84,12 @@ def backward(
         if grad_lse is not None:
             shift = shift - grad_lse.float()
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+    query_norms, key_norms = (largest_norms(t) if skip_saturated else None for t in (query, key))
     group = num_heads // num_kv_heads
     common = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_DIM": problem.block_dim, "SOFTMAX": softmax,
-        "FAST": fast and not softmax, "RAGGED": rows.is_ragged, "ROTARY": cos is not None, "HARDWARE": problem.hardware,
+        "FAST": fast and not softmax, "RAGGED": rows.is_ragged, "ROTARY": cos is not None, "SKIP": skip_saturated,
+        "HARDWARE": problem.hardware,
         "INPUT_PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     tensors = (query, key, value, grad_output)
@@ -100,7 +104,7 @@ def backward(
         with on_device(query):
             _backward_query[grid](
                 *tensors, grad_query, lse, shift, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin,
-                *strides, *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
+                key_norms, *strides, *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
                 BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
                 num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             )  # fmt: skip
@@ -111,8 +115,10 @@ def backward(
         _backward_key[(blocks, num_kv_heads, batch)](
             *tensors, grad_key, grad_value, grad_query, per_head, lse, shift, bias.slopes, bias.constant,
             rows.lower, rows.last, rows.of_key_blocks(num_keys, tile.keys), cos, sin,
+            query_norms, key_norms,
             *strides, *grad_key.stride()[:3], *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
             BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, PER_HEAD=needs_per_head, QUERY=accumulates_query,
+            REGULAR_LAST=rows.is_last_regular,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     grad_bias = _zeros(bias)
@@ -131,11 +137,13 @@ def _zeros(bias: HeadBias) -> HeadBias:
 @triton.jit
 def _backward_query(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, lse_ptr, shift_ptr, slopes_ptr, bias_ptr,
-    lower_ptr, last_ptr, cos_ptr, sin_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
+    lower_ptr, last_ptr, cos_ptr, sin_ptr, key_norms_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
     stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr,
-    HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     member = tl.program_id(0) % GROUP
     block = tl.num_programs(0) // GROUP - 1 - tl.program_id(0) // GROUP
@@ -154,8 +162,8 @@ def _backward_query(
         lower_ptr, last_ptr, tl.minimum(row, num_queries - 1), num_queries, num_keys, offset, window, RAGGED
     )  # fmt: skip
     unit = score_unit(SOFTMAX, FAST)
-    slope = tl.load(slopes_ptr + head) * unit
-    bias = tl.load(bias_ptr + head) * unit
+    slope = tl.load(slopes_ptr + head)
+    bias = tl.load(bias_ptr + head)
 
     query_ptr += sequence * stride_qb + head * stride_qh
     q = load_tile(query_ptr, first_row, stride_qt, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
@@ -163,14 +171,26 @@ def _backward_query(
     d_out = load_tile(grad_output_ptr, first_row, stride_ot, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
     key_ptr += sequence * stride_kb + kv_head * stride_kh
     value_ptr += sequence * stride_vb + kv_head * stride_vh
+    num_heads = tl.num_programs(1) * GROUP
     normaliser, shift = row_statistics(
-        lse_ptr, shift_ptr, (sequence * num_queries + row) * tl.num_programs(1) * GROUP + head, row < num_queries,
-        SOFTMAX,
+        lse_ptr, shift_ptr, sequence * num_queries * num_heads + head, row, num_heads, num_queries, SOFTMAX
     )  # fmt: skip
     d_query = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
+    if SKIP:
+        # a saturated weight has no gradient, be it 0 or 1
+        key_norm = tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head)
+        saturated = saturated_tiles(
+            q, key_norm, slope, bias, scale, tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr,
+            num_queries, num_keys, offset, window, RAGGED, BLOCK_KEYS,
+        )  # fmt: skip
+        left = tl.maximum(left, saturated)
+    else:
+        saturated = 0
+    slope = slope * unit
+    bias = bias * unit
     d_query = _over_keys(
-        d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, 0, left,
-        num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE,
+        d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated,
+        left, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE,
         INPUT_PRECISION,
     )  # fmt: skip
     d_query = _over_keys(
@@ -221,11 +241,12 @@ def _over_keys(
 
 
 @triton.jit
-def row_statistics(lse_ptr, shift_ptr, places, exists, SOFTMAX: tl.constexpr):
+def row_statistics(lse_ptr, shift_ptr, begin, row, num_heads, num_queries, SOFTMAX: tl.constexpr):
     """Return softmax's normaliser in the unit of scores and its shift; a row that sees nothing gets weights of 0."""
     if SOFTMAX:
-        normaliser = tl.load(lse_ptr + places, mask=exists, other=float("inf")) * LOG2_E
-        shift = tl.load(shift_ptr + places, mask=exists, other=0.0)
+        exists = row < num_queries
+        normaliser = tl.load(lse_ptr + begin + row * num_heads, mask=exists, other=float("inf")) * LOG2_E
+        shift = tl.load(shift_ptr + begin + row * num_heads, mask=exists, other=0.0)
     else:
         normaliser = 0.0
         shift = 0.0
@@ -236,12 +257,14 @@ def row_statistics(lse_ptr, shift_ptr, places, exists, SOFTMAX: tl.constexpr):
 def _backward_key(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_key_ptr, grad_value_ptr, grad_query_ptr, per_head_ptr,
     lse_ptr, shift_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr, table_ptr, cos_ptr, sin_ptr,
+    query_norms_ptr, key_norms_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_hb, stride_hs, stride_hh, stride_gb, stride_gt, stride_gh,
     stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr,
-    HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    PER_HEAD: tl.constexpr, QUERY: tl.constexpr,
+    SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    PER_HEAD: tl.constexpr, QUERY: tl.constexpr, REGULAR_LAST: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -264,12 +287,39 @@ def _backward_key(
     d_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
-        slope = tl.load(slopes_ptr + head) * unit
-        bias = tl.load(bias_ptr + head) * unit
+        slope = tl.load(slopes_ptr + head)
+        bias = tl.load(bias_ptr + head)
         q_ptr = query_ptr + sequence * stride_qb + head * stride_qh
         o_ptr = grad_output_ptr + sequence * stride_ob + head * stride_oh
         g_ptr = grad_query_ptr + sequence * stride_gb + head * stride_gh
         statistics = sequence * num_queries * num_heads + head
+        inner_end = right
+        outer_end = count
+        if SKIP and REGULAR_LAST:
+            # tiles of rows so far behind the last key that every weight is 0 or 1
+            norms = (
+                tl.load(query_norms_ptr + sequence * num_heads + head),
+                tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head),
+            )
+            final_key = tl.minimum(first_key + BLOCK_KEYS, num_keys) - 1
+            far_row = final_key + reach(slope, bias, scale, norms[0], norms[1]) - offset
+            near = tl.maximum(far_row - start + BLOCK_ROWS - 1, 0) // BLOCK_ROWS
+            near = tl.minimum(tl.maximum(near, left), count)
+            inner_end = tl.minimum(right, near)
+            outer_end = tl.maximum(right, near)
+            if slope > 0:
+                d_value = add_output_gradients(
+                    d_value, o_ptr, stride_ot, num_queries, start, inner_end, right, first_key, lower_ptr, last_ptr,
+                    num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, False,
+                    INPUT_PRECISION,
+                )  # fmt: skip
+                d_value = add_output_gradients(
+                    d_value, o_ptr, stride_ot, num_queries, start, outer_end, count, first_key, lower_ptr, last_ptr,
+                    num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, True,
+                    INPUT_PRECISION,
+                )  # fmt: skip
+        slope = slope * unit
+        bias = bias * unit
         d_slope = tl.zeros([BLOCK_KEYS], dtype=tl.float32)
         d_bias = tl.zeros([BLOCK_KEYS], dtype=tl.float32)
         d_key, d_value, d_slope, d_bias = _over_rows(
@@ -280,13 +330,13 @@ def _backward_key(
         )  # fmt: skip
         d_key, d_value, d_slope, d_bias = _over_rows(
             d_key, d_value, d_slope, d_bias, k, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
-            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, left, right, first_key,
+            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, left, inner_end, first_key,
             num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
             BLOCK_KEYS, SOFTMAX, FAST, RAGGED, False, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
         )  # fmt: skip
         d_key, d_value, d_slope, d_bias = _over_rows(
             d_key, d_value, d_slope, d_bias, k, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
-            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, right, count, first_key,
+            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, right, outer_end, first_key,
             num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
             BLOCK_KEYS, SOFTMAX, FAST, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
         )  # fmt: skip
@@ -322,7 +372,7 @@ def _over_rows(
         d_out = load_tile(grad_output_ptr, first_row, stride_ot, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, MASKED)
         lower, last = visible_keys(lower_ptr, last_ptr, row, num_queries, num_keys, offset, window, RAGGED)
         normaliser, shift = row_statistics(
-            lse_ptr, shift_ptr, statistics + row.to(tl.int64) * num_heads, row < num_queries, SOFTMAX
+            lse_ptr, shift_ptr, statistics, row, num_heads, num_queries, SOFTMAX
         )  # fmt: skip
         # keys by rows: the weights are then the left factor of both products, straight from registers
         product = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)

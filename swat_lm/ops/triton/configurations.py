@@ -1,4 +1,8 @@
-"""Tile shapes of the kernels: one table of rules by window, head size, dtype and GPU; nothing is tuned at first use."""
+"""Tile shapes of the kernels by window, head size, dtype and GPU: one table of rules, nothing is tuned at first use.
+
+The shapes were chosen by registers, spills and shared memory of the compiled code (docs/kernels.md), not by timing: no
+GPU was at hand. `autotune.py` measures alternatives where somebody asks for it.
+"""
 
 import os
 from typing import NamedTuple
@@ -9,6 +13,8 @@ from torch import Tensor
 from swat_lm.ops.triton.availability import is_interpreted
 
 BACKWARD_FORMS = ("two kernels", "five products")
+# a wide window feeds large tiles, which waste more of a narrow one's two edges
+WIDE_WINDOW = 1024
 
 
 class Tile(NamedTuple):
@@ -28,7 +34,8 @@ class Problem(NamedTuple):
     window: int
     head_dim: int
     group: int
-    bytes: int
+    dtype: torch.dtype
+    softmax: bool
     # compute capability, such as (9, 0)
     capability: tuple[int, int]
     # False under the interpreter
@@ -39,34 +46,118 @@ class Problem(NamedTuple):
         """Channels of a tile: the head size, padded to a power of two of at least 16."""
         return max(16, 1 << (self.head_dim - 1).bit_length())
 
+    @property
+    def family(self) -> str:
+        """The generation whose rules apply: "hopper" (and data-centre Blackwell), "ampere" or "consumer"."""
+        if (9, 0) <= self.capability < (12, 0):
+            return "hopper"
+        # everything else has 99 KiB of shared memory instead of 163
+        return "ampere" if self.capability == (8, 0) else "consumer"
+
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, window: int) -> "Problem":
+    def of(cls, query: Tensor, key: Tensor, window: int, score_function: str) -> "Problem":
         """Read it off one call's tensors."""
         hardware = query.device.type == "cuda"
         assert hardware or is_interpreted()
         capability = torch.cuda.get_device_capability(query.device) if hardware else (0, 0)
         return cls(
-            window, query.shape[3], query.shape[2] // key.shape[2], query.element_size(), capability, hardware
+            window, query.shape[3], query.shape[2] // key.shape[2], query.dtype, score_function == "softmax",
+            capability, hardware,
         )  # fmt: skip
 
 
+# by kernel and largest padded head: the tile of narrow windows and that of wide ones; float16 and bfloat16
+_HOPPER = {
+    "forward": {
+        64: (Tile(64, 64, 4, 3, 168), Tile(128, 128, 8, 2)),
+        128: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
+        256: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+    },
+    "backward query": {
+        64: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
+        256: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    },
+    "backward key": {
+        64: (Tile(64, 64, 4, 2), Tile(64, 128, 8, 2)),
+        128: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+        256: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    },
+    "backward key, five products": {
+        64: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
+        128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+        256: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    },
+}
+_AMPERE = {
+    "forward": {
+        64: (Tile(64, 64, 4, 3, 168), Tile(128, 64, 8, 3)),
+        128: (Tile(64, 32, 4, 3), Tile(128, 64, 8, 2)),
+        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    "backward query": {
+        64: (Tile(64, 32, 4, 1), Tile(128, 32, 8, 2)),
+        128: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
+        256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    "backward key": {
+        64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
+    # never chosen by rule there
+    "backward key, five products": {
+        64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+        128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
+}
+# softmax keeps a maximum, a sum and a shift per row
+_SOFTMAX_HOPPER = {
+    "backward key": {
+        64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+    },
+}
+
+
 def configuration(kernel: str, problem: Problem) -> Tile:
-    """Return the tile of a kernel for a problem."""
+    """Return the tile of a kernel for a problem.
+
+    Args:
+        kernel: "forward", "backward query", "backward key" or "backward key, five products".
+        problem: one call.
+    """
     if not problem.hardware:
+        # small, so that small shapes have tiles of every kind
         return Tile(16, 16, 4, 1)
-    return Tile(64, 64, 4, 3)
+    size = next(limit for limit in (64, 128, 256) if problem.block_dim <= limit)
+    if problem.dtype == torch.float32:
+        # exact products are no work for tensor cores; four bytes a number
+        return Tile(16, 16, 4, 1) if size == 256 else Tile(32, 32, 4, 1)
+    wide = problem.window >= WIDE_WINDOW
+    if problem.softmax and problem.family == "hopper":
+        special = _SOFTMAX_HOPPER.get(kernel, {})
+        if size in special:
+            return special[size][wide]
+    tile = (_HOPPER if problem.family == "hopper" else _AMPERE)[kernel][size][wide]
+    return tile._replace(stages=min(tile.stages, 2)) if problem.family == "consumer" else tile
 
 
 def backward_form(problem: Problem) -> str:
     """Return how the backward is computed: "two kernels" or "five products".
 
     Two kernels form every score twice (seven products in all) and add in a fixed order. Five products form it once and
-    add the queries' gradients atomically, in float32, in an order that differs from run to run. The environment's
-    SWAT_LM_BACKWARD forces either; so does `torch.use_deterministic_algorithms`.
+    add the queries' gradients atomically, in float32, in an order that differs from run to run; the rule takes them
+    for wide windows on Hopper, which is computed and not yet confirmed by a measurement. The environment's
+    SWAT_LM_BACKWARD forces either; `torch.use_deterministic_algorithms` forces two kernels.
     """
     forced = os.environ.get("SWAT_LM_BACKWARD")
-    if forced is not None and forced not in BACKWARD_FORMS:
-        raise ValueError(f"SWAT_LM_BACKWARD: expected one of {', '.join(BACKWARD_FORMS)}; got {forced!r}")
     if forced is not None:
+        if forced not in BACKWARD_FORMS:
+            raise ValueError(f"SWAT_LM_BACKWARD: expected one of {', '.join(BACKWARD_FORMS)}; got {forced!r}")
         return forced
-    return "two kernels"
+    if torch.are_deterministic_algorithms_enabled():
+        return BACKWARD_FORMS[0]
+    fits = problem.family == "hopper" and problem.block_dim <= 128 and not problem.softmax
+    return BACKWARD_FORMS[fits and problem.window >= WIDE_WINDOW and problem.dtype != torch.float32]

@@ -29,6 +29,7 @@ from swat_lm.ops.triton.device import (
 )
 from swat_lm.ops.triton.geometry import Rows, tiles_of_rows, visible_keys
 from swat_lm.ops.triton.rotation import angle_stride, load_rotated, rotate
+from swat_lm.ops.triton.saturation import add_values, largest_norms, saturated_tiles
 
 
 class Results(NamedTuple):
@@ -51,10 +52,12 @@ def forward(
     fast: bool,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    skip_saturated: bool = False,
 ) -> Results:
     """Return the output and what the backward needs of it. Arguments as in the contract.
 
-    `cos` and `sin`, contiguous `[B or 1, T, D/2]`, rotate query and key on the way.
+    `cos` and `sin`, contiguous `[B or 1, T, D/2]`, rotate query and key on the way. `skip_saturated` (sigmoid only) is
+    explained in `saturation.py`.
     """
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1], key.shape[2]
@@ -67,18 +70,20 @@ def forward(
     query, key, value = (with_dense_channels(t) for t in (query, key, value))
     if cos is not None and sin is not None:
         key = rotate(key, cos, sin, key.dtype)
-    problem = Problem.of(query, key, rows.window)
+    problem = Problem.of(query, key, rows.window, score_function)
     tile = configuration("forward", problem)
     group = num_heads // num_kv_heads
+    key_norms = largest_norms(key) if skip_saturated and key.numel() else None
     grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
     with on_device(query):
         _forward[grid](
             query, key, value, output, lse, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin, rotated,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], angle_stride(cos),
-            num_queries, num_keys, rows.offset, rows.window, scale,
+            key_norms, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
+            angle_stride(cos), num_queries, num_keys, rows.offset, rows.window, scale,
             GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
             SOFTMAX=softmax, FAST=fast and not softmax, RAGGED=rows.is_ragged, ROTARY=cos is not None,
-            HARDWARE=problem.hardware, INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            SKIP=key_norms is not None, HARDWARE=problem.hardware,
+            INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     return Results(output, lse, rotated, key if cos is not None else query.new_empty(0))
@@ -92,11 +97,13 @@ def with_dense_channels(tensor: Tensor) -> Tensor:
 @triton.jit
 def _forward(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr,
-    cos_ptr, sin_ptr, rotated_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
+    cos_ptr, sin_ptr, rotated_ptr, key_norms_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_ob, stride_ot, stride_oh, stride_ab,
-    num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    num_queries, num_keys, offset, window, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, ROTARY: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr, ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     # the heads of a group lie next to each other, so that the second finds its keys in the cache
     member = tl.program_id(0) % GROUP
@@ -115,9 +122,8 @@ def _forward(
     row = tl.minimum(first_row + tl.arange(0, BLOCK_ROWS), num_queries - 1)
     lower, last = visible_keys(lower_ptr, last_ptr, row, num_queries, num_keys, offset, window, RAGGED)
     unit = score_unit(SOFTMAX, FAST)
-    slope = tl.load(slopes_ptr + head) * unit
-    bias = tl.load(bias_ptr + head) * unit
-    scale = scale * unit
+    slope = tl.load(slopes_ptr + head)
+    bias = tl.load(bias_ptr + head)
 
     query_ptr += sequence * stride_qb + head * stride_qh
     if ROTARY:
@@ -134,9 +140,30 @@ def _forward(
     total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
     largest = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
     mass = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+    if SKIP:
+        key_norm = tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head)
+        saturated = saturated_tiles(
+            q, key_norm, slope, bias, scale, tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr,
+            num_queries, num_keys, offset, window, RAGGED, BLOCK_KEYS,
+        )  # fmt: skip
+        ones = tl.where(slope > 0, saturated, 0)
+        total = add_values(
+            total, value_ptr, stride_vs, num_keys, start, 0, tl.minimum(left, ones), lower, last,
+            HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True, INPUT_PRECISION,
+        )  # fmt: skip
+        total = add_values(
+            total, value_ptr, stride_vs, num_keys, start, tl.minimum(left, ones), ones, lower, last,
+            HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, False, INPUT_PRECISION,
+        )  # fmt: skip
+        left = tl.maximum(left, saturated)
+    else:
+        saturated = 0
+    slope = slope * unit
+    bias = bias * unit
+    scale = scale * unit
     total, largest, mass = _over_keys(
-        total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, 0, left, num_keys,
-        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE, INPUT_PRECISION,
+        total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated, left,
+        num_keys, scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE, INPUT_PRECISION,
     )  # fmt: skip
     total, largest, mass = _over_keys(
         total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left, right, num_keys,

@@ -24,6 +24,8 @@ class Rows(NamedTuple):
     offset: int
     # at most S, so that it fits 32 bits
     window: int
+    # whether `last` is `row + offset`, as in a regular call
+    is_last_regular: bool
 
     @property
     def is_ragged(self) -> bool:
@@ -45,7 +47,7 @@ class Rows(NamedTuple):
         offset = num_keys - num_queries
         clamped = max(num_keys, 1) if window is None else min(window, max(num_keys, 1))
         if first_visible is None and last_visible is None:
-            return cls(None, None, offset, clamped)
+            return cls(None, None, offset, clamped, True)
         if last_visible is None:
             last = torch.arange(offset, num_keys, dtype=torch.int32, device=device).expand(batch, -1)
         else:
@@ -53,7 +55,7 @@ class Rows(NamedTuple):
         lower = torch.zeros_like(last) if window is None else (last - (window - 1)).clamp_min(0)
         if first_visible is not None:
             lower = torch.maximum(lower, first_visible)
-        return cls(lower.contiguous(), last.contiguous(), offset, clamped)
+        return cls(lower.contiguous(), last.contiguous(), offset, clamped, last_visible is None)
 
     def of_key_blocks(self, num_keys: int, block: int) -> Tensor | None:
         """Return for each block of keys which rows to visit, int32 `[B, blocks, 4]`; None for a regular call.

@@ -76,6 +76,17 @@ def rotate_back(
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rotate a tile of gradients in registers back."""
+    if HEAD_DIM == BLOCK_DIM:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        places = row.to(tl.int64)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        inside = (row < num_rows)[:, None]
+        cos = tl.load(cos_ptr + places, mask=inside, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + places, mask=inside, other=0.0).to(tl.float32)
+        first, second = tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
+        turned = tl.join(first * cos + second * sin, second * cos - first * sin)
+        return tl.reshape(tl.permute(turned, (0, 2, 1)), (BLOCK_ROWS, BLOCK_DIM))
+    # a padded head has no middle to split at
     channel = tl.arange(0, BLOCK_DIM)
     # padded channels are their own partners
     index = tl.where(channel < HEAD_DIM, partner_of(channel, HEAD_DIM), channel)

@@ -65,7 +65,7 @@ def check_library():
     query, key, value, slopes, bias = (t.float().requires_grad_() for t in make_inputs((1, 5, 5, 2, 1, 8)))
     angles = torch.ones(1, 5, 4), torch.zeros(1, 5, 4)
     for tensors, score_function in (((slopes, bias, None, None, *angles), "sigmoid"), ((None,) * 6, "softmax")):
-        arguments = (query, key, value, *tensors, 0.0, 4, score_function, 0.3, "auto", "triton")
+        arguments = (query, key, value, *tensors, 0.0, 4, score_function, 0.3, "auto", "triton", False)
         torch.library.opcheck(torch.ops.swat_lm.window_attention, arguments)
 
     def loss(query, key, value, slopes):

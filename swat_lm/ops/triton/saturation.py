@@ -1,0 +1,155 @@
+"""Skipping saturated tiles: far from the diagonal a sloped head's sigmoid is 0 or 1 to within 4.2e-8, whatever q.k is.
+
+With |scale * q.k| <= c and slope s, the score at distance d is at most c + b - |s| d for a negative slope, so beyond
+d = (c + b + 17) / |s| every weight is below sigmoid(-17) < 4.2e-8: the tile is skipped. For a positive slope the score
+is at least s d + b - c, and beyond (c - b + 17) / s every weight is 1 to within as much: the tile adds the sum of its
+values. Neither has a gradient to query or key beyond 4.2e-8 times the incoming one.
+"""
+
+# Triton rewrites the bodies of kernels, which a checker of Python misreads
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swat_lm.ops.triton.device import load_tile, on_device, scalar
+from swat_lm.ops.triton.geometry import visible_keys
+
+# sigmoid(-17) = 4.14e-8
+SATURATION = 17.0
+# by which a bound on the products is raised, since norms and products are rounded
+SLACK = 1.001
+_SATURATION: tl.constexpr = tl.constexpr(SATURATION)
+_SLACK: tl.constexpr = tl.constexpr(SLACK)
+_BLOCK_ROWS = 64
+
+
+def largest_norms(x: Tensor) -> Tensor:
+    """Return the largest norm of a row of each head, float32 `[B, heads]`; x is `[B, T, heads, D]`, read once."""
+    batch, num_rows, num_heads, head_dim = x.shape
+    blocks = -(-num_rows // _BLOCK_ROWS)
+    norms = x.new_empty((batch, num_heads, blocks), dtype=torch.float32)
+    with on_device(x):
+        _norms_of_blocks[(blocks, num_heads, batch)](
+            x, norms, *x.stride()[:3], num_rows, HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim),
+            BLOCK_ROWS=_BLOCK_ROWS,
+        )  # fmt: skip
+    return norms.amax(dim=-1)
+
+
+def share_saved(
+    slopes: Sequence[float], window: int, product_bound: float, rows: int, keys: int, bias: float = 0.0
+) -> float:
+    """Return the share of the forward's matrix products that skipping saves, far into a sequence, all heads alike.
+
+    Args:
+        slopes: of the heads.
+        window: W.
+        product_bound: c, the largest `|scale * q.k|` the norms allow.
+        rows, keys: of a tile.
+        bias: b, the score bias.
+    """
+    tiles = -(-(window + rows - 1) // keys)
+    first = rows - tiles * keys
+    # the tile's rows are 0 .. rows - 1, its grid of keys begins at `first`, as in `tiles_of_rows`
+    left = min(-(-max(rows - window - first, 0) // keys), tiles)
+    right = min(left + max(1 - (first + left * keys), 0) // keys, tiles)
+    saved = 0.0
+    for slope in slopes:
+        count = min(max((1 - _reach_on_host(slope, bias, product_bound) - first) // keys, 0), right)
+        # a masked tile of a positive slope still needs its visible values summed: one product of two
+        saved += count - (0.5 * min(count, left) if slope > 0 else 0.0)
+    return saved / (len(slopes) * tiles)
+
+
+def _reach_on_host(slope: float, bias: float, product_bound: float) -> int:
+    if slope == 0:
+        return 2**30
+    distance = (SLACK * product_bound + (bias if slope < 0 else -bias) + SATURATION) / abs(slope)
+    return min(max(math.ceil(distance), 0), 2**30)
+
+
+@triton.jit
+def _norms_of_blocks(
+    x_ptr, norms_ptr, stride_b, stride_t, stride_h, num_rows, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    x_ptr += sequence * stride_b + head * stride_h
+    x = load_tile(x_ptr, block * BLOCK_ROWS, stride_t, num_rows, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True).to(tl.float32)
+    place = (sequence * tl.num_programs(1) + head) * tl.num_programs(0) + block
+    tl.store(norms_ptr + place, tl.sqrt(tl.max(tl.sum(x * x, axis=1), axis=0)))
+
+
+@triton.jit
+def reach(slope, bias, scale, query_norm, key_norm):
+    """Return the distance from which on a head is saturated, int32; slope and bias as in the contract."""
+    product_bound = tl.abs(scale) * query_norm * key_norm * _SLACK
+    signed_bias = tl.where(slope < 0, bias, -bias)
+    distance = (product_bound + signed_bias + _SATURATION) / tl.maximum(tl.abs(slope), 1e-30)
+    return tl.ceil(tl.minimum(tl.maximum(distance, 0.0), 1073741824.0)).to(tl.int32)
+
+
+@triton.jit
+def saturated_tiles(
+    q, key_norm, slope, bias, scale, first_row, start, right, lower_ptr, last_ptr, num_queries, num_keys, offset,
+    window, RAGGED: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Return how many tiles of keys from `start` on are saturated for all rows of the tile q, at most `right`."""
+    wide = q.to(tl.float32)
+    query_norm = tl.sqrt(tl.max(tl.sum(wide * wide, axis=1), axis=0))
+    # the first row is nearest to every key
+    _, nearest = visible_keys(lower_ptr, last_ptr, first_row, num_queries, num_keys, offset, window, RAGGED)
+    keys = nearest - reach(slope, bias, scale, query_norm, key_norm) - start + 1
+    return tl.minimum(tl.maximum(keys, 0) // BLOCK_KEYS, right)
+
+
+@triton.jit
+def add_values(
+    total, base, stride_row, num_rows, start, begin, end, lower, last, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASKED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to the output of rows the values of tiles of keys whose weights are 1 where visible."""
+    column = tl.arange(0, BLOCK_KEYS)
+    everywhere = tl.zeros([BLOCK_DIM], dtype=tl.float32)
+    for tile in tl.range(scalar(begin), scalar(end)):
+        first_key = start + tile * BLOCK_KEYS
+        v = load_tile(base, first_key, stride_row, num_rows, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
+        if MASKED:
+            key = (first_key + column)[None, :]
+            visible = (key >= lower[:, None]) & (key <= tl.minimum(last, num_rows - 1)[:, None])
+            weight = tl.where(visible, 1.0, 0.0).to(v.dtype)
+            total = tl.dot(weight, v, total, input_precision=INPUT_PRECISION)
+        else:
+            everywhere += tl.sum(v.to(tl.float32), axis=0)
+    return total + everywhere[None, :]
+
+
+@triton.jit
+def add_output_gradients(
+    d_value, base, stride_row, num_rows, start, begin, end, first_key, lower_ptr, last_ptr, num_keys, offset, window,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    RAGGED: tl.constexpr, MASKED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradient of values the output gradients of tiles of rows whose weights are 1 where visible."""
+    key = (first_key + tl.arange(0, BLOCK_KEYS))[:, None]
+    everywhere = tl.zeros([BLOCK_DIM], dtype=tl.float32)
+    for tile in tl.range(scalar(begin), scalar(end)):
+        first_row = start + tile * BLOCK_ROWS
+        d_out = load_tile(base, first_row, stride_row, num_rows, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, MASKED)
+        if MASKED:
+            row = first_row + tl.arange(0, BLOCK_ROWS)
+            lower, last = visible_keys(lower_ptr, last_ptr, row, num_rows, num_keys, offset, window, RAGGED)
+            visible = (key >= lower[None, :]) & (key <= tl.minimum(last, num_keys - 1)[None, :])
+            weight = tl.where(visible, 1.0, 0.0).to(d_out.dtype)
+            d_value = tl.dot(weight, d_out, d_value, input_precision=INPUT_PRECISION)
+        else:
+            everywhere += tl.sum(d_out.to(tl.float32), axis=0)
+    return d_value + everywhere[None, :]

@@ -1,0 +1,110 @@
+"""The shipped tiles compiled for Hopper and Ampere without a GPU: no register is spilled, products run on tensor cores.
+
+SWAT_LM_EXHAUSTIVE=1 compiles every combination instead of a selection.
+"""
+
+import itertools
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.ops.triton.compiling import compile_kernel
+
+DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+KERNELS = ("forward", "backward query", "backward key", "backward key, five products")
+# the capability's number, head size, window, and what differs from a plain sigmoid call
+SELECTION = [
+    *itertools.product(KERNELS[:3], [90], [64, 128], [512, 1024], [""]),
+    *itertools.product(KERNELS[3:], [90], [64, 128], [1024], [""]),
+    *itertools.product(KERNELS[:3], [90], [128], [1024], ["softmax"]),
+    *itertools.product(KERNELS[:3], [90], [64], [512], ["skip"]),
+    *itertools.product(KERNELS[:2], [90], [128], [512], ["exact ragged rotary"]),
+    *itertools.product(KERNELS[2:3], [90], [128], [1024], ["exact ragged per_head rotary"]),
+    *itertools.product(KERNELS[:1], [90], [80], [512], ["half"]),
+    *itertools.product(KERNELS[:3], [80], [64, 128], [512], [""]),
+]
+EXHAUSTIVE = list(
+    itertools.product(
+        KERNELS, [80, 86, 90], [32, 64, 80, 96, 128], [512, 1024],
+        ["", "half", "exact", "ragged", "rotary", "per_head", "skip", "softmax", "softmax ragged",
+         "exact ragged per_head rotary"],
+    )
+)  # fmt: skip
+
+
+def arguments_of(kernel, name, problem, tile, variant):
+    pointer = DTYPES[problem.dtype]
+    softmax = "softmax" in variant
+    values = {
+        "lse_ptr": "*fp32" if softmax else None, "shift_ptr": "*fp32" if softmax else None,
+        "slopes_ptr": "*fp32", "bias_ptr": "*fp32", "per_head_ptr": "*fp32",
+        "cos_ptr": "*fp32" if "rotary" in variant else None, "sin_ptr": "*fp32" if "rotary" in variant else None,
+        "rotated_ptr": pointer, "offset": "i32:16", "window": "i32:16", "scale": "fp32",
+        "num_queries": "i32:16", "num_keys": "i32:16", "GROUP": problem.group, "HEAD_DIM": problem.head_dim,
+        "BLOCK_DIM": problem.block_dim, "BLOCK_ROWS": tile.rows, "BLOCK_KEYS": tile.keys, "SOFTMAX": softmax,
+        "FAST": "exact" not in variant and not softmax, "RAGGED": "ragged" in variant, "ROTARY": "rotary" in variant,
+        "SKIP": "skip" in variant, "REGULAR_LAST": True,
+        "HARDWARE": True, "INPUT_PRECISION": "tf32", "PER_HEAD": "per_head" in variant, "QUERY": "five" in name,
+    }  # fmt: skip
+    if "forward" in name:
+        values["lse_ptr"] = "*fp32"
+    if "five" in name:
+        values["grad_query_ptr"] = "*fp32"
+    for table in ("lower_ptr", "last_ptr", "table_ptr"):
+        values[table] = "*i32" if "ragged" in variant else None
+    for argument in kernel.arg_names:
+        if argument.startswith("stride_"):
+            values[argument] = "i32:16"
+    return {argument: values.get(argument, pointer) for argument in kernel.arg_names}
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "head_dim", "window", "variant"),
+    EXHAUSTIVE if os.environ.get("SWAT_LM_EXHAUSTIVE") else SELECTION,
+)
+def test_no_spills(name, capability, head_dim, window, variant):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from swat_lm.ops.triton import backward, forward
+    from swat_lm.ops.triton.configurations import Problem, configuration
+
+    kernel = {"forward": forward._forward, "backward query": backward._backward_query}.get(name, backward._backward_key)
+    dtype = torch.float16 if "half" in variant else torch.bfloat16
+    problem = Problem(window, head_dim, 1, dtype, "softmax" in variant, divmod(capability, 10), True)
+    tile = configuration(name, problem)
+    arguments = arguments_of(kernel, name, problem, tile, variant)
+    compiled = compile_kernel(kernel, arguments, capability, tile.warps, tile.stages, tile.registers)
+    assert compiled.spills == 0, f"{tile}: {compiled.spills} registers spilled of {compiled.registers}"
+    assert compiled.tensor_core_products > 0
+    if not problem.softmax:
+        # one tanh for a weight, or an exponential and a reciprocal; three loops
+        weights = 3 * tile.rows * tile.keys // (32 * tile.warps)
+        # and a root and a reciprocal to find what is saturated
+        extra = 4 if "skip" in variant else 0
+        assert 0 <= compiled.instructions["MUFU"] - weights * (1 if "exact" not in variant else 2) <= extra
+    limit = {80: 163, 86: 99, 90: 227}[capability] * 1024
+    assert compiled.shared_bytes <= limit
+
+
+def test_every_problem_has_a_tile():
+    from swat_lm.ops.triton.configurations import Problem, configuration
+
+    for name, dtype, capability, head_dim, window, softmax in itertools.product(
+        KERNELS, (torch.float32, torch.float16), ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)),
+        (2, 16, 64, 80, 128, 256), (1, 4096), (False, True),
+    ):  # fmt: skip
+        tile = configuration(name, Problem(window, head_dim, 1, dtype, softmax, capability, True))
+        assert min(tile.rows, tile.keys) >= 16
+
+
+def test_the_harness_sees_spills():
+    """A tile that cannot fit: the counter must not be blind."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from swat_lm.ops.triton import forward
+    from swat_lm.ops.triton.configurations import Problem
+
+    problem = Problem(512, 128, 1, torch.bfloat16, False, (9, 0), True)
+    tile = SimpleNamespace(rows=128, keys=64)
+    arguments = arguments_of(forward._forward, "forward", problem, tile, "")
+    assert compile_kernel(forward._forward, arguments, 90, 4, 3).spills > 100
