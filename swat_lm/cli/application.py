@@ -14,6 +14,7 @@ from swat_lm.cli import (
     benchmarks,
     conversion,
     demonstration,
+    diagnosis,
     evaluation,
     generation,
     information,
@@ -45,6 +46,7 @@ application.add_typer(measurements, name="evaluate")
 measurements.command(name="length")(evaluation.length)
 measurements.command(name="recall")(recall.recall)
 measurements.command(name="reach")(recall.reach)
+measurements.command(name="diagnose")(diagnosis.diagnose)
 measurements.command(name="tasks")(benchmarks.tasks)
 application.command(name="info")(information.info)
 application.command(name="convert")(conversion.convert)

@@ -64,6 +64,7 @@ def recall(
     names = list(dict.fromkeys(task or ([] if data else ["passkey"])))
     asked = None if distances is None else parse_distances(distances)
     check_output(out, "recall.json")
+    check_tasks(names)
     model, tokens = load_any_checkpoint(checkpoint, tokenizer, device)
     (view,) = parse_one_window(window)
     model = model_with_window(model, view)
@@ -129,6 +130,18 @@ def reach(
         plot_reach(curve, out / "reach.png", title=Path(checkpoint).name)
         curve.save(out / "reach.json")
         results().print(f"{out / 'reach.json'}, {out / 'reach.png'}", markup=False)
+
+
+def check_tasks(names: list[str]) -> None:
+    """Raise ValueError for a task that does not exist, before a model is loaded."""
+    from swat_lm.data.synthetic import PREFIX, synthetic_task
+    from swat_lm.evaluate.probes import check_name
+
+    for name in names:
+        if name.startswith(PREFIX):
+            synthetic_task(name)
+        else:
+            check_name(name)
 
 
 def parse_distances(text: str) -> list[int]:

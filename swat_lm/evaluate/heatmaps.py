@@ -50,7 +50,15 @@ def plot_heat_map(
             for x, value in enumerate(row):
                 if value is not None:
                     colour = "black" if value > middle else "white"
-                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=12, color=colour)
+                    axes.text(
+                        x,
+                        y,
+                        f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=12,
+                        color=colour,
+                    )
     bar = figure.colorbar(image, ax=axes)
     bar.set_label(scale, fontsize=14)
     bar.ax.tick_params(labelsize=13)

@@ -16,7 +16,7 @@ from swat_lm.data.sources import source_file
 from swat_lm.data.synthetic import Answer, SyntheticTask
 from swat_lm.evaluate.recall import RecallItem
 
-__all__ = ["TEXT_TASKS", "read_items", "synthetic_items", "text_items"]
+__all__ = ["TEXT_TASKS", "check_name", "read_items", "synthetic_items", "text_items"]
 
 Encode = Callable[[str], list[int]]
 
@@ -62,8 +62,7 @@ def text_items(name: str, encode: Encode, distances: Sequence[int], count: int, 
     Raises:
         ValueError: an unknown name, or a distance too short for the text between.
     """
-    if name not in TEXT_TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TEXT_TASKS)}, got {name!r}")
+    check_name(name)
     maker = {"passkey": passkey, "kv": key_value, "mqar": queries, "copy": copied}[name]
     items = []
     for distance in distances:
@@ -71,6 +70,12 @@ def text_items(name: str, encode: Encode, distances: Sequence[int], count: int, 
             tokens, answers = maker(encode, np.random.default_rng((seed, distance, number)), distance)
             items.append(RecallItem(np.array(tokens, dtype=np.int64), tuple(answers), distance))
     return items
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless it is one of `TEXT_TASKS`."""
+    if name not in TEXT_TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TEXT_TASKS)} or synthetic:NAME, got {name!r}")
 
 
 def passkey(encode: Encode, random: np.random.Generator, distance: int) -> tuple[list[int], list[Answer]]:

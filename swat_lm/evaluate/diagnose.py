@@ -1,0 +1,280 @@
+"""What the attention of a trained model does: sinks, saturated weights, output norms and variance (Figure 3 of SWAT).
+
+Weights are seen layer by layer while a stream is read in one pass, and only their statistics are kept. Of our models
+they are formed anew from queries and keys by the definition; other models are asked for their eager attention.
+Legend: T tokens, H heads, L layers, M model width, W window.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swat_lm.evaluate.curves import write_whole
+from swat_lm.evaluate.limits import position_limit
+from swat_lm.evaluate.reader import evaluating
+from swat_lm.evaluate.windows import layer_windows
+from swat_lm.mixers.attention import WindowAttention
+from swat_lm.ops.reference import distances
+from swat_lm.ops.rotary import apply_rotary
+
+__all__ = ["Diagnosis", "LayerWeights", "attention_weights", "diagnose"]
+
+NEAR = 0.01
+"""A weight is saturated below this or above 1 minus this."""
+MIXER_NAMES = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "mixer", "temporal_block")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Statistics of one layer's attention weights, by head, over all queries but the first and all streams."""
+
+    score_function: str
+    """`softmax` or `sigmoid`."""
+    first_token_mass: tuple[float, ...]
+    """Mean weight of the stream's first token, over the queries that see it: large where it serves as a sink."""
+    first_token_uniform: float
+    """What it would be if every query weighed all that it sees alike, with a sum of 1."""
+    row_sum: tuple[float, ...]
+    """Mean sum of a query's weights; 1 for softmax."""
+    near_zero: tuple[float, ...]
+    """Share of visible weights below 0.01."""
+    near_one: tuple[float, ...]
+    """Share of visible weights above 0.99."""
+    mean_distance: tuple[float, ...]
+    """Distance in tokens, averaged with the weights."""
+    slopes: tuple[float, ...] | None
+    """Slope of each head, where there are slopes."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One model on some streams, all read from their first token."""
+
+    num_streams: int
+    length: int
+    weights: tuple[LayerWeights | None, ...]
+    """Per layer; None for a layer without attention weights (recurrent, or computed without them)."""
+    output_norm: tuple[tuple[float, ...], ...]
+    """`[L][T]`: mean norm of the mixer's output at each position."""
+    hidden_variance: tuple[tuple[float, ...], ...]
+    """`[L + 1][T]`: mean variance over the channels of the hidden state before layer 0, 1, ... and after the last."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether any layer showed its weights."""
+        return any(one is not None for one in self.weights)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON beside the place and rename it."""
+        write_whole(path, json.dumps(asdict(self)) + "\n")
+
+
+def diagnose(
+    model: PreTrainedModel,
+    streams: Sequence[np.ndarray],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Diagnosis:
+    """Read each stream in one pass and average what its layers do; memory is `[H, T, T]` of one layer at a time.
+
+    Raises:
+        ValueError: no streams, of unequal lengths, shorter than two tokens or longer than the model's positions, or a
+            model whose layers cannot be told apart.
+    """
+    sizes = {len(one) for one in streams}
+    if len(sizes) != 1 or min(sizes) < 2:
+        raise ValueError(f"streams: expected at least one, of equal length and at least 2 tokens; got {sorted(sizes)}")
+    length, limit = min(sizes), position_limit(model)
+    if limit is not None and length > limit:
+        raise ValueError(f"{type(model).__name__} has no position beyond token {limit}: ask for --length {limit}")
+    layers = decoder_layers(model)
+    observer = Observer(layers, [mixer_of(layer) for layer in layers], layer_windows(model), length)
+    with evaluating(model), eager_attention(model), observer.watching(), torch.inference_mode():
+        for number, stream in enumerate(streams, start=1):
+            tokens = torch.from_numpy(np.asarray(stream, dtype=np.int64))[None].to(model.device)
+            model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            if on_progress:
+                on_progress(number, len(streams))
+    return observer.diagnosis(len(streams))
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers, in order; raises ValueError where no list of modules is as long as the configuration says."""
+    count = cast(Any, model.config.get_text_config()).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ValueError(f"{type(model).__name__}: found no list of its {count} layers, so they cannot be observed")
+
+
+def mixer_of(layer: nn.Module) -> nn.Module:
+    """What mixes tokens in a layer; raises ValueError where it has none of the usual names."""
+    for name in MIXER_NAMES:
+        found = getattr(layer, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise ValueError(f"{type(layer).__name__}: expected its mixer under one of {', '.join(MIXER_NAMES)}")
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attention that forms its weights, where the model has a choice; as it was before at the end."""
+    config = cast(Any, model.config)
+    before = config._attn_implementation
+    if before in (None, "eager") or any(isinstance(one, WindowAttention) for one in model.modules()):
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def attention_weights(attention: WindowAttention, hidden: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The weights `[B, H, T, T]` of one of our layers for `[B, T, M]` without a past; SWAT, Eq. 5, in float32.
+
+    With a learned sink its share is missing from the rows' sums.
+    """
+    settings = attention.settings
+    query, key, _ = attention._project(hidden)
+    if angles is not None:
+        query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
+    key = key.repeat_interleave(settings.num_heads // settings.num_kv_heads, dim=2)
+    count = hidden.shape[1]
+    distance, visible = distances(len(hidden), count, count, None, None, settings.window, hidden.device)
+    scores = torch.einsum("bthd,bshd->bhts", query.float(), key.float()) * settings.head_dim**-0.5
+    slopes = attention.slopes_on(hidden.device)
+    if slopes is not None:
+        scores = scores + slopes.float()[:, None, None] * distance.float()[:, None]
+    scores = (scores + settings.score_bias).masked_fill(~visible[:, None], float("-inf"))
+    if settings.score_function == "sigmoid":
+        return torch.sigmoid(scores)
+    if attention.sink is None:
+        return torch.softmax(scores, dim=-1)
+    sink = attention.sink.float()[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
+
+
+class Observer:
+    """Hooks on layers and mixers that add up what the passes show."""
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        mixers: Sequence[nn.Module],
+        windows: Sequence[int | None] | None,
+        length: int,
+    ) -> None:
+        count = len(layers)
+        self.layers, self.mixers, self.length = layers, mixers, length
+        self.windows = windows or [None] * count
+        self.norms = torch.zeros(count, length, dtype=torch.float64)
+        self.variances = torch.zeros(count + 1, length, dtype=torch.float64)
+        self.sums: list[Tensor | None] = [None] * count
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooked; the model is as it was at the end."""
+        with ExitStack() as stack:
+            for index, (layer, mixer) in enumerate(zip(self.layers, self.mixers, strict=True)):
+                for handle in (
+                    layer.register_forward_pre_hook(self.before_layer(index), with_kwargs=True),
+                    layer.register_forward_hook(self.after_layer(index)),
+                    mixer.register_forward_hook(self.after_mixer(index), with_kwargs=True),
+                ):
+                    stack.callback(handle.remove)
+            yield
+
+    def before_layer(self, index: int) -> Callable[..., None]:
+        """The residual stream that enters a layer."""
+
+        def hook(_: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+            hidden = arguments[0] if arguments else named["hidden_states"]
+            self.variances[index] += hidden[0].double().var(dim=-1, correction=0).cpu()
+
+        return hook
+
+    def after_layer(self, index: int) -> Callable[..., None]:
+        """The residual stream that leaves the last layer."""
+
+        def hook(_: nn.Module, arguments: tuple, output: Any) -> None:
+            if index == len(self.layers) - 1:
+                hidden = output[0] if isinstance(output, tuple) else output
+                self.variances[index + 1] += hidden[0].double().var(dim=-1, correction=0).cpu()
+
+        return hook
+
+    def after_mixer(self, index: int) -> Callable[..., None]:
+        """Norms of the output, and the weights where there are any."""
+
+        def hook(mixer: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
+            mixed = output[0] if isinstance(output, tuple) else output
+            self.norms[index] += mixed[0].double().norm(dim=-1).cpu()
+            weights = None
+            if isinstance(mixer, WindowAttention):
+                weights = attention_weights(mixer, arguments[0], arguments[1])
+            elif isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
+                weights = output[1] if output[1].dim() == 4 else None
+            if weights is not None and weights.shape[-2:] == (self.length, self.length):
+                found = weight_sums(weights[0].float(), self.windows[index])
+                before = self.sums[index]
+                self.sums[index] = found if before is None else before + found
+
+        return hook
+
+    def diagnosis(self, num_streams: int) -> Diagnosis:
+        """Means over the streams."""
+        weights = tuple(
+            None if sums is None else layer_weights(sums / num_streams, mixer, window, self.length)
+            for sums, mixer, window in zip(self.sums, self.mixers, self.windows, strict=True)
+        )
+        norms, variances = self.norms / num_streams, self.variances / num_streams
+        return Diagnosis(
+            num_streams, self.length, weights, tuple(map(tuple, norms.tolist())), tuple(map(tuple, variances.tolist()))
+        )
+
+
+def weight_sums(weights: Tensor, window: int | None) -> Tensor:
+    """Of weights `[H, T, T]`: first token, row sums, near 0, near 1, distance times weight; float64 `[5, H]` means."""
+    count = weights.shape[-1]
+    distance, visible = (one[0] for one in distances(1, count, count, None, None, window, weights.device))
+    visible[0] = False
+    seeing = visible[:, 0]
+    rows = (weights * visible).double()
+    pairs, sums = visible.sum(), rows.sum(dim=(1, 2))
+    found = (
+        rows[:, :, 0].sum(dim=1) / seeing.sum(),
+        sums / (count - 1),
+        ((weights < NEAR) & visible).sum(dim=(1, 2)).double() / pairs,
+        ((weights > 1 - NEAR) & visible).sum(dim=(1, 2)).double() / pairs,
+        (rows * distance).sum(dim=(1, 2)) / sums.clamp(min=1e-30),
+    )
+    return torch.stack(found).cpu()
+
+
+def layer_weights(means: Tensor, mixer: nn.Module, window: int | None, length: int) -> LayerWeights:
+    """The statistics of one layer."""
+    ours = isinstance(mixer, WindowAttention)
+    slopes = mixer.slopes_on(mixer.q_proj.weight.device) if ours else None
+    # query t sees t + 1 keys until the window is full, and the first token only that long
+    seen = range(2, 1 + min(length, window or length))
+    first, row_sum, near_zero, near_one, distance = (tuple(row) for row in means.tolist())
+    return LayerWeights(
+        mixer.settings.score_function if ours else "softmax",
+        first,
+        sum(1 / keys for keys in seen) / max(len(seen), 1),
+        row_sum,
+        near_zero,
+        near_one,
+        distance,
+        None if slopes is None else tuple(slopes.tolist()),
+    )

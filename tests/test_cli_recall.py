@@ -1,0 +1,45 @@
+"""The commands about recall, reach and attention, used as a stranger would, also wrongly."""
+
+import json
+from pathlib import Path
+
+from .test_cli import cli, here
+
+__all__ = ["cli", "here"]
+
+
+def test_recall_reach_diagnose(cli, here: Path):
+    assert cli("train", "run.yaml", "train.steps=2").code == 0
+    run = here / "runs" / "run"
+    asked = ("evaluate", "recall", run, "--task", "passkey", "--task", "synthetic:kv", "--samples", 2)
+    recalled = cli(*asked, "--distances", "61", "--out", "recalled")
+    assert recalled.code == 0, recalled.err
+    curves = json.loads((here / "recalled" / "recall.json").read_text())
+    assert [(one["task"], one["points"][0]["distance"]) for one in curves] == [("passkey", 61), ("synthetic:kv", 61)]
+    assert "window 8, reach 15" in recalled.out
+    # around the window and the reach, where the task can be put together
+    assert cli("evaluate", "recall", run, "--task", "synthetic:kv", "--samples", 1).code == 0
+    for wrong, message in (
+        (("--distances", "61,x"), "--distances: expected whole numbers"),
+        (("--task", "mqr"), "expected one of passkey"),
+        (("--distances", "60", "--task", "synthetic:kv"), "expected an odd number"),
+        (("--data", "run.yaml"), "run.yaml"),
+        (("--window", "4,8"), "this command takes one window"),
+        (("--task", "passkey", "--out", "recalled"), "already holds recall.json"),
+    ):
+        failed = cli("evaluate", "recall", run, *wrong)
+        assert failed.code == 2
+        assert message in failed.err
+        assert failed.err.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in failed.err
+
+    reached = cli("evaluate", "reach", run, "--data", "text", "--length", 20, "--most", 2, "--out", "reached")
+    assert reached.code == 0, reached.err
+    assert json.loads((here / "reached" / "reach.json").read_text())["reach"] == 15
+    assert "99 %" in reached.out
+
+    looked = cli("evaluate", "diagnose", run, "--data", "text", "--length", 32, "--most", 2, "--out", "looked")
+    assert looked.code == 0, looked.err
+    assert "sigmoid" in looked.out
+    assert (here / "looked" / "variance.png").exists()
+    assert cli("evaluate", "diagnose", run, "--data", "text", "--out", "looked").code == 2
