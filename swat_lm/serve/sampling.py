@@ -17,7 +17,7 @@ LOWEST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 (or below 1e-6): the most likely token; top-k, then top-p, narrow the choice."""
+    """How tokens are drawn. Temperature 0 (or below 1e-6) takes the likeliest; top-k, then top-p, narrow the choice."""
 
     temperature: float = 1.0
     top_k: int | None = None
