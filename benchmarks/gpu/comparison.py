@@ -136,6 +136,7 @@ def make_row(shape: Shape, task: str, result: Result, roof: Roof, ours: str) -> 
     flops = work.useful_flops(shape, task)
     least = work.roof_seconds(shape, task, roof.flops_per_second, roof.bytes_per_second)
     row |= {
+        "setting": result.settings.get(ours, ""),
         "ms": mine.median * 1e3,
         "TFLOP/s": flops / mine.median / 1e12,
         "share of products": flops / mine.median / roof.flops_per_second,

@@ -22,6 +22,7 @@ Peer = Callable[[Shape, Tensor, Device, bool], list[Candidate]]
 # a mask of T * T costs time in the square of the length, and says nothing new where that is long
 LONGEST_MASK = 16384
 OURS, OURS_SOFTMAX = "swat-lm sigmoid", "swat-lm softmax"
+OURS_SKIPPING = f"{OURS} that skips saturated tiles"
 
 
 def ours(backend: str = "triton") -> Peer:
@@ -42,6 +43,12 @@ def ours(backend: str = "triton") -> Peer:
         ]  # fmt: skip
 
     return build
+
+
+def ours_skipping(shape: Shape, slopes: Tensor, device: Device, thorough: bool) -> list[Candidate]:
+    """The operator that leaves out products where the slope alone decides the weight: what that saves."""
+    attend = _operator("triton", shape, slopes=slopes, skip_saturated=True)
+    return [Candidate(OURS_SKIPPING, attend, "sigmoid", True)]
 
 
 def ours_softmax(backend: str = "triton") -> Peer:
@@ -192,6 +199,7 @@ def import_peer(module: str, name: str) -> Callable:
 # the most telling first: a run that is out of time leaves the last out
 PEERS: Mapping[str, Peer] = {
     OURS: ours(),
+    OURS_SKIPPING: ours_skipping,
     OURS_SOFTMAX: ours_softmax(),
     "flash-attn 3": flash("flash-attn 3", "flash_attn_interface"),
     "flash-attn 4": flash("flash-attn 4", "flash_attn.cute"),

@@ -279,7 +279,7 @@ def test_a_run_is_recorded_and_shown(tmp_path, monkeypatch, capsys):
     assert table.main(["--page", str(page), "--results", str(tmp_path / "results")]) == 0
     text = page.read_text()
     assert "Fake H100 (driver version: 1.2); " in text
-    assert text.count("| shape | task | ms |") == text.count("| training step | batch | ms |") == 1
+    assert text.count("| shape | task | setting | ms |") == text.count("| training step | batch | ms |") == 1
     assert f"| {SHAPE} | backward | " in text
 
 
