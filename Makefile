@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint docs setup clean
+.PHONY: demo test test-gpu check lint docs setup clean
 
 # trains, evaluates and streams a small SWAT model and its full-attention twin; see README
 demo: $(VENV)/.installed
@@ -11,6 +11,10 @@ demo: $(VENV)/.installed
 # one thread per worker: two workers with two threads each spin on two cores
 test: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q tests
+
+# the kernels on this machine's NVIDIA GPU; without one, every test is skipped with its reason
+test-gpu: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu -rs tests
 
 check: lint test
 

@@ -84,8 +84,11 @@ class WindowAttention(Mixer):
         """Mix a chunk `[B, T, M]`; the memory, if any, is extended by the chunk's keys and values."""
         settings = self.settings
         query, key, value = self._project(hidden)
-        if angles is not None:
+        rotary = angles
+        if angles is not None and memory is not None:
+            # what a memory keeps is rotated; without one the kernels rotate on the way
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
+            rotary = None
         if isinstance(memory, RingMemory) and memory.serves_step(hidden):
             return self.o_proj(self.attend_step(query, key, value, memory)), memory
         num_queries = query.shape[1]
@@ -106,6 +109,7 @@ class WindowAttention(Mixer):
             score_bias=settings.score_bias,
             first_visible=visible.first_visible(num_past),
             last_visible=last_visible,
+            rotary=rotary,
             return_lse=settings.learned_sink,
             backend=settings.backend,
         )

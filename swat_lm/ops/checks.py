@@ -112,7 +112,8 @@ def check_rotary(query: Tensor, key: Tensor, last_visible: Tensor | None, rotary
         )
     if query.shape[3] % 2:
         raise ValueError(f"rotary: needs an even head size, got {query.shape[3]}")
-    shapes = [(query.shape[1], query.shape[3] // 2), (query.shape[0], query.shape[1], query.shape[3] // 2)]
+    angles = (query.shape[1], query.shape[3] // 2)
+    shapes = [angles, (1, *angles), (query.shape[0], *angles)]
     for name, tensor in zip(("cosine", "sine"), rotary, strict=True):
         if tuple(tensor.shape) not in shapes:
             raise ValueError(f"rotary: expected the {name} [T, D/2] or [B, T, D/2], got {_shape(tensor)}")
