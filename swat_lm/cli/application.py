@@ -20,6 +20,7 @@ from swat_lm.cli import (
     information,
     preparation,
     recall,
+    reproduction,
     training,
 )
 from swat_lm.cli.console import messages
@@ -48,6 +49,7 @@ measurements.command(name="recall")(recall.recall)
 measurements.command(name="reach")(recall.reach)
 measurements.command(name="diagnose")(diagnosis.diagnose)
 measurements.command(name="tasks")(benchmarks.tasks)
+application.command(name="reproduce")(reproduction.reproduce)
 application.command(name="info")(information.info)
 application.command(name="convert")(conversion.convert)
 

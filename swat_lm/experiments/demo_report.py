@@ -1,11 +1,7 @@
 """The demo's results.json, plots and report.html; every sentence about the outcome is decided by the numbers."""
 
-import base64
 import html
-import importlib.metadata
 import json
-import os
-import platform
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 
 from swat_lm.evaluate.curves import LengthCurve, difference
 from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_state_bytes, plot_training
+from swat_lm.experiments.page import machine, picture, write_page
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.cost import count_parameters, reach
 from swat_lm.recipe import Recipe, dump_recipe
@@ -26,7 +23,6 @@ TOLERANCE = 0.05
 
 NAMES = {"swat": "SWAT (sigmoid, window)", "twin": "full attention (softmax, RoPE)"}
 PICTURES = ("loss_by_length.png", "training.png", "state_bytes.png")
-PACKAGES = ("swat-lm", "torch", "transformers", "tokenizers", "numpy")
 
 
 def write_report(
@@ -56,10 +52,7 @@ def write_report(
     beside = out / ".tmp-results.json"
     beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     beside.replace(out / "results.json")
-    page = render(out, recipes, results)
-    beside = out / ".tmp-report.html"
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(out / "report.html")
+    write_page(out / "report.html", "swat-lm demo", render(out, recipes, results))
     return results
 
 
@@ -172,31 +165,8 @@ def draw(
     plot_state_bytes(kept, out / PICTURES[2])
 
 
-def machine(threads: int) -> dict[str, str]:
-    """Where and with what this was measured."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "processor": processor_name(),
-        "cores": str(os.cpu_count()),
-        "threads": str(threads),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def processor_name() -> str:
-    """The processor's own name where Linux tells it."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def render(out: Path, recipes: Mapping[str, Recipe], results: dict[str, Any]) -> str:
-    """The page, whole in one file."""
+    """The body of the page."""
     swat, twin = results["models"]["swat"], results["models"]["twin"]
     template = Template((files("swat_lm.experiments") / "demo.html").read_text(encoding="utf-8"))
     values = {name.partition(".")[0]: picture(out / name) for name in PICTURES}
@@ -224,11 +194,6 @@ def render(out: Path, recipes: Mapping[str, Recipe], results: dict[str, Any]) ->
         "seconds": ", ".join(f"{name} {value:.0f} s" for name, value in results["seconds"].items()),
     }
     return template.substitute(values)
-
-
-def picture(path: Path) -> str:
-    """A PNG as a data address."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def claim_row(claim: dict[str, Any]) -> str:

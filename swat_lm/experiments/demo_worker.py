@@ -1,9 +1,11 @@
-"""One of the demo's two models in a process of its own: train, then evaluate, telling the parent in lines of JSON.
+"""One model of an experiment in a process of its own: train, then evaluate, telling the parent in lines of JSON.
 
 Two processes of few threads each use small models' cores better than one after the other with all threads, and do not
-slow down when something else wants a core. Started by demo.py as `python -m swat_lm.experiments.demo_worker OUT NAME`.
+slow down when something else wants a core. `python -m swat_lm.experiments.demo_worker OUT NAME MODULE` calls
+`MODULE.do_model(OUT, NAME, watcher)`.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -68,8 +70,10 @@ def relay(line: str, watcher: Watcher) -> str | None:
     return value if kind == "fail" else None
 
 
-def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watcher) -> None:
-    """Train and evaluate the models side by side and relay what they tell.
+def run_workers(
+    out: Path, names: Sequence[str], num_threads: int, watcher: Watcher, module: str = "swat_lm.experiments.demo"
+) -> None:
+    """Train and evaluate the models side by side, by `do_model` of the module, and relay what they tell.
 
     Raises InterruptedRunError after Ctrl-C, when both have saved; ValueError with a worker's own sentence for an error
     of the user's, RuntimeError for any other end.
@@ -79,7 +83,12 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
     # groups of their own: the terminal's Ctrl-C comes here only, and is handed on once
     workers = {
         name: subprocess.Popen(
-            [*command, name], stdout=subprocess.PIPE, text=True, encoding="utf-8", env=environment, process_group=0
+            [*command, name, module],
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+            process_group=0,
         )
         for name in names
     }
@@ -114,7 +123,7 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
         raise InterruptedRunError(f"stopped; everything so far is in {out}")
     wrong = {name: code for name, code in codes.items() if code}
     if wrong:
-        raise RuntimeError(f"the demo's workers ended with {wrong}; their messages are above")
+        raise RuntimeError(f"the workers ended with {wrong}; their messages are above")
 
 
 def stop(workers: dict[str, subprocess.Popen]) -> None:
@@ -132,14 +141,13 @@ def forward(name: str, worker: subprocess.Popen, put: Callable[[tuple[str, str |
     put((name, None))
 
 
-def work(out: Path, name: str) -> int:
+def work(out: Path, name: str, module: str) -> int:
     """Do one model; returns the exit code."""
     # the parent reads only our lines from stdout: whatever a library prints goes to stderr
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     told = Telling(pipe)
-    from swat_lm.experiments.demo import do_model
-
+    do_model = importlib.import_module(module).do_model
     try:
         do_model(out, name, told)
     except (KeyboardInterrupt, InterruptedRunError):
@@ -154,4 +162,4 @@ def work(out: Path, name: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(work(Path(sys.argv[1]), sys.argv[2]))
+    raise SystemExit(work(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))

@@ -1,0 +1,139 @@
+"""`swat-lm reproduce`: a table or figure of the paper, trained, measured and judged."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from swat_lm.cli.console import messages, on_main_process, results
+from swat_lm.cli.demonstration import make_watcher
+from swat_lm.cli.failures import INTERRUPTED
+
+__all__ = ["reproduce"]
+
+
+def reproduce(
+    experiment: Annotated[str, typer.Argument(help="table1, table2, table3, figure2, figure3 or figure5.")],
+    scale: Annotated[str, typer.Option(help="tiny (two cores), small (one GPU) or paper (a cluster, by torchrun).")],
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Folder with corpus/, books/ and the benchmarks' files.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for everything; shared by experiments of one scale.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs, by commas.")] = "0",
+    text: Annotated[list[str] | None, typer.Option(help="Train on this instead of corpus/; repeatable.")] = None,
+    books: Annotated[list[str] | None, typer.Option(help="Evaluate on these instead of books/; repeatable.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Benchmarks' folder, or `hub`; default: --data.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Instead of one trained on the text (paper: instead of the paper's).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the runs: parameters, FLOPs, GPU hours.")
+    ] = False,
+) -> None:
+    """Train, measure and judge what a table or figure of the paper compares.
+
+    Runs that are finished are not run again, and a variant that two experiments need is trained once, so the same
+    command continues after an interruption. Writes one page, NAME.html, and NAME.json beside it, with our numbers
+    beside the paper's and a verdict for each of its claims.
+
+    \b
+    Examples:
+      swat-lm reproduce table3 --scale tiny --data data/ --out tiny --seeds 0,1
+      swat-lm reproduce table2 --scale paper --dry-run
+      torchrun --nproc-per-node 8 -m swat_lm.cli reproduce table3 --scale paper --books books/ --out paper
+    """
+    from swat_lm.experiments.scales import SCALES, find_scale
+    from swat_lm.experiments.variants import find_experiment
+
+    chosen, size = find_experiment(experiment), find_scale(scale)
+    if dry_run:
+        show_plan(experiment, scale)
+        return
+    if out is None:
+        raise ValueError("--out: name the folder for models and results")
+    numbers = parse_seeds(seeds)
+    results().print("importing torch and transformers ...", style="dim")
+    from swat_lm.experiments.reproduction import Sources, sources_from_folder
+    from swat_lm.experiments.reproduction import reproduce as run_experiment
+    from swat_lm.experiments.watching import InterruptedRunError
+
+    budget = SCALES[scale].benchmarks if experiment == "table1" else size.analysis
+    source = text or ([budget.source] if data is None and budget.source else None)
+    if data is None and source is None:
+        raise ValueError(f"--scale {scale} needs text: give --data FOLDER, or --text and --books")
+    if data is not None and not (text and (books or not chosen.reads_texts)):
+        found = sources_from_folder(data, chosen)
+    else:
+        found = Sources((), (), str(data) if data else "hub")
+    sources = Sources(
+        text=tuple(source or found.text),
+        books=tuple(books or found.books),
+        tasks=tasks or found.tasks,
+        tokenizer=tokenizer,
+    )
+    watcher = make_watcher()
+    try:
+        outcome = run_experiment(experiment, scale, sources, out, numbers, watcher)
+    except InterruptedRunError as stopped:
+        messages().print(f"{stopped}; the same command continues", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        watcher.close()
+    if on_main_process():
+        show_outcome(outcome, out)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1` as numbers; raises ValueError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise ValueError(f"--seeds: expected different whole numbers with commas between, such as 0,1; got {text!r}")
+    return [int(part) for part in parts]
+
+
+def show_plan(experiment: str, scale: str) -> None:
+    """The runs of an experiment without running them."""
+    from swat_lm.experiments.reproduction import plan_without_running
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name in ("variant", "parameters", "length", "steps", "rows a step", "tokens", "FLOPs", "A800 hours"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    rows = plan_without_running(experiment, scale)
+    for row in rows:
+        known = not row["remark"]
+        table.add_row(
+            row["label"],
+            f"{row['parameters']:,}" if known else "?",
+            f"{row['length']:,}",
+            f"{row['steps']:,}",
+            f"{row['rows_per_step']:,}",
+            f"{row['tokens']:,}",
+            f"{row['flops']:.2e}{'' if row['flops_by'] == 'formula' else ' *'}" if known else "?",
+            f"{row['gpu_hours']:,.1f}" if known else "?",
+        )
+    console = results()
+    console.width = max(console.width, 140)
+    console.print(table)
+    total = sum(row.get("gpu_hours", 0.0) for row in rows)
+    console.print(
+        f"\n{len(rows)} runs a seed, {total:,.0f} hours of one A800 at 40 % of 312 TFLOP/s (evaluation apart)"
+    )
+    console.print("* estimate: 6 x parameters without the input embedding", style="dim", markup=False)
+    for remark in sorted({row["remark"] for row in rows if row["remark"]}):
+        console.print(remark, markup=False)
+
+
+def show_outcome(outcome: dict[str, Any], out: Path) -> None:
+    """The verdicts and where to look."""
+    console = results()
+    console.print()
+    colours = {"held": "green", "broken": "red"}
+    for claim in outcome["claims"]:
+        error = "" if claim["error"] is None else f" +- {claim['error']:.3f}"
+        numbers = "" if claim["gap"] is None else f" (gap {claim['gap']:+.3f}{error})"
+        colour = colours.get(claim["outcome"], "yellow")
+        console.print(f"[{colour}]{claim['outcome']}[/{colour}]: {claim['says']}{numbers}", highlight=False)
+    console.print(f"\npage: {(out / outcome['experiment']).with_suffix('.html').resolve()}", markup=False)

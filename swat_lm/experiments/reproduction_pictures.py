@@ -1,0 +1,126 @@
+"""The pictures of a reproduced table or figure."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.ticker import NullLocator
+
+from swat_lm.evaluate.heatmaps import plot_heat_map
+from swat_lm.evaluate.plots import COLOURS, Series, new_figure, plot_loss_by_length, plot_training, write_picture
+from swat_lm.experiments.claims import paired_gap
+from swat_lm.experiments.findings import Findings
+from swat_lm.experiments.measuring import read_variances, windows_of
+from swat_lm.experiments.variants import Variant
+
+__all__ = ["draw", "plot_rows"]
+
+FIRST_POSITIONS = 12
+
+
+def draw(findings: Findings, out: Path) -> dict[str, Path]:
+    """Write the experiment's pictures as PNG files; returns them by their headings."""
+    drawn: dict[str, Path] = {}
+    name, scale = findings.experiment.name, findings.scale
+    if name == "table2":
+        for text, heading in (("text", "Loss on held-out text"), ("books", "Loss on books")):
+            path = out / f"table2-{text}.png"
+            series = [length_series(findings, one, text) for one in findings.chosen.values()]
+            plot_loss_by_length(series, path, window=scale.sizes["W"])
+            drawn[heading] = path
+    elif name == "table3":
+        for text, heading in (("text", "held-out text"), ("books", "books")):
+            path, last = out / f"table3-{text}.png", scale.lengths[-1]
+            rows = [(one.label, *findings.mean_loss(one, text, last)) for one in findings.chosen.values()]
+            plot_rows(rows, path, xlabel=f"loss at {last:,} tokens on {heading} (nats per token)")
+            drawn[f"Loss at {last:,} tokens on {heading}"] = path
+    elif name == "figure2":
+        drawn["Loss of a softmax model behind windows it was not trained with"] = draw_windows(findings, out)
+    elif name == "figure3":
+        drawn |= draw_variances(findings, out)
+    elif name == "figure5":
+        drawn["Training loss"] = draw_training(findings, out)
+    elif name == "table1":
+        rows = []
+        for one in findings.chosen.values():
+            samples = findings.average_accuracy(one.name)
+            if samples:
+                values = [math.fsum(row) / len(row) for row in samples.values()]
+                rows.append((one.label, math.fsum(values) / len(values), None))
+        if rows:
+            path = out / "table1.png"
+            plot_rows(rows, path, xlabel="average accuracy of the eight tasks (%)")
+            drawn["Average of the eight accuracies"] = path
+    return drawn
+
+
+def length_series(findings: Findings, one: Variant, text: str) -> Series:
+    """Losses by length; bars are standard errors of the change since the shortest, so that harder texts do not show."""
+    lengths, window = findings.scale.lengths, windows_of(findings.experiment, findings.scale, one)[0]
+    losses = [findings.losses(one, text, length, window) for length in lengths]
+    errors = [paired_gap(each, losses[0])[1] for each in losses]
+    return Series(one.label, lengths, [findings.mean_loss(one, text, length)[0] or 0.0 for length in lengths], errors)
+
+
+def draw_windows(findings: Findings, out: Path) -> Path:
+    """Figure 2: windows by evaluation lengths, mean over seeds."""
+    scale, (one,) = findings.scale, findings.chosen.values()
+    windows = windows_of(findings.experiment, scale, one)
+    values = [[findings.mean_loss(one, "text", length, window)[0] for length in scale.lengths] for window in windows]
+    path = out / "figure2.png"
+    plot_heat_map(
+        values, path, rows=[f"{window:,}" for window in windows], columns=[f"{length:,}" for length in scale.lengths],
+        ylabel="evaluation window (tokens)", xlabel="evaluation length (tokens)", scale="loss (nats per token)",
+        title=f"trained with full attention on {scale.sizes[one.length]:,} tokens",
+    )  # fmt: skip
+    return path
+
+
+def draw_variances(findings: Findings, out: Path) -> dict[str, Path]:
+    """Figure 3: layers by first positions, the logarithm of the mean variance; first seed, one range of colours."""
+    found = {}
+    for one in findings.chosen.values():
+        read = read_variances(findings.run_folder(one, findings.seeds[0]))
+        if read is not None:
+            found[one.name] = [[math.log10(max(x, 1e-12)) for x in layer[:FIRST_POSITIONS]] for layer in read["mean"]]
+    every = [x for layers in found.values() for layer in layers for x in layer]
+    drawn = {}
+    for name, layers in found.items():
+        path = out / f"figure3-{name}.png"
+        label = findings.chosen[name].label
+        plot_heat_map(
+            layers, path, rows=["embedding", *map(str, range(1, len(layers)))],
+            columns=[str(place) for place in range(1, len(layers[0]) + 1)],
+            ylabel="after layer", xlabel="position in the row (tokens)", scale="variance of hidden states (log10)",
+            title=label, limits=(min(every), max(every)),
+        )  # fmt: skip
+        drawn[f"Variance of hidden states: {label}"] = path
+    return drawn
+
+
+def draw_training(findings: Findings, out: Path) -> Path:
+    """Figure 5: training loss of the first seed."""
+    training = []
+    for one in findings.chosen.values():
+        lines = findings.training(one, findings.seeds[0])
+        training.append(Series(one.label, [line["tokens"] for line in lines], [line["loss"] for line in lines]))
+    path = out / "figure5.png"
+    plot_training(training, [], path)
+    return path
+
+
+def plot_rows(rows: Sequence[tuple[str, float | None, float | None]], path: Path, *, xlabel: str) -> None:
+    """One point per row, the names on the left, bars of one standard error; the first row on top."""
+    figure, axes = new_figure()
+    figure.set_size_inches(9, 1.6 + 0.42 * len(rows))
+    for index, (_, value, error) in enumerate(rows):
+        if value is not None:
+            axes.errorbar(
+                [value], [index], xerr=None if error is None else [error], color=COLOURS[0], marker="o",
+                markersize=9, capsize=5, linewidth=2.2,
+            )  # fmt: skip
+    axes.set_yticks(range(len(rows)), labels=[name for name, _, _ in rows])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
+    write_picture(figure, path)

@@ -1,0 +1,195 @@
+"""Tables and figures end to end at a miniature scale; sizes and verdicts; errors before any training."""
+
+import importlib.util
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swat_lm.experiments import reproduction
+from swat_lm.experiments.claims import CLAIMS, PRINTED, judge, paired_gap
+from swat_lm.experiments.reproduction import (
+    check_variants,
+    open_plan,
+    plan_without_running,
+    reproduce,
+    sources_from_folder,
+)
+from swat_lm.experiments.scales import SCALES, find_scale
+from swat_lm.experiments.variants import ANALYSIS, EXPERIMENTS, find_experiment, variant_model, variants_of
+from swat_lm.experiments.watching import InterruptedRunError, Watcher
+from swat_lm.model.architectures import ARCHITECTURES, configure_model, count_model_parameters
+from tests.experiments.test_demo import Notes
+
+WORDS = ["the", "red", "blue", "slow", "quick", "fox", "dog", "tree", "runs", "sleeps", "sings", "over", "under", "but"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder in the expected layout."""
+    folder, source = tmp_path_factory.mktemp("data"), random.Random(0)
+    for name, count, words in (("corpus", 60, 200), ("books", 4, 900)):
+        (folder / name).mkdir()
+        for number in range(count):
+            (folder / name / f"{number}.txt").write_text(" ".join(source.choices(WORDS, k=words)))
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs without processes of their own; the list learns which jobs were done."""
+    done: list[str] = []
+
+    def run_here(out: Path, names: Any, threads: int, watcher: Watcher, module: str) -> None:
+        for name in names:
+            reproduction.do_model(out, name, watcher)
+            done.append(name)
+
+    monkeypatch.setattr(reproduction, "run_workers", run_here)
+    return done
+
+
+def test_experiments_share_variants_and_continue(
+    data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    small = {**EXPERIMENTS}
+    for name, kept in (("table2", 2), ("table3", 1), ("figure5", 2)):
+        one = EXPERIMENTS[name]
+        chosen = ("sliding-alibi-6-6", "sliding-alirope") if name == "figure5" else one.variants[:kept]
+        small[name] = type(one)(one.name, one.title, chosen, one.reads_texts)
+    monkeypatch.setattr("swat_lm.experiments.variants.EXPERIMENTS", small)
+    out, notes = tmp_path / "out", Notes()
+    sources = sources_from_folder(data, small["table2"])
+    found = reproduce("table2", "miniature", sources, out, [0, 1], notes)
+    trained = ["vanilla-softmax-short-seed0", "vanilla-softmax-long-seed0"]
+    assert set(notes.steps) == {*trained, "vanilla-softmax-short-seed1", "vanilla-softmax-long-seed1"}
+    assert json.loads((out / "table2.json").read_text()) == found
+    page = (out / "table2.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert page.count("as printed in the paper") == 1
+    outcomes = [claim["outcome"] for claim in found["claims"]]
+    assert outcomes.count("not measured") == 4
+    assert found["claims"][0]["num_seeds"] == 2
+    assert found["variants"][0]["losses"]["books"]["128"]["mean"] > 1
+
+    # what another experiment needs of the same variants is there already
+    notes = Notes()
+    reproduce("table3", "miniature", sources, out, [0], notes)
+    reproduce("figure2", "miniature", sources, out, [0], notes)
+    reproduce("figure3", "miniature", sources, out, [0], notes)
+    assert set(notes.steps) == {"sliding-softmax-seed0", "sliding-alirope-seed0"}
+    reproduce("figure5", "miniature", sources, out, [0], notes)
+    assert set(notes.steps) == {"sliding-softmax-seed0", "sliding-alirope-seed0", "sliding-alibi-6-6-seed0"}
+    for name, pictures in (("table3", 2), ("figure2", 1), ("figure3", 3), ("figure5", 1)):
+        assert (out / f"{name}.html").read_text().count("data:image/png;base64,") == pictures
+    in_process.clear()
+    reproduce("table2", "miniature", sources, out, [0, 1], notes)
+    assert in_process == []
+
+    # a lost measurement is made again, without training
+    shutil.rmtree(out / "runs" / trained[0] / "evaluation")
+    notes = Notes()
+    again = reproduce("table2", "miniature", sources, out, [0, 1], notes)
+    assert in_process == ["table2:vanilla-softmax-short:0"]
+    assert notes.steps == {}
+    assert again["claims"] == found["claims"]
+    with pytest.raises(ValueError, match="holds another scale or text"):
+        reproduce("table2", "tiny", sources, out, [0], notes)
+
+
+def test_an_interruption_is_saved(data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out"
+    sources = sources_from_folder(data, EXPERIMENTS["figure5"])
+    run = reproduction.run
+    monkeypatch.setattr(
+        reproduction, "run", lambda recipe, told: type("Result", (), {"interrupted": True, "last_step": 2})()
+    )
+    with pytest.raises(InterruptedRunError, match="step 2 of 4"):
+        reproduce("figure5", "miniature", sources, out, [0], Watcher())
+    monkeypatch.setattr(reproduction, "run", run)
+    monkeypatch.setattr(
+        "swat_lm.experiments.variants.EXPERIMENTS",
+        {"figure5": type(EXPERIMENTS["figure5"])("figure5", "t", ("sliding-alibi-6-6", "sliding-alirope"), False)},
+    )
+    assert reproduce("figure5", "miniature", sources, out, [0], Watcher())["seeds"] == [0]
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda one: one.name)
+def test_every_variant_has_a_recipe_and_equal_size(scale: Any):
+    for experiment in EXPERIMENTS.values():
+        sizes = {}
+        for name, one in variants_of(experiment, scale).items():
+            library = ARCHITECTURES.get(one.model.get("architecture", "swat"))
+            if library is not None and library.requires and importlib.util.find_spec("fla") is None:
+                continue
+            budget = scale.benchmarks if one.is_benchmark else scale.analysis
+            sizes[name] = count_model_parameters(configure_model(variant_model(one, scale), budget.vocab_size)).total
+        reference = sizes.get("llama") or next(iter(sizes.values()))
+        assert all(size == pytest.approx(reference, rel=0.02) for size in sizes.values()), sizes
+
+
+def test_dry_run_counts_the_papers_models():
+    rows = {row["variant"]: row for row in plan_without_running("table3", "paper")}
+    assert len(rows) == 10
+    swat = rows["sliding-alirope"]
+    assert round(swat["parameters"] / 1e6) == 247
+    assert round(swat["tokens"] / 1e9, 1) == 19.7
+    assert swat["flops"] == pytest.approx(6 * 208e6 * swat["tokens"], rel=0.1)
+    assert rows["vanilla-softmax-long"]["flops"] > swat["flops"]
+    # steps of the same size for all lengths, shared by eight processes
+    for name in EXPERIMENTS:
+        for row in plan_without_running(name, "paper"):
+            assert row["rows_per_step"] % 8 == 0
+            assert row["tokens"] == pytest.approx(19.66e9 if name != "table1" else 15e9, rel=0.07)
+    small = plan_without_running("table3", "small")
+    assert all(row["tokens"] >= 300e6 and 30e6 <= row["parameters"] <= 60e6 for row in small)
+
+
+def test_verdicts_need_twice_the_error():
+    worse = {0: [1.0, 1.2, 1.1, 0.9], 1: [1.1, 1.0, 1.2, 1.0]}
+    better = {0: [0.5, 0.6, 0.6, 0.4], 1: [0.5, 0.6, 0.6, 0.5]}
+    gap, error, documents, seeds = paired_gap(worse, better)
+    assert (documents, seeds) == (4, 2)
+    assert gap == pytest.approx(0.525)
+    # documents: gaps averaged over seeds .55, .5, .55, .5; seeds: .525, .525
+    assert error == pytest.approx(0.0288675 / 2)
+    assert judge("", "", worse, better).outcome == "held"
+    assert judge("", "", better, worse).outcome == "broken"
+    assert judge("", "", {0: [1.0, 0.0]}, {0: [0.0, 1.0]}).outcome == "undecided at this scale"
+    # a single number has no error, so nothing is decided
+    assert judge("", "", {0: [9.0]}, {0: [1.0]}).outcome == "undecided at this scale"
+    assert judge("", "", None, better).outcome == "not measured"
+    assert judge("", "", {0: [1.0, 1.0]}, {1: [1.0, 1.0]}).outcome == "not measured"
+
+
+def test_claims_and_printed_numbers_name_real_variants():
+    for claim in CLAIMS:
+        names = {claim.worse.variant, claim.better.variant}
+        assert names <= set(EXPERIMENTS[claim.experiment].variants)
+    for experiment, rows in PRINTED.items():
+        assert set(rows) <= set(EXPERIMENTS[experiment].variants)
+    assert set(ANALYSIS) == {name for one in EXPERIMENTS.values() for name in one.variants}
+
+
+def test_errors_come_before_any_training(data: Path, tmp_path: Path):
+    table2 = EXPERIMENTS["table2"]
+    with pytest.raises(ValueError, match="did you mean table2"):
+        find_experiment("tabel2")
+    with pytest.raises(ValueError, match="nearest: small"):
+        find_scale("smal")
+    with pytest.raises(ValueError, match="no folder"):
+        sources_from_folder(tmp_path / "nothing", table2)
+    (tmp_path / "corpus").mkdir()
+    with pytest.raises(ValueError, match="lacks books/"):
+        sources_from_folder(tmp_path, table2)
+    with pytest.raises(ValueError, match="the folder holds no file"):
+        reproduce("figure5", "miniature", sources_from_folder(tmp_path, EXPERIMENTS["figure5"]), tmp_path / "out", [0],
+                  Watcher())  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="exists and is no reproduction"):
+        open_plan(data, find_scale("tiny"), sources_from_folder(data, table2))
+    # only Table 1 leaves out what the machine cannot run, and says so on its page
+    assert "gla" not in check_variants(EXPERIMENTS["table1"], SCALES["small"])
