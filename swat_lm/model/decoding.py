@@ -140,11 +140,14 @@ class DecodingPlan:
     num_threads: int = 1
 
     def describes_the_model(self) -> bool:
-        """Whether no module was replaced (by an adapter, say) and no weight moved (by a cast, a load) since."""
-        return all(
-            modules[name] is module and module._parameters["weight"].data_ptr() == address  # type: ignore[union-attr]
-            for modules, name, module, address in self.held
-        )
+        """Whether no module was replaced (by an adapter, say) or hooked, and no weight moved (by a cast) since."""
+        for modules, name, module, address in self.held:
+            weight = module._parameters.get("weight")
+            if modules[name] is not module or weight is None or weight.data_ptr() != address:
+                return False
+            if module._forward_hooks or module._forward_pre_hooks:
+                return False
+        return True
 
     def step(self, hidden: Tensor, rotary: LayerRotary, state: StreamState) -> Tensor:
         """Hidden states `[B, M]` before the layers to hidden states after the final norm."""

@@ -27,9 +27,11 @@ def window_attention_reference(
     num_keys, num_kv_heads = key.shape[1], key.shape[2]
     statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
 
+    dtype = query.dtype
+    query, key, value = (tensor.to(statistics) for tensor in (query, key, value))
     distance, visible = distances(batch, num_queries, num_keys, first_visible, last_visible, window, query.device)
     grouped = query.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = torch.einsum("btkgd,bskd->bkgts", grouped, key).to(statistics) * scale
+    scores = torch.einsum("btkgd,bskd->bkgts", grouped, key) * scale
     scores = scores.reshape(batch, num_heads, num_queries, num_keys)
     if slopes is not None:
         scores = scores + slopes.to(statistics)[:, None, None] * distance.to(statistics)[:, None]
@@ -47,10 +49,10 @@ def window_attention_reference(
         scores = scores.masked_fill(~visible & seen, float("-inf"))
         weights = torch.softmax(scores, dim=-1)
         lse = torch.logsumexp(scores, dim=-1).masked_fill(~seen.squeeze(-1), float("-inf")).transpose(1, 2)
-    weights = weights.masked_fill(~visible, 0.0).to(value.dtype)
+    weights = weights.masked_fill(~visible, 0.0)
     weights = weights.reshape(batch, num_kv_heads, num_heads // num_kv_heads, num_queries, num_keys)
     output = torch.einsum("bkgts,bskd->btkgd", weights, value)
-    return output.reshape(batch, num_queries, num_heads, head_dim), lse
+    return output.reshape(batch, num_queries, num_heads, head_dim).to(dtype), lse
 
 
 def distances(

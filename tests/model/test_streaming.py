@@ -131,6 +131,11 @@ def test_a_plan_notices_that_the_model_has_changed():
     close(decoded(), model(ids).logits)
     model.model.layers[1].mlp.up_proj = replaced
     assert model._decoding_plan.describes_the_model()
+    handle = replaced.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert not model._decoding_plan.describes_the_model()
+    close(decoded(), model(ids).logits)
+    handle.remove()
+    assert model._decoding_plan.describes_the_model()
     model.double()
     assert not model._decoding_plan.describes_the_model()
     close(decoded(), model(ids).logits)
