@@ -40,7 +40,7 @@ class DataRecipe:
     """Visit the rows of each epoch in an order drawn from the seed; off: in the order of the text."""
     held_out: float = number(0.02, at_least=0, below=1)
     """Share of documents kept out of training, at least one when above 0; the choice depends on `split_seed` only."""
-    split_seed: int = number(0, at_least=0)
+    split_seed: int = number(0, at_least=0, below=2**63)
     """Draws the held-out documents; apart from the run's seed so that runs with other seeds stay comparable."""
     cache: str | None = None
     """Folder for prepared tokens; null: `swat-lm/tokens` under $XDG_CACHE_HOME or ~/.cache."""
@@ -140,7 +140,7 @@ class Recipe:
 
     name: str
     """Name of the run; the recipe's file name if not given."""
-    seed: int = number(0, at_least=0)
+    seed: int = number(0, at_least=0, below=2**63)
     """Draws the first weights, the order of rows and everything else random in the run."""
     out: str
     """Folder of the run's results; `runs/NAME` if not given."""

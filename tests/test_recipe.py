@@ -80,6 +80,8 @@ def test_overrides_are_yaml_and_reach_into_the_model(write):
         ("train.compile=1", ["train.compile must be true or false"]),
         ("train.loggers=[wandb, tensorbord]", ["train.loggers[1]", "tensorboard, wandb, trackio", "'tensorbord'"]),
         ("data.held_out=1", ["data.held_out must be at least 0 and below 1; got 1"]),
+        (f"seed={2**63}", ["seed must be at least 0 and below 9223372036854775808"]),
+        (f"data.split_seed={10**25}", ["data.split_seed must be at least 0 and below 9223372036854775808"]),
         ("data.sequence_length=1", ["data.sequence_length must be at least 2"]),
         ("data.sources=[]", ["data.sources is empty"]),
         ("data.sources=[a, 3]", ["data.sources[1] must be text; got 3"]),
@@ -173,7 +175,7 @@ def test_python_made_recipes_are_checked_too():
         st.text(min_size=1), st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
     ),
     loggers=st.lists(st.sampled_from(["tensorboard", "wandb", "trackio"])),
-    seed=st.integers(min_value=0),
+    seed=st.integers(min_value=0, max_value=2**63 - 1),
 )
 def test_dumped_recipe_loads_back_equal(tmp_path, sources, learning_rate, model, loggers, seed):
     recipe = Recipe(
