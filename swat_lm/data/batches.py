@@ -13,6 +13,8 @@ from swat_lm.data.sources import DataError
 from swat_lm.data.store import TokenStore
 
 IGNORED = -100
+# rows of a step that may come more than once, for trials on little text; far more are a slip that would fill the memory
+MOST_REPEATED = 1024
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,12 @@ class BatchSource:
         batch_size: int,
         shuffle: bool = True,
     ) -> None:
-        """Raises DataError if the split is too small for one row."""
+        """Raises DataError if the split is too small for one row, or a training batch far larger than the data."""
         if documents not in ("separate", "concatenate"):
             raise DataError(f"documents must be separate or concatenate; got {documents!r}")
         if sequence_length < 2 or batch_size < 1:
             raise DataError(f"need sequence_length >= 2 and batch_size >= 1; got {sequence_length} and {batch_size}")
+        self.store = store
         self.documents = store.split(split)
         self.sequence_length = sequence_length
         self.separate = documents == "separate"
@@ -95,6 +98,11 @@ class BatchSource:
             )
         # a row brings sequence_length - 1 targets
         self.num_rows = -(-(self.num_tokens - 1) // (sequence_length - 1))
+        if split == "train" and batch_size > max(self.num_rows, MOST_REPEATED):
+            raise DataError(
+                f"train.batch_size ({batch_size}) is more than the {self.num_rows} rows of {sequence_length} tokens "
+                f"that the data has per epoch, and more than {MOST_REPEATED}: lower it, or add text"
+            )
         # neighbouring documents that are also neighbours on disk are copied as one
         firsts = np.flatnonzero(np.r_[True, self.documents.spans[1:, 0] != self.documents.spans[:-1, 1]])
         self.run_starts, self.run_places = self.starts[firsts], self.documents.spans[firsts, 0]
@@ -130,10 +138,10 @@ class BatchSource:
 
     def checked(self, rows: range | None) -> np.ndarray:
         """Row numbers within the global batch."""
-        chosen = np.array(range(self.batch_size) if rows is None else rows, dtype=np.int64)
-        if len(chosen) == 0 or chosen.min() < 0 or chosen.max() >= self.batch_size:
+        rows = range(self.batch_size) if rows is None else rows
+        if not rows or min(rows[0], rows[-1]) < 0 or max(rows[0], rows[-1]) >= self.batch_size:
             raise DataError(f"rows must be a non-empty part of range({self.batch_size}); got {rows}")
-        return chosen
+        return np.arange(rows.start, rows.stop, rows.step, dtype=np.int64)
 
     def rows(self, numbers: np.ndarray) -> Batch:
         """The rows of these numbers, `0 .. num_rows - 1` in the order of the text."""
@@ -158,6 +166,7 @@ class BatchSource:
                 document_ids[i, later] = 1
                 document_ids[i] = np.cumsum(document_ids[i], dtype=np.int32)
                 position_ids[i] -= np.concatenate([[0], later])[document_ids[i]]
+        self.store.check(input_ids)
         return Batch(
             torch.from_numpy(input_ids),
             torch.from_numpy(labels),

@@ -1,4 +1,4 @@
-"""Text to a token store, once: parallel, in bounded memory, and whole or not at all.
+"""Text to a token store, once: parallel, in bounded memory (see `read_text`), and whole or not at all.
 
 A store is written beside its place and renamed, so an interruption leaves nothing that looks like one. Its name holds a
 key of the sources' identities, the tokenizer and the separators; preparing the same again opens what is there.
@@ -22,13 +22,12 @@ import numpy as np
 from swat_lm.data.encoding import encode_bytes, encode_parallel
 from swat_lm.data.readers import Piece, read_pieces
 from swat_lm.data.sources import DataError, Source, naming, resolve_sources
-from swat_lm.data.store import DOCUMENTS, INDEX, TOKEN_BYTES, TOKENS, VERSION, TokenStore
+from swat_lm.data.store import DOCUMENTS, INDEX, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
 from swat_lm.recipe import DataRecipe
 
 # characters handed to a tokenizer at once; longer documents are cut where that does not change their tokens
 PIECE_CHARACTERS = 1 << 18
-TABLE = np.dtype([("token", np.int64), ("byte", np.int64), ("content", np.uint64)])
 
 
 @dataclass(frozen=True)
@@ -230,11 +229,16 @@ class Writer:
         self.write(ids)
 
     def end_document(self) -> None:
-        """End the open document, if any."""
-        if self.firsts:
-            self.put(self.eos)
+        """End the open document, if any; one without tokens (the tokenizer removed all its text) is dropped."""
+        if not self.firsts:
+            return
+        self.put(self.eos)
+        if self.firsts[-1] == self.tokens:
+            self.firsts.pop()
+            self.text_bytes = self.bytes.pop()
+        else:
             self.hashes.append(int.from_bytes(self.hash.digest(), "little"))
-            self.hash = hashlib.blake2b(digest_size=8)
+        self.hash = hashlib.blake2b(digest_size=8)
 
     def put(self, token: int | None) -> None:
         """Append one separator, if wanted."""

@@ -1,4 +1,4 @@
-"""Reads a source as pieces of text: whole documents, or parts of long ones so that memory stays bounded.
+"""Reads a source as pieces of text: whole documents, or parts of long text files so that memory stays bounded.
 
 A .txt .md .py file is one document; a .jsonl, .parquet or hub row is one document. Text is kept byte for byte, except
 that a UTF-8 byte order mark at a file's start is dropped.
@@ -75,9 +75,14 @@ def cut(text: str, limit: int | None) -> Iterator[Piece]:
 
 
 def read_text(source: SourceFile, limit: int | None, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
-    """A text file as one document, read block by block."""
+    """A text file as one document, read block by block.
+
+    Memory holds a few times `limit`, or the whole file if nothing may be cut: a tokenizer that is not byte-level may
+    normalise text, or put something before it, so that no cut is known to leave its tokens as they are.
+    """
     waiting, opens = "", True
-    for text in decoded_blocks(source, on_bytes):
+    blocks = decoded_blocks(source, on_bytes)
+    for text in ["".join(blocks)] if limit is None else blocks:
         waiting += text
         *complete, last = [*cut(waiting, limit)] or [Piece("", True)]
         for piece in complete:

@@ -9,6 +9,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ import numpy as np
 from swat_lm.data.mixing import mix
 from swat_lm.data.sources import DataError
 
+TABLE = np.dtype([("token", np.int64), ("byte", np.int64), ("content", np.uint64)])
 TOKENS, DOCUMENTS, TOKEN_BYTES, INDEX = "tokens.bin", "documents.npy", "token_bytes.npy", "index.json"
 VERSION = 1
+# what an index must hold besides its version, and as what
+INDEX_TYPES = {"key": str, "dtype": str, "vocab_size": int, "num_tokens": int, "num_documents": int, "num_bytes": int}
 SPLITS = ("train", "held_out")
 
 logger = logging.getLogger(__name__)
@@ -62,7 +66,7 @@ class TokenStore:
         self.held_out = held_out
         self.split_seed = split_seed
         self.dtype = np.dtype(index["dtype"])
-        table = np.load(folder / DOCUMENTS, mmap_mode="r")
+        table = read_table(folder, index)
         self.offsets: np.ndarray = table["token"]
         """Where each document begins, int64 [documents + 1]; the last entry is num_tokens."""
         self.byte_offsets: np.ndarray = table["byte"]
@@ -73,20 +77,14 @@ class TokenStore:
     def open(cls, folder: str | Path, held_out: float = 0.0, split_seed: int = 0) -> "TokenStore":
         """Open a folder written by `prepare`; DataError if it is not one, or is damaged."""
         folder = Path(folder)
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(f"{folder}: no prepared tokens here ({INDEX} is missing); run swat-lm prepare") from None
-        except ValueError as error:
-            raise DataError(f"{folder / INDEX}: damaged: {error}; remove the folder and prepare again") from None
-        if index.get("version") != VERSION:
-            raise DataError(f"{folder}: written as version {index.get('version')}, expected {VERSION}; prepare again")
+        index = read_index(folder)
         expected = index["num_tokens"] * np.dtype(index["dtype"]).itemsize
-        size = (folder / TOKENS).stat().st_size
+        try:
+            size = (folder / TOKENS).stat().st_size
+        except FileNotFoundError:
+            raise damaged(folder / TOKENS, "it is missing") from None
         if size != expected:
-            raise DataError(
-                f"{folder / TOKENS}: {size} bytes, expected {expected}; remove the folder and prepare again"
-            )
+            raise damaged(folder / TOKENS, f"{size} bytes, expected {expected}")
         return cls(folder, index, held_out, split_seed)
 
     @cached_property
@@ -98,7 +96,17 @@ class TokenStore:
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes that each token id stands for, int64 [vocabulary], 0 for special tokens; None if unknown."""
         path = self.folder / TOKEN_BYTES
-        return np.load(path) if path.exists() else None
+        if not path.exists():
+            return None
+        counts = np.asarray(read_array(path))
+        if counts.dtype != np.int64 or counts.shape != (self.vocab_size,):
+            raise damaged(path, f"{counts.dtype} {list(counts.shape)}, expected int64 [{self.vocab_size}]")
+        return counts
+
+    def check(self, tokens: np.ndarray) -> None:
+        """Raise DataError for tokens of this store that its tokenizer does not have: the disk damaged them."""
+        if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
+            raise damaged(self.folder / TOKENS, f"it holds token {largest} of a vocabulary of {self.vocab_size}")
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document."""
@@ -140,6 +148,62 @@ class TokenStore:
         first, end = (0, place) if name == "train" else (place, self.num_tokens)
         table, num_bytes = self.token_bytes, None
         if table is not None:
+            self.check(self.tokens[first:end])
             counts = np.bincount(self.tokens[first:end], minlength=len(table))
             num_bytes = int(counts @ table)
         return Documents(self.tokens, np.array([[first, end]], dtype=np.int64), num_bytes)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of a store's `index.json`; DataError if it is not one."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{folder}: no prepared tokens here ({INDEX} is missing); run swat-lm prepare") from None
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+    if not isinstance(index, dict):
+        raise damaged(path, f"expected a JSON object, got {type(index).__name__}")
+    if index.get("version") != VERSION:
+        raise DataError(f"{folder}: written as version {index.get('version')}, expected {VERSION}; prepare again")
+    for name, kind in INDEX_TYPES.items():
+        value = index.get(name)
+        if type(value) is not kind or (isinstance(value, int) and value < 1):
+            raise damaged(path, f"{name}: expected {'a number above 0' if kind is int else 'text'}, got {value!r}")
+    if index["dtype"] not in ("uint16", "uint32"):
+        raise damaged(path, f"dtype: expected uint16 or uint32, got {index['dtype']!r}")
+    return index
+
+
+def read_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
+    """The table of documents, memory-mapped, TABLE [documents + 1]; DataError if it contradicts the index."""
+    path = folder / DOCUMENTS
+    table = read_array(path)
+    if table.dtype != TABLE or table.shape != (index["num_documents"] + 1,):
+        raise damaged(
+            path, f"{table.dtype} {list(table.shape)}, expected {index['num_documents']} documents and an end"
+        )
+    for column, end in (("token", index["num_tokens"]), ("byte", index["num_bytes"])):
+        places = table[column]
+        if places[0] != 0 or places[-1] != end:
+            raise damaged(path, f"{column}s from {places[0]} to {places[-1]}, expected 0 to {end}")
+    if (np.diff(table["token"]) < 1).any() or (np.diff(table["byte"]) < 0).any():
+        raise damaged(path, "its documents are empty or not in order")
+    return table
+
+
+def read_array(path: Path) -> np.ndarray:
+    """An array file, memory-mapped; DataError if it is missing, cut off or no such file."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise damaged(path, "it is missing") from None
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:
+        # numpy parses the header as Python
+        raise damaged(path, str(error)) from None
+
+
+def damaged(path: Path, what: str) -> DataError:
+    """The error for a file of a store that is not what `prepare` wrote."""
+    return DataError(f"{path}: damaged: {what}; remove the folder and prepare again")

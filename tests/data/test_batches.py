@@ -172,6 +172,28 @@ def test_bad_arguments_are_named(store):
         BatchSource(store, "train", 1, "separate", 0, batch_size=4)
 
 
+def test_a_batch_far_beyond_the_data_is_named_and_takes_no_memory(store):
+    rows = BatchSource(store, "train", 16, "separate", 0, batch_size=4).num_rows
+    with pytest.raises(DataError, match=rf"train\.batch_size \(1000000000\) is more than the {rows} rows of 16 tokens"):
+        BatchSource(store, "train", 16, "separate", 0, batch_size=10**9)
+    # a trial on little text
+    assert len(BatchSource(store, "train", 16, "separate", 0, batch_size=1024).batch(0).input_ids) == 1024
+    # held-out rows are filled up, so a batch may be larger than they are
+    held_out = BatchSource(store, "held_out", 16, "separate", 0, batch_size=10**9)
+    assert len(held_out.batch(0, range(10**9 - 3, 10**9)).input_ids) == 3
+
+
+def test_damaged_tokens_are_named(tmp_path):
+    store = make_store(tmp_path, [50, 60])
+    path = store.folder / "tokens.bin"
+    tokens = np.fromfile(path, dtype=np.uint16)
+    tokens[40] = 65535
+    tokens.tofile(path)
+    source = BatchSource(TokenStore.open(store.folder), "train", 16, "separate", 0, batch_size=1)
+    with pytest.raises(DataError, match=r"tokens\.bin: damaged: it holds token 65535 of a vocabulary of 259; remove"):
+        [source.batch(step) for step in range(source.num_rows)]
+
+
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**80))
 @settings(deadline=None)
 def test_permutation_is_one(size, seed):

@@ -10,8 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from swat_lm.data import DataError, Progress, TokenStore, load_tokenizer, prepare, train_tokenizer
+from swat_lm.data import (
+    BatchSource,
+    DataError,
+    Progress,
+    TokenStore,
+    load_tokenizer,
+    prepare,
+    readers,
+    resolve_sources,
+    train_tokenizer,
+)
 from swat_lm.data.preparation import default_cache
 from swat_lm.recipe import DataRecipe
 
@@ -256,7 +267,7 @@ def test_damaged_stores_are_named(corpus, tmp_path):
     store = prepare(recipe(corpus, tmp_path))
     tokens = store.folder / "tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"tokens\.bin: \d+ bytes, expected \d+; remove the folder"):
+    with pytest.raises(DataError, match=r"tokens\.bin: damaged: \d+ bytes, expected \d+; remove the folder"):
         TokenStore.open(store.folder)
     (store.folder / "index.json").write_text('{"version": 0}')
     with pytest.raises(DataError, match="version 0, expected 1"):
@@ -264,6 +275,100 @@ def test_damaged_stores_are_named(corpus, tmp_path):
     (store.folder / "index.json").write_text("{")
     with pytest.raises(DataError, match=r"index\.json: damaged"):
         TokenStore.open(store.folder)
+
+
+INDEX = {"version": 1, "key": "k", "vocab_size": 259, "dtype": "uint16", "num_tokens": 9, "num_documents": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("index.json", "[1]", "expected a JSON object, got list"),
+        ("index.json", json.dumps({"version": 1}), "key: expected text, got None"),
+        ("index.json", json.dumps(INDEX), "num_bytes: expected a number above 0, got None"),
+        ("index.json", json.dumps({**INDEX, "num_bytes": 8, "num_tokens": "9"}), "num_tokens: expected a number"),
+        ("index.json", json.dumps({**INDEX, "num_bytes": 8, "dtype": "object"}), "dtype: expected uint16 or uint32"),
+        ("documents.npy", None, "it is missing"),
+        ("documents.npy", b"", ""),
+        ("documents.npy", b"PK\x03\x04 an archive", ""),
+        ("documents.npy", b"\x93NUMPY\x01\x00\x08\x00{'descr(", ""),
+        ("documents.npy", "cut", ""),
+        ("documents.npy", np.zeros(3), "float64 [3], expected 1201 documents and an end"),
+        ("documents.npy", "unordered", "its documents are empty or not in order"),
+        ("documents.npy", "shifted", "tokens from 1 to"),
+        ("token_bytes.npy", b"", ""),
+        ("token_bytes.npy", np.zeros(3), "float64 [3], expected int64 [259]"),
+        ("tokens.bin", None, "it is missing"),
+    ],
+)
+def test_every_damaged_file_is_named(corpus, tmp_path, name: str, content, message: str):
+    folder = prepare(recipe(corpus, tmp_path)).folder
+    path = folder / name
+    if content is None:
+        path.unlink()
+    elif isinstance(content, np.ndarray):
+        np.save(path, content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:-24])
+    elif content in ("unordered", "shifted"):
+        table = np.load(path)
+        table["token"][1 if content == "unordered" else 0] += 1 if content == "shifted" else 10**9
+        np.save(path, table)
+    else:
+        path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        _ = TokenStore.open(folder).token_bytes
+    assert str(caught.value).startswith(f"{path}: damaged: {message}")
+    assert str(caught.value).endswith("; remove the folder and prepare again")
+
+
+def test_no_damage_to_the_table_is_a_traceback(corpus, tmp_path):
+    path = prepare(recipe(corpus, tmp_path)).folder / "documents.npy"
+    whole, draw = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        at = draw.randrange(128)
+        path.write_bytes(whole[:at] + bytes([draw.randrange(256)]) + whole[at + 1 :])
+        try:
+            TokenStore.open(path.parent)
+        except DataError as error:
+            refused += str(path) in str(error)
+    assert refused > 100
+
+
+def test_documents_without_tokens_are_dropped(tmp_path):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Strip()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "words.json"))
+    texts = ["a b a", "   ", "b b", "\n", "\t", "a", "  "]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    settings = {"tokenizer": str(tmp_path / "words.json"), "add_eos": False, "held_out": 0.0}
+    store = prepare(recipe(source, tmp_path / "cache", **settings))
+    assert (store.num_documents, store.num_tokens, store.num_bytes) == (3, 6, 9)
+    batch = BatchSource(store, "train", 6, "separate", 0, batch_size=1, shuffle=False).batch(0)
+    assert batch.document_ids is not None
+    assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0]]
+    source.write_text(json.dumps({"text": " "}))
+    with pytest.raises(DataError, match="no text in"):
+        prepare(recipe(source, tmp_path / "cache", **settings))
+
+
+def test_text_that_may_not_be_cut_is_read_in_linear_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK", 100)
+    path = tmp_path / "long.txt"
+    path.write_text("caf\u00e9 \n" * 1_000_000)
+    source = resolve_sources([str(path)])[0]
+    began = time.process_time()
+    pieces = list(readers.read_pieces(source, "text", None))
+    # 70,000 blocks: to copy all that was read before for each would be 245 gigabytes
+    assert time.process_time() - began < 3
+    assert [piece.opens for piece in pieces] == [True]
+    assert pieces[0].text == path.read_text()
 
 
 def test_default_cache_honours_the_environment(monkeypatch, tmp_path):
