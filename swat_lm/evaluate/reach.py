@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from swat_lm.evaluate.curves import mean_and_error, write_whole
+from swat_lm.evaluate.limits import position_limit
 from swat_lm.evaluate.reader import evaluating
 from swat_lm.evaluate.windows import model_window, theoretical_reach
 
@@ -71,12 +72,15 @@ def effective_reach(
     Every stream needs a backward pass over its tokens, or over as many as the model can reach.
 
     Raises:
-        ValueError: no streams, of unequal lengths, or shorter than three tokens; a model that takes no embeddings.
+        ValueError: no streams, of unequal lengths, or shorter than three tokens or longer than the model's
+            positions; a model that takes no embeddings.
     """
     sizes = {len(one) for one in streams}
     if len(sizes) != 1 or min(sizes) < 3:
         raise ValueError(f"streams: expected at least one, of equal length and at least 3 tokens; got {sorted(sizes)}")
-    reach, length = theoretical_reach(model), min(sizes) - 1
+    reach, length, limit = theoretical_reach(model), min(sizes) - 1, position_limit(model)
+    if limit is not None and length > limit:
+        raise ValueError(f"{type(model).__name__} has no position beyond token {limit}: ask for a length up to {limit}")
     norms = []
     for number, stream in enumerate(streams, start=1):
         # what stands beyond the reach has no influence and need not be read

@@ -87,7 +87,7 @@ class HeadReader:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, `[..., M]` to `[..., V]`, in at least float32."""
-        logits = hidden if self.head is None else self.head(hidden)
+        logits = hidden if self.head is None else apply_head(self.head, hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     @torch.inference_mode()
@@ -239,10 +239,20 @@ def split_model(model: PreTrainedModel) -> tuple[nn.Module, nn.Module | None]:
         tokens = probe(model, vocab_size, sum(PROBE_CHUNKS))
         states, whole = body(input_ids=tokens, use_cache=False)[0], model(input_ids=tokens, use_cache=False).logits
         # the same product, so equal up to the order of sums unless a cap or a scale comes in between
-        if states.shape[-1] == head.in_features and torch.allclose(head(states).float(), whole.float(), rtol=1e-3):
+        if states.shape[-1] == head.in_features and torch.allclose(
+            apply_head(head, states).float(), whole.float(), rtol=1e-3
+        ):
             return body, head
     logger.info("%s: logits are formed for whole chunks, which costs memory", type(model).__name__)
     return model, None
+
+
+def apply_head(head: nn.Module, states: Tensor) -> Tensor:
+    """Logits of states, which some models keep in float32 beside weights in bfloat16."""
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        states = states.to(weight.dtype)
+    return head(states)
 
 
 def probe(model: PreTrainedModel, vocab_size: int, num_tokens: int) -> Tensor:

@@ -34,6 +34,16 @@ def test_losses_do_not_depend_on_the_chunks(kind: str):
     assert torch.equal(hits, logits[:, :-1].argmax(-1) == tokens[:, 1:])
 
 
+@pytest.mark.parametrize("kind", STREAMABLE)
+def test_bfloat16(kind: str):
+    model, tokens = STREAMABLE[kind]().to(torch.bfloat16), random_tokens(1, 30)
+    reader = reader_for(model)
+    with torch.no_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits.float()
+    whole = cross_entropy(logits[0, :-1], tokens[0, 1:])
+    assert read_losses(reader, tokens, 11).mean().item() == pytest.approx(whole.item(), rel=0.05)
+
+
 def test_kinds_of_readers():
     assert isinstance(reader_for(tiny_swat()), StateReader)
     assert isinstance(reader_for(tiny_llama()), CachedReader)

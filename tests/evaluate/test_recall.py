@@ -15,7 +15,7 @@ from swat_lm.evaluate.reach import effective_reach, gradient_norms
 from swat_lm.evaluate.recall import RecallCurve, RecallItem, measure_recall, wilson
 from swat_lm.evaluate.recall_plots import plot_reach, plot_recall
 
-from .models import VOCABULARY, tiny_llama, tiny_swat
+from .models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_swat
 
 
 def encode(text: str) -> list[int]:
@@ -181,6 +181,8 @@ def test_long_gradients_with_recomputed_layers(monkeypatch):
     assert not model.is_activation_checkpointing
     with pytest.raises(ValueError, match="of equal length and at least 3 tokens"):
         effective_reach(model, [np.arange(4), np.arange(5)])
+    with pytest.raises(ValueError, match="no position beyond token 128"):
+        effective_reach(tiny_gpt2(), [np.zeros(130, dtype=np.int64)])
 
 
 def test_pictures_and_json(tmp_path: Path):
