@@ -4,7 +4,11 @@ The shapes were chosen by registers, spills and shared memory of the compiled co
 GPU was at hand. `autotune.py` measures alternatives where somebody asks for it.
 """
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +19,9 @@ from swat_lm.ops.triton.availability import is_interpreted
 BACKWARD_FORMS = ("two kernels", "five products")
 # a wide window feeds large tiles, which waste more of a narrow one's two edges
 WIDE_WINDOW = 1024
+# names a file of `autotune.py`, whose tiles go before the table's
+TILES_VARIABLE = "SWAT_LM_TILES"
+_tiles_in_use: dict[str, "Tile"] = {}
 
 
 class Tile(NamedTuple):
@@ -131,6 +138,9 @@ def configuration(kernel: str, problem: Problem) -> Tile:
     if not problem.hardware:
         # small, so that small shapes have tiles of every kind
         return Tile(16, 16, 4, 1)
+    tuned = _tiles_in_use or _tuned_tiles(os.environ.get(TILES_VARIABLE))
+    if tuned and tuned_key(kernel, problem) in tuned:
+        return tuned[tuned_key(kernel, problem)]
     size = next(limit for limit in (64, 128, 256) if problem.block_dim <= limit)
     if problem.dtype == torch.float32:
         # exact products are no work for tensor cores; four bytes a number
@@ -142,6 +152,41 @@ def configuration(kernel: str, problem: Problem) -> Tile:
             return special[size][wide]
     tile = (_HOPPER if problem.family == "hopper" else _AMPERE)[kernel][size][wide]
     return tile._replace(stages=min(tile.stages, 2)) if problem.family == "consumer" else tile
+
+
+def tuned_key(kernel: str, problem: Problem) -> str:
+    """Return under which name a tile is kept; windows share it up to the next power of two."""
+    window = 1 << (problem.window - 1).bit_length()
+    capability = f"{problem.capability[0]}.{problem.capability[1]}"
+    score = "softmax" if problem.softmax else "sigmoid"
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return f"{kernel} | {capability} | {dtype} | {score} | head {problem.head_dim} x {problem.group} | window {window}"
+
+
+@contextmanager
+def using_tiles(tiles: dict[str, Tile]) -> Iterator[None]:
+    """Use these tiles, by `tuned_key`, instead of any file's; for measuring, in one thread."""
+    before = dict(_tiles_in_use)
+    _tiles_in_use.clear()
+    _tiles_in_use.update(tiles)
+    try:
+        yield
+    finally:
+        _tiles_in_use.clear()
+        _tiles_in_use.update(before)
+
+
+@lru_cache
+def _tuned_tiles(path: str | None) -> dict[str, Tile]:
+    if not path:
+        return {}
+    try:
+        with open(path) as file:
+            return {key: Tile(*tile) for key, tile in json.load(file).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{TILES_VARIABLE}: expected a file written by swat_lm.ops.triton.autotune, got {path}: {error}"
+        ) from error
 
 
 def backward_form(problem: Problem) -> str:
