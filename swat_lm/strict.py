@@ -151,7 +151,9 @@ def check_range(value: Any, declared: Field, key: str, place: Origin) -> None:
             or ("below" in limits and one >= limits["below"])
         )
         if wrong:
-            words = " and ".join(f"{name.replace('_', ' ')} {limit:g}" for name, limit in limits.items())
+            # whole limits in all their digits
+            shown = {name: limit if isinstance(limit, int) else f"{limit:g}" for name, limit in limits.items()}
+            words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in shown.items())
             raise RecipeError(f"{place(key)}{key} must be {words}; got {one!r}")
 
 

@@ -143,6 +143,9 @@ def test_missing_packages_are_named():
         (["train", "run.yaml", "data.sources=nothing/"], "nothing"),
         (["train", "run.yaml", "data.sources=binary.txt"], "binary.txt: a binary file"),
         (["train", "run.yaml", "data.sources=empty.txt"], "empty.txt"),
+        (["train", "run.yaml", "data.tokenizer=./none", "out=new/deep"], "no tokenizer at ./none"),
+        (["train", "run.yaml", "model.num_attention_heads=3"], "num_attention_heads"),
+        (["train", "run.yaml", "seed=10000000000000000000000000"], "seed must be at least 0 and below"),
         (["train", "run.yaml", "out=text/0.txt/x"], "text/0.txt/x"),
         (["train", "run.yaml", "model.vocab_size=100"], "vocab_size 100 is smaller than the tokenizer's 259"),
         (["train", "run.yaml", "model.sliding_window=0"], "sliding_window: expected at least 1"),
@@ -160,12 +163,15 @@ def test_missing_packages_are_named():
         (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected numbers"),
         (["generate", "nothing", "--seed", "100000000000000000000000"], "'--seed'"),
         (["generate", "nothing", "--temperature", "inf"], "temperature: expected 0"),
-        (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m'; presets:"),
+        (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m' (did you mean 'swat-340m'?); presets:"),
+        (["info", "qqq"], "no recipe, checkpoint or preset 'qqq'; presets:"),
+        (["info", "runs/nope"], "no folder runs/nope, and no such model could be had from the hub: "),
         (["info", "swat-340m", "a=b"], "only go with a recipe"),
         (["convert", "nothing", "made"], "nothing is not a checkpoint folder"),
         (["convert", "text", "made", "--window", "wide"], "--window: expected keep, none or a number"),
         (["convert", "text", "made", "--set", "slopes"], "--set slopes: write field=value"),
         (["demo", "--out", "text"], "text exists and is no demo"),
+        (["demo", "--out", "new/demo", "--source", "nope"], "nope"),
         (["demo", "--minutes", "0"], "minutes: expected more than 0"),
     ],
 )
@@ -180,6 +186,15 @@ def test_one_line_and_exit_code_two(cli, here: Path, arguments: list[str], messa
     assert ran.err.count("\n") == 1
     assert "Traceback" not in ran.err
     assert files_of(here) == before
+    assert not (here / "new").exists()
+    assert not (here / "runs").exists()
+
+
+def test_a_batch_far_beyond_the_data_ends_at_once(cli, here: Path):
+    ran = cli("train", "run.yaml", "train.batch_size=1000000000", "train.evaluate_every=0")
+    assert ran.code == 2
+    assert ran.err.splitlines()[-1].startswith("error: train.batch_size (1000000000) is more than the ")
+    assert not (here / "runs").exists()
 
 
 def test_debug_shows_the_traceback(cli, here: Path):

@@ -1,5 +1,6 @@
 """`swat-lm info`: what a model costs, from its configuration alone."""
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +53,7 @@ def info(
 def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, int]":
     """The configuration and training length behind a recipe, a preset or a checkpoint."""
     from swat_lm.model.architectures import configure_model
-    from swat_lm.model.configuration import SwatConfig, config_from_recipe
+    from swat_lm.model.configuration import config_from_recipe
     from swat_lm.model.presets import preset_names
 
     if target.endswith((".yaml", ".yml")):
@@ -69,10 +70,28 @@ def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, i
     if target in preset_names():
         config = config_from_recipe({"preset": target})
     elif not Path(target).exists() and "/" not in target:
-        raise ValueError(f"no recipe, checkpoint or preset {target!r}; presets: {', '.join(preset_names())}")
+        nearest = difflib.get_close_matches(target, preset_names(), n=1, cutoff=0.4)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise ValueError(f"no recipe, checkpoint or preset {target!r}{hint}; presets: {', '.join(preset_names())}")
     else:
-        config = SwatConfig.from_pretrained(find_export(target))
+        config = load_config(target)
     return config, config.max_position_embeddings
+
+
+def load_config(target: str) -> "SwatConfig":
+    """The configuration of a checkpoint's folder or a name on the hub; ValueError that names both where it is neither.
+
+    Only the first line of a library's many is passed on.
+    """
+    from swat_lm.model.configuration import SwatConfig
+
+    try:
+        return SwatConfig.from_pretrained(find_export(target))
+    except OSError as error:
+        if Path(target).exists():
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no folder {target}, and no such model could be had from the hub: {reason}") from error
 
 
 def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:

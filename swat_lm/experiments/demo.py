@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from swat_lm.data import TokenStore, load_tokenizer, prepare, vocabulary_size
+from swat_lm.data import TokenStore, load_tokenizer, prepare, resolve_sources, vocabulary_size
 from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.evaluate.length import loss_on_same_text, segments
 from swat_lm.experiments.demo_budget import Pace, find_pace, threads
@@ -122,6 +122,8 @@ def open_plan(out: Path, settings: DemoSettings) -> dict[str, Any]:
         return plan
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no demo: name another folder")
+    # a misspelt source must not leave a folder that then holds another demo
+    resolve_sources(settings.sources)
     out.mkdir(parents=True, exist_ok=True)
     plan = {"settings": wanted, "pace": None, "seconds": {}}
     write_json(path, plan)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from swat_lm.train.checkpoint import (
 )
 
 __all__ = ["CHANGEABLE", "check_continuation", "check_model", "choose_start", "hold_folder", "write_recipe"]
+
+LOCK = ".lock"
 
 CHANGEABLE = frozenset(
     {
@@ -39,20 +42,44 @@ NOT_ARCHITECTURE = frozenset(
 )
 
 
-def hold_folder(out: Path) -> FileLock:
+class HeldFolder:
+    """A folder that no other run may write to until `release()`, or the end of the process, however it ends."""
+
+    def __init__(self, out: Path, made: list[Path], lock: FileLock) -> None:
+        """`made` are the folders that were made for it, the innermost first."""
+        self.out, self.made, self.lock = out, made, lock
+
+    def release(self) -> None:
+        """Let other runs in; where this one wrote nothing, the folders made for it go again."""
+        if [path.name for path in self.out.iterdir()] != [LOCK]:
+            self.lock.release()
+            return
+        if os.name == "nt":
+            # an open file cannot be removed there
+            self.lock.release()
+        # elsewhere while held: who comes now makes another one, and keeps the folder by that
+        (self.out / LOCK).unlink(missing_ok=True)
+        self.lock.release()
+        remove_empty(self.made)
+
+
+def hold_folder(out: Path) -> HeldFolder:
     """Make the folder, write into it, so that a run fails in its first second, and keep other runs out of it.
 
-    The lock holds until `release()` or the end of the process, however it ends. Raises OSError, also where another
-    process holds it.
+    Raises OSError, also where another process holds it.
     """
     probe = out / ".tmp-probe"
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
+        remove_empty(made)
         raise OSError(error.errno, f"cannot write to the output folder {out}: {error.strerror}") from None
-    lock = FileLock(out / ".lock", timeout=0)
+    lock = FileLock(out / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -60,7 +87,14 @@ def hold_folder(out: Path) -> FileLock:
             f"another run is writing to {out}: wait for it, stop it, or choose another `out`"
         ) from None
     remove_leftovers(out)
-    return lock
+    return HeldFolder(out, made, lock)
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first; those that hold something, or are not there, stay as they are."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_recipe(recipe: Recipe, out: Path) -> None:

@@ -134,8 +134,28 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to the output folder .*file/run"):
         hold_folder(tmp_path / "file" / "run")
+    # what the file system refuses after some folders are made
+    with pytest.raises(OSError, match=r"cannot write to the output folder"):
+        hold_folder(tmp_path / "new" / ("x" * 300))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_in_which_nothing_was_written_goes_again(tmp_path):
     hold_folder(tmp_path / "new" / "run").release()
-    assert {path.name for path in (tmp_path / "new" / "run").iterdir()} <= {".lock"}
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "own").mkdir()
+    hold_folder(tmp_path / "own").release()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "own"]
+    held = hold_folder(tmp_path / "new" / "run")
+    (tmp_path / "new" / "run" / "recipe.yaml").write_text("")
+    held.release()
+    assert (tmp_path / "new" / "run" / "recipe.yaml").exists()
+    # another run in the same parent keeps it
+    first, second = hold_folder(tmp_path / "runs" / "a"), hold_folder(tmp_path / "runs" / "b")
+    first.release()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
+    second.release()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == []
 
 
 def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
