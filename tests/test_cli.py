@@ -239,6 +239,15 @@ def test_train_generate_evaluate_info(cli, here: Path):
 
     measured = cli("evaluate", "length", run, "--data", "text", "--lengths", "16,64", "--out", "measured")
     assert measured.code == 0, measured.err
+    assert "reading only what the run held out of this text" in measured.err
+    learnt = cli("evaluate", "length", run, "--data", "text", "--lengths", "16,64", "--held-out", 0, "--out", "all")
+    assert "the model was trained on this text" in learnt.err
+    counts = [
+        json.loads((here / out / "length.json").read_text())["points"][0]["num_documents"]
+        for out in ("measured", "all")
+    ]
+    assert counts[0] < counts[1]
+    assert "another share would" in cli("evaluate", "length", run, "--data", "text", "--held-out", 0.5).err
     assert (here / "measured" / "length.png").read_bytes().startswith(b"\x89PNG")
     points = json.loads((here / "measured" / "length.json").read_text())["points"]
     assert [point["length"] for point in points] == [16, 64]

@@ -8,9 +8,10 @@ from rich.table import Table
 
 from swat_lm.cli.checkpoints import load_any_checkpoint
 from swat_lm.cli.console import messages, results
-from swat_lm.cli.evaluation import OWN, check_output, model_with_window, read_documents
+from swat_lm.cli.evaluation import OWN, check_output, model_with_window
 from swat_lm.cli.progress import Counter
 from swat_lm.cli.recall import DEVICE, SHARED_CHECKPOINT, TOKENIZER, WINDOW, parse_one_window
+from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
 from swat_lm.model.loading import find_model_folder
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def diagnose(
     most: Annotated[int, typer.Option(min=1, help="Streams, spread over the text.")] = 16,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the pictures.")] = None,
     window: WINDOW = OWN,
-    held_out: Annotated[float, typer.Option(help="Read this held-out share of the documents; 0: all.")] = 0.0,
+    held_out: HELD_OUT = None,
     text_field: Annotated[
         str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")
     ] = "text",
@@ -54,7 +55,8 @@ def diagnose(
     from swat_lm.evaluate import diagnose as diagnosing
     from swat_lm.evaluate.length import segments
 
-    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, held_out, model)
+    split = choose_split(checkpoint, data, held_out)
+    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
     with Counter("reading", "streams") as counter:
         found = diagnosing.diagnose(model, segments(documents, length, most), on_progress=counter)
     if not found.has_weights:

@@ -1,7 +1,7 @@
 """`swat-lm evaluate length`: loss against the length of the context."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -9,6 +9,7 @@ from rich.table import Table
 from swat_lm.cli.checkpoints import load_any_checkpoint
 from swat_lm.cli.console import messages, results
 from swat_lm.cli.progress import Counter
+from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
 from swat_lm.model.loading import find_model_folder
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def length(
     whole: Annotated[
         bool, typer.Option("--whole-documents", help="Read each document from its start, instead of joining them.")
     ] = False,
-    held_out: Annotated[float, typer.Option(help="Evaluate on this held-out share of the documents; 0: on all.")] = 0.0,
+    held_out: HELD_OUT = None,
     most: Annotated[int, typer.Option(min=1, help="Most streams to read, spread over the text.")] = 64,
     window: Annotated[
         str, typer.Option(help="Window of every layer: a number, none or own; several by commas give a heat map.")
@@ -52,6 +53,8 @@ def length(
     standard errors over streams. Documents are joined and cut into streams of the greatest length, unless
     --whole-documents. An interrupted measurement with --out goes on where it was.
 
+    Of the very text that a run was trained on, only the documents are read that it held out, unless --held-out 0.
+
     --window runs the same weights with another window: a number of tokens, none (full attention) or own (as trained).
     That works for our models, Llama and Mistral. Several windows give the matrix of Figure 2 of the paper.
 
@@ -68,7 +71,8 @@ def length(
 
     model, _ = load_any_checkpoint(checkpoint, tokenizer, device)
     twins = {name: model_with_window(model, name) for name in windows}
-    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, held_out, model)
+    split = choose_split(checkpoint, data, held_out)
+    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
     streams = choose_streams(documents, max(sizes), whole, most)
     made_for = extrapolates_beyond(model)
     if made_for is not None and max(sizes) > made_for:
@@ -165,26 +169,6 @@ class Measurement:
         """The results are written: what was kept of them on the way is removed."""
         for partial in self.partials:
             partial.remove()
-
-
-def read_documents(
-    data: list[str], tokenizer: str, text_field: str, held_out: float, model: "PreTrainedModel"
-) -> "list[np.ndarray]":
-    """Token ids of every document; each ends with the end-of-text token if the tokenizer has one."""
-    from swat_lm.data import load_tokenizer, prepare
-    from swat_lm.recipe import DataRecipe
-
-    has_end = load_tokenizer(tokenizer).eos_token_id is not None
-    recipe = DataRecipe(
-        sources=tuple(data), tokenizer=tokenizer, text_field=text_field, held_out=held_out, add_eos=has_end
-    )
-    with Counter("preparing text", "bytes") as counter:
-        store = prepare(recipe, lambda at: counter(at.bytes_read, at.bytes_total))
-    vocab_size = cast(int, model.config.get_text_config().vocab_size)
-    if store.vocab_size > vocab_size:
-        raise ValueError(f"the text was tokenised with {store.vocab_size} ids, the model knows only {vocab_size}")
-    split = store.split("held_out" if held_out else "train")
-    return [split[index] for index in range(len(split))]
 
 
 def choose_streams(documents: "list[np.ndarray]", greatest: int, whole: bool, most: int) -> "list[np.ndarray]":

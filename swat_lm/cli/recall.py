@@ -9,8 +9,9 @@ from rich.table import Table
 
 from swat_lm.cli.checkpoints import load_any_checkpoint
 from swat_lm.cli.console import results
-from swat_lm.cli.evaluation import OWN, check_output, model_with_window, parse_windows, read_documents, with_error
+from swat_lm.cli.evaluation import OWN, check_output, model_with_window, parse_windows, with_error
 from swat_lm.cli.progress import Counter
+from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
 from swat_lm.model.loading import find_model_folder
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def reach(
     most: Annotated[int, typer.Option(min=1, help="Streams, spread over the text.")] = 32,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the picture.")] = None,
     window: WINDOW = OWN,
-    held_out: Annotated[float, typer.Option(help="Measure on this held-out share of the documents; 0: on all.")] = 0.0,
+    held_out: HELD_OUT = None,
     text_field: Annotated[
         str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")
     ] = "text",
@@ -118,7 +119,8 @@ def reach(
     from swat_lm.evaluate.reach import effective_reach
     from swat_lm.evaluate.windows import theoretical_reach
 
-    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, held_out, model)
+    split = choose_split(checkpoint, data, held_out)
+    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
     size = length or min(2 * (theoretical_reach(model) or 1024), 8192)
     with Counter("measuring", "streams") as counter:
         curve = effective_reach(model, segments(documents, size + 1, most), on_progress=counter)

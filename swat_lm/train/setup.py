@@ -149,6 +149,8 @@ def configure(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedC
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(tokenizer, name))
+    if not recipe.model.keys() & {"preset", "max_position_embeddings"} and hasattr(config, "max_position_embeddings"):
+        config.max_position_embeddings = recipe.data.sequence_length
     return config
 
 
