@@ -82,7 +82,8 @@ def backward(
         # what a row's gradients have in common: the part that its normaliser takes
         shift = (grad_output.float() * output.float()).sum(dim=-1)
         if grad_lse is not None:
-            shift = shift - grad_lse.float()
+            # a row that sees nothing: whatever its lse's gradient is must not reach anything
+            shift = shift - grad_lse.float().masked_fill(lse == float("-inf"), 0.0)
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     query_norms, key_norms = (largest_norms(t) if skip_saturated else None for t in (query, key))
     group = num_heads // num_kv_heads
