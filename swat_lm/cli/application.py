@@ -12,6 +12,7 @@ import typer
 
 from swat_lm.cli import (
     benchmarks,
+    comparison,
     conversion,
     demonstration,
     diagnosis,
@@ -50,6 +51,7 @@ measurements.command(name="reach")(recall.reach)
 measurements.command(name="diagnose")(diagnosis.diagnose)
 measurements.command(name="tasks")(benchmarks.tasks)
 application.command(name="reproduce")(reproduction.reproduce)
+application.command(name="report")(comparison.report)
 application.command(name="info")(information.info)
 application.command(name="convert")(conversion.convert)
 

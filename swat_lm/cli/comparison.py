@@ -1,0 +1,43 @@
+"""`swat-lm report`: runs side by side on one page."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swat_lm.cli.console import results
+
+__all__ = ["report"]
+
+NAMED = re.compile(r"(?P<name>[^=/]+)=(?P<folder>.+)")
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs' folders; NAME=FOLDER names one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, report.json and the pictures.")],
+) -> None:
+    """Compare runs on one page.
+
+    Training and held-out loss, loss against length and recall where they were measured, the state that a stream keeps,
+    and speed. Pictures lie beside the page as PNG files. What was not measured is named with the command for it.
+
+    \b
+    Example:
+      swat-lm report runs/swat full=runs/transformer --out comparison
+    """
+    from swat_lm.experiments.comparison import read_run
+    from swat_lm.experiments.comparison import report as write_report
+
+    found = []
+    for one in runs:
+        named = NAMED.fullmatch(one)
+        folder = Path(named["folder"] if named else one).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"no folder {folder}: expected a run's folder, as `swat-lm train` writes it")
+        found.append(read_run(folder, named["name"] if named else None))
+    written = write_report(found, out)
+    console = results()
+    for line in written["not_measured"]:
+        console.print(f"not measured: {line}", markup=False, style="dim")
+    console.print(f"report: {(out / 'report.html').resolve()}", markup=False)
