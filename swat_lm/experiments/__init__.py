@@ -1,1 +1,1 @@
-"""The demo, and later the paper's tables and figures: uses training, evaluation and streaming."""
+"""The demo, the paper's tables and figures, and pages that compare runs: uses training and evaluation."""

@@ -191,7 +191,9 @@ def draw(runs: Sequence[RunFindings], out: Path) -> dict[str, Path]:
     if states:
         plot_state_bytes(states, at("State of one stream, in bf16", "state"))
     rates = [(one.name, describe(one)["tokens_per_second"], None) for one in runs]
-    plot_rows(rates, at("Speed of training", "speed"), xlabel="tokens per second while training (median)")
+    plot_rows(
+        rates, at("Speed of training", "speed"), xlabel="tokens per second while training (median)", from_zero=True
+    )
     return drawn
 
 

@@ -109,7 +109,9 @@ def draw_training(findings: Findings, out: Path) -> Path:
     return path
 
 
-def plot_rows(rows: Sequence[tuple[str, float | None, float | None]], path: Path, *, xlabel: str) -> None:
+def plot_rows(
+    rows: Sequence[tuple[str, float | None, float | None]], path: Path, *, xlabel: str, from_zero: bool = False
+) -> None:
     """One point per row, the names on the left, bars of one standard error; the first row on top."""
     figure, axes = new_figure()
     figure.set_size_inches(9, 1.6 + 0.42 * len(rows))
@@ -122,5 +124,7 @@ def plot_rows(rows: Sequence[tuple[str, float | None, float | None]], path: Path
     axes.set_yticks(range(len(rows)), labels=[name for name, _, _ in rows])
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    if from_zero:
+        axes.set_xlim(0, 1.08 * max(value or 0.0 for _, value, _ in rows))
     axes.set_xlabel(xlabel)
     write_picture(figure, path)

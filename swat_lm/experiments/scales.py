@@ -106,9 +106,9 @@ SWAT: dict[str, Mapping[str, Any]] = {
 
 TINY = Scale(
     name="tiny",
-    about="2M parameters, 1.2M tokens a variant; about 40 minutes a seed on two cores for everything but Table 1",
-    analysis=Budget(shape(144, 384, 4, 12), 600, 2048, 2e-3, 60, 2048),
-    benchmarks=Budget(shape(144, 384, 4, 12), 600, 2048, 2e-3, 60, 2048),
+    about="2M parameters, 1.0M tokens a variant; about 40 minutes a seed on two cores for everything but Table 1",
+    analysis=Budget(shape(144, 384, 4, 12), 500, 2048, 2e-3, 50, 2048),
+    benchmarks=Budget(shape(144, 384, 4, 12), 500, 2048, 2e-3, 50, 2048),
     sizes={"W": 32, "4W": 128, "L": 256, "XL": 1024, "BW": 64, "BL": 256},
     lengths=(32, 256, 1024, 4096),
     pieces=16,
