@@ -1,4 +1,4 @@
-"""Writes the generated parts of README: the demo's result, an example of `swat-lm info`, speed, the file tree.
+"""Writes the generated parts of README and docs/architecture.md: the demo's result, `swat-lm info`, speed, files.
 
     python docs/generate.py                  rewrite what stands between the markers
     python docs/generate.py --demo FOLDER    first take over results.json and the plot of a finished demo
@@ -20,6 +20,7 @@ from swat_lm.cli.information import describe_model, find_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 DEMO_RESULT = ROOT / "docs" / "results" / "demo.json"
 DEMO_PLOT = ROOT / "docs" / "images" / "loss_by_length.png"
 
@@ -29,33 +30,37 @@ FOLDERS = {
     "recipes": "runs as YAML files; each is validated by a test",
     "benchmarks": "speed beside named peers; results/ holds the figures as JSON",
     "tests": "mirrors swat_lm/",
-    "docs": "",
+    "docs": "the mathematics, the architecture, what was measured and what failed",
 }
 WIDTH = 84
 
 
 def main() -> None:
-    """Rewrite README."""
+    """Rewrite README and docs/architecture.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, metavar="FOLDER", help="a folder that `swat-lm demo` finished")
     arguments = parser.parse_args()
     if arguments.demo is not None:
         take_over(arguments.demo)
-    text = README.read_text(encoding="utf-8")
-    for name, content in blocks().items():
-        text = replace_block(text, name, content)
-    README.write_text(text, encoding="utf-8")
-    sys.stdout.write(f"{README}\n")
+    for page, contents in blocks().items():
+        text = page.read_text(encoding="utf-8")
+        for name, content in contents.items():
+            text = replace_block(text, name, content)
+        page.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{page}\n")
 
 
-def blocks() -> dict[str, str]:
-    """README's generated blocks by the names of their markers."""
+def blocks() -> dict[Path, dict[str, str]]:
+    """Of each page the generated blocks by the names of their markers."""
     result = json.loads(DEMO_RESULT.read_text(encoding="utf-8")) if DEMO_RESULT.exists() else None
     return {
-        "demo": demo(result),
-        "info": f"```text\n{info('swat-340m')}```",
-        "speed": speed(sorted((ROOT / "benchmarks" / "results").glob("*.json"))),
-        "tree": f"```\n{tree(ROOT)}```",
+        README: {
+            "demo": demo(result),
+            "info": f"```text\n{info('swat-340m')}```",
+            "speed": speed(sorted((ROOT / "benchmarks" / "results").glob("*.json"))),
+            "tree": f"```\n{tree(ROOT, folders_only=True)}```",
+        },
+        ARCHITECTURE: {"files": f"```\n{tree(ROOT)}```"},
     }
 
 
@@ -106,12 +111,14 @@ def number(value: float) -> str:
 # the file tree
 
 
-def tree(root: Path) -> str:
-    """The repository's files with the first words of what each says about itself."""
+def tree(root: Path, folders_only: bool = False) -> str:
+    """The repository's files, or only its folders, with the first words of what each says about itself."""
     rows = list(package_rows(root / "swat_lm", root, 0))
     for name, caption in FOLDERS.items():
         rows.append((f"{name}/", caption))
         rows += [(f"  {path.name}", describe(path)) for path in listed_files(root / name)]
+    if folders_only:
+        rows = [row for row in rows if row[0].endswith("/")]
     column = max(len(name) for name, _ in rows) + 2
     return "".join(f"{name:<{column}}{text}".rstrip() + "\n" for name, text in rows)
 

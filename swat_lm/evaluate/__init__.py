@@ -1,0 +1,1 @@
+"""What can be measured of a trained model: benchmarks, loss against length, recall, reach, what attention does."""
