@@ -139,7 +139,8 @@ def choose_start(out: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
 
 def check_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     """Raise ValueError, naming each differing field, if the checkpoint's architecture is not that of `model`."""
-    names = sorted((checkpoint.model.keys() | model.keys()) - NOT_ARCHITECTURE)
+    ignored = NOT_ARCHITECTURE if scales_rotary(model) else NOT_ARCHITECTURE | {"max_position_embeddings"}
+    names = sorted((checkpoint.model.keys() | model.keys()) - ignored)
     differing = [
         f"{name} (checkpoint {checkpoint.model.get(name)!r}, recipe {model.get(name)!r})"
         for name in names
@@ -150,6 +151,13 @@ def check_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
             f"checkpoint {checkpoint.folder} has another architecture than the recipe: {', '.join(differing)}; "
             "change the recipe's model back, or choose another `out`"
         )
+
+
+def scales_rotary(model: Mapping[str, Any]) -> bool:
+    """Whether rotary angles are of a scaled kind; only then the model's training length may enter them."""
+    settings = model.get("rope_parameters") or {}
+    sets = [settings, *[one for one in settings.values() if isinstance(one, Mapping)]]
+    return any(one.get("rope_type", "default") != "default" for one in sets)
 
 
 def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: str) -> None:

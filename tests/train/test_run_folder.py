@@ -79,6 +79,21 @@ def test_other_architecture_is_named_field_by_field():
         check_model(CHECKPOINT, {"hidden_size": 16, "layers": 2})
 
 
+def test_the_training_length_is_architecture_only_where_rotary_angles_are_scaled():
+    for rope, refused in (
+        ({"rope_type": "default"}, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, True),
+        ({"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "dynamic"}}, True),
+    ):
+        before = {"hidden_size": 8, "rope_parameters": rope, "max_position_embeddings": 2048}
+        checkpoint, now = replace(CHECKPOINT, model=before), {**before, "max_position_embeddings": 64}
+        if refused:
+            with pytest.raises(ValueError, match=r"max_position_embeddings \(checkpoint 2048, recipe 64\)"):
+                check_model(checkpoint, now)
+        else:
+            check_model(checkpoint, now)
+
+
 def test_auto_takes_the_newest_or_nothing(tmp_path):
     assert choose_start(tmp_path, "auto") == (None, [])
     fake_checkpoint(tmp_path, 5)
