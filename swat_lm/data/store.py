@@ -98,7 +98,8 @@ class TokenStore:
         path = self.folder / TOKEN_BYTES
         if not path.exists():
             return None
-        counts = np.asarray(read_array(path))
+        # a copy in memory: it is small, and torch wants arrays it may write to
+        counts = np.array(read_array(path))
         if counts.dtype != np.int64 or counts.shape != (self.vocab_size,):
             raise damaged(path, f"{counts.dtype} {list(counts.shape)}, expected int64 [{self.vocab_size}]")
         return counts

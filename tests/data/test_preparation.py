@@ -65,6 +65,9 @@ def test_store_holds_each_document_with_its_end(corpus, tmp_path):
     assert store.num_bytes == sum(len(text.encode()) for text in expected)
     assert store.num_tokens == store.num_bytes + len(expected)
     assert (store.vocab_size, store.tokens.dtype) == (259, np.uint16)
+    # torch shares its memory, and wants arrays that may be written to
+    assert store.token_bytes is not None
+    assert store.token_bytes.flags.writeable
     total = sum(one.stat().st_size for one in corpus.iterdir())
     assert seen[-1] == Progress(total, total, len(expected), store.num_tokens)
 
