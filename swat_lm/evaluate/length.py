@@ -18,6 +18,7 @@ from swat_lm.evaluate.curves import LengthCurve, summarise
 from swat_lm.evaluate.limits import check_length
 from swat_lm.evaluate.partial import PartialResults
 from swat_lm.evaluate.reader import Reader, evaluating, reader_for
+from swat_lm.evaluate.sinks import SinkReader
 from swat_lm.evaluate.windows import model_window, with_window
 
 __all__ = [
@@ -111,6 +112,7 @@ def loss_on_same_text(
     chunk: int = 512,
     batch_size: int = 8,
     window: int | None = None,
+    num_sinks: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LengthCurve:
     """The same text at every length: for each N the documents are cut into pieces of N, each read from a fresh start.
@@ -118,7 +120,8 @@ def loss_on_same_text(
     This is the paper's measurement. It costs one pass over the text per length, and its differences between lengths are
     far more exact than those of `loss_by_length`, since no length has easier text. Arguments as there, but every length
     must divide the greatest, of which each document's whole multiples are used; `batch_size` streams of `chunk` tokens
-    set the size of a forward pass also where pieces are shorter.
+    set the size of a forward pass also where pieces are shorter. `num_sinks` first tokens of each piece are kept beside
+    the window (softmax models, untrained; see sinks.py).
 
     Raises:
         ValueError: a length that does not divide the greatest, no document that reaches it, an argument out of range.
@@ -129,8 +132,13 @@ def loss_on_same_text(
             raise ValueError(
                 f"lengths: expected divisors of the greatest, {sizes[-1]}, so that all see the same text; got {size}"
             )
-    reader = reader_for(model if window is None else with_window(model, window))
-    check_length(reader, sizes[-1], batch_size)
+    if num_sinks and window is None:
+        raise ValueError("num_sinks: sinks are kept beside a window: give one")
+    if num_sinks and window is not None:
+        reader: Reader = SinkReader(model, num_sinks, window)
+    else:
+        reader = reader_for(model if window is None else with_window(model, window))
+        check_length(reader, sizes[-1], batch_size)
     chosen = [index for index in range(len(documents)) if len(documents[index]) >= sizes[-1]]
     used = {index: len(documents[index]) // sizes[-1] * sizes[-1] for index in chosen}
     done, total = 0, sum(used.values()) * len(sizes)
