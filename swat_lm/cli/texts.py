@@ -17,8 +17,8 @@ __all__ = ["HELD_OUT", "Split", "choose_split", "read_documents"]
 HELD_OUT = Annotated[
     float | None,
     typer.Option(
-        help="Read this held-out share of the documents; 0: all. Default: of the text that a run was trained on what it "
-        "held out, of any other text all."
+        help="Read this held-out share of the documents; 0: all. Default: of the text that a run was trained on "
+        "what it held out, of any other text all."
     ),
 ]
 
