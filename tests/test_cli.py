@@ -17,7 +17,7 @@ from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.cli import failures
 from swat_lm.cli.application import application, run_application
 from swat_lm.cli.generation import text_pieces
-from swat_lm.cli.outputs import check_new_folder
+from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import RunProgress, clock
 from swat_lm.data import load_tokenizer
 from swat_lm.train import DivergedError, Event
@@ -412,12 +412,16 @@ def test_where_a_state_goes_is_tried_before_any_work(cli, here: Path, exported: 
 
 
 def test_places_for_folders_are_tried(here: Path):
-    check_new_folder(here / "made" / "deep", "--out")
+    before = files_of(here)
+    check_folder(here / "made" / "deep", "--out")
+    check_folder(here / "text", "--out")
+    for place in ("run.yaml", "run.yaml/made"):
+        with pytest.raises(NotADirectoryError, match=rf"cannot write --out .*{place}: Not a directory"):
+            check_folder(here / place, "--out")
+    with pytest.raises(OSError, match="File name too long"):
+        check_folder(here / "made" / ("x" * 300), "--out")
+    assert files_of(here) == before
     assert not (here / "made").exists()
-    with pytest.raises(FileExistsError, match=r"text exists: name another folder for --out, or remove it"):
-        check_new_folder(here / "text", "--out")
-    with pytest.raises(NotADirectoryError, match=r"cannot write --out .*run.yaml/made: Not a directory"):
-        check_new_folder(here / "run.yaml" / "made", "--out")
 
 
 class Arriving(io.BytesIO):

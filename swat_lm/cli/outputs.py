@@ -1,26 +1,21 @@
 """Places that a command will write to, tried before any work is done."""
 
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["check_new_file", "check_new_folder"]
+__all__ = ["check_folder", "check_new_file"]
 
 
 def check_new_file(path: Path, option: str) -> None:
     """Raise OSError, naming the option, for a file that is there already or could not be written; leaves nothing."""
-    refuse_existing(path, option, "file")
+    if path.exists():
+        raise FileExistsError(f"{path} exists: name another file for {option}, or remove it")
     try_writing(path, option, folder=False)
 
 
-def check_new_folder(path: Path, option: str) -> None:
-    """As `check_new_file`, for a folder."""
-    refuse_existing(path, option, "folder")
+def check_folder(path: Path, option: str) -> None:
+    """Raise OSError, naming the option, for a folder that could not be made or written to; leaves nothing."""
     try_writing(path, option, folder=True)
-
-
-def refuse_existing(path: Path, option: str, kind: str) -> None:
-    """Raise FileExistsError for what is there."""
-    if path.exists():
-        raise FileExistsError(f"{path} exists: name another {kind} for {option}, or remove it")
 
 
 def try_writing(path: Path, option: str, folder: bool) -> None:
@@ -42,4 +37,6 @@ def try_writing(path: Path, option: str, folder: bool) -> None:
         raise OSError(error.errno, f"cannot write {option} {path}: {error.strerror}") from None
     finally:
         for one in reversed(made):
-            one.rmdir()
+            # another program may have put something there
+            with suppress(OSError):
+                one.rmdir()
