@@ -7,7 +7,7 @@ from typing import Any
 
 from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.experiments.claims import Loss, Verdict, error_of_mean, judge, judge_losses
-from swat_lm.experiments.measuring import read_curve, read_tasks, read_variances, windows_of
+from swat_lm.experiments.measuring import SINKS, read_curve, read_tasks, read_variances, windows_of
 from swat_lm.experiments.scales import Scale
 from swat_lm.experiments.variants import ANALYSIS, Experiment, Variant, budget_of, variant_model
 from swat_lm.model.architectures import configure_model, count_model_parameters
@@ -92,7 +92,21 @@ class Findings:
         special = {"table1": self.benchmark_verdicts, "figure3": self.sink_verdicts, "figure5": self.unrest_verdicts}
         if self.experiment.name in special:
             return special[self.experiment.name]()
+        if self.experiment.name == "figure2":
+            return [*judge_losses("figure2", self.find), self.sinks_help()]
         return judge_losses(self.experiment.name, self.find)
+
+    def sinks_help(self) -> Verdict:
+        """Figure 2's control: the same window with the first tokens kept, untrained (StreamingLLM)."""
+        (one,), last = self.chosen.values(), self.scale.lengths.index(self.scale.lengths[-1])
+        kept = {}
+        for seed in self.seeds:
+            curve = read_curve(self.run_folder(one, seed), "text", self.scale.sizes["W"], SINKS)
+            if curve is not None:
+                kept[seed] = [row[last] for row in curve.document_mean_loss if row[last] is not None]
+        bare = self.losses(one, "text", self.scale.lengths[-1], self.scale.sizes["W"])
+        says = f"keeping the first {SINKS} tokens beside the window of W lowers the loss at the greatest length"
+        return judge(says, "not SWAT's claim but StreamingLLM's (arXiv 2309.17453), as a control", bare, kept)
 
     def find(self, wanted: Loss) -> dict[int, list[float]] | None:
         """The samples behind one side of a claim; None where it was not measured."""

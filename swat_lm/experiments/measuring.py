@@ -18,9 +18,20 @@ from swat_lm.experiments.variants import Experiment, Variant
 from swat_lm.model.loading import load_causal_lm
 from swat_lm.recipe import Recipe
 
-__all__ = ["curve_path", "measure_variant", "read_curve", "read_tasks", "read_variances", "task_folder", "windows_of"]
+__all__ = [
+    "SINKS",
+    "curve_path",
+    "measure_variant",
+    "read_curve",
+    "read_tasks",
+    "read_variances",
+    "task_folder",
+    "windows_of",
+]
 
 FEWEST_SEEN = 1024
+SINKS = 4
+"""First tokens kept in Figure 2's control, as in StreamingLLM."""
 Progress = Callable[[str, int, int], None]
 Measurement = Callable[[Progress], None]
 Streams = Callable[[str], list[Any]]
@@ -39,6 +50,10 @@ def measure_variant(
                 path = curve_path(run, text, window)
                 if not path.exists():
                     left.append(length_measurement(path, run, text, window, scale, streams))
+    if experiment.name == "figure2":
+        path = curve_path(run, "text", scale.sizes["W"], SINKS)
+        if not path.exists():
+            left.append(length_measurement(path, run, "text", scale.sizes["W"], scale, streams, SINKS))
     if experiment.name == "figure3" and not variance_path(run).exists():
         left.append(variance_measurement(run, one, scale, recipe))
     if experiment.name == "table1" and not (task_folder(run, recipe.name) / "results.json").exists():
@@ -53,19 +68,20 @@ def windows_of(experiment: Experiment, scale: Scale, one: Variant) -> list[int |
     return [None if one.evaluated is None else scale.sizes[one.evaluated]]
 
 
-def curve_path(run: Path, text: str, window: int | None) -> Path:
-    """Where the losses of a run on a text behind a window lie."""
-    return run / "evaluation" / f"{text}-{'own-window' if window is None else f'window-{window}'}.json"
+def curve_path(run: Path, text: str, window: int | None, num_sinks: int = 0) -> Path:
+    """Where the losses of a run on a text behind a window, with sinks kept or none, lie."""
+    sinks = f"-sinks-{num_sinks}" if num_sinks else ""
+    return run / "evaluation" / f"{text}-{'own-window' if window is None else f'window-{window}'}{sinks}.json"
 
 
-def read_curve(run: Path, text: str, window: int | None) -> LengthCurve | None:
+def read_curve(run: Path, text: str, window: int | None, num_sinks: int = 0) -> LengthCurve | None:
     """What was measured, if it was."""
-    path = curve_path(run, text, window)
+    path = curve_path(run, text, window, num_sinks)
     return LengthCurve.from_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def length_measurement(
-    path: Path, run: Path, text: str, window: int | None, scale: Scale, streams: Streams | None
+    path: Path, run: Path, text: str, window: int | None, scale: Scale, streams: Streams | None, num_sinks: int = 0
 ) -> Measurement:
     """Loss of the same text at every length."""
 
@@ -77,6 +93,7 @@ def length_measurement(
             streams(text),
             scale.lengths,
             window=window,
+            num_sinks=num_sinks,
             on_progress=lambda done, total: told(what, done, total),
         )
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,9 @@ def test_experiments_share_variants_and_continue(
     # what another experiment needs of the same variants is there already
     notes = Notes()
     reproduce("table3", "miniature", sources, out, [0], notes)
-    reproduce("figure2", "miniature", sources, out, [0], notes)
+    figure2 = reproduce("figure2", "miniature", sources, out, [0], notes)
+    assert "StreamingLLM" in figure2["claims"][-1]["paper"]
+    assert figure2["claims"][-1]["num_documents"] == 3
     reproduce("figure3", "miniature", sources, out, [0], notes)
     assert set(notes.steps) == {"sliding-softmax-seed0", "sliding-alirope-seed0"}
     reproduce("figure5", "miniature", sources, out, [0], notes)
