@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 __all__ = ["PlainPlanner", "PlainReader"]
@@ -31,8 +31,17 @@ ALLOWED = {
 }  # fmt: skip
 
 
+def _memory_format(kind: Any, name: str) -> Any:
+    # early Pythons 3.11 pickle a member of an enumeration as a call of getattr
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"its index asks for {name} of {kind!r}, which no checkpoint of swat-lm does")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         if name not in ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"its index names {module}.{name}, which no checkpoint of swat-lm contains")
         return super().find_class(module, name)

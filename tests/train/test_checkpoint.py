@@ -179,6 +179,21 @@ def test_recipe_wins_over_the_restored_optimizer(tmp_path):
     assert [parameter.dim() for parameter in other.param_groups[0]["params"]] == [2, 2]
 
 
+class Getter:
+    """Unpickled, it asks a module for what it holds."""
+
+    def __reduce__(self):
+        return getattr, (Path, "touch")
+
+
+def test_index_of_a_foreign_checkpoint_gets_no_attributes(tmp_path):
+    model, optimizer = trained(2)
+    folder = save(tmp_path, 2, model=model, optimizer=optimizer)
+    (folder / ".metadata").write_bytes(pickle.dumps(Getter()))
+    with pytest.raises(ValueError, match="cannot read checkpoint"):
+        Engine(TRAIN).read_state(folder, model, optimizer)
+
+
 class Payload:
     """Unpickled as it comes, it makes a file."""
 
