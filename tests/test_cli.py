@@ -252,6 +252,9 @@ def test_train_generate_evaluate_info(cli, here: Path):
     points = json.loads((here / "measured" / "length.json").read_text())["points"]
     assert [point["length"] for point in points] == [16, 64]
     assert cli("evaluate", "length", run, "--data", "text", "--out", "measured").code == 2
+    nowhere = cli("evaluate", "length", run, "--data", "text", "--out", "run.yaml/below")
+    assert (nowhere.code, nowhere.out) == (2, "")
+    assert "cannot write --out" in nowhere.err
     matrix = ("evaluate", "length", run, "--data", "text", "--lengths", "16,64", "--window", "4,own,none")
     assert cli(*matrix, "--out", "matrix").code == 0
     windows = json.loads((here / "matrix" / "windows.json").read_text())

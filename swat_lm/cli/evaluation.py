@@ -8,6 +8,7 @@ from rich.table import Table
 
 from swat_lm.cli.checkpoints import load_any_checkpoint
 from swat_lm.cli.console import messages, results
+from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
 from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
 from swat_lm.model.loading import find_model_folder
@@ -120,9 +121,12 @@ def parse_windows(text: str) -> list[str]:
 
 
 def check_output(out: Path | None, *names: str) -> None:
-    """Raise FileExistsError before any work is done if the results are there already."""
+    """Raise OSError before any work is done if the results are there already, or could not be written there."""
+    if out is None:
+        return
+    check_folder(out, "--out")
     for name in names:
-        if out is not None and (out / name).exists():
+        if (out / name).exists():
             raise FileExistsError(f"{out} already holds {name}: name another folder for --out, or remove it")
 
 

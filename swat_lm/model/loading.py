@@ -4,6 +4,7 @@ A name is an exported folder, a run's folder, or a name on the hub.
 """
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def load_causal_lm(name: str, device: str | None = None) -> "PreTrainedModel":
     place, folder = pick_device(device), find_model_folder(name)
     is_local = Path(folder).exists()
     if is_local:
-        model_type(Path(folder))
+        know_library_of(model_type(Path(folder)), folder)
     try:
         # with the first option it returns a pair, which its annotation does not say; the second makes it report misfits
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -96,6 +97,22 @@ def load_causal_lm(name: str, device: str | None = None) -> "PreTrainedModel":
                 + (f" and {len(found) - 3} more" if len(found) > 3 else "")
             )
     return model.to(place).eval()
+
+
+# architectures that flash-linear-attention registers with the Auto classes when it is imported
+FLA_TYPES = ("retnet", "gla", "delta_net")
+
+
+def know_library_of(kind: str, folder: str) -> None:
+    """Import the library that an architecture is from; raises ValueError, naming it, where it is not installed."""
+    if kind not in FLA_TYPES:
+        return
+    try:
+        import_module("fla")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{folder} holds a {kind} model of flash-linear-attention: pip install 'swat-lm[fla]' (for CUDA)"
+        ) from error
 
 
 def pick_device(wanted: str | None) -> str:

@@ -1,6 +1,7 @@
 """Models by name: any causal model, whole and in evaluation mode, or one line that says what is there instead."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,10 @@ def test_devices(tmp_path):
     save_llama(tmp_path)
     with pytest.raises(ValueError, match="device nonsense"):
         load_causal_lm(str(tmp_path), "nonsense")
+
+
+def test_models_of_a_library_that_is_not_there_name_it(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "gla"}')
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(ValueError, match=r"a gla model of flash-linear-attention: pip install 'swat-lm\[fla\]'"):
+        load_causal_lm(str(tmp_path))
