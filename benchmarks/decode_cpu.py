@@ -10,7 +10,7 @@ and an interrupted run goes on after it.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -23,6 +23,7 @@ from transformers import DynamicCache, MistralForCausalLM
 from benchmarks import measure, models
 from benchmarks.rows import Rows
 from swat_lm import SwatForCausalLM
+from swat_lm.mixers.protocol import RingMemory
 from swat_lm.model import cost
 
 WIDTH, VOCABULARIES, BATCHES = 256, (256, 8192), (1, 16)
@@ -223,6 +224,7 @@ def against_mistral(batch: int, vocabulary: int, sizes: Sizes, width: int = WIDT
         name: partial(decode, stream, tokens[:, -1:], sizes.steps) for name, stream in streams.items()
     }
     stepping["products"] = products(ours.model, batch, sizes.steps)
+    stepping["products and rings"] = products(ours.model, batch, sizes.steps, ours.state.step_memories())
     decodes = measure.take_turns(stepping, sizes.rounds)
     row: dict = {"batch": batch, "vocabulary": vocabulary, "prompt": sizes.prompt}
     shown = {"swat": ("swat", "swat"), "softmax window": ("softmax window", "softmax window")}
@@ -237,7 +239,11 @@ def against_mistral(batch: int, vocabulary: int, sizes: Sizes, width: int = WIDT
     for label, name in (("", "swat"), ("softmax ", "softmax window")):
         row[f"{label}prefill times mistral"] = prefills[name].times_faster_than(prefills[prefill_peer])
         row[f"{label}decode times mistral"] = decodes[name].times_faster_than(decodes[decode_peer])
-    row["swat ms per step, products alone"] = decodes["products"].median / sizes.steps * 1e3
+    for alone in ("products", "products and rings"):
+        row[f"swat ms per step, {alone} alone"] = decodes[alone].median / sizes.steps * 1e3
+    row["times mistral, were nothing else to do"] = decodes["products and rings"].times_faster_than(
+        decodes[decode_peer]
+    )
     return row | {"best prefill peer": prefill_peer, "best decode peer": decode_peer}
 
 
@@ -319,17 +325,29 @@ def against_bandwidth(
     }
 
 
-def products(model: SwatForCausalLM, batch: int = 1, steps: int = 1) -> Callable[[], None]:
-    """Every weight matrix times B vectors as `decode_step` does it, and nothing else, for a number of tokens."""
+def products(
+    model: SwatForCausalLM, batch: int = 1, steps: int = 1, memories: Sequence[RingMemory] = ()
+) -> Callable[[], None]:
+    """Every weight matrix times B vectors as `decode_step` does it, and nothing else, for a number of tokens.
+
+    With the layers' memories also the two products of a query with its ring's keys and of weights with its values.
+    """
     plan = model._decoding_plan
     assert plan is not None
     matrices = [matrix for layer in plan.layers for matrix in layer.matrices()] + [plan.head]
     vectors = {size: torch.randn(batch, size) for size in {matrix.whole.shape[0] for matrix in matrices}}
+    rings = [
+        (memory.key_ring.transpose(1, 2).flatten(0, 1).transpose(1, 2), memory.value_ring.transpose(1, 2).flatten(0, 1))
+        for memory in memories
+    ]
+    queries = [torch.randn(values.shape[0], 1, values.shape[2]) for _, values in rings]
 
     def run() -> None:
         for _ in range(steps):
             for matrix in matrices:
                 matrix.times(vectors[matrix.whole.shape[0]])
+            for query, (keys, values) in zip(queries, rings, strict=True):
+                torch.bmm(torch.bmm(query, keys), values)
 
     return run
 

@@ -80,6 +80,7 @@ def test_decoding_row():
     assert row["best prefill peer"] in decode_cpu.PEERS
     assert row["decode times mistral"] > 0
     assert 0 < row["swat ms per step, products alone"] < row["swat ms per step"]
+    assert row["times mistral, were nothing else to do"] > 0
     # window places of keys and values in every layer, and one position per stream
     assert row["swat state bytes"] == 2 * (2 * models.LAYERS * models.WINDOW * WIDTH * 4 + 8)
 
