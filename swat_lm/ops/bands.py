@@ -41,6 +41,8 @@ class Span(NamedTuple):
     begin: int
     end: int
     num_batches: int
+    fewest: int
+    """Tiles of its smallest batch."""
     batches: Iterator[Tiles]
 
 
@@ -110,7 +112,8 @@ class Band:
             block, last_block = runs[0][0], max(block + (count - 1) * stride for block, count, stride in runs)
             begin = max(0, (block - self.blocks_back) * self.rows + offset)
             end = min((last_block + 1) * self.rows, self.num_queries) + offset
-            yield Span(begin, end, len(runs), self._tiles(sequence, first, common, runs))
+            fewest = min(count for _, count, _ in runs)
+            yield Span(begin, end, len(runs), fewest, self._tiles(sequence, first, common, runs))
 
     def _tiles(
         self, sequence: int, first: Tensor | None, common: Tensor, runs: list[tuple[int, int, int]]
@@ -160,7 +163,7 @@ class Band:
             distance = own_last[:, None] - index
             outside = (distance < 0) | (index < own_first[:, None])
             tiles = Tiles(sequence, row, begin, 1, 0, own_last.shape[0], end - begin, distance, None, outside, None)
-            yield Span(begin, end, 1, iter([tiles]))
+            yield Span(begin, end, 1, 1, iter([tiles]))
 
 
 def _hidden(first: Tensor, row: int, key: int, count: int, step: int, rows: int, keys: int) -> Tensor | None:

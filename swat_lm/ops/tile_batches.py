@@ -20,8 +20,8 @@ class TilesOfHead:
     """All tiles of one query head as one batch, N = tiles.count."""
 
     def __init__(self, tiles: Tiles, head: int, group_size: int, bias: Tensor) -> None:
-        self.tiles, self.head, self.kv_head = tiles, head, head // group_size
-        self.bias = bias[head]
+        """`bias` is the head's own, `[rows, keys]`."""
+        self.tiles, self.head, self.kv_head, self.bias = tiles, head, head // group_size, bias
 
     def rows(self, x: Tensor) -> Tensor:
         """`[B, T, H, ...]` -> `[N, rows, ...]`."""
@@ -101,10 +101,12 @@ def key_groups(
     last_visible: Tensor | None,
     disjoint: bool = False,
 ) -> Iterator[KeyGroup]:
-    """Yield every batch of tiles with its bias (-inf outside the band), tiles outside and heads inside.
+    """Yield every batch of tiles with its bias (-inf outside the band).
 
-    In that order one pass over query, key and value touches each of their cache lines while it is still near. Keys that
-    nobody looks at lie between one group's `known` and `begin`; a group without batches ends a sequence.
+    Tiles are outside and heads inside, so that one pass over query, key and value touches each of their cache lines
+    while it is still near. A span of several batches goes over its keys again and again: there heads are outside, so
+    that the keys of one and the sums of their gradients stay in the caches. Keys that nobody looks at lie between one
+    group's `known` and `begin`; a group without batches ends a sequence.
     """
     group_size = bias.slopes.shape[0] // num_kv_heads
     tables = BiasTables(band, bias, last_visible is None)
@@ -120,6 +122,16 @@ def key_groups(
                 for kv_heads in _split_heads(tiles, num_kv_heads):
                     batches = _batches(tiles, table, kv_heads, group_size)
                     yield KeyGroup(sequence, kv_heads, span.begin, span.end, known, True, batches)
+            elif span.fewest > 1:
+                cut = list(span.batches)
+                for kv_head in range(num_kv_heads):
+                    own, heads = slice(kv_head, kv_head + 1), range(kv_head * group_size, (kv_head + 1) * group_size)
+                    batches = (
+                        TilesOfHead(tiles, head, group_size, tables.of(tiles, slice(head, head + 1))[0])
+                        for tiles in cut
+                        for head in heads
+                    )
+                    yield KeyGroup(sequence, own, span.begin, span.end, known, False, batches)
             else:
                 batches = (
                     batch for tiles in span.batches for batch in _batches(tiles, tables.of(tiles), everyone, group_size)
@@ -150,16 +162,19 @@ class BiasTables:
         is_small = bias.slopes.shape[0] * band.rows * band.width <= COMMON_TABLE_LIMIT
         self.common = self._masked(band.common_distance()) if is_regular and is_small else None
 
-    def of(self, tiles: Tiles) -> Tensor:
-        """`[H, rows, keys]`, -inf outside the band."""
-        if tiles.outside is not None:
-            return self.bias.at(tiles.distance).masked_fill_(tiles.outside, float("-inf"))
-        if self.common is None or tiles.column is None:
-            return self._masked(tiles.distance)
-        return self.common[:, : tiles.rows, tiles.column : tiles.column + tiles.keys]
+    def of(self, tiles: Tiles, heads: slice = slice(None)) -> Tensor:
+        """`[heads, rows, keys]` of these query heads, -inf outside the band."""
+        if self.common is not None and tiles.column is not None:
+            return self.common[heads, : tiles.rows, tiles.column : tiles.column + tiles.keys]
+        if tiles.outside is None:
+            return self._masked(tiles.distance, heads)
+        return self._at(tiles.distance, heads).masked_fill_(tiles.outside, float("-inf"))
 
-    def _masked(self, distance: Tensor) -> Tensor:
-        return self.bias.at(distance).masked_fill_(~self.band.contains(distance), float("-inf"))
+    def _masked(self, distance: Tensor, heads: slice = slice(None)) -> Tensor:
+        return self._at(distance, heads).masked_fill_(~self.band.contains(distance), float("-inf"))
+
+    def _at(self, distance: Tensor, heads: slice) -> Tensor:
+        return HeadBias(*(numbers[heads] for numbers in self.bias)).at(distance)
 
 
 def _split_heads(tiles: Tiles, num_kv_heads: int) -> list[slice]:
@@ -169,7 +184,7 @@ def _split_heads(tiles: Tiles, num_kv_heads: int) -> list[slice]:
 def _batches(tiles: Tiles, table: Tensor, kv_heads: slice, group_size: int) -> Iterator[TileBatch]:
     if tiles.count > 1:
         for head in range(kv_heads.start * group_size, kv_heads.stop * group_size):
-            yield TilesOfHead(tiles, head, group_size, table)
+            yield TilesOfHead(tiles, head, group_size, table[head])
     else:
         for member in range(group_size):
             yield HeadsOfTile(tiles, member, group_size, table)
