@@ -35,8 +35,9 @@ from swat_lm.experiments.variants import (
 )
 from swat_lm.experiments.watching import InterruptedRunError, Watcher
 from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
-from swat_lm.recipe import Recipe
+from swat_lm.recipe import Recipe, TrainRecipe
 from swat_lm.train import run
+from swat_lm.train.engine import Engine
 
 __all__ = ["Sources", "do_model", "plan_without_running", "reproduce", "sources_from_folder"]
 
@@ -85,22 +86,32 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run or continue an experiment and write its page and JSON; returns what the JSON holds.
 
+    Under torchrun every process calls it: all train, the first one prepares, measures and writes while the others wait.
+
     Raises ValueError for anything that could not work, before any training; InterruptedRunError after a Ctrl-C that
     saved.
     """
     experiment, scale = find_experiment(name), find_scale(scale_name)
     chosen = check_variants(experiment, scale)
-    check_sources(experiment, sources)
-    plan = open_plan(out, scale, sources)
-    write_whole(out / "plan.json", json.dumps(plan, indent=1) + "\n")
-    watcher.stage("preparing the text")
-    prepare_texts(out, plan, experiment, scale, watcher)
+    for one in chosen.values():
+        # rows that do not divide among the processes
+        Engine(variant_recipe(one, scale, 0, out, ("text",), "bytes").train).rows()
     jobs = [f"{name}:{one}:{seed}" for seed in seeds for one in chosen]
-    missing = [job for job in jobs if not is_done(out, plan, job)]
+    engine = Engine(TrainRecipe())
+
+    def begin() -> list[str]:
+        check_sources(experiment, sources)
+        plan = open_plan(out, scale, sources)
+        write_whole(out / "plan.json", json.dumps(plan, indent=1) + "\n")
+        watcher.stage("preparing the text")
+        prepare_texts(out, plan, experiment, scale, watcher)
+        return [job for job in jobs if not is_done(out, plan, job)]
+
+    missing = engine.on_main(begin)
     watcher.stage(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done before")
     do_jobs(out, missing, len(jobs), watcher)
     watcher.stage("writing the page")
-    return write_results(experiment, scale, chosen, seeds, out, asdict(sources))
+    return engine.on_main(lambda: write_results(experiment, scale, chosen, seeds, out, asdict(sources)))
 
 
 def plan_without_running(name: str, scale_name: str) -> list[dict[str, Any]]:
@@ -198,24 +209,22 @@ def planned_sources(plan: dict[str, Any]) -> Sources:
 def prepare_texts(out: Path, plan: dict[str, Any], experiment: Experiment, scale: Scale, watcher: Watcher) -> None:
     """Everything that runs share: the share of the text, the tokenizer, the tokens; each only if it is not there."""
     sources = planned_sources(plan)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        if scale.text_bytes is not None and not (out / "text.jsonl").exists():
-            sample_text(sources.text, scale.text_bytes, out / "text.jsonl", watcher)
-        trained = out / "tokenizer"
-        if find_tokenizer(out, sources, experiment, scale) == str(trained) and not trained.exists():
-            texts = text_sources(out, sources, scale)
-            train_tokenizer(
-                texts, scale.analysis.vocab_size, trained,
-                progress=lambda done, total: watcher.count("training the tokenizer", done, total),
-            )  # fmt: skip
-        recipe = first_recipe(out, experiment, scale)
-        store = prepare(recipe.data, lambda at: watcher.count("the text", at.bytes_read, at.bytes_total))
-        check_vocabulary(store, experiment, scale)
-        if experiment.reads_texts:
-            # too little text is found here and not after training
-            for text in FOLDERS:
-                evaluation_streams(out, recipe, scale, text, watcher)
+    if scale.text_bytes is not None and not (out / "text.jsonl").exists():
+        sample_text(sources.text, scale.text_bytes, out / "text.jsonl", watcher)
+    trained = out / "tokenizer"
+    if find_tokenizer(out, sources, experiment, scale) == str(trained) and not trained.exists():
+        texts = text_sources(out, sources, scale)
+        train_tokenizer(
+            texts, scale.analysis.vocab_size, trained,
+            progress=lambda done, total: watcher.count("training the tokenizer", done, total),
+        )  # fmt: skip
+    recipe = first_recipe(out, experiment, scale)
+    store = prepare(recipe.data, lambda at: watcher.count("the text", at.bytes_read, at.bytes_total))
+    check_vocabulary(store, experiment, scale)
+    if experiment.reads_texts:
+        # too little text is found here and not after training
+        for text in FOLDERS:
+            evaluation_streams(out, recipe, scale, text, watcher)
 
 
 def sample_text(sources: Sequence[str], wanted: int, path: Path, watcher: Watcher) -> None:
@@ -326,12 +335,13 @@ def do_model(out: Path, name: str, watcher: Watcher) -> None:
         result = run(recipe, lambda event: watcher.event(recipe.name, event))
         if result.interrupted:
             raise InterruptedRunError(f"stopped at step {result.last_step} of {recipe.train.steps}")
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
 
     def streams(text: str) -> list[Any]:
         return evaluation_streams(out, recipe, scale, text, watcher)
 
-    for step in measure_variant(experiment, scale, one, recipe, streams, plan["sources"]["tasks"]):
-        step(lambda what, done, total: watcher.count(f"{recipe.name}: {what}", done, total))
+    def measure() -> None:
+        for step in measure_variant(experiment, scale, one, recipe, streams, plan["sources"]["tasks"]):
+            step(lambda what, done, total: watcher.count(f"{recipe.name}: {what}", done, total))
+
+    Engine(recipe.train).on_main(measure)
