@@ -23,6 +23,7 @@ __all__ = [
     "curve_path",
     "measure_variant",
     "read_curve",
+    "read_json",
     "read_tasks",
     "read_variances",
     "task_folder",
@@ -77,7 +78,20 @@ def curve_path(run: Path, text: str, window: int | None, num_sinks: int = 0) -> 
 def read_curve(run: Path, text: str, window: int | None, num_sinks: int = 0) -> LengthCurve | None:
     """What was measured, if it was."""
     path = curve_path(run, text, window, num_sinks)
-    return LengthCurve.from_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    return parsed(path, LengthCurve.from_json) if path.exists() else None
+
+
+def parsed(path: Path, read: Callable[[str], Any]) -> Any:
+    """What `read` makes of a file's text; raises ValueError that names the file and says what to do."""
+    try:
+        return read(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the same command measures it again") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; raises ValueError that names it."""
+    return parsed(path, json.loads)
 
 
 def length_measurement(
@@ -110,7 +124,7 @@ def variance_path(run: Path) -> Path:
 def read_variances(run: Path) -> dict[str, Any] | None:
     """What was measured, if it was."""
     path = variance_path(run)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def variance_measurement(run: Path, one: Variant, scale: Scale, recipe: Recipe) -> Measurement:
@@ -195,6 +209,6 @@ def read_tasks(run: Path, label: str) -> dict[str, Any]:
     found = {}
     for path in sorted(task_folder(run, label).glob("*.json")):
         if path.name != "results.json":
-            result = TaskResult(**json.loads(path.read_text(encoding="utf-8")))
+            result = parsed(path, lambda text: TaskResult(**json.loads(text)))
             found[result.task] = result
     return found

@@ -21,7 +21,7 @@ from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.length import segments
 from swat_lm.experiments.demo_budget import MOST_THREADS, usable_cores
 from swat_lm.experiments.demo_worker import run_workers
-from swat_lm.experiments.measuring import measure_variant
+from swat_lm.experiments.measuring import measure_variant, read_json
 from swat_lm.experiments.reproduction_page import write_results
 from swat_lm.experiments.scales import Scale, find_scale
 from swat_lm.experiments.variants import (
@@ -221,10 +221,31 @@ def prepare_texts(out: Path, plan: dict[str, Any], experiment: Experiment, scale
     recipe = first_recipe(out, experiment, scale)
     store = prepare(recipe.data, lambda at: watcher.count("the text", at.bytes_read, at.bytes_total))
     check_vocabulary(store, experiment, scale)
+    keys = {"text": store.key}
     if experiment.reads_texts:
         # too little text is found here and not after training
         for text in FOLDERS:
+            keys[text] = text_store(out, recipe, text, watcher).key
             evaluation_streams(out, recipe, scale, text, watcher)
+    check_same_texts(out, "benchmarks" if experiment.name == "table1" else "analysis", keys)
+
+
+def check_same_texts(out: Path, kind: str, keys: dict[str, str]) -> None:
+    """Remember which texts the runs of a kind have; raises ValueError for others than before, since runs are compared.
+
+    `keys` are those of the token stores: the names in `plan.json` stay the same when the files behind them change.
+    """
+    path = out / "texts.json"
+    known = read_json(path) if path.exists() else {}
+    before = known.get(kind, {})
+    changed = [name for name, key in keys.items() if before.get(name, key) != key]
+    if changed:
+        raise ValueError(
+            f"the files of the {' and the '.join(changed)} are not those that the runs in {out} were trained or "
+            "measured on: bring the old ones back, or name another folder for --out"
+        )
+    if {**before, **keys} != before:
+        write_whole(path, json.dumps({**known, kind: {**before, **keys}}, indent=1) + "\n")
 
 
 def sample_text(sources: Sequence[str], wanted: int, path: Path, watcher: Watcher) -> None:
@@ -280,14 +301,18 @@ def first_recipe(out: Path, experiment: Experiment, scale: Scale) -> Recipe:
     return recipe_of(out, f"{experiment.name}:{next(iter(variants_of(experiment, scale)))}:0")[0]
 
 
-def evaluation_streams(out: Path, recipe: Recipe, scale: Scale, text: str, watcher: Watcher) -> list[Any]:
-    """Pieces of the greatest length of the held-out text or of the books; raises ValueError if there is none."""
-    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+def text_store(out: Path, recipe: Recipe, text: str, watcher: Watcher) -> TokenStore:
+    """The tokens of the text trained on and held out from, or of the books."""
     data = recipe.data
     if text == "books":
+        plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
         data = replace(data, sources=tuple(plan["sources"]["books"]), held_out=0.0)
-    store = prepare(data, lambda at: watcher.count(text, at.bytes_read, at.bytes_total))
-    split = store.split("train" if text == "books" else "held_out")
+    return prepare(data, lambda at: watcher.count(text, at.bytes_read, at.bytes_total))
+
+
+def evaluation_streams(out: Path, recipe: Recipe, scale: Scale, text: str, watcher: Watcher) -> list[Any]:
+    """Pieces of the greatest length of the held-out text or of the books; raises ValueError if there is none."""
+    split = text_store(out, recipe, text, watcher).split("train" if text == "books" else "held_out")
     return segments([split[index] for index in range(len(split))], scale.lengths[-1], scale.pieces)
 
 

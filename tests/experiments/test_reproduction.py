@@ -102,6 +102,34 @@ def test_experiments_share_variants_and_continue(
         reproduce("table2", "tiny", sources, out, [0], notes)
 
 
+def test_changed_texts_and_damaged_results_are_named(
+    data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    one = EXPERIMENTS["table2"]
+    monkeypatch.setattr(
+        "swat_lm.experiments.variants.EXPERIMENTS", {"table2": type(one)("table2", "t", one.variants[:1], True)}
+    )
+    own, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, own)
+    sources = sources_from_folder(own, one)
+    found = reproduce("table2", "miniature", sources, out, [0], Watcher())
+    for name in ("text", "books"):
+        path = out / "runs" / "vanilla-softmax-short-seed0" / "evaluation" / f"{name}-window-8.json"
+        whole = path.read_text()
+        path.write_text(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=f"{name}-window-8.json is damaged .*: remove it"):
+            reproduce("table2", "miniature", sources, out, [0], Watcher())
+        path.write_text(whole)
+    # other books under the same name would be compared with the old ones, piece by piece
+    book = own / "books" / "0.txt"
+    kept = book.read_text()
+    book.write_text(kept + " more")
+    with pytest.raises(ValueError, match="the files of the books are not those"):
+        reproduce("table2", "miniature", sources, out, [0, 1], Watcher())
+    book.write_text(kept)
+    assert reproduce("table2", "miniature", sources, out, [0], Watcher())["claims"] == found["claims"]
+
+
 def test_an_interruption_is_saved(data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "out"
     sources = sources_from_folder(data, EXPERIMENTS["figure5"])
