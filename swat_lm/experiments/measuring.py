@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from swat_lm.data import load_tokenizer
 from swat_lm.data.tokenizer import tokenizer_facts
@@ -15,6 +16,7 @@ from swat_lm.evaluate.length import loss_on_same_text
 from swat_lm.evaluate.reader import evaluating
 from swat_lm.experiments.scales import Scale
 from swat_lm.experiments.variants import Experiment, Variant
+from swat_lm.model.architectures import build_model
 from swat_lm.model.loading import load_causal_lm
 from swat_lm.recipe import Recipe
 
@@ -55,7 +57,7 @@ def measure_variant(
         path = curve_path(run, "text", scale.sizes["W"], SINKS)
         if not path.exists():
             left.append(length_measurement(path, run, "text", scale.sizes["W"], scale, streams, SINKS))
-    if experiment.name == "figure3" and not variance_path(run).exists():
+    if experiment.name == "figure3" and read_variances(run) is None:
         left.append(variance_measurement(run, one, scale, recipe))
     if experiment.name == "table1" and not (task_folder(run, recipe.name) / "results.json").exists():
         left.append(task_measurement(run, recipe, scale, tasks))
@@ -122,28 +124,30 @@ def variance_path(run: Path) -> Path:
 
 
 def read_variances(run: Path) -> dict[str, Any] | None:
-    """What was measured, if it was."""
+    """What was measured, if it was; not what an earlier version measured without an untrained twin."""
     path = variance_path(run)
-    return read_json(path) if path.exists() else None
+    found = read_json(path) if path.exists() else None
+    return found if found is not None and "untrained_first_over_rest" in found else None
 
 
 def variance_measurement(run: Path, one: Variant, scale: Scale, recipe: Recipe) -> Measurement:
     """Variance over channels of each layer's hidden state, at the first positions of rows of the training length.
 
-    Figure 3: a token that gathers attention it does not need (a sink) has by far the largest.
+    Figure 3: a token that gathers attention it does not need (a sink) has by far the largest. The first token differs
+    also without any training, since it alone sees nothing but itself; so the same is measured of the run's first
+    weights.
     """
 
     def measure(told: Progress) -> None:
         from swat_lm.data import BatchSource, prepare
 
         model = load_causal_lm(str(run))
+        torch.manual_seed(recipe.seed)
+        untrained = build_model(model.config).to(model.device)
         length = scale.sizes["L"]
         source = BatchSource(prepare(recipe.data), "held_out", length, "concatenate", 0, batch_size=scale.pieces)
         tokens = next(source.pass_over(num_batches=1)).input_ids.to(model.device)
-        with torch.inference_mode(), evaluating(model):
-            states = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
-        # [layers, rows, positions]: the embedding and all layers but the last, which comes behind the final norm
-        variances = torch.stack([layer.float().var(dim=-1) for layer in states[:-1]]).cpu().numpy()
+        variances = state_variances(model, tokens)
         told("variances of hidden states", 1, 1)
         path = variance_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,15 +156,25 @@ def variance_measurement(run: Path, one: Variant, scale: Scale, recipe: Recipe) 
             json.dumps(
                 {
                     "mean": np.round(variances.mean(axis=1), 6).tolist(),
-                    # of each row: the largest over layers of first over the median of the later ones
-                    "first_over_rest": (variances[1:, :, 0] / np.median(variances[1:, :, 1:], axis=2))
-                    .max(axis=0)
-                    .tolist(),
+                    "first_over_rest": first_over_rest(variances),
+                    "untrained_first_over_rest": first_over_rest(state_variances(untrained, tokens)),
                 }
             ),
         )
 
     return measure
+
+
+def state_variances(model: PreTrainedModel, tokens: torch.Tensor) -> np.ndarray:
+    """[layers, rows, positions]: the embedding and all layers but the last, which comes behind the final norm."""
+    with torch.inference_mode(), evaluating(model):
+        states = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
+    return torch.stack([layer.float().var(dim=-1) for layer in states[:-1]]).cpu().numpy()
+
+
+def first_over_rest(variances: np.ndarray) -> list[float]:
+    """Of each row the largest over layers of the first token's variance over the median of the later ones."""
+    return (variances[1:, :, 0] / np.median(variances[1:, :, 1:], axis=2)).max(axis=0).tolist()
 
 
 def task_folder(run: Path, label: str) -> Path:

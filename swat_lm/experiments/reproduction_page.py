@@ -20,6 +20,8 @@ from swat_lm.experiments.variants import Experiment, Variant, budget_of, variant
 
 __all__ = ["write_results"]
 
+# of a gap without any effect but that of seeds to exceed twice its error, from so many seeds (Student's t), in per cent
+BY_CHANCE = {2: 30, 3: 18, 4: 14, 5: 12}
 TEXTS = {"text": "held-out text (the paper: OpenWebText)", "books": "books (the paper: PG-19)"}
 
 
@@ -128,8 +130,21 @@ def claims_part(verdicts: Sequence[Verdict]) -> str:
     return (
         '<h2>The paper\'s claims</h2><ul class="claims">' + "\n".join(lines) + "</ul>"
         '<p class="small">A gap is what the claim says is positive (losses in nats per token), &plusmn; one standard '
-        "error, paired over documents and seeds. Held or broken only beyond twice the error.</p>"
+        f"error, paired over documents and seeds. Held or broken only beyond twice the error. {caution(verdicts)}</p>"
     )
+
+
+def caution(verdicts: Sequence[Verdict]) -> str:
+    """How far the error can be trusted with so few seeds."""
+    seeds = max((one.num_seeds for one in verdicts), default=0)
+    if seeds == 1:
+        return "With one seed the error is over documents alone: it says nothing of what another seed would give."
+    if seeds in BY_CHANCE:
+        return (
+            f"An error from {seeds} seeds is itself uncertain: where seeds differ more than documents do, about "
+            f"{BY_CHANCE[seeds]} in 100 claims without anything to them would be decided."
+        )
+    return ""
 
 
 def losses_part(findings: Findings, text: str) -> str:

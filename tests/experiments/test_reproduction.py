@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig
 
 from swat_lm.experiments import reproduction
 from swat_lm.experiments.claims import CLAIMS, PRINTED, judge, paired_gap
@@ -21,7 +23,7 @@ from swat_lm.experiments.reproduction import (
 from swat_lm.experiments.scales import SCALES, find_scale
 from swat_lm.experiments.variants import ANALYSIS, EXPERIMENTS, find_experiment, variant_model, variants_of
 from swat_lm.experiments.watching import InterruptedRunError, Watcher
-from swat_lm.model.architectures import ARCHITECTURES, configure_model, count_model_parameters
+from swat_lm.model.architectures import ARCHITECTURES, build_model, configure_model, count_model_parameters
 from tests.experiments.test_demo import Notes
 
 WORDS = ["the", "red", "blue", "slow", "quick", "fox", "dog", "tree", "runs", "sleeps", "sings", "over", "under", "but"]
@@ -82,6 +84,8 @@ def test_experiments_share_variants_and_continue(
     assert "StreamingLLM" in figure2["claims"][-1]["paper"]
     assert figure2["claims"][-1]["num_documents"] == 3
     reproduce("figure3", "miniature", sources, out, [0], notes)
+    assert "what another seed would give" in (out / "figure3.html").read_text()
+    assert "about 30 in 100 claims" in page
     assert set(notes.steps) == {"sliding-softmax-seed0", "sliding-alirope-seed0"}
     reproduce("figure5", "miniature", sources, out, [0], notes)
     assert set(notes.steps) == {"sliding-softmax-seed0", "sliding-alirope-seed0", "sliding-alibi-6-6-seed0"}
@@ -100,6 +104,19 @@ def test_experiments_share_variants_and_continue(
     assert again["claims"] == found["claims"]
     with pytest.raises(ValueError, match="holds another scale or text"):
         reproduce("table2", "tiny", sources, out, [0], notes)
+
+
+def test_what_the_first_token_has_from_the_start_is_no_finding(
+    data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def first_weights(folder: str) -> Any:
+        torch.manual_seed(0)
+        return build_model(AutoConfig.from_pretrained(Path(folder) / "export"))
+
+    monkeypatch.setattr("swat_lm.experiments.measuring.load_causal_lm", first_weights)
+    sources = sources_from_folder(data, EXPERIMENTS["figure3"])
+    found = reproduce("figure3", "miniature", sources, tmp_path / "out", [0], Watcher())
+    assert [(claim["gap"], claim["outcome"]) for claim in found["claims"]] == [(0.0, "undecided at this scale")] * 3
 
 
 def test_changed_texts_and_damaged_results_are_named(
