@@ -143,7 +143,7 @@ def variance_measurement(run: Path, one: Variant, scale: Scale, recipe: Recipe) 
 
         model = load_causal_lm(str(run))
         torch.manual_seed(recipe.seed)
-        untrained = build_model(model.config).to(model.device)
+        untrained: Any = build_model(model.config)
         length = scale.sizes["L"]
         source = BatchSource(prepare(recipe.data), "held_out", length, "concatenate", 0, batch_size=scale.pieces)
         tokens = next(source.pass_over(num_batches=1)).input_ids.to(model.device)
@@ -157,7 +157,7 @@ def variance_measurement(run: Path, one: Variant, scale: Scale, recipe: Recipe) 
                 {
                     "mean": np.round(variances.mean(axis=1), 6).tolist(),
                     "first_over_rest": first_over_rest(variances),
-                    "untrained_first_over_rest": first_over_rest(state_variances(untrained, tokens)),
+                    "untrained_first_over_rest": first_over_rest(state_variances(untrained.to(model.device), tokens)),
                 }
             ),
         )
