@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from .test_cli import cli, here
 
@@ -43,3 +46,32 @@ def test_recall_reach_diagnose(cli, here: Path):
     assert "sigmoid" in looked.out
     assert (here / "looked" / "variance.png").exists()
     assert cli("evaluate", "diagnose", run, "--data", "text", "--out", "looked").code == 2
+
+
+def test_an_interrupted_recall_goes_on(cli, here: Path, monkeypatch: pytest.MonkeyPatch):
+    assert cli("train", "run.yaml", "train.steps=2").code == 0
+    tasks = ("--task", "passkey", "--task", "synthetic:kv", "--samples", 2, "--distances", "61,71")
+    asked = ("evaluate", "recall", here / "runs" / "run", *tasks, "--batch-size", 1)
+    assert cli(*asked, "--out", "straight").code == 0
+
+    from swat_lm.evaluate import recall
+
+    score, batches = recall.score_batch, []
+
+    def interrupted(*arguments: Any) -> Any:
+        batches.append(arguments)
+        if len(batches) == 6:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(recall, "score_batch", interrupted)
+    assert cli(*asked, "--out", "stopped").code == 130
+    assert sorted(path.name for path in (here / "stopped").iterdir()) == ["partial-0.json", "partial-1.json"]
+    other = cli(*asked, "--seed", 1, "--out", "stopped")
+    assert (other.code, "partial results of another model" in other.err) == (2, True)
+    batches.clear()
+    assert cli(*asked, "--out", "stopped").code == 0
+    # of two tasks with four items each, five were done
+    assert len(batches) == 3
+    assert sorted(path.name for path in (here / "stopped").iterdir()) == ["recall.json", "recall.png"]
+    assert (here / "stopped" / "recall.json").read_text() == (here / "straight" / "recall.json").read_text()

@@ -17,6 +17,7 @@ from swat_lm.model.loading import find_model_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from swat_lm.evaluate.partial import PartialResults
     from swat_lm.evaluate.reach import ReachCurve
     from swat_lm.evaluate.recall import RecallCurve, RecallItem
 
@@ -54,7 +55,7 @@ def recall(
     Tasks in text, for any model: passkey (a number in filler), kv (key-value retrieval), mqar (several keys asked for),
     copy (a list of words). For a model that was trained on a synthetic task, name it as its recipe does. An answer is
     right if the model would write all of its tokens. The picture marks the window's edge and the theoretical reach,
-    1 + (W - 1) times the layers.
+    1 + (W - 1) times the layers. An interrupted measurement with --out goes on where it was.
 
     \b
     Examples:
@@ -75,15 +76,21 @@ def recall(
     # all items first, so that what cannot be made is said before anything is measured
     sets = [(name, make_items(name, model, tokens, where, samples, seed, asked is not None)) for name in names]
     sets += [(path.name.partition(".")[0], file_items(path, tokens, samples)) for path in data or []]
-    curves = []
-    for name, items in sets:
+    curves, partials = [], []
+    for number, (name, items) in enumerate(sets):
+        partial = None if out is None else kept_before(out / f"partial-{number}.json", model, name, items)
+        partials += [] if partial is None else [partial]
         with Counter(f"recalling, {name}", "tokens") as counter:
-            curve = measure_recall(model, items, name, chunk=chunk, batch_size=batch_size, on_progress=counter)
+            curve = measure_recall(
+                model, items, name, chunk=chunk, batch_size=batch_size, partial=partial, on_progress=counter
+            )
         curves.append(curve)
         results().print(f"{name}: window {curve.window or 'none'}, reach {curve.reach or 'everything'}", markup=False)
         results().print(recall_table(curve))
     if out is not None:
         save_recall(curves, out, Path(checkpoint).name)
+        for partial in partials:
+            partial.remove()
 
 
 def reach(
@@ -216,6 +223,14 @@ def file_items(path: Path, tokens: "PreTrainedTokenizerFast", most: int) -> "lis
 def encoder(tokens: "PreTrainedTokenizerFast") -> "functools.partial[list[int]]":
     """Text to tokens without special ones."""
     return functools.partial(tokens.encode, add_special_tokens=False)
+
+
+def kept_before(path: Path, model: "PreTrainedModel", name: str, items: "list[RecallItem]") -> "PartialResults":
+    """What an interrupted measurement of these items kept; raises ValueError for that of another model or items."""
+    from swat_lm.evaluate.partial import PartialResults, measurement_key
+
+    answers = [(one.answers, one.group) for one in items]
+    return PartialResults(path, measurement_key(model, [one.tokens for one in items], [name, answers]))
 
 
 def recall_table(curve: "RecallCurve") -> Table:

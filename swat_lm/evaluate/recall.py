@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from swat_lm.data.synthetic import Answer
 from swat_lm.evaluate.curves import mean_and_error, write_whole
 from swat_lm.evaluate.limits import check_length
+from swat_lm.evaluate.partial import PartialResults
 from swat_lm.evaluate.reader import Reader, evaluating, reader_for
 from swat_lm.evaluate.windows import model_window, theoretical_reach
 
@@ -95,9 +96,12 @@ def measure_recall(
     *,
     chunk: int = 512,
     batch_size: int = 8,
+    partial: PartialResults | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RecallCurve:
     """Read every item and score its answers; one point for each group, by rising distance.
+
+    `partial` keeps each batch's scores, and what it holds already is not measured again.
 
     Raises:
         ValueError: no items, an item without an answer or with tokens that the model does not know, or one too long.
@@ -107,13 +111,17 @@ def measure_recall(
     # of like length side by side, the longest first, so that what does not fit fails at once
     order = sorted(range(len(items)), key=lambda index: -len(items[index].tokens))
     check_length(reader, len(items[order[0]].tokens), min(batch_size, len(items)))
-    scored: dict[int, Scored] = {}
-    done, total = 0, sum(len(item.tokens) for item in items)
+    known = {} if partial is None else partial.known
+    scored = {int(index): Scored(*one) for index, one in known.items()}
+    left = [index for index in order if index not in scored]
+    done, total = sum(len(items[index].tokens) for index in scored), sum(len(item.tokens) for item in items)
     with evaluating(model):
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
+        for begin in range(0, len(left), batch_size):
+            rows = left[begin : begin + batch_size]
             found = score_batch(reader, [items[index] for index in rows], chunk)
             scored.update(zip(rows, found, strict=True))
+            if partial is not None:
+                partial.add({str(index): list(one) for index, one in zip(rows, found, strict=True)})
             done += sum(len(items[index].tokens) for index in rows)
             if on_progress:
                 on_progress(done, total)
