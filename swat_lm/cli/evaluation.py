@@ -39,6 +39,9 @@ def length(
     window: Annotated[
         str, typer.Option(help="Window of every layer: a number, none or own; several by commas give a heat map.")
     ] = OWN,
+    sinks: Annotated[
+        int, typer.Option(min=0, help="Keep so many first tokens of each stream beside --window, untrained.")
+    ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Streams read side by side.")] = 8,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass; speed and memory only.")] = 512,
     text_field: Annotated[
@@ -57,30 +60,41 @@ def length(
     Of the very text that a run was trained on, only the documents are read that it held out, unless --held-out 0.
 
     --window runs the same weights with another window: a number of tokens, none (full attention) or own (as trained).
-    That works for our models, Llama and Mistral. Several windows give the matrix of Figure 2 of the paper.
+    That works for our models, Llama and Mistral. Several windows give the matrix of Figure 2 of the paper. --sinks
+    keeps first tokens beside the window, as StreamingLLM does; for softmax models that were trained without.
 
     \b
     Examples:
       swat-lm evaluate length demo/swat --data python:stdlib --lengths 256,1024,4096
       swat-lm evaluate length runs/mine --data books/ --whole-documents --lengths 1024,16384,131072 --out books-length
       swat-lm evaluate length llama-folder --data books/ --window 64,128,256,none --out windows
+      swat-lm evaluate length llama-folder --data books/ --window 128 --sinks 4 --out kept
     """
     sizes, windows = parse_lengths(lengths), parse_windows(window)
+    if sinks and not all(name.isdigit() for name in windows):
+        raise ValueError(
+            f"--sinks: sinks are kept beside a window: give a number of tokens with --window, not {window}"
+        )
     check_output(out, "length.json", "windows.json")
     from swat_lm.evaluate.curves import WindowMatrix
+    from swat_lm.evaluate.length import reader_behind
     from swat_lm.evaluate.limits import extrapolates_beyond
 
     model, _ = load_any_checkpoint(checkpoint, tokenizer, device)
-    twins = {name: model_with_window(model, name) for name in windows}
+    twins = {name: model if sinks else model_with_window(model, name) for name in windows}
+    if sinks:
+        # a model that cannot keep them is refused before any text is read
+        reader_behind(model, int(windows[0]), sinks)
     split = choose_split(checkpoint, data, held_out)
     documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
-    streams = choose_streams(documents, max(sizes), whole, most)
+    streams = choose_streams(documents, sizes, whole, most)
     made_for = extrapolates_beyond(model)
-    if made_for is not None and max(sizes) > made_for:
+    # sinks count positions within what is kept
+    if made_for is not None and max(sizes) > made_for and not sinks:
         messages().print(f"note: this model was made for {made_for:,} tokens; its positions beyond are new to it")
-    measure = Measurement(streams, sizes, batch_size, chunk, out)
+    measure = Measurement(streams, sizes, batch_size, chunk, out, sinks)
     # what a model cannot hold is said before the first one is measured
-    for twin in twins.values():
+    for twin in twins.values() if not sinks else ():
         measure.check(twin)
     curves = [measure(twin, name) for name, twin in twins.items()]
     for name, curve in zip(windows, curves, strict=True):
@@ -88,7 +102,7 @@ def length(
             results().print(f"window {name}", markup=False)
         results().print(curve_table(curve))
     if out is not None:
-        title = Path(checkpoint).name
+        title = Path(checkpoint).name + (f", window {window} and the first {sinks} tokens" if sinks else "")
         if len(windows) > 1:
             save_matrix(WindowMatrix(tuple(windows), tuple(curves)), out, title)
         else:
@@ -141,9 +155,16 @@ class Measurement:
     """One command's streams and lengths, measured for one window after another, keeping what is done in `out`."""
 
     def __init__(
-        self, streams: "list[np.ndarray]", sizes: list[int], batch_size: int, chunk: int, out: Path | None
+        self,
+        streams: "list[np.ndarray]",
+        sizes: list[int],
+        batch_size: int,
+        chunk: int,
+        out: Path | None,
+        num_sinks: int = 0,
     ) -> None:
         self.streams, self.sizes, self.batch_size, self.chunk, self.out = streams, sizes, batch_size, chunk, out
+        self.num_sinks = num_sinks
         self.partials: list[PartialResults] = []
 
     def check(self, model: "PreTrainedModel") -> None:
@@ -154,19 +175,21 @@ class Measurement:
         check_length(reader_for(model), max(self.sizes), min(self.batch_size, len(self.streams)))
 
     def __call__(self, model: "PreTrainedModel", name: str) -> "LengthCurve":
-        """Loss by length of a model, whose window has this name."""
+        """Loss by length of a model, whose window has this name, or will have with sinks beside it."""
         from swat_lm.evaluate.length import loss_by_length
         from swat_lm.evaluate.partial import PartialResults, measurement_key
 
         partial = None
         if self.out is not None:
-            key = measurement_key(model, self.streams, self.sizes)
+            sinks = ["window", name, "sinks", self.num_sinks] if self.num_sinks else []
+            key = measurement_key(model, self.streams, [*self.sizes, *sinks])
             partial = PartialResults(self.out / f"partial-{name}.json", key)
             self.partials.append(partial)
         with Counter(f"evaluating, window {name}", "tokens") as counter:
             return loss_by_length(
                 model, self.streams, self.sizes, chunk=self.chunk, batch_size=self.batch_size,
-                partial=partial, on_progress=counter,
+                window=int(name) if self.num_sinks else None, num_sinks=self.num_sinks, partial=partial,
+                on_progress=counter,
             )  # fmt: skip
 
     def finish(self) -> None:
@@ -175,14 +198,28 @@ class Measurement:
             partial.remove()
 
 
-def choose_streams(documents: "list[np.ndarray]", greatest: int, whole: bool, most: int) -> "list[np.ndarray]":
-    """The documents as they are or joined and cut, at most `most`, spread over the text."""
+def choose_streams(documents: "list[np.ndarray]", sizes: list[int], whole: bool, most: int) -> "list[np.ndarray]":
+    """Streams of the greatest length cut from the joined documents, or the documents as they are; at most `most`.
+
+    Of whole documents those that reach the greatest length come first, then those that reach any, each spread over the
+    text: short ones would else crowd them out.
+    """
     from swat_lm.evaluate.length import segments
 
     if not whole:
-        return segments(documents, greatest, most)
-    count = len(documents)
-    return documents if count <= most else [documents[i * count // most] for i in range(most)]
+        return segments(documents, max(sizes), most)
+    long = [index for index, one in enumerate(documents) if len(one) >= max(sizes)]
+    other = [index for index, one in enumerate(documents) if min(sizes) <= len(one) < max(sizes)]
+    chosen = spread(long, most)
+    chosen += spread(other, most - len(chosen))
+    # with nothing of use all are handed on, so that the measurement says what they lack
+    return [documents[index] for index in sorted(chosen)] or documents
+
+
+def spread(indices: list[int], most: int) -> list[int]:
+    """At most so many of the indices, evenly spread."""
+    count = len(indices)
+    return indices if count <= most else [indices[i * count // most] for i in range(most)]
 
 
 def curve_table(curve: "LengthCurve") -> Table:

@@ -51,6 +51,8 @@ class LengthCurve:
     """Per document, in the order given, per length: tokens 2 .. N; None where the document is shorter than N."""
     document_tail_loss: tuple[tuple[float | None, ...], ...]
     """The same for tokens N/2+1 .. N."""
+    num_sinks: int = 0
+    """First tokens of each stream that were kept beside the window."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -66,7 +68,10 @@ class LengthCurve:
 
     def to_json(self) -> str:
         """Everything as one JSON object."""
-        return json.dumps(asdict(self), indent=1)
+        values = asdict(self)
+        if not self.num_sinks:
+            del values["num_sinks"]
+        return json.dumps(values, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "LengthCurve":
@@ -79,6 +84,7 @@ class LengthCurve:
             same_text=values["same_text"],
             document_mean_loss=tuple(map(tuple, values["document_mean_loss"])),
             document_tail_loss=tuple(map(tuple, values["document_tail_loss"])),
+            num_sinks=values.get("num_sinks", 0),
         )
 
     def save(self, path: Path) -> None:
@@ -143,6 +149,7 @@ def summarise(
     window: int | None,
     *,
     same_text: bool,
+    num_sinks: int = 0,
 ) -> LengthCurve:
     """Means per document and length to means over documents."""
     points = []
@@ -155,7 +162,9 @@ def summarise(
                 state_bytes[at],
             )
         )  # fmt: skip
-    return LengthCurve(tuple(points), num_tokens, window, same_text, tuple(map(tuple, means)), tuple(map(tuple, tails)))
+    return LengthCurve(
+        tuple(points), num_tokens, window, same_text, tuple(map(tuple, means)), tuple(map(tuple, tails)), num_sinks
+    )
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

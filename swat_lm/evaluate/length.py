@@ -25,6 +25,7 @@ __all__ = [
     "loss_by_length",
     "loss_on_same_text",
     "position_losses",
+    "reader_behind",
     "segments",
     "with_window",
 ]
@@ -38,6 +39,7 @@ def loss_by_length(
     chunk: int = 512,
     batch_size: int = 8,
     window: int | None = None,
+    num_sinks: int = 0,
     partial: PartialResults | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LengthCurve:
@@ -53,6 +55,7 @@ def loss_by_length(
         chunk: tokens of each stream per forward pass.
         batch_size: streams read side by side.
         window: evaluate with this window in every layer instead of the model's own; see `with_window`.
+        num_sinks: first tokens of each stream kept beside that window (softmax models, untrained; see sinks.py).
         partial: keeps each batch's sums, and what it holds already is not measured again.
         on_progress: called with tokens done and tokens in all.
 
@@ -60,7 +63,7 @@ def loss_by_length(
         ValueError: no document reaches a length, an argument is out of range, or a length that the model cannot hold.
     """
     sizes = check_arguments(lengths, documents, chunk, batch_size)
-    reader = reader_for(model if window is None else with_window(model, window))
+    reader = reader_behind(model, window, num_sinks)
     check_length(reader, sizes[-1], min(batch_size, len(documents)))
     # of like length side by side, so that few rows are padded
     order = sorted(
@@ -101,7 +104,7 @@ def loss_by_length(
     means = [[mean(index, 1, size) for size in sizes] for index in everyone]
     tails = [[mean(index, max(1, size // 2), size) for size in sizes] for index in everyone]
     kept = [state_bytes[size] for size in sizes]
-    return summarise(sizes, means, tails, kept, total, model_window(reader.model), same_text=False)
+    return summarise(sizes, means, tails, kept, total, model_window(reader.model), same_text=False, num_sinks=num_sinks)
 
 
 def loss_on_same_text(
@@ -132,13 +135,8 @@ def loss_on_same_text(
             raise ValueError(
                 f"lengths: expected divisors of the greatest, {sizes[-1]}, so that all see the same text; got {size}"
             )
-    if num_sinks and window is None:
-        raise ValueError("num_sinks: sinks are kept beside a window: give one")
-    if num_sinks and window is not None:
-        reader: Reader = SinkReader(model, num_sinks, window)
-    else:
-        reader = reader_for(model if window is None else with_window(model, window))
-        check_length(reader, sizes[-1], batch_size)
+    reader = reader_behind(model, window, num_sinks)
+    check_length(reader, sizes[-1], batch_size)
     chosen = [index for index in range(len(documents)) if len(documents[index]) >= sizes[-1]]
     used = {index: len(documents[index]) // sizes[-1] * sizes[-1] for index in chosen}
     done, total = 0, sum(used.values()) * len(sizes)
@@ -165,7 +163,18 @@ def loss_on_same_text(
             means[index][at] = head / (count * (size - 1))
             tails[index][at] = tail / (count * (size - max(1, size // 2)))
     predicted = sum(count // size * (size - 1) for count in used.values() for size in sizes)
-    return summarise(sizes, means, tails, state_bytes, predicted, model_window(reader.model), same_text=True)
+    return summarise(
+        sizes, means, tails, state_bytes, predicted, model_window(reader.model), same_text=True, num_sinks=num_sinks
+    )
+
+
+def reader_behind(model: PreTrainedModel, window: int | None, num_sinks: int) -> Reader:
+    """A reader of the model behind another window than its own, with first tokens kept beside it, or as it is."""
+    if not num_sinks:
+        return reader_for(model if window is None else with_window(model, window))
+    if window is None:
+        raise ValueError("num_sinks: sinks are kept beside a window: give one")
+    return SinkReader(model, num_sinks, window)
 
 
 class Piece(NamedTuple):

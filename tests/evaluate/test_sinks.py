@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from swat_lm.evaluate.length import loss_on_same_text
+from swat_lm.evaluate.curves import LengthCurve
+from swat_lm.evaluate.length import loss_by_length, loss_on_same_text
 from swat_lm.evaluate.sinks import SinkReader
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.modeling import SwatForCausalLM
@@ -78,6 +79,18 @@ def test_loss_by_length_is_measured_with_sinks(model: LlamaForCausalLM):
     assert kept.window == WINDOW
     with pytest.raises(ValueError, match="num_sinks: sinks are kept beside a window"):
         loss_on_same_text(model, documents, [8, 32], num_sinks=SINKS)
+
+
+def test_streams_are_read_with_sinks(model: LlamaForCausalLM):
+    documents = [torch.randint(40, (32,)).tolist() for _ in range(2)]
+    streams = loss_by_length(model, documents, [8, 32], window=WINDOW, num_sinks=SINKS, chunk=7)
+    same_text = loss_on_same_text(model, documents, [8, 32], window=WINDOW, num_sinks=SINKS)
+    # at the greatest length both read the documents from their starts
+    assert streams.at(32).mean_loss == pytest.approx(same_text.at(32).mean_loss, rel=1e-5)
+    assert (streams.num_sinks, streams.window) == (SINKS, WINDOW)
+    assert LengthCurve.from_json(streams.to_json()) == streams
+    with pytest.raises(ValueError, match="num_sinks: sinks are kept beside a window"):
+        loss_by_length(model, documents, [8, 32], num_sinks=SINKS)
 
 
 def test_other_models_are_refused(model: LlamaForCausalLM):
