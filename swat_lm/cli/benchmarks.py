@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from swat_lm.cli.console import results
+from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import RunProgress, clock
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def tasks(
     rows = parse_batch_size(batch_size)
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: expected a folder")
+    if out is not None:
+        check_folder(out, "--out")
     chosen = label_checkpoints(checkpoints)
     from swat_lm.evaluate.tasks import check_harness, load_tasks, task_names
 

@@ -85,6 +85,10 @@ def test_what_is_there_is_taken_up(cli, here: Path):
         (["run", "--data", "nothing"], "no folder nothing: expected one with the benchmarks' files, or `hub`"),
         (["run", "--data", "data", "--tasks", "picqa"], "no local form of task 'picqa'; the nearest is piqa"),
         (["run", "--data", "data", "--out", "run/export/config.json"], "config.json is a file: expected a folder"),
+        (
+            ["run", "--data", "data", "--out", "run/export/config.json/below"],
+            "cannot write --out run/export/config.json",
+        ),
         (["run", "--data", "data", "--tasks", ","], "--tasks: no task named"),
         (["run", "--data", "data", "--batch-size", "0"], "--batch-size: expected auto or a whole number"),
         (["run", "--data", "few"], "few lacks the file of task wikitext: expected lm/wikitext-2-raw.test.txt"),
