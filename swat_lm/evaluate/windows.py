@@ -4,13 +4,13 @@ import copy
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.conversion import SOURCES, convert_config
 from swat_lm.model.modeling import SwatForCausalLM
 
-__all__ = ["layer_windows", "model_window", "theoretical_reach", "with_window"]
+__all__ = ["layer_windows", "model_window", "theoretical_reach", "widest_window", "with_window"]
 
 
 def layer_windows(model: PreTrainedModel) -> list[int | None] | None:
@@ -19,7 +19,12 @@ def layer_windows(model: PreTrainedModel) -> list[int | None] | None:
     Recurrent layers see everything before them. The windows of models of `transformers` are read from `layer_types`
     and `sliding_window`, as its caches do.
     """
-    config = cast(Any, model.config.get_text_config())
+    return config_windows(model.config)
+
+
+def config_windows(outer: PreTrainedConfig) -> list[int | None] | None:
+    """As `layer_windows`, of a configuration."""
+    config = cast(Any, outer.get_text_config())
     if isinstance(config, SwatConfig):
         return [config.window(layer) for layer in range(config.num_hidden_layers)]
     count = getattr(config, "num_hidden_layers", None)
@@ -35,7 +40,12 @@ def layer_windows(model: PreTrainedModel) -> list[int | None] | None:
 
 def model_window(model: PreTrainedModel) -> int | None:
     """The widest window of any layer; None if a layer sees everything."""
-    windows = layer_windows(model)
+    return widest_window(model.config)
+
+
+def widest_window(config: PreTrainedConfig) -> int | None:
+    """As `model_window`, of a configuration."""
+    windows = config_windows(config)
     return None if windows is None or None in windows else max(cast(list[int], windows))
 
 

@@ -17,6 +17,7 @@ from swat_lm.evaluate.curves import LengthCurve, write_whole
 from swat_lm.evaluate.plots import COLOURS, Series, plot_loss_by_length, plot_state_bytes, plot_training
 from swat_lm.evaluate.recall import RecallCurve
 from swat_lm.evaluate.recall_plots import plot_recall
+from swat_lm.evaluate.windows import widest_window
 from swat_lm.experiments.page import machine, picture, table, with_error, write_page
 from swat_lm.experiments.reproduction_pictures import plot_rows
 from swat_lm.model.architectures import count_model_parameters, model_state_bytes
@@ -176,13 +177,8 @@ def draw(runs: Sequence[RunFindings], out: Path) -> dict[str, Path]:
     held_out = [Series(one.name, *columns(one.metrics, "held_out_loss")) for one in runs]
     plot_training(training, held_out, at("Training", "training"))
     for number, place in enumerate(dict.fromkeys(place for one in runs for place in one.lengths)):
-        series = [
-            Series(
-                one.name, curve.lengths, [p.mean_loss for p in curve.points], [p.mean_loss_error for p in curve.points]
-            )
-            for one in runs
-            if (curve := one.lengths.get(place)) is not None
-        ]
+        found = [(one, curve) for one in runs if (curve := one.lengths.get(place)) is not None]
+        series = [length_series(one.name + how_read(one, curve), curve) for one, curve in found]
         plot_loss_by_length(series, at(f"Loss against length ({place})", f"length-{number}"))
     for number, task in enumerate(dict.fromkeys(task for one in runs for task in one.recalls)):
         curves = [replace(one.recalls[task], task=one.name) for one in runs if task in one.recalls]
@@ -195,6 +191,13 @@ def draw(runs: Sequence[RunFindings], out: Path) -> dict[str, Path]:
         rates, at("Speed of training", "speed"), xlabel="tokens per second while training (median)", from_zero=True
     )
     return drawn
+
+
+def how_read(one: RunFindings, curve: LengthCurve) -> str:
+    """What sets a curve apart from the run's model as it is: another window, first tokens kept."""
+    own = None if one.config is None else widest_window(one.config)
+    window = "" if curve.window == own else f", window {'none' if curve.window is None else f'{curve.window:,}'}"
+    return window + (f", first {curve.num_sinks} tokens kept" if curve.num_sinks else "")
 
 
 def length_series(name: str, curve: LengthCurve) -> Series:
@@ -240,7 +243,10 @@ def body(runs: Sequence[RunFindings], found: Mapping[str, Any], pictures: Mappin
         "tokens/s", f"state bytes at {STATE_CONTEXTS[-1]:,} tokens",
     )  # fmt: skip
     parts = ["<h1>Runs side by side</h1>", table(headings, rows)]
-    parts.append('<p class="small">Losses in nats per token; compare them only between runs of one tokenizer.</p>')
+    parts.append(
+        '<p class="small">Losses in nats per token; compare them only between runs of one tokenizer, and losses by '
+        "length and recall only where they were measured on the same text.</p>"
+    )
     for heading, path in pictures.items():
         name = html.escape(heading)
         parts.append(f'<h2>{name}</h2>\n<img src="{picture(path)}" alt="{name}">')

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from swat_lm.evaluate.curves import summarise
+from swat_lm.evaluate.curves import LengthCurve, summarise
 from swat_lm.evaluate.recall import RecallCurve, RecallPoint
-from swat_lm.experiments.comparison import read_run, report
+from swat_lm.experiments.comparison import how_read, read_run, report
 from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe
 from swat_lm.train import run
 
@@ -52,6 +52,19 @@ def test_page_shows_what_was_measured(runs: dict[str, Path], tmp_path: Path):
     assert ours["loss_by_length"]["length"][32][0] == pytest.approx(2.0)
     assert [line.partition(":")[0] for line in found["not_measured"]] == ["full attention"] * 2
     assert "swat-lm evaluate length" in page
+
+
+def test_curves_behind_other_windows_say_so(runs: dict[str, Path]):
+    swat, llama = read_run(runs["swat"]), read_run(runs["llama"])
+    rows = [[2.0, 1.9], [2.2, 2.1]]
+
+    def curve(window: int | None, num_sinks: int = 0) -> LengthCurve:
+        return summarise([16, 32], rows, rows, [8, 8], 100, window, same_text=True, num_sinks=num_sinks)
+
+    assert [how_read(swat, curve(8)), how_read(llama, curve(None))] == ["", ""]
+    assert how_read(swat, curve(1024)) == ", window 1,024"
+    assert how_read(swat, curve(None)) == ", window none"
+    assert how_read(llama, curve(8, 4)) == ", window 8, first 4 tokens kept"
 
 
 def test_files_of_a_run_are_found(runs: dict[str, Path]):
