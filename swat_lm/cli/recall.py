@@ -82,10 +82,14 @@ def recall(
         partials += [] if partial is None else [partial]
         with Counter(f"recalling, {name}", "tokens") as counter:
             curve = measure_recall(
-                model, items, name, chunk=chunk, batch_size=batch_size, partial=partial, on_progress=counter
-            )
+                model, items, name, chunk=chunk, batch_size=batch_size, partial=partial, on_progress=counter,
+                chance=chance_of(name, items) if name in names else None,
+            )  # fmt: skip
         curves.append(curve)
-        results().print(f"{name}: window {curve.window or 'none'}, reach {curve.reach or 'everything'}", markup=False)
+        guess = "" if curve.chance is None else f", guessing {100 * curve.chance:.2g} %"
+        results().print(
+            f"{name}: window {curve.window or 'none'}, reach {curve.reach or 'everything'}{guess}", markup=False
+        )
         results().print(recall_table(curve))
     if out is not None:
         save_recall(curves, out, Path(checkpoint).name)
@@ -223,6 +227,14 @@ def file_items(path: Path, tokens: "PreTrainedTokenizerFast", most: int) -> "lis
 def encoder(tokens: "PreTrainedTokenizerFast") -> "functools.partial[list[int]]":
     """Text to tokens without special ones."""
     return functools.partial(tokens.encode, add_special_tokens=False)
+
+
+def chance_of(name: str, items: "list[RecallItem]") -> float:
+    """Share of a task's answers that guessing gets right."""
+    from swat_lm.data.synthetic import PREFIX, synthetic_task
+    from swat_lm.evaluate.probes import guessed_share
+
+    return guessed_share(synthetic_task(name) if name.startswith(PREFIX) else None, items)
 
 
 def kept_before(path: Path, model: "PreTrainedModel", name: str, items: "list[RecallItem]") -> "PartialResults":

@@ -78,11 +78,12 @@ def plot_training(
     """
     check_series(training)
     figure, axes = new_figure()
+    kind = ", training" if any(one.x for one in held_out) else ""
     for index, one in enumerate(training):
         colour = COLOURS[index % 6]
         axes.plot(one.x, one.y, color=colour, linewidth=0.8, alpha=0.3)
         axes.plot(one.x, running_mean(one.y), color=colour, linewidth=2.2, linestyle=DASHES[index % 6],
-                  label=f"{one.name}, training")  # fmt: skip
+                  label=f"{one.name}{kind}")  # fmt: skip
     for index, one in enumerate(held_out):
         if one.x:
             axes.plot(one.x, one.y, color=COLOURS[index % 6], linestyle="none", marker=MARKERS[index % 6],

@@ -16,7 +16,7 @@ from swat_lm.data.sources import source_file
 from swat_lm.data.synthetic import Answer, SyntheticTask
 from swat_lm.evaluate.recall import RecallItem
 
-__all__ = ["TEXT_TASKS", "check_name", "read_items", "synthetic_items", "text_items"]
+__all__ = ["TEXT_TASKS", "check_name", "guessed_share", "read_items", "synthetic_items", "text_items"]
 
 Encode = Callable[[str], list[int]]
 
@@ -34,6 +34,17 @@ LEAD = 32
 """Tokens of filler before the first thing to recall."""
 PAIRS = 4
 """Pairs of `mqar`."""
+
+
+def guessed_share(task: SyntheticTask | None, items: Sequence[RecallItem]) -> float:
+    """Share of answers that guessing gets right: among all values of a task, or all numbers of five digits in texts.
+
+    Who knows which values stand in a row of `mqar` and not which belongs to the key gets one in `pairs`.
+    """
+    if task is None:
+        return 1 / 90_000
+    shares = [task.values ** -(one.end - one.start) for item in items for one in item.answers]
+    return math.fsum(shares) / len(shares)
 
 
 def synthetic_items(task: SyntheticTask, distances: Sequence[int], count: int, seed: int = 0) -> list[RecallItem]:

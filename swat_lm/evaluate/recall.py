@@ -67,6 +67,8 @@ class RecallCurve:
     """Widest window of the model; None: a layer sees everything."""
     reach: int | None
     """Tokens, its own included, that a place can depend on: 1 + sum of (window - 1)."""
+    chance: float | None = None
+    """Share of answers that guessing among all possible ones gets right; None where that is not known."""
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
@@ -77,7 +79,7 @@ class RecallCurve:
         """Read what `save` wrote."""
         values = json.loads(text)
         points = tuple(RecallPoint(**one) for one in values["points"])
-        return cls(values["task"], points, values["window"], values["reach"])
+        return cls(values["task"], points, values["window"], values["reach"], values.get("chance"))
 
 
 class Scored(NamedTuple):
@@ -97,11 +99,12 @@ def measure_recall(
     chunk: int = 512,
     batch_size: int = 8,
     partial: PartialResults | None = None,
+    chance: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RecallCurve:
     """Read every item and score its answers; one point for each group, by rising distance.
 
-    `partial` keeps each batch's scores, and what it holds already is not measured again.
+    `partial` keeps each batch's scores, and what it holds already is not measured again; `chance` is kept with it.
 
     Raises:
         ValueError: no items, an item without an answer or with tokens that the model does not know, or one too long.
@@ -130,7 +133,7 @@ def measure_recall(
         groups.setdefault(item.group, []).append(index)
     points = [summary([items[i] for i in members], [scored[i] for i in members]) for members in groups.values()]
     points.sort(key=lambda point: point.distance)
-    return RecallCurve(task, tuple(points), model_window(model), theoretical_reach(model))
+    return RecallCurve(task, tuple(points), model_window(model), theoretical_reach(model), chance)
 
 
 def check_items(items: Sequence[RecallItem], vocab_size: int, chunk: int, batch_size: int) -> None:

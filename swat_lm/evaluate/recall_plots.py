@@ -1,16 +1,20 @@
 """Pictures of recall and influence against distance, with the window's edge and the theoretical reach marked."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from swat_lm.evaluate.plots import COLOURS, DASHES, MARKERS, finish, mark_vertical, new_figure, short_number
 from swat_lm.evaluate.reach import ReachCurve
 from swat_lm.evaluate.recall import RecallCurve
 
 __all__ = ["plot_reach", "plot_recall"]
+
+VISIBLE = 0.005
+"""Shares below cannot be told from none in a picture."""
 
 
 def plot_recall(curves: Sequence[RecallCurve], path: Path, *, title: str | None = None) -> None:
@@ -19,7 +23,9 @@ def plot_recall(curves: Sequence[RecallCurve], path: Path, *, title: str | None 
         raise ValueError("nothing to draw: expected at least one curve")
     figure, axes = new_figure()
     for index, curve in enumerate(curves):
-        at = [max(point.distance, 1) for point in curve.points]
+        # side by side, where several were asked for at one distance
+        aside = 1.035 ** (index - (len(curves) - 1) / 2)
+        at = [max(point.distance, 1) * aside for point in curve.points]
         accuracy = [point.accuracy for point in curve.points]
         below = [max(0.0, point.accuracy - point.low) for point in curve.points]
         above = [max(0.0, point.high - point.accuracy) for point in curve.points]
@@ -30,7 +36,13 @@ def plot_recall(curves: Sequence[RecallCurve], path: Path, *, title: str | None 
     axes.set_ylim(-0.03, 1.12)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_ylabel("share of answers recalled")
-    by_distance(axes, [point.distance for curve in curves for point in curve.points], "distance to recall (tokens)")
+    for chance in sorted({one.chance for one in curves if one.chance is not None and one.chance >= VISIBLE}):
+        axes.axhline(chance, color="#555555", linestyle=(0, (1, 3)), linewidth=1.6)
+        axes.annotate("guessing", (0.995, chance), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
+                      textcoords="offset points", fontsize=12, color="#333333")  # fmt: skip
+    shown = [point.distance for curve in curves for point in curve.points]
+    edges = [one - 1 for curve in curves[:1] for one in (curve.window, curve.reach) if one is not None]
+    by_distance(axes, [*shown, *edges], "distance to recall (tokens)")
     mark_edges(axes, curves[0].window, curves[0].reach)
     finish(figure, path, title)
 
@@ -42,22 +54,35 @@ def plot_reach(curve: ReachCurve, path: Path, *, title: str | None = None) -> No
     if not shown:
         raise ValueError("nothing to draw: no token before the last has any influence")
     middle = [(curve.first[i] * curve.last[i]) ** 0.5 for i in shown]
-    shares = [curve.share[i] for i in shown]
-    errors = [min(curve.share_error[i] or 0.0, 0.9 * curve.share[i]) for i in shown]
+    shares = [100 * curve.share[i] for i in shown]
+    errors = [100 * min(curve.share_error[i] or 0.0, 0.9 * curve.share[i]) for i in shown]
     axes.errorbar(
         middle, shares, yerr=errors, label="influence of one token", color=COLOURS[0], marker=MARKERS[0],
         linewidth=2.2, markersize=7, capsize=4,
     )  # fmt: skip
     axes.set_yscale("log")
-    axes.set_ylabel("share of the gradient's norm")
+    ticks = readable_ticks(*axes.get_ylim())
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.set_ylabel("share of all influence (%)")
     by_distance(axes, [curve.last[i] for i in shown], "distance to the prediction (tokens)")
     mark_edges(axes, curve.window, curve.reach)
-    for name, value in curve.within.items():
-        if value >= 1:
-            axes.axvline(value, color=COLOURS[1], linewidth=1.4, linestyle="--")
-            axes.annotate(f"{100 * float(name):g} %", (value, 0.02), xycoords=("data", "axes fraction"),
-                          xytext=(4, 0), textcoords="offset points", fontsize=12, color=COLOURS[1])  # fmt: skip
+    # in the legend, since the lines may stand close to each other and to the window's edge
+    for index, (name, value) in enumerate(curve.within.items(), start=1):
+        axes.axvline(max(value, axes.get_xlim()[0]), color=COLOURS[index % 6], linewidth=1.8, linestyle="--",
+                     label=f"{100 * float(name):g} % within {value:,.0f} tokens")  # fmt: skip
     finish(figure, path, title)
+
+
+def readable_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within a logarithmic axis: 1, 2 and 5 times powers of ten, or evenly where these are too few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(powers) <= 4 else (1,)
+    ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+    if len(ticks) >= 3:
+        return ticks
+    return [one for one in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= one <= high]
 
 
 def by_distance(axes: Axes, distances: Sequence[int], label: str) -> None:

@@ -11,7 +11,19 @@ from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.suite import TaskResult
 from swat_lm.evaluate.tasks import STREAMED
 
-__all__ = ["ACCURACIES", "COLUMNS", "PAPER", "Cell", "Column", "Row", "chance_row", "notes", "our_row", "save_table"]
+__all__ = [
+    "ACCURACIES",
+    "AVERAGE",
+    "COLUMNS",
+    "PAPER",
+    "Cell",
+    "Column",
+    "Row",
+    "chance_row",
+    "notes",
+    "our_row",
+    "save_table",
+]
 
 
 @dataclass(frozen=True)

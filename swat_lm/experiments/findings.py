@@ -212,6 +212,32 @@ class Findings:
             found[seed] = [100 * x * total / (len(columns) * len(row)) for row in scores for x in row]
         return found or None
 
+    def mean_average(self, one: Variant) -> tuple[float | None, float | None]:
+        """Average of the eight accuracies over seeds, in per cent; its error joins documents and seeds."""
+        from swat_lm.evaluate.table1 import AVERAGE, our_row
+
+        rows = [our_row(one.label, self.tasks(one, seed)) for seed in self.seeds]
+        cells = [row.cells[AVERAGE] for row in rows if AVERAGE in row.cells]
+        if not cells:
+            return None, None
+        values = [cell.value for cell in cells]
+        # the seeds answer the same documents, so that their errors do not shrink each other
+        documents = [cell.error for cell in cells if cell.error is not None]
+        spreads = [math.fsum(documents) / len(documents)] if len(documents) == len(cells) else []
+        spreads += [spread for spread in [error_of_mean(values)] if spread is not None]
+        error = math.sqrt(math.fsum(spread**2 for spread in spreads)) if spreads else None
+        return math.fsum(values) / len(values), error
+
+    def guessing(self) -> float | None:
+        """The average of the eight accuracies of guessing, in per cent; a last word cannot be guessed."""
+        from swat_lm.evaluate.table1 import ACCURACIES, chance_row
+
+        for one in self.chosen.values():
+            results = self.tasks(one, self.seeds[0])
+            if results:
+                return math.fsum(cell.value for cell in chance_row(results).cells.values()) / len(ACCURACIES)
+        return None
+
     def wikitext(self, name: str) -> dict[int, list[float]] | None:
         """Nats per word of each article."""
         found = {}

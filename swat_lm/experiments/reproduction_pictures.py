@@ -4,10 +4,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from swat_lm.evaluate.heatmaps import plot_heat_map
-from swat_lm.evaluate.plots import COLOURS, Series, new_figure, plot_loss_by_length, plot_training, write_picture
+from swat_lm.evaluate.plots import (
+    COLOURS,
+    Series,
+    mark_vertical,
+    new_figure,
+    plot_loss_by_length,
+    plot_training,
+    write_picture,
+)
 from swat_lm.experiments.claims import paired_gap
 from swat_lm.experiments.findings import Findings
 from swat_lm.experiments.measuring import read_variances, windows_of
@@ -22,17 +30,18 @@ def draw(findings: Findings, out: Path) -> dict[str, Path]:
     """Write the experiment's pictures as PNG files; returns them by their headings."""
     drawn: dict[str, Path] = {}
     name, scale = findings.experiment.name, findings.scale
+    sizes = ", ".join(f"{one} = {scale.sizes[one]:,}" for one in ("W", "L", "XL")) + " tokens"
     if name == "table2":
         for text, heading in (("text", "Loss on held-out text"), ("books", "Loss on books")):
             path = out / f"table2-{text}.png"
             series = [length_series(findings, one, text) for one in findings.chosen.values()]
-            plot_loss_by_length(series, path, window=scale.sizes["W"])
+            plot_loss_by_length(series, path, window=scale.sizes["W"], title=f"{sizes}; bars: error of the change")
             drawn[heading] = path
     elif name == "table3":
         for text, heading in (("text", "held-out text"), ("books", "books")):
             path, last = out / f"table3-{text}.png", scale.lengths[-1]
             rows = [(one.label, *findings.mean_loss(one, text, last)) for one in findings.chosen.values()]
-            plot_rows(rows, path, xlabel=f"loss at {last:,} tokens on {heading} (nats per token)")
+            plot_rows(rows, path, xlabel=f"loss at {last:,} tokens on {heading} (nats per token)", title=sizes)
             drawn[f"Loss at {last:,} tokens on {heading}"] = path
     elif name == "figure2":
         drawn["Loss of a softmax model behind windows it was not trained with"] = draw_windows(findings, out)
@@ -41,15 +50,12 @@ def draw(findings: Findings, out: Path) -> dict[str, Path]:
     elif name == "figure5":
         drawn["Training loss"] = draw_training(findings, out)
     elif name == "table1":
-        rows = []
-        for one in findings.chosen.values():
-            samples = findings.average_accuracy(one.name)
-            if samples:
-                values = [math.fsum(row) / len(row) for row in samples.values()]
-                rows.append((one.label, math.fsum(values) / len(values), None))
-        if rows:
+        rows = [(one.label, *findings.mean_average(one)) for one in findings.chosen.values()]
+        if any(value is not None for _, value, _ in rows):
             path = out / "table1.png"
-            plot_rows(rows, path, xlabel="average accuracy of the eight tasks (%)")
+            plot_rows(
+                rows, path, xlabel="average accuracy of the eight tasks (%)", mark=(findings.guessing(), "guessing")
+            )
             drawn["Average of the eight accuracies"] = path
     return drawn
 
@@ -110,11 +116,24 @@ def draw_training(findings: Findings, out: Path) -> Path:
 
 
 def plot_rows(
-    rows: Sequence[tuple[str, float | None, float | None]], path: Path, *, xlabel: str, from_zero: bool = False
+    rows: Sequence[tuple[str, float | None, float | None]],
+    path: Path,
+    *,
+    xlabel: str,
+    from_zero: bool = False,
+    title: str | None = None,
+    mark: tuple[float | None, str] | None = None,
 ) -> None:
-    """One point per row, the names on the left, bars of one standard error; the first row on top."""
+    """One point per row, the names on the left, bars of one standard error; the first row on top.
+
+    `mark` is a value with its name, drawn as a dotted line.
+    """
     figure, axes = new_figure()
     figure.set_size_inches(9, 1.6 + 0.42 * len(rows))
+    if title:
+        axes.set_title(title, loc="left", fontsize=13, color="#333333")
+    if mark is not None and mark[0] is not None:
+        mark_vertical(axes, mark[0], mark[1])
     for index, (_, value, error) in enumerate(rows):
         if value is not None:
             axes.errorbar(
@@ -126,5 +145,6 @@ def plot_rows(
     axes.set_ylim(len(rows) - 0.5, -0.5)
     if from_zero:
         axes.set_xlim(0, 1.08 * max(value or 0.0 for _, value, _ in rows))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlabel(xlabel)
     write_picture(figure, path)

@@ -10,10 +10,10 @@ import torch
 
 from swat_lm.data.synthetic import Answer, synthetic_task
 from swat_lm.data.tokenizer import load_tokenizer
-from swat_lm.evaluate.probes import TEXT_TASKS, read_items, synthetic_items, text_items
+from swat_lm.evaluate.probes import TEXT_TASKS, guessed_share, read_items, synthetic_items, text_items
 from swat_lm.evaluate.reach import effective_reach, gradient_norms
 from swat_lm.evaluate.recall import RecallCurve, RecallItem, measure_recall, wilson
-from swat_lm.evaluate.recall_plots import plot_reach, plot_recall
+from swat_lm.evaluate.recall_plots import plot_reach, plot_recall, readable_ticks
 
 from .models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_swat
 
@@ -202,3 +202,21 @@ def test_pictures_and_json(tmp_path: Path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_recall([], tmp_path / "a.png")
+
+
+def test_ticks_are_round_and_several():
+    assert readable_ticks(0.01, 30) == pytest.approx([0.01, 0.1, 1, 10])
+    assert readable_ticks(0.8, 30) == pytest.approx([1, 2, 5, 10, 20])
+    assert readable_ticks(1.7e-2, 2.6e-2) == pytest.approx([0.018, 0.02, 0.022, 0.024])
+
+
+def test_guessing_is_stated(tmp_path: Path):
+    task = synthetic_task("synthetic:mqar?pairs=2&values=16")
+    items = synthetic_items(task, [9], 3)
+    assert guessed_share(task, items) == pytest.approx(1 / 16)
+    code = synthetic_task("synthetic:passkey?digits=2&values=10")
+    assert guessed_share(code, synthetic_items(code, [9], 3)) == pytest.approx(1 / 100)
+    curve = measure_recall(tiny_swat(vocab_size=task.num_ids), items[:1], "mqar", chance=1 / 16)
+    assert curve.chance == 1 / 16
+    curve.save(tmp_path / "curve.json")
+    assert RecallCurve.from_json((tmp_path / "curve.json").read_text()) == curve
