@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from swat_lm.data import load_tokenizer
 from swat_lm.evaluate import scoring
@@ -63,7 +65,7 @@ def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
 def theirs(model: PreTrainedModel, **options: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, tokenizer=load_tokenizer("bytes"), batch_size=3, device="cpu", **options)
+    return HFLM(pretrained=model, batch_size=3, device="cpu", **{"tokenizer": load_tokenizer("bytes"), **options})
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gemma2, tiny_swat, tiny_mamba])
@@ -84,6 +86,33 @@ def test_log_likelihoods_are_the_harness_own(build):
         strict=True,
     ):
         assert value == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def with_bos() -> PreTrainedTokenizerFast:
+    """Bytes, with a token that the tokenizer puts before every text by itself, as Llama's does."""
+    ids = {letter: number + 2 for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokens = Tokenizer(BPE(vocab={"<s>": 0, "</s>": 1, **ids}, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokens.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>")
+
+
+def test_a_token_before_every_text_is_the_harness_own():
+    model, tokens = tiny_llama(), with_bos()
+    ours = HarnessModel(model, tokens, max_length=64)
+    harness = theirs(model, tokenizer=tokens, max_length=64)
+    # the text's own token, nothing before, spaces at the end, and too long
+    pairs = [("<s>hello", " x"), ("", " abc"), ("trailing ", " y"), ("z" * 100, " end")]
+    found = ours.loglikelihood(asked("loglikelihood", *pairs))
+    expected = harness.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
+    assert [one for one, _ in found] == pytest.approx([one for one, _ in expected], rel=1e-5, abs=1e-4)
+    texts = [("one page of text. " * 10,), ("x",), ("",)]
+    rolling = ours.loglikelihood_rolling(asked("loglikelihood_rolling", *texts))
+    wanted = harness.loglikelihood_rolling(asked("loglikelihood_rolling", *texts), disable_tqdm=True)
+    assert rolling == pytest.approx(wanted, rel=1e-5, abs=1e-4)
 
 
 def test_greedy_is_found():
