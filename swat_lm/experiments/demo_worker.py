@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from swat_lm.experiments.watching import InterruptedRunError, Watcher
-from swat_lm.train.events import Event
+from swat_lm.train.events import DivergedError, Event
 
 __all__ = ["Telling", "run_workers"]
 
@@ -155,7 +155,7 @@ def work(out: Path, name: str, module: str) -> int:
     except BrokenPipeError:
         # the parent is gone
         return INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DivergedError) as error:
         told.fail(str(error))
         return FAILED
     return 0

@@ -192,3 +192,16 @@ def test_a_workers_error_comes_through(tmp_path: Path, sources: tuple[str, ...])
     # fewer steps than the recipe's warm-up
     with pytest.raises(ValueError, match="warmup_steps"):
         run_demo(out, quick(sources), Watcher())
+
+
+def test_a_diverged_run_is_told_in_a_sentence(tmp_path: Path):
+    (tmp_path / "unstable.py").write_text(
+        "from swat_lm.train.events import DivergedError\n"
+        "def do_model(out, name, watcher):\n    raise DivergedError('the loss is nan at step 7')\n"
+    )
+    command = [sys.executable, "-m", "swat_lm.experiments.demo_worker", str(tmp_path), "name", "unstable"]
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    assert json.loads(ran.stdout) == ["fail", "the loss is nan at step 7"]
+    assert "Traceback" not in ran.stderr
