@@ -27,6 +27,7 @@ class Findings:
     ) -> None:
         self.experiment, self.scale, self.chosen, self.seeds, self.out = experiment, scale, chosen, list(seeds), out
         self.texts = ("text",) if experiment.name == "figure2" else ("text", "books")
+        self._documents: dict[str, str] = {}
         self._curves: dict[tuple[str, int, str, int | None], LengthCurve | None] = {}
 
     def label(self, one: Variant) -> str:
@@ -85,7 +86,17 @@ class Findings:
 
     def tasks(self, one: Variant, seed: int) -> dict[str, Any]:
         """The harness's results of a run, by task."""
-        return read_tasks(self.run_folder(one, seed), f"{one.name}-seed{seed}")
+        found = read_tasks(self.run_folder(one, seed), f"{one.name}-seed{seed}")
+        for name, result in found.items():
+            # gaps are paired by place, so all must have answered the same documents
+            first = self._documents.setdefault(name, result.identity["documents"])
+            if result.identity["documents"] != first:
+                raise ValueError(
+                    f"{name}: {one.name}, seed {seed}, answered other documents than the runs before it, since the "
+                    f"benchmark's file changed: remove {self.run_folder(one, seed) / 'evaluation' / 'tasks'}, or those "
+                    "of the others, and run the same command again"
+                )
+        return found
 
     def verdicts(self) -> list[Verdict]:
         """The outcome of every claim of the experiment."""

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from swat_lm.experiments import reproduction
 from swat_lm.experiments.claims import CLAIMS, PRINTED, judge, paired_gap
+from swat_lm.experiments.findings import Findings
 from swat_lm.experiments.reproduction import (
     check_variants,
     open_plan,
@@ -104,6 +105,18 @@ def test_experiments_share_variants_and_continue(
     assert again["claims"] == found["claims"]
     with pytest.raises(ValueError, match="holds another scale or text"):
         reproduce("table2", "tiny", sources, out, [0], notes)
+
+
+def test_benchmarks_on_other_documents_are_not_paired(monkeypatch: pytest.MonkeyPatch):
+    results = {name: type("Result", (), {"identity": {"documents": f"sha256:{name}"}})() for name in ("a", "b")}
+    asked = iter([results["a"], results["a"], results["b"]])
+    monkeypatch.setattr("swat_lm.experiments.findings.read_tasks", lambda folder, label: {"piqa": next(asked)})
+    table1, scale = EXPERIMENTS["table1"], SCALES["miniature"]
+    chosen = variants_of(table1, scale)
+    findings = Findings(table1, scale, chosen, [0, 1], Path("out"))
+    assert set(findings.tasks(chosen["llama"], 0)) == set(findings.tasks(chosen["llama"], 1)) == {"piqa"}
+    with pytest.raises(ValueError, match="piqa: swat-balanced, seed 0, answered other documents"):
+        findings.tasks(chosen["swat-balanced"], 0)
 
 
 def test_what_the_first_token_has_from_the_start_is_no_finding(
