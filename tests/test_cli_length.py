@@ -1,6 +1,7 @@
 """`swat-lm evaluate length`: sinks beside a window, whole documents, and what is kept of an interruption."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch)
     asked = ("evaluate", "length", "runs/soft", "--data", "text", "--lengths", "16,64", "--batch-size", 1)
     bare = cli(*asked, "--window", 4, "--out", "bare")
     assert bare.code == 0, bare.err
+    assert "perplexity" in bare.out
 
     # an interruption after the first stream
     from swat_lm.evaluate import partial
@@ -40,6 +42,7 @@ def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch)
     assert kept.code == 0, kept.err
     assert sorted(path.name for path in (here / "kept").iterdir()) == ["length.json", "length.png"]
     curves = [LengthCurve.from_json((here / name / "length.json").read_text()) for name in ("bare", "kept")]
+    assert f"{math.exp(curves[0].at(64).mean_loss):.2f}" in bare.out
     assert [one.num_sinks for one in curves] == [0, 2]
     assert "num_sinks" not in json.loads((here / "bare" / "length.json").read_text())
     assert curves[0].at(64).mean_loss != curves[1].at(64).mean_loss

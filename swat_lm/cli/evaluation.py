@@ -1,5 +1,6 @@
 """`swat-lm evaluate length`: loss against the length of the context."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,9 +54,9 @@ def length(
     """Measure loss against the length of the context, of any causal language model.
 
     Streams are read in chunks, in constant memory where the model's state is constant. For each length N: the mean
-    loss of the first N tokens of a stream, and that of tokens N/2+1 .. N, where the context is about N long; with
-    standard errors over streams. Documents are joined and cut into streams of the greatest length, unless
-    --whole-documents. An interrupted measurement with --out goes on where it was.
+    loss of the first N tokens of a stream, with its perplexity per token, and the loss of tokens N/2+1 .. N, where the
+    context is about N long; with standard errors over streams. Documents are joined and cut into streams of the
+    greatest length, unless --whole-documents. An interrupted measurement with --out goes on where it was.
 
     Of the very text that a run was trained on, only the documents are read that it held out, unless --held-out 0.
 
@@ -225,12 +226,13 @@ def spread(indices: list[int], most: int) -> list[int]:
 def curve_table(curve: "LengthCurve") -> Table:
     """The curve as a table of text."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("length", "loss, first N tokens", "loss, tokens N/2+1..N", "streams", "state bytes"):
+    for name in ("length", "loss, first N tokens", "perplexity", "loss, tokens N/2+1..N", "streams", "state bytes"):
         table.add_column(name, justify="right")
     for point in curve.points:
         table.add_row(
             f"{point.length:,}",
             with_error(point.mean_loss, point.mean_loss_error),
+            f"{math.exp(point.mean_loss):,.2f}",
             with_error(point.tail_loss, point.tail_loss_error),
             f"{point.num_documents}",
             f"{point.state_bytes:,}",
