@@ -106,7 +106,8 @@ class SinkReader(HeadReader):
         joined = share.to(first.dtype) * first + (1 - share).to(first.dtype) * second
         past = slice(max(0, key.shape[1] - (self.window - 1)), None)
         state.window[index] = key[:, past], value[:, past]
-        return attention.heads_output(joined)
+        # a learned sink takes its share of all that is seen
+        return attention.heads_output(joined if attention.sink is None else (joined, torch.logaddexp(lse, sink_lse)))
 
     def _keep_sinks(self, index: int, key: Tensor, value: Tensor, start: int, state: SinkState) -> None:
         if start >= self.num_sinks:

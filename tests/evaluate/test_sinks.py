@@ -70,6 +70,24 @@ def test_a_short_text_is_read_with_full_attention(model: LlamaForCausalLM):
     torch.testing.assert_close(reader.extend(tokens, reader.start(2)), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_a_learned_sink_keeps_its_share():
+    torch.manual_seed(0)
+    config = SwatConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        score_function="softmax", slopes="none", sliding_window=None, learned_sink=True, initializer_range=0.3,
+    )  # fmt: skip
+    model = SwatForCausalLM(config).eval()
+    with torch.no_grad():
+        for layer in model.model.stack:
+            layer.self_attn.sink.copy_(torch.tensor([0.5, 2.0]))
+    for count in (2, 3):
+        tokens = torch.randint(40, (count, 8))
+        reader = SinkReader(model, SINKS, 8)
+        with torch.no_grad():
+            whole = model.model(tokens).last_hidden_state
+        torch.testing.assert_close(reader.extend(tokens, reader.start(count)), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_loss_by_length_is_measured_with_sinks(model: LlamaForCausalLM):
     documents = [torch.randint(40, (32,)).tolist() for _ in range(2)]
     plain = loss_on_same_text(model, documents, [8, 32], window=WINDOW)
