@@ -93,13 +93,13 @@ def reproduce(
     """
     experiment, scale = find_experiment(name), find_scale(scale_name)
     chosen = check_variants(experiment, scale)
-    for one in chosen.values():
-        # rows that do not divide among the processes
-        Engine(variant_recipe(one, scale, 0, out, ("text",), "bytes").train).rows()
     jobs = [f"{name}:{one}:{seed}" for seed in seeds for one in chosen]
     engine = Engine(TrainRecipe())
 
     def begin() -> list[str]:
+        for one in chosen.values():
+            # rows that do not divide among the processes
+            Engine(variant_recipe(one, scale, 0, out, ("text",), "bytes").train).rows()
         check_sources(experiment, sources)
         plan = open_plan(out, scale, sources)
         write_whole(out / "plan.json", json.dumps(plan, indent=1) + "\n")
