@@ -7,7 +7,7 @@ from typing import Any
 
 from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.experiments.claims import Loss, Verdict, error_of_mean, judge, judge_losses
-from swat_lm.experiments.measuring import SINKS, read_curve, read_tasks, read_variances, windows_of
+from swat_lm.experiments.measuring import SINKS, read_curve, read_divergence, read_tasks, read_variances, windows_of
 from swat_lm.experiments.scales import Scale
 from swat_lm.experiments.variants import ANALYSIS, Experiment, Variant, budget_of, variant_model
 from swat_lm.model.architectures import configure_model, count_model_parameters
@@ -37,6 +37,19 @@ class Findings:
     def run_folder(self, one: Variant, seed: int) -> Path:
         """Where a run lies."""
         return self.out / "runs" / f"{one.name}-seed{seed}"
+
+    def finished(self, one: Variant) -> list[int]:
+        """The seeds whose runs did not diverge."""
+        return [seed for seed in self.seeds if read_divergence(self.run_folder(one, seed)) is None]
+
+    def diverged(self) -> list[str]:
+        """A sentence for each run whose loss stopped being a number."""
+        found = []
+        for one in self.chosen.values():
+            for seed in self.seeds:
+                said = read_divergence(self.run_folder(one, seed))
+                found += [] if said is None else [f"{one.label}, seed {seed}: {said}"]
+        return found
 
     def curve(self, one: Variant, seed: int, text: str, window: int | None) -> LengthCurve | None:
         """What was measured of a run on a text, read once."""
@@ -159,7 +172,7 @@ class Findings:
         """Figure 5: how far the training loss jumps about late in training."""
 
         def samples(name: str) -> dict[int, list[float]]:
-            return {seed: self.unrest(ANALYSIS[name], seed) for seed in self.seeds}
+            return {seed: self.unrest(ANALYSIS[name], seed) for seed in self.finished(ANALYSIS[name])}
 
         remark = (
             "Measured as the standard deviation of the logged loss within each of "
@@ -169,7 +182,7 @@ class Findings:
         what = "a picture: unstable late in training"
         says = "sigmoid with balanced ALiBi and no RoPE trains less steadily late in training than with RoPE"
         final = {
-            name: {seed: [self.final_loss(ANALYSIS[name], seed)] for seed in self.seeds}
+            name: {seed: [self.final_loss(ANALYSIS[name], seed)] for seed in self.finished(ANALYSIS[name])}
             for name in ("sliding-alirope", "sliding-alibi-6-6")
         }
         return [

@@ -24,7 +24,9 @@ __all__ = [
     "SINKS",
     "curve_path",
     "measure_variant",
+    "note_divergence",
     "read_curve",
+    "read_divergence",
     "read_json",
     "read_tasks",
     "read_variances",
@@ -94,6 +96,17 @@ def parsed(path: Path, read: Callable[[str], Any]) -> Any:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; raises ValueError that names it."""
     return parsed(path, json.loads)
+
+
+def note_divergence(run: Path, said: str) -> None:
+    """Keep that a run's loss stopped being a number, so that it is not tried again."""
+    write_whole(run / "diverged.json", json.dumps({"said": said}) + "\n")
+
+
+def read_divergence(run: Path) -> str | None:
+    """What was said of a run that diverged; None for any other."""
+    path = run / "diverged.json"
+    return parsed(path, lambda text: str(json.loads(text)["said"])) if path.exists() else None
 
 
 def length_measurement(

@@ -21,7 +21,7 @@ from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.length import segments
 from swat_lm.experiments.demo_budget import MOST_THREADS, usable_cores
 from swat_lm.experiments.demo_worker import run_workers
-from swat_lm.experiments.measuring import measure_variant, read_json
+from swat_lm.experiments.measuring import measure_variant, note_divergence, read_divergence, read_json
 from swat_lm.experiments.reproduction_page import write_results
 from swat_lm.experiments.scales import Scale, find_scale
 from swat_lm.experiments.variants import (
@@ -36,7 +36,7 @@ from swat_lm.experiments.variants import (
 from swat_lm.experiments.watching import InterruptedRunError, Watcher
 from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
 from swat_lm.recipe import Recipe, TrainRecipe
-from swat_lm.train import run
+from swat_lm.train import DivergedError, run
 from swat_lm.train.engine import Engine
 
 __all__ = ["Sources", "do_model", "plan_without_running", "reproduce", "sources_from_folder"]
@@ -319,6 +319,8 @@ def evaluation_streams(out: Path, recipe: Recipe, scale: Scale, text: str, watch
 def is_done(out: Path, plan: dict[str, Any], job: str) -> bool:
     """Whether a run and all that the experiment measures of it are there."""
     recipe, experiment, scale, one = recipe_of(out, job)
+    if read_divergence(Path(recipe.out)) is not None:
+        return True
     return Path(recipe.out, "export", "config.json").exists() and not measure_variant(
         experiment, scale, one, recipe, None, plan["sources"]["tasks"]
     )
@@ -357,7 +359,13 @@ def do_model(out: Path, name: str, watcher: Watcher) -> None:
     """
     recipe, experiment, scale, one = recipe_of(out, name)
     if not Path(recipe.out, "export", "config.json").exists():
-        result = run(recipe, lambda event: watcher.event(recipe.name, event))
+        try:
+            result = run(recipe, lambda event: watcher.event(recipe.name, event))
+        except DivergedError as error:
+            # what the paper says of some variants, and no reason to leave the others undone
+            said = str(error)
+            Engine(recipe.train).on_main(lambda: note_divergence(Path(recipe.out), said))
+            return
         if result.interrupted:
             raise InterruptedRunError(f"stopped at step {result.last_step} of {recipe.train.steps}")
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))

@@ -47,6 +47,7 @@ def write_results(
         "lengths": list(scale.lengths),
         "variants": [describe(findings, one, scale) for one in chosen.values()],
         "not_run_on_this_machine": left_out,
+        "diverged": findings.diverged(),
         "claims": [asdict(one) for one in verdicts],
         "printed_in_the_paper": PRINTED.get(experiment.name, {}),
         "doubtful_in_the_paper": list(DOUBTFUL.get(experiment.name, ())),
@@ -61,14 +62,14 @@ def write_results(
 
 def describe(findings: Findings, one: Variant, scale: Scale) -> dict[str, Any]:
     """The figures of one variant, over seeds."""
-    finals = [findings.final_loss(one, seed) for seed in findings.seeds]
+    finals = [findings.final_loss(one, seed) for seed in findings.finished(one)]
     return {
         "name": one.name,
         "label": findings.label(one),
         "parameters": findings.parameters(one),
         "training_length": scale.sizes[one.length],
         "tokens": budget_of(one, scale).tokens,
-        "training_loss": math.fsum(finals) / len(finals),
+        "training_loss": math.fsum(finals) / len(finals) if finals else None,
         "training_loss_error": error_of_mean(finals),
         "losses": {
             text: {
@@ -91,6 +92,7 @@ def body(findings: Findings, results: dict[str, Any], verdicts: Sequence[Verdict
         f"and lengths are written in the paper's terms: W = {scale.sizes['W']:,} here (128 there), "
         f"L = {scale.sizes['L']:,} (1,024), XL = {scale.sizes['XL']:,} (4,096).</p>",
         claims_part(verdicts),
+        diverged_part(results["diverged"]),
         *(
             f'<h2>{html.escape(name)}</h2>\n<img src="{picture(path)}" alt="{html.escape(name)}">'
             for name, path in pictures.items()
@@ -145,6 +147,14 @@ def caution(verdicts: Sequence[Verdict]) -> str:
             f"{BY_CHANCE[seeds]} in 100 claims without anything to them would be decided."
         )
     return ""
+
+
+def diverged_part(lines: Sequence[str]) -> str:
+    """The runs that came to no end; empty if there are none."""
+    if not lines:
+        return ""
+    each = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f"<h2>Diverged</h2><p>These runs have no losses, and no claim is judged by them.</p><ul>{each}</ul>"
 
 
 def losses_part(findings: Findings, text: str) -> str:

@@ -34,7 +34,9 @@ def draw(findings: Findings, out: Path) -> dict[str, Path]:
     if name == "table2":
         for text, heading in (("text", "Loss on held-out text"), ("books", "Loss on books")):
             path = out / f"table2-{text}.png"
-            series = [length_series(findings, one, text) for one in findings.chosen.values()]
+            series = [length_series(findings, one, text) for one in findings.chosen.values() if findings.finished(one)]
+            if not series:
+                continue
             plot_loss_by_length(series, path, window=scale.sizes["W"], title=f"{sizes}; bars: error of the change")
             drawn[heading] = path
     elif name == "table3":
@@ -43,7 +45,7 @@ def draw(findings: Findings, out: Path) -> dict[str, Path]:
             rows = [(one.label, *findings.mean_loss(one, text, last)) for one in findings.chosen.values()]
             plot_rows(rows, path, xlabel=f"loss at {last:,} tokens on {heading} (nats per token)", title=sizes)
             drawn[f"Loss at {last:,} tokens on {heading}"] = path
-    elif name == "figure2":
+    elif name == "figure2" and all(map(findings.finished, findings.chosen.values())):
         drawn["Loss of a softmax model behind windows it was not trained with"] = draw_windows(findings, out)
     elif name == "figure3":
         drawn |= draw_variances(findings, out)
@@ -89,6 +91,8 @@ def draw_variances(findings: Findings, out: Path) -> dict[str, Path]:
         read = read_variances(findings.run_folder(one, findings.seeds[0]))
         if read is not None:
             found[one.name] = [[math.log10(max(x, 1e-12)) for x in layer[:FIRST_POSITIONS]] for layer in read["mean"]]
+    if not found:
+        return {}
     every = [x for layers in found.values() for layer in layers for x in layer]
     drawn = {}
     for name, layers in found.items():
@@ -105,10 +109,12 @@ def draw_variances(findings: Findings, out: Path) -> dict[str, Path]:
 
 
 def draw_training(findings: Findings, out: Path) -> Path:
-    """Figure 5: training loss of the first seed."""
+    """Figure 5: training loss of the first seed, of a run that diverged as far as it came."""
     training = []
     for one in findings.chosen.values():
         lines = findings.training(one, findings.seeds[0])
+        if not lines:
+            continue
         training.append(Series(one.label, [line["tokens"] for line in lines], [line["loss"] for line in lines]))
     path = out / "figure5.png"
     plot_training(training, [], path)

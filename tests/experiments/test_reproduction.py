@@ -25,6 +25,7 @@ from swat_lm.experiments.scales import SCALES, find_scale
 from swat_lm.experiments.variants import ANALYSIS, EXPERIMENTS, find_experiment, variant_model, variants_of
 from swat_lm.experiments.watching import InterruptedRunError, Watcher
 from swat_lm.model.architectures import ARCHITECTURES, build_model, configure_model, count_model_parameters
+from swat_lm.train import DivergedError
 from tests.experiments.test_demo import Notes
 
 WORDS = ["the", "red", "blue", "slow", "quick", "fox", "dog", "tree", "runs", "sleeps", "sings", "over", "under", "but"]
@@ -158,6 +159,34 @@ def test_changed_texts_and_damaged_results_are_named(
         reproduce("table2", "miniature", sources, out, [0, 1], Watcher())
     book.write_text(kept)
     assert reproduce("table2", "miniature", sources, out, [0], Watcher())["claims"] == found["claims"]
+
+
+def test_a_diverged_variant_does_not_stop_the_others(
+    data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    one, run, tried = EXPERIMENTS["table2"], reproduction.run, []
+    monkeypatch.setattr(
+        "swat_lm.experiments.variants.EXPERIMENTS", {"table2": type(one)("table2", "t", one.variants[:2], True)}
+    )
+
+    def diverging(recipe: Any, told: Any) -> Any:
+        tried.append(recipe.name)
+        if recipe.name == "vanilla-softmax-long-seed0":
+            Path(recipe.out).mkdir(parents=True)
+            raise DivergedError("the loss is nan at step 3")
+        return run(recipe, told)
+
+    monkeypatch.setattr(reproduction, "run", diverging)
+    out, sources = tmp_path / "out", sources_from_folder(data, one)
+    for _ in range(2):
+        found = reproduce("table2", "miniature", sources, out, [0], Watcher())
+        assert tried == ["vanilla-softmax-short-seed0", "vanilla-softmax-long-seed0"]
+    assert found["diverged"] == ["vanilla, softmax, RoPE, L, seed 0: the loss is nan at step 3"]
+    assert found["variants"][1]["training_loss"] is None
+    assert found["claims"][0]["gap"] is not None
+    page = (out / "table2.html").read_text()
+    assert "the loss is nan at step 3" in page
+    assert page.count("data:image/png;base64,") == 2
 
 
 def test_an_interruption_is_saved(data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch):
