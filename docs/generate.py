@@ -1,7 +1,10 @@
-"""Writes the generated parts of README and docs/architecture.md: the demo's result, `swat-lm info`, speed, files.
+"""Writes the generated parts of README and of pages in docs/: results of the demo and of experiments, speed, files.
 
     python docs/generate.py                  rewrite what stands between the markers
     python docs/generate.py --demo FOLDER    first take over results.json and the plot of a finished demo
+    python docs/generate.py --record FOLDER/table3.json --commit HASH
+                                             first take over what `swat-lm reproduce` found, trained at that commit,
+                                             or table.json of `swat-lm evaluate tasks`
 
 `tests/test_docs.py` compares the documents with what this file would write.
 """
@@ -17,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.cli.information import describe_model, find_config
+from swat_lm.evaluate.table1 import MEASURED
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-DEMO_RESULT = ROOT / "docs" / "results" / "demo.json"
+EXPERIMENTS = ROOT / "docs" / "experiments.md"
+RESULTS = ROOT / "docs" / "results"
+DEMO_RESULT = RESULTS / "demo.json"
 DEMO_PLOT = ROOT / "docs" / "images" / "loss_by_length.png"
 
 # in the order in which the parts build on each other; what is not listed follows by name
@@ -39,9 +45,17 @@ def main() -> None:
     """Rewrite README and docs/architecture.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, metavar="FOLDER", help="a folder that `swat-lm demo` finished")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", nargs="+", default=[], help="JSON of `swat-lm reproduce`"
+    )
+    parser.add_argument("--commit", metavar="HASH", help="of the code that trained what --record names")
     arguments = parser.parse_args()
     if arguments.demo is not None:
         take_over(arguments.demo)
+    if arguments.record and not arguments.commit:
+        parser.error("--record needs --commit: the code that trained the models")
+    for path in arguments.record:
+        record_experiment(path, arguments.commit)
     for page, contents in blocks().items():
         text = page.read_text(encoding="utf-8")
         for name, content in contents.items():
@@ -57,10 +71,12 @@ def blocks() -> dict[Path, dict[str, str]]:
         README: {
             "demo": demo(result),
             "info": f"```text\n{info('swat-340m')}```",
+            "claims": claims([json.loads(path.read_text(encoding="utf-8")) for path in records()]),
             "speed": speed(sorted((ROOT / "benchmarks" / "results").glob("*.json"))),
             "tree": f"```\n{tree(ROOT, folders_only=True)}```",
         },
         ARCHITECTURE: {"files": f"```\n{tree(ROOT)}```"},
+        EXPERIMENTS: {path.stem: recorded(json.loads(path.read_text(encoding="utf-8"))) for path in records()},
     }
 
 
@@ -80,6 +96,26 @@ def take_over(folder: Path) -> None:
     DEMO_PLOT.parent.mkdir(parents=True, exist_ok=True)
     DEMO_RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(folder / DEMO_PLOT.name, DEMO_PLOT)
+
+
+def records() -> list[Path]:
+    """What is kept of experiments: `NAME-SCALE.json` of `reproduce`, `tasks.json` of the benchmarks."""
+    return sorted(path for path in RESULTS.glob("*.json") if path != DEMO_RESULT)
+
+
+def record_experiment(path: Path, commit: str) -> None:
+    """Keep what an experiment found, without the places of its texts on one machine."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if "experiment" in result:
+        name = f"{result['experiment']}-{result['scale']}"
+        if path.with_suffix(".png").exists():
+            shutil.copyfile(path.with_suffix(".png"), DEMO_PLOT.with_name(f"{name}.png"))
+        del result["sources"]
+        result["machine"] |= {"commit": commit}
+    else:
+        name = "tasks"
+        result = {"commit": commit, **result, "rows": [row for row in result["rows"] if row["group"] == MEASURED]}
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def info(preset: str) -> str:
@@ -221,6 +257,104 @@ def demo(result: dict[str, Any] | None) -> str:
         f"torch {machine['torch']}; the whole demo took {minutes(result['seconds'])}.",
     ]
     return "\n".join(lines)
+
+
+# the paper's experiments
+
+
+def recorded(result: dict[str, Any]) -> str:
+    """What one file of `records` says."""
+    return experiment(result) if "experiment" in result else benchmarks(result)
+
+
+def benchmarks(result: dict[str, Any]) -> str:
+    """Our rows of the eight benchmarks and the perplexities, a column for each checkpoint."""
+    names = [row["name"] for row in result["rows"]]
+    columns = list(dict.fromkeys(heading for row in result["rows"] for heading in row["cells"]))
+    body = []
+    for heading in columns:
+        cells = [row["cells"].get(heading) for row in result["rows"]]
+        body.append([heading, *("" if cell is None else in_percent(cell["value"], cell["error"]) for cell in cells)])
+    remarks = "\n".join(f"- {note}" for note in result["notes"])
+    return f"Commit {result['commit']}.\n\n{rows(['', *names], body)}\n\n{remarks}"
+
+
+def in_percent(value: float, error: float | None) -> str:
+    """45.21 ± 1.31; perplexities of a thousand and more without digits behind the point."""
+    digits = 2 if value < 1000 else 0
+    return f"{value:,.{digits}f}" + ("" if error is None else f" ± {error:,.{digits}f}")
+
+
+def experiment(result: dict[str, Any]) -> str:
+    """What was compared, the verdict on every claim, and the losses behind them."""
+    machine, sizes = result["machine"], result["sizes"]
+    tokens = {variant["tokens"] for variant in result["variants"]}
+    count = len(result["variants"])
+    image = DEMO_PLOT.with_name(f"{result['experiment']}-{result['scale']}.png")
+    parts = [
+        *([f"![{result['title']}](images/{image.name})"] if image.exists() else []),
+        f"{count} variant{'s' if count != 1 else ''} of {parameter_range(result['variants'])} parameters, "
+        f"{' or '.join(f'{count:,}' for count in sorted(tokens))} tokens each, seeds "
+        f"{' and '.join(map(str, result['seeds']))}; W = {sizes['W']:,}, L = {sizes['L']:,}, XL = {sizes['XL']:,}. "
+        f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, torch {machine['torch']}, "
+        f"commit {machine['commit']}.",
+        rows(
+            ["claim", "in the paper", "gap here", "pieces", "outcome"],
+            [
+                [claim["says"], claim["paper"], with_error(claim["gap"], claim["error"], "+"),
+                 f"{claim['num_documents']} x {claim['num_seeds']}", outcome(claim["outcome"])]
+                for claim in result["claims"]
+            ],
+        ),
+    ]  # fmt: skip
+    for text in TEXTS:
+        if any(text in variant["losses"] for variant in result["variants"]):
+            lengths = [f"{length:,} tokens" for length in result["lengths"]]
+            body = [
+                [variant["label"], *(with_error(at["mean"], at["error"]) for at in variant["losses"][text].values())]
+                for variant in result["variants"]
+            ]
+            parts.append(rows([f"loss on {TEXTS[text]}", *lengths], body))
+    return "\n\n".join(parts)
+
+
+def claims(results: list[dict[str, Any]]) -> str:
+    """How many of the paper's claims held in what was reproduced."""
+    kinds = ("held", "broken", "undecided at this scale")
+    body = []
+    for result in results:
+        if "claims" in result:
+            outcomes = [claim["outcome"] for claim in result["claims"]]
+            body.append([f"{result['title']} ({result['scale']})", *(str(outcomes.count(kind)) for kind in kinds)])
+    return rows(["of the paper's claims", "held", "broken", "undecided"], body)
+
+
+TEXTS = {"text": "held-out text", "books": "books"}
+
+
+def parameter_range(variants: list[dict[str, Any]]) -> str:
+    """One number, or the least and the greatest."""
+    counts = sorted({variant["parameters"] for variant in variants})
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+
+
+def outcome(verdict: str) -> str:
+    """What went against the paper stands out."""
+    return f"**{verdict}**" if verdict == "broken" else verdict.removesuffix(" at this scale")
+
+
+def with_error(value: float | None, error: float | None, sign: str = "") -> str:
+    """3.210 ± 0.012, or nothing."""
+    if value is None:
+        return ""
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def rows(head: list[str], body: list[list[str]]) -> str:
+    """A table in Markdown, texts to the left, numbers to the right."""
+    numeric = [all(re.match(r"^$|^[-+]?[0-9]", line[column]) for line in body) for column in range(len(head))]
+    rule = ["---:" if right else "---" for right in numeric]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in (head, rule, *body))
 
 
 def minutes(seconds: dict[str, float]) -> str:
