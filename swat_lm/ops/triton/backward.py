@@ -18,6 +18,7 @@ from swat_lm.ops.head_bias import HeadBias
 from swat_lm.ops.triton.configurations import Problem, backward_form, configuration
 from swat_lm.ops.triton.device import (
     LOG2_E,
+    SIZES,
     exp2,
     hidden_score,
     load_tile,
@@ -71,6 +72,7 @@ def backward(
     if 0 in (query.numel(), key.numel()):
         return Gradients(*(torch.zeros_like(t, memory_format=contiguous) for t in (query, key, value)), _zeros(bias))
     query, key, value, grad_output = (with_dense_channels(t) for t in (query, key, value, grad_output))
+    bias = HeadBias(*(t.contiguous() for t in bias))
     grad_key = torch.empty_like(key, memory_format=contiguous)
     grad_value = torch.empty_like(value, memory_format=contiguous)
     problem = Problem.of(query, key, rows.window, score_function)
@@ -84,6 +86,8 @@ def backward(
         if grad_lse is not None:
             # a row that sees nothing: whatever its lse's gradient is must not reach anything
             shift = shift - grad_lse.float().masked_fill(lse == float("-inf"), 0.0)
+        # which has the layout of the incoming gradient; the kernels take that of the lse
+        shift = shift.contiguous()
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     query_norms, key_norms = (largest_norms(t) if skip_saturated else None for t in (query, key))
     group = num_heads // num_kv_heads
@@ -135,7 +139,7 @@ def _zeros(bias: HeadBias) -> HeadBias:
     return HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_query(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, lse_ptr, shift_ptr, slopes_ptr, bias_ptr,
     lower_ptr, last_ptr, cos_ptr, sin_ptr, key_norms_ptr,
@@ -148,7 +152,7 @@ def _backward_query(
 ):  # fmt: skip
     member = tl.program_id(0) % GROUP
     block = tl.num_programs(0) // GROUP - 1 - tl.program_id(0) // GROUP
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     head = kv_head * GROUP + member
     first_row = block * BLOCK_ROWS
@@ -254,7 +258,7 @@ def row_statistics(lse_ptr, shift_ptr, begin, row, num_heads, num_queries, SOFTM
     return normaliser, shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_key(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_key_ptr, grad_value_ptr, grad_query_ptr, per_head_ptr,
     lse_ptr, shift_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr, table_ptr, cos_ptr, sin_ptr,
@@ -268,7 +272,7 @@ def _backward_key(
     PER_HEAD: tl.constexpr, QUERY: tl.constexpr, REGULAR_LAST: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     first_key = block * BLOCK_KEYS
     num_heads = tl.num_programs(1) * GROUP

@@ -17,6 +17,8 @@ from swat_lm.ops.triton.availability import is_interpreted
 # numbers that kernels read must be constants of the compiler
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# arguments that change from call to call: Triton must not compile again for the values 1 and multiples of 16
+SIZES = ("num_queries", "num_keys", "num_rows", "offset", "window")
 
 
 def on_device(tensor: Tensor) -> torch.cuda.device:

@@ -18,6 +18,7 @@ from swat_lm.ops.head_bias import HeadBias
 from swat_lm.ops.triton.configurations import Problem, configuration
 from swat_lm.ops.triton.device import (
     LN_2,
+    SIZES,
     exp2,
     hidden_score,
     load_tile,
@@ -68,6 +69,7 @@ def forward(
     if output.numel() == 0:
         return Results(output, lse, rotated, query.new_empty(0 if cos is None else key.shape))
     query, key, value = (with_dense_channels(t) for t in (query, key, value))
+    bias = HeadBias(*(t.contiguous() for t in bias))
     if cos is not None and sin is not None:
         key = rotate(key, cos, sin, key.dtype)
     problem = Problem.of(query, key, rows.window, score_function)
@@ -94,7 +96,7 @@ def with_dense_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr,
     cos_ptr, sin_ptr, rotated_ptr, key_norms_ptr, stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
@@ -109,7 +111,8 @@ def _forward(
     member = tl.program_id(0) % GROUP
     # late rows first: in full attention they have the most work
     block = tl.num_programs(0) // GROUP - 1 - tl.program_id(0) // GROUP
-    kv_head = tl.program_id(1)
+    # 64 bits: where heads lie apart, their offsets exceed 32
+    kv_head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     head = kv_head * GROUP + member
     first_row = block * BLOCK_ROWS

@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# a longer window is no other one, and its length must fit 32 bits
+_LARGEST = 2**30
+
 
 class Rows(NamedTuple):
     """Visibility of one call as kernels take it."""
@@ -52,7 +55,7 @@ class Rows(NamedTuple):
             last = torch.arange(offset, num_keys, dtype=torch.int32, device=device).expand(batch, -1)
         else:
             last = last_visible
-        lower = torch.zeros_like(last) if window is None else (last - (window - 1)).clamp_min(0)
+        lower = torch.zeros_like(last) if window is None else (last - (min(window, _LARGEST) - 1)).clamp_min(0)
         if first_visible is not None:
             lower = torch.maximum(lower, first_visible)
         return cls(lower.contiguous(), last.contiguous(), offset, clamped, last_visible is None)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swat_lm.ops.triton.device import on_device, store_tile
+from swat_lm.ops.triton.device import SIZES, on_device, store_tile
 
 BLOCK_ROWS = 64
 
@@ -39,13 +39,13 @@ def angle_stride(cos: Tensor | None) -> int:
     return 0 if cos is None or cos.shape[0] == 1 else cos.stride(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _rotate(
     x_ptr, result_ptr, cos_ptr, sin_ptr, stride_xb, stride_xt, stride_xh, stride_rb, stride_rt, stride_rh, stride_ab,
     num_rows, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     first_row = tl.program_id(0) * BLOCK_ROWS
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     x = load_rotated(
         x_ptr + sequence * stride_xb + head * stride_xh, first_row, stride_xt, num_rows,

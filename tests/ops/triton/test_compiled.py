@@ -41,8 +41,8 @@ def arguments_of(kernel, name, problem, tile, variant):
         "lse_ptr": "*fp32" if softmax else None, "shift_ptr": "*fp32" if softmax else None,
         "slopes_ptr": "*fp32", "bias_ptr": "*fp32", "per_head_ptr": "*fp32",
         "cos_ptr": "*fp32" if "rotary" in variant else None, "sin_ptr": "*fp32" if "rotary" in variant else None,
-        "rotated_ptr": pointer, "offset": "i32:16", "window": "i32:16", "scale": "fp32",
-        "num_queries": "i32:16", "num_keys": "i32:16", "GROUP": problem.group, "HEAD_DIM": problem.head_dim,
+        "rotated_ptr": pointer, "offset": "i32", "window": "i32", "scale": "fp32",
+        "num_queries": "i32", "num_keys": "i32", "GROUP": problem.group, "HEAD_DIM": problem.head_dim,
         "BLOCK_DIM": problem.block_dim, "BLOCK_ROWS": tile.rows, "BLOCK_KEYS": tile.keys, "SOFTMAX": softmax,
         "FAST": "exact" not in variant and not softmax, "RAGGED": "ragged" in variant, "ROTARY": "rotary" in variant,
         "SKIP": "skip" in variant, "REGULAR_LAST": True,
@@ -85,6 +85,20 @@ def test_no_spills(name, capability, head_dim, window, variant):
         assert 0 <= compiled.instructions["MUFU"] - weights * (1 if "exact" not in variant else 2) <= extra
     limit = {80: 163, 86: 99, 90: 227}[capability] * 1024
     assert compiled.shared_bytes <= limit
+
+
+def test_another_length_is_no_reason_to_compile_again():
+    """Triton makes a kernel of its own for an argument of 1 and for multiples of 16, unless it is told not to."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from swat_lm.ops.triton import backward, forward, rotation, saturation
+    from swat_lm.ops.triton.device import SIZES
+
+    kernels = (
+        forward._forward, backward._backward_query, backward._backward_key, rotation._rotate,
+        saturation._norms_of_blocks,
+    )  # fmt: skip
+    found = {p.name: p.do_not_specialize for kernel in kernels for p in kernel.params if p.name in SIZES}
+    assert found == dict.fromkeys(SIZES, True)
 
 
 def test_every_problem_has_a_tile():
