@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swat_lm.ops.triton.device import load_tile, on_device, scalar
+from swat_lm.ops.triton.device import SIZES, load_tile, on_device, scalar
 from swat_lm.ops.triton.geometry import visible_keys
 
 # sigmoid(-17) = 4.14e-8
@@ -74,27 +74,40 @@ def _reach_on_host(slope: float, bias: float, product_bound: float) -> int:
     return min(max(math.ceil(distance), 0), 2**30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norms_of_blocks(
     x_ptr, norms_ptr, stride_b, stride_t, stride_h, num_rows, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(2).to(tl.int64)
     x_ptr += sequence * stride_b + head * stride_h
     x = load_tile(x_ptr, block * BLOCK_ROWS, stride_t, num_rows, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True).to(tl.float32)
     place = (sequence * tl.num_programs(1) + head) * tl.num_programs(0) + block
-    tl.store(norms_ptr + place, tl.sqrt(tl.max(tl.sum(x * x, axis=1), axis=0)))
+    tl.store(norms_ptr + place, largest_norm(x))
+
+
+@triton.jit
+def largest_norm(x):
+    """Return the largest norm of a row of a float32 tile; infinite where one is not a number, which hides nothing."""
+    squares = tl.sum(x * x, axis=1)
+    return tl.sqrt(tl.max(tl.where(squares == squares, squares, float("inf")), axis=0))
 
 
 @triton.jit
 def reach(slope, bias, scale, query_norm, key_norm):
-    """Return the distance from which on a head is saturated, int32; slope and bias as in the contract."""
+    """Return the distance from which on a head is saturated, int32; slope and bias as in the contract.
+
+    Nothing is saturated, at any distance, where the slope is 0 or a norm is not a finite number.
+    """
     product_bound = tl.abs(scale) * query_norm * key_norm * _SLACK
     signed_bias = tl.where(slope < 0, bias, -bias)
     distance = (product_bound + signed_bias + _SATURATION) / tl.maximum(tl.abs(slope), 1e-30)
-    return tl.ceil(tl.minimum(tl.maximum(distance, 0.0), 1073741824.0)).to(tl.int32)
+    # a maximum would take NaN for 0, and everything for saturated
+    nowhere = (slope == 0) | (distance != distance)
+    distance = tl.minimum(tl.maximum(distance, 0.0), 1073741824.0)
+    return tl.ceil(tl.where(nowhere, 1073741824.0, distance)).to(tl.int32)
 
 
 @triton.jit
@@ -103,8 +116,7 @@ def saturated_tiles(
     window, RAGGED: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Return how many tiles of keys from `start` on are saturated for all rows of the tile q, at most `right`."""
-    wide = q.to(tl.float32)
-    query_norm = tl.sqrt(tl.max(tl.sum(wide * wide, axis=1), axis=0))
+    query_norm = largest_norm(q.to(tl.float32))
     # the first row is nearest to every key
     _, nearest = visible_keys(lower_ptr, last_ptr, first_row, num_queries, num_keys, offset, window, RAGGED)
     keys = nearest - reach(slope, bias, scale, query_norm, key_norm) - start + 1

@@ -112,3 +112,21 @@ def check_that_tiles_are_skipped():
 
 def test_saturated_tiles_are_not_read(interpreted):
     interpreted(check_that_tiles_are_skipped)
+
+
+def check_what_does_not_saturate():
+    """A slope of 0 with a large bias, and numbers that are none: only what the bound covers may be skipped."""
+    inputs = make_inputs((1, 36, 36, 2, 1, 8))
+    inputs[3], inputs[4] = torch.tensor([0.0, -4.0]), torch.tensor([200.0, 0.0])
+    spoilt = [t.clone() for t in inputs]
+    spoilt[1][0, 2], spoilt[1][0, 3] = float("nan"), float("inf")
+    spoilt[0][0, 30:] = 0.0
+    for tensors in (inputs, spoilt):
+        output, gradients = run(tensors, "two kernels", 30, None, True)
+        plain, plain_gradients = run(tensors, "two kernels", 30, None, False)
+        for ours, theirs in ((output, plain), *zip(gradients, plain_gradients, strict=True)):
+            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-5, equal_nan=True)
+
+
+def test_nothing_else_is_skipped(interpreted):
+    interpreted(check_what_does_not_saturate)
