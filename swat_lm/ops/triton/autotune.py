@@ -12,7 +12,16 @@ from typing import NamedTuple
 
 import torch
 
-from swat_lm.ops.triton.configurations import TILES_VARIABLE, Problem, Tile, configuration, tuned_key, using_tiles
+from swat_lm.ops.triton.configurations import (
+    TILES_VARIABLE,
+    Problem,
+    Tile,
+    configuration,
+    forget_tiles,
+    read_tiles,
+    tuned_key,
+    using_tiles,
+)
 
 # a kernel, the tiles tried for it beside the table's own
 CANDIDATES = {
@@ -65,13 +74,16 @@ def tune(
         report: called after every measurement.
 
     Raises:
-        ValueError: there is no GPU to measure, or a kernel's name is not known.
+        ValueError: there is no GPU to measure, a kernel's name is not known, `path` holds something else, or a kernel
+            fits the GPU with no tile.
     """
     if not problem.hardware:
         raise ValueError("tune: there is nothing to measure under Triton's interpreter; run it on an NVIDIA GPU")
     unknown = set(kernels) - set(CANDIDATES)
     if unknown:
         raise ValueError(f"kernels: expected some of {', '.join(CANDIDATES)}; got {', '.join(sorted(unknown))}")
+    # before minutes of measuring, not after
+    known = read_tiles(path) if path.exists() else {}
     timer = _bench if measure is None else measure
     best: dict[str, Tile] = {}
     for kernel in kernels:
@@ -81,8 +93,11 @@ def tune(
             report(Measured(kernel, tile, milliseconds))
             if milliseconds is not None:
                 times[tile] = milliseconds
+        if not times:
+            raise ValueError(f"tune: no tile of the kernel {kernel!r} fits this GPU")
         best[kernel] = min(times, key=lambda tile: times[tile])
-    _write(path, {tuned_key(kernel, problem): tile for kernel, tile in best.items()})
+        # after every kernel: what is measured is kept
+        _write(path, known | {tuned_key(k, problem): tile for k, tile in best.items()})
     return best
 
 
@@ -95,22 +110,22 @@ def _bench(run: Callable[[], object]) -> float:
 
 
 def _time(run: Callable[[], object], measure: Timer, tiles: dict[str, Tile]) -> float | None:
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     with using_tiles(tiles):
         try:
             return measure(run)
-        except OutOfResources:
+        except (OutOfResources, PTXASError):
             return None
 
 
 def _write(path: Path, tiles: dict[str, Tile]) -> None:
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known.update({key: list(tile) for key, tile in tiles.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    beside.write_text(json.dumps({key: list(tile) for key, tile in tiles.items()}, indent=1, sort_keys=True) + "\n")
     beside.replace(path)
+    # this process may have read the file as it was
+    forget_tiles()
 
 
 def call_for(problem: Problem, num_tokens: int, num_heads: int, batch: int = 1) -> Callable[[], object]:

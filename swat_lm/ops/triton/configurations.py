@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,8 @@ class Problem(NamedTuple):
     capability: tuple[int, int]
     # False under the interpreter
     hardware: bool
+    # its name, by which tuned tiles are kept: cards of one capability differ in memory and in multiprocessors
+    gpu: str = ""
 
     @property
     def block_dim(self) -> int:
@@ -69,7 +72,7 @@ class Problem(NamedTuple):
         capability = torch.cuda.get_device_capability(query.device) if hardware else (0, 0)
         return cls(
             window, query.shape[3], query.shape[2] // key.shape[2], query.dtype, score_function == "softmax",
-            capability, hardware,
+            capability, hardware, torch.cuda.get_device_name(query.device) if hardware else "",
         )  # fmt: skip
 
 
@@ -109,7 +112,7 @@ _AMPERE = {
     },
     "backward key": {
         64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
-        128: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(16, 64, 4, 2), Tile(32, 128, 8, 2)),
         256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     # never chosen by rule there
@@ -157,10 +160,9 @@ def configuration(kernel: str, problem: Problem) -> Tile:
 def tuned_key(kernel: str, problem: Problem) -> str:
     """Return under which name a tile is kept; windows share it up to the next power of two."""
     window = 1 << (problem.window - 1).bit_length()
-    capability = f"{problem.capability[0]}.{problem.capability[1]}"
     score = "softmax" if problem.softmax else "sigmoid"
     dtype = str(problem.dtype).removeprefix("torch.")
-    return f"{kernel} | {capability} | {dtype} | {score} | head {problem.head_dim} x {problem.group} | window {window}"
+    return f"{kernel} | {problem.gpu} | {dtype} | {score} | head {problem.head_dim} x {problem.group} | window {window}"
 
 
 @contextmanager
@@ -181,12 +183,38 @@ def _tuned_tiles(path: str | None) -> dict[str, Tile]:
     if not path:
         return {}
     try:
-        with open(path) as file:
-            return {key: Tile(*tile) for key, tile in json.load(file).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{TILES_VARIABLE}: expected a file written by swat_lm.ops.triton.autotune, got {path}: {error}"
-        ) from error
+        return read_tiles(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{TILES_VARIABLE}: {error}") from error
+
+
+def read_tiles(path: str | Path) -> dict[str, Tile]:
+    """Return the tiles of a file, by `tuned_key`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none of `autotune.py`'s files, or holds a tile that no kernel can have.
+    """
+    try:
+        tiles = {key: Tile(*tile) for key, tile in json.loads(Path(path).read_text()).items()}
+        for key, tile in tiles.items():
+            _check_tile(key, tile)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a file written by swat_lm.ops.triton.autotune, got {path}: {error}") from error
+    return tiles
+
+
+def forget_tiles() -> None:
+    """Read the file of tuned tiles again at the next call."""
+    _tuned_tiles.cache_clear()
+
+
+def _check_tile(key: str, tile: Tile) -> None:
+    *numbers, registers = tile
+    if not all(type(n) is int for n in numbers) or not (registers is None or type(registers) is int):
+        raise ValueError(f"{key}: the numbers of a tile are whole, got {list(tile)}")
+    if any(n < 1 or n & (n - 1) for n in numbers[:3]) or min(tile.rows, tile.keys) < 16 or tile.stages < 1:
+        raise ValueError(f"{key}: rows and keys are powers of two from 16 on, warps one from 1 on, got {list(tile)}")
 
 
 def backward_form(problem: Problem) -> str:

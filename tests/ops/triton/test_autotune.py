@@ -9,7 +9,7 @@ from swat_lm.ops.triton import configurations
 from swat_lm.ops.triton.autotune import CANDIDATES, tune
 from swat_lm.ops.triton.configurations import Problem, Tile, configuration, tuned_key
 
-PROBLEM = Problem(1000, 64, 2, torch.bfloat16, False, (9, 0), True)
+PROBLEM = Problem(1000, 64, 2, torch.bfloat16, False, (9, 0), True, "NVIDIA H100 80GB HBM3")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,8 @@ def test_the_fastest_tile_is_kept_and_used(tmp_path, monkeypatch):
 
     monkeypatch.setenv(configurations.TILES_VARIABLE, str(path))
     assert configuration("forward", PROBLEM) == wanted["forward"]
-    # the window's bucket is shared, another head size is not
+    # the window's bucket is shared, another card and another head size are not
+    assert configuration("forward", PROBLEM._replace(gpu="NVIDIA H200")) == Tile(64, 64, 4, 3, 168)
     assert configuration("forward", PROBLEM._replace(window=600)) == wanted["forward"]
     assert configuration("forward", PROBLEM._replace(head_dim=128)) == Tile(64, 64, 4, 2)
     # a second tuning keeps what is there
@@ -54,11 +55,44 @@ def test_refusals(tmp_path, monkeypatch):
         tune(lambda: None, PROBLEM._replace(hardware=False), ("forward",), tmp_path / "x")
     with pytest.raises(ValueError, match=r"^kernels: expected some of forward, .* got sideward"):
         tune(lambda: None, PROBLEM, ("sideward",), tmp_path / "x")
-    (tmp_path / "bad").write_text("[1]")
-    for path in (tmp_path / "bad", tmp_path / "none"):
+    bad = ("[1]", "{", '{"x": 1}', '{"x": [64, 64, 4]}', '{"x": [64, 48, 4, 2]}', '{"x": ["64", "64", "4", "2"]}')
+    for number, text in enumerate(bad):
+        path = tmp_path / f"bad {number}"
+        path.write_text(text)
         monkeypatch.setenv(configurations.TILES_VARIABLE, str(path))
         with pytest.raises(ValueError, match=r"^SWAT_LM_TILES: expected a file written by .*autotune"):
             configuration("forward", PROBLEM)
+        # told before anything is measured, and left as it is
+        with pytest.raises(ValueError, match="expected a file written by"):
+            tune(lambda: None, PROBLEM, ("forward",), path, lambda run: pytest.fail("measured"))
+        assert path.read_text() == text
+    monkeypatch.setenv(configurations.TILES_VARIABLE, str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"^SWAT_LM_TILES: .*No such file"):
+        configuration("forward", PROBLEM)
+
+
+def test_what_does_not_fit_is_said_and_what_was_measured_is_kept(tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from triton.runtime.errors import PTXASError
+
+    path = tmp_path / "tiles.json"
+    path.write_text("{}")
+    monkeypatch.setenv(configurations.TILES_VARIABLE, str(path))
+    default = configuration("forward", PROBLEM)
+    measured = []
+
+    def measure(run):
+        tile = configuration("forward", PROBLEM)
+        measured.append(tile)
+        # of the first kernel one tile does not compile, of the second none
+        if tile == default or len(measured) > len({default, *CANDIDATES["forward"]}):
+            raise PTXASError("too many registers")
+        return float(tile != Tile(64, 32, 4, 3))
+
+    with pytest.raises(ValueError, match="no tile of the kernel 'backward query' fits this GPU"):
+        tune(lambda: None, PROBLEM, ("forward", "backward query"), path, measure)
+    # without starting anew, although the file was read before
+    assert configuration("forward", PROBLEM) == Tile(64, 32, 4, 3)
 
 
 def test_the_backward_form(monkeypatch):
