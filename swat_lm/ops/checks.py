@@ -69,7 +69,7 @@ def check_inputs(
         _check_per_head("slopes", slopes, query)
     if isinstance(score_bias, Tensor):
         _check_per_head("score_bias", score_bias, query)
-    elif not math.isfinite(score_bias):
+    elif not -math.inf < score_bias < math.inf:
         raise ValueError(f"score_bias: expected a finite number or a tensor [heads], got {score_bias}")
 
 

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from swat_lm.ops.triton.availability import why_not
+from swat_lm.ops.triton.availability import LARGEST_BATCH, LARGEST_HEAD, why_not
 
 logger = logging.getLogger(__name__)
 _announced: set[str] = set()
@@ -21,13 +21,16 @@ def choose_backend(backend: str, query: Tensor) -> str:
         return backend
     if backend == "auto" and query.device.type == "cpu":
         return "blocked"
-    return _choose(backend, query.device, query.dtype, query.shape[-1])
+    # constants where nothing is wrong: torch.compile may know the sizes as symbols only
+    head_dim = query.shape[-1] if query.shape[-1] > LARGEST_HEAD else LARGEST_HEAD
+    is_batch_too_large = True if query.shape[0] > LARGEST_BATCH else False  # noqa: SIM210
+    return _choose(backend, query.device, query.dtype, head_dim, is_batch_too_large)
 
 
 # asked once while a call is compiled, not traced: it looks for packages and into the environment
 @torch.compiler.assume_constant_result
-def _choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    reason = why_not(device, dtype, head_dim)
+def _choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, is_batch_too_large: bool) -> str:
+    reason = why_not(device, dtype, head_dim, is_batch_too_large)
     if reason is None:
         return "triton"
     if backend == "triton":

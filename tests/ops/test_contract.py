@@ -158,6 +158,37 @@ def test_triton_is_refused_where_it_cannot_run():
         window_attention(query, key, value, window=4, backend="triton")
 
 
+def test_why_the_kernels_cannot_serve_a_gpu(monkeypatch):
+    availability = pytest.importorskip("swat_lm.ops.triton.availability")
+    monkeypatch.setattr(availability.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu = torch.device("cuda", 0)
+    assert availability.why_not(gpu, torch.bfloat16, 128) is None
+    assert "up to 65,535 sequences" in availability.why_not(gpu, torch.bfloat16, 128, True)
+    assert "up to 256 channels, these have 320" in availability.why_not(gpu, torch.bfloat16, 320)
+    assert "float64" in availability.why_not(gpu, torch.float64, 128)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "on CPU tensors only; unset it" in availability.why_not(gpu, torch.bfloat16, 128)
+
+
+def test_sizes_may_be_symbols():
+    """torch.compile(dynamic=True): the backend is chosen once, whatever the sizes."""
+    step = (torch.zeros(2, 4, 2, 8), torch.zeros(2, 4, 2, 8), torch.arange(2), torch.arange(2))
+
+    def choose(query):
+        return query + 1 if dispatch.choose_backend("auto", query) == "blocked" else query
+
+    def take_step(query, key, value):
+        return window_attention_step(query, key, value, *step)
+
+    query = torch.zeros(2, 10, 4, 8, device="meta")
+    assert torch.compile(choose, fullgraph=True, dynamic=True, backend="eager")(query).shape == query.shape
+    first = [t[:, :1] for t in tensors()]
+    compiled = torch.compile(take_step, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(*first), take_step(*first))
+
+
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_rotary_is_a_rotation_before_the_call(backend, shared):

@@ -152,7 +152,7 @@ def _backward_query(
 ):  # fmt: skip
     member = tl.program_id(0) % GROUP
     block = tl.num_programs(0) // GROUP - 1 - tl.program_id(0) // GROUP
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     head = kv_head * GROUP + member
     first_row = block * BLOCK_ROWS
@@ -170,12 +170,12 @@ def _backward_query(
     slope = tl.load(slopes_ptr + head)
     bias = tl.load(bias_ptr + head)
 
-    query_ptr += sequence * stride_qb + head * stride_qh
+    query_ptr += sequence * stride_qb + head.to(tl.int64) * stride_qh
     q = load_tile(query_ptr, first_row, stride_qt, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
-    grad_output_ptr += sequence * stride_ob + head * stride_oh
+    grad_output_ptr += sequence * stride_ob + head.to(tl.int64) * stride_oh
     d_out = load_tile(grad_output_ptr, first_row, stride_ot, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
-    key_ptr += sequence * stride_kb + kv_head * stride_kh
-    value_ptr += sequence * stride_vb + kv_head * stride_vh
+    key_ptr += sequence * stride_kb + kv_head.to(tl.int64) * stride_kh
+    value_ptr += sequence * stride_vb + kv_head.to(tl.int64) * stride_vh
     num_heads = tl.num_programs(1) * GROUP
     normaliser, shift = row_statistics(
         lse_ptr, shift_ptr, sequence * num_queries * num_heads + head, row, num_heads, num_queries, SOFTMAX
@@ -272,7 +272,7 @@ def _backward_key(
     PER_HEAD: tl.constexpr, QUERY: tl.constexpr, REGULAR_LAST: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     first_key = block * BLOCK_KEYS
     num_heads = tl.num_programs(1) * GROUP
@@ -284,8 +284,8 @@ def _backward_key(
         table_ptr, first_key, num_queries, num_keys, offset, window, RAGGED, BLOCK_ROWS, BLOCK_KEYS
     )  # fmt: skip
     unit = score_unit(SOFTMAX, FAST)
-    key_ptr += sequence * stride_kb + kv_head * stride_kh
-    value_ptr += sequence * stride_vb + kv_head * stride_vh
+    key_ptr += sequence * stride_kb + kv_head.to(tl.int64) * stride_kh
+    value_ptr += sequence * stride_vb + kv_head.to(tl.int64) * stride_vh
     k = load_tile(key_ptr, first_key, stride_ks, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True)
     v = load_tile(value_ptr, first_key, stride_vs, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True)
     d_key = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
@@ -294,8 +294,8 @@ def _backward_key(
         head = kv_head * GROUP + member
         slope = tl.load(slopes_ptr + head)
         bias = tl.load(bias_ptr + head)
-        q_ptr = query_ptr + sequence * stride_qb + head * stride_qh
-        o_ptr = grad_output_ptr + sequence * stride_ob + head * stride_oh
+        q_ptr = query_ptr + sequence * stride_qb + head.to(tl.int64) * stride_qh
+        o_ptr = grad_output_ptr + sequence * stride_ob + head.to(tl.int64) * stride_oh
         g_ptr = grad_query_ptr + sequence * stride_gb + head * stride_gh
         statistics = sequence * num_queries * num_heads + head
         inner_end = right

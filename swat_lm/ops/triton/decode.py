@@ -87,6 +87,8 @@ def step(
     batch, _, num_heads, head_dim = query.shape
     window, num_kv_heads = key_ring.shape[1:3]
     softmax = score_function == "softmax"
+    if batch == 0:
+        return torch.empty_like(query), query.new_empty(query.shape[:3] if softmax else (0,), dtype=torch.float32)
     tile = DecodeTile.of(num_heads // num_kv_heads, head_dim, key_ring.element_size())
     if splits is None:
         splits = num_splits(batch * num_kv_heads, window, _num_multiprocessors(query.device))

@@ -111,8 +111,7 @@ def _forward(
     member = tl.program_id(0) % GROUP
     # late rows first: in full attention they have the most work
     block = tl.num_programs(0) // GROUP - 1 - tl.program_id(0) // GROUP
-    # 64 bits: where heads lie apart, their offsets exceed 32
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     head = kv_head * GROUP + member
     first_row = block * BLOCK_ROWS
@@ -128,7 +127,8 @@ def _forward(
     slope = tl.load(slopes_ptr + head)
     bias = tl.load(bias_ptr + head)
 
-    query_ptr += sequence * stride_qb + head * stride_qh
+    # where an input's heads lie apart, their offsets exceed 32 bits; our own results are contiguous
+    query_ptr += sequence * stride_qb + head.to(tl.int64) * stride_qh
     if ROTARY:
         q = load_rotated(
             query_ptr, first_row, stride_qt, num_queries, cos_ptr + sequence * stride_ab,
@@ -138,8 +138,8 @@ def _forward(
         store_tile(rotated_ptr, first_row, stride_ot, num_queries, q, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS)
     else:
         q = load_tile(query_ptr, first_row, stride_qt, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
-    key_ptr += sequence * stride_kb + kv_head * stride_kh
-    value_ptr += sequence * stride_vb + kv_head * stride_vh
+    key_ptr += sequence * stride_kb + kv_head.to(tl.int64) * stride_kh
+    value_ptr += sequence * stride_vb + kv_head.to(tl.int64) * stride_vh
     total = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
     largest = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
     mass = tl.zeros([BLOCK_ROWS], dtype=tl.float32)

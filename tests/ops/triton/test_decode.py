@@ -126,6 +126,12 @@ def run_stream():
         )  # fmt: skip
         torch.testing.assert_close(output, expected[:, now], atol=1e-5, rtol=1e-5)
 
+    # no sequence at all
+    nothing = query[:0, :1], key[:0, :1], value[:0, :1]
+    numbers = torch.zeros(0, dtype=torch.int64)
+    output, lse = decode.step(*nothing, *rings, numbers, numbers, slopes, None, 0.0, "softmax", 0.25, None, None)
+    assert (output.shape, lse.shape) == ((0, 1, 4, 16), (0, 1, 4))
+
 
 def test_token_by_token_is_one_pass(interpreted):
     interpreted(run_stream)
