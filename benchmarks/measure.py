@@ -78,10 +78,16 @@ def wall_clock(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def cuda_clock(run: Callable[[], Any]) -> float:
-    """Seconds between two events on the GPU, one before and one after what the run queues there."""
+def cuda_clock(run: Callable[[], Any], head_start: int = 0) -> float:
+    """Seconds between two events on the GPU, one before and one after what the run queues there.
+
+    For `head_start` cycles of its own clock the GPU waits before the first event, while the host queues: what is timed
+    is then the GPU's work and not the host's, as long as all of it is queued by then.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if head_start:
+        torch.cuda._sleep(head_start)
     begin.record()
     run()
     end.record()

@@ -68,6 +68,7 @@ class Inputs:
     num_sets: int
     sets: list[tuple[Tensor, ...]] = field(init=False)
     slopes: Tensor = field(init=False)
+    _heads_first: list[tuple[Tensor, ...]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -86,8 +87,12 @@ class Inputs:
         self.slopes = slopes.to(self.device)
 
     def arranged(self, candidate: Candidate) -> list[tuple[Tensor, ...]]:
-        """The sets in a candidate's layout."""
-        return [tuple(candidate.arrange(tensor) for tensor in tensors) for tensors in self.sets]
+        """The sets in a candidate's layout, of which all candidates share one copy."""
+        if not candidate.heads_first:
+            return self.sets
+        if not self._heads_first:
+            self._heads_first = [tuple(candidate.arrange(tensor) for tensor in tensors) for tensors in self.sets]
+        return self._heads_first
 
 
 def sets_that_leave_the_cache(set_bytes: int, cache_bytes: int) -> int:
@@ -102,13 +107,14 @@ class Rotation:
     """
 
     def __init__(self, candidate: Candidate, task: str, inputs: Inputs) -> None:
-        self.candidate, self.task = candidate, task
-        self.sets = inputs.arranged(candidate)
+        self.candidate, self.task, self.inputs = candidate, task, inputs
+        self.sets: list[tuple[Tensor, ...]] = []
         self.repeats = 1
         self.outputs: list[tuple[Tensor, tuple[Tensor, ...], Tensor]] = []
 
     def prepare(self) -> None:
-        """Run the forward passes whose backward is timed."""
+        """Lay out the inputs, and run the forward passes whose backward is timed."""
+        self.sets = self.inputs.arranged(self.candidate)
         if self.task == "backward":
             for *tensors, d_output in self.sets[: self.repeats]:
                 leaves = tuple(t.detach().requires_grad_() for t in tensors)
@@ -132,8 +138,10 @@ class Rotation:
 
     def timed_by(self, clock: Callable[[Callable[[], Any]], float]) -> float:
         """Seconds of one call."""
-        with self.candidate.applied():
-            self.prepare()
-            seconds = clock(self) / self.repeats
-        self.finish()
-        return seconds
+        try:
+            with self.candidate.applied():
+                self.prepare()
+                return clock(self) / self.repeats
+        finally:
+            # also where it does not fit the memory, which the next candidate needs
+            self.finish()

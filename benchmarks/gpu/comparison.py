@@ -16,8 +16,9 @@ from benchmarks.gpu.verify import WrongResultError, verify
 
 # how libraries that are not ours say that they cannot serve a call: out of memory and compilers' errors among them
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, AssertionError, ImportError)
-# one round of one candidate lasts about this long, in at most so many calls
-ROUND_SECONDS, MOST_REPEATS = 0.02, 200
+# one round of one candidate lasts about this long, in at most so many calls: those that the host can queue in the
+# clock's head start
+ROUND_SECONDS, MOST_REPEATS = 0.02, 64
 
 
 def peer_failures() -> tuple[type[Exception], ...]:
@@ -110,6 +111,7 @@ def take_turns(rotations: Iterable[tuple[str, str, Timed]], device: Device, roun
             seconds = rotation.timed_by(device.clock)
         except peer_failures() as error:
             result.absent[f"{name}, {settings}" if settings else name] = one_line(error)
+            device.free()
             continue
         rotation.repeats = max(1, min(MOST_REPEATS, round(ROUND_SECONDS / max(seconds, 1e-9))))
         if name not in chosen or seconds < chosen[name][0]:

@@ -127,7 +127,7 @@ STEP_PEERS: Mapping[str, StepPeer] = {
 
 
 def verify_step(candidate: StepCandidate, shape: Shape, slopes: Tensor) -> None:
-    """Compare a step's output and what it wrote with the definition.
+    """Compare a step's output and what it wrote with the definition, for some of the sequences.
 
     Raises:
         WrongResultError: a result that is not finite or not as exact as PyTorch's own.
@@ -135,12 +135,15 @@ def verify_step(candidate: StepCandidate, shape: Shape, slopes: Tensor) -> None:
     inputs = draw_inputs(shape, slopes.device, candidate.token_major)
     options: dict[str, Any] = {"score_function": candidate.score_function, "backend": "reference"}
     options["slopes"] = slopes if candidate.has_slopes else None
+    # in float64 the rings of all of them would not fit beside those that are timed
+    some = sorted({0, shape.batch // 2, shape.batch - 1})
     definitions = []
     for dtype in (torch.float64, shape.dtype):
-        copy = StepInputs(*(t.to(dtype, copy=True) if t.is_floating_point() else t for t in inputs))
+        copy = StepInputs(*(t[some].to(dtype) if t.is_floating_point() else t[some] for t in inputs))
+        copy = copy._replace(slot=torch.arange(len(some), device=slopes.device))
         definitions.append((window_attention_step(*copy, **options), copy.key_ring, copy.value_ring))
     output = candidate.step(inputs)
-    found = (output, inputs.key_ring, inputs.value_ring)
+    found = (output[some], inputs.key_ring[some], inputs.value_ring[some])
     for name, ours, right, plain in zip(("output", "key ring", "value ring"), found, *definitions, strict=True):
         check_against(name, ours, plain, right)
 
@@ -180,15 +183,16 @@ def compare_steps(shape: Shape, device: Device, peers: Mapping[str, StepPeer], r
     assert slopes is not None
     slopes = slopes.to(device.torch_device)
     num_sets = sets_that_leave_the_cache(work.least_bytes(shape, "decode"), device.cache_bytes)
-    sets = {
-        token_major: [draw_inputs(shape, device.torch_device, token_major, seed) for seed in range(num_sets)]
-        for token_major in (False, True)
-    }
+    # by layout, of those that some candidate takes
+    sets: dict[bool, list[StepInputs]] = {}
     rotations, absent = [], {}
     for name, build in peers.items():
         try:
             candidate = build(shape, slopes)
             verify_step(candidate, shape, slopes)
+            layout = candidate.token_major
+            if layout not in sets:
+                sets[layout] = [draw_inputs(shape, device.torch_device, layout, seed) for seed in range(num_sets)]
         except NotHereError as error:
             absent[name] = str(error)
         except WrongResultError as error:
@@ -197,6 +201,7 @@ def compare_steps(shape: Shape, device: Device, peers: Mapping[str, StepPeer], r
             absent[name] = one_line(error)
         else:
             rotations.append((candidate.name, "", StepRotation(candidate, sets[candidate.token_major], device)))
+        device.free()
     result = take_turns(rotations, device, rounds)
     result.absent |= absent
     return result

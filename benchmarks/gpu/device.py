@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch._functorch.config
 
 from benchmarks import measure
 
+# cycles, about 30 ms: a Python call of an operator takes longer than some of the kernels that it queues
+HEAD_START = 50_000_000
 # dense bfloat16 TFLOP/s with fp32 sums, of NVIDIA's data sheets, for the share of the peak that others quote as MFU
 PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
 
@@ -51,7 +54,10 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.properties = torch.cuda.get_device_properties(self.torch_device)
         self.cache_bytes = self.properties.L2_cache_size
-        self.clock = measure.cuda_clock
+
+    def clock(self, run: Callable[[], Any]) -> float:
+        """Run once; seconds on the GPU, which does not wait for the host meanwhile."""
+        return measure.cuda_clock(run, HEAD_START)
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """Record the run in a CUDA graph, after a warm-up on a side stream."""
@@ -67,7 +73,7 @@ class CudaDevice:
 
     def compile(self, function: Callable, thorough: bool) -> Callable:
         """Compile for the shapes at hand; thorough lets the compiler search for tiles."""
-        return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs" if thorough else None)
+        return compile_to_repeat(function, mode="max-autotune-no-cudagraphs" if thorough else None)
 
     def free(self) -> None:
         """Empty PyTorch's cache of memory."""
@@ -108,18 +114,32 @@ class Roof:
     """Of a large copy, bytes read and bytes written together."""
 
 
-def measure_roof(device: Device, size: int = 8192, copy_bytes: int = 2**30, rounds: int = 5) -> Roof:
-    """Time a square product and a copy, both far larger than any cache."""
+def compile_to_repeat(function: Callable, **options: Any) -> Callable:
+    """Compile for the shapes at hand, so that one backward pass can be taken many times.
+
+    Compiled backward passes reuse the memory of what the forward saved, and then refuse to run a second time.
+    """
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, dynamic=False, **options)
+
+
+def measure_roof(device: Device, size: int = 8192, copy_bytes: int = 2**30, rounds: int = 5, repeats: int = 10) -> Roof:
+    """Time square products and copies, both far larger than any cache."""
     a, b = (torch.randn(size, size, device=device.torch_device, dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(a)
     source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device.torch_device)
     target = torch.empty_like(source)
-    timings = measure.take_turns(
-        {"product": lambda: torch.mm(a, b, out=product), "copy": lambda: target.copy_(source)},
-        rounds,
-        clock=device.clock,
-    )
-    return Roof(2 * size**3 / timings["product"].median, 2 * copy_bytes / timings["copy"].median)
+
+    def multiply() -> None:
+        for _ in range(repeats):
+            torch.mm(a, b, out=product)
+
+    def copy() -> None:
+        for _ in range(repeats):
+            target.copy_(source)
+
+    timings = measure.take_turns({"product": multiply, "copy": copy}, rounds, clock=device.clock)
+    return Roof(repeats * 2 * size**3 / timings["product"].median, repeats * 2 * copy_bytes / timings["copy"].median)
 
 
 def peak_flops(name: str) -> float | None:

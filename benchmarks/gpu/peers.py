@@ -110,13 +110,27 @@ def flex_sigmoid(shape: Shape, slopes: Tensor, device: Device, thorough: bool) -
 
 
 def _block_mask(shape: Shape, device: Device, block: int) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The window in blocks, formed from their corners: by way of all pairs, a long sequence's would not fit a GPU."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     def inside(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (row >= key) & (row - key < shape.window)
 
-    return create_block_mask(
-        inside, None, None, shape.length, shape.length, device=str(device.torch_device), BLOCK_SIZE=block
+    first = torch.arange(0, shape.length, block, device=device.torch_device)
+    last = (first + block - 1).clamp_max(shape.length - 1)
+    # a block of rows against all blocks of keys: from the oldest row to the newest key, and the other way round
+    nearest, farthest = first[:, None] - last, last[:, None] - first
+    some = (farthest >= 0) & (nearest < shape.window)
+    is_whole = first + block <= shape.length
+    every = (nearest >= 0) & (farthest < shape.window) & is_whole & is_whole[:, None]
+    blocks = []
+    for chosen in (some & ~every, every):
+        blocks += [
+            chosen.sum(dim=1, dtype=torch.int32),
+            chosen.int().argsort(dim=1, descending=True, stable=True).int(),
+        ]
+    return BlockMask.from_kv_blocks(
+        *(t[None, None] for t in blocks), BLOCK_SIZE=block, mask_mod=inside, seq_lengths=(shape.length, shape.length)
     )  # fmt: skip
 
 

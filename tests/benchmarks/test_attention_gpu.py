@@ -270,7 +270,7 @@ def test_a_run_is_recorded_and_shown(tmp_path, monkeypatch, capsys):
     tasks = [(row["task"], row["ms"]) for row in record["rows"] if "task" in row]
     assert [task for task, _ in tasks] == ["forward", "backward", "decode", "forward", "backward"]
     assert record["gpu"] == {"name": "Fake H100", "driver_version": "1.2"}
-    assert record["settings"]["left out"] == "nothing"
+    assert record["settings"]["left out for want of time"] == record["settings"]["failed"] == "nothing"
     assert record["details"][0]["settings"] == {"swat-lm sigmoid": "", "SDPA with a mask": ""}
     # a window of at most 256 is judged by memory, a step of 64 streams too
     assert [line["goal"].split(":")[1] for line in record["goals"]] == [" share of memory"] * 5
@@ -299,7 +299,132 @@ def test_a_run_out_of_time_says_what_it_left_out(tmp_path, monkeypatch):
     assert run(tmp_path, monkeypatch, deadline=0.0) == 0
     record = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
     assert record["rows"] == []
-    assert "time was over" in record["settings"]["left out"]
+    left_out = record["settings"]["left out for want of time"]
+    assert left_out.startswith(f"attention {SHAPE}; decode {RINGS}; training step (1, 16); attention ")
+
+
+def test_a_part_that_would_not_end_in_time_is_not_begun(tmp_path, monkeypatch):
+    # every look at the clock takes ten seconds: so does a part
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr(attention_gpu.time, "monotonic", lambda: next(ticks))
+    assert run(tmp_path, monkeypatch, deadline=65.0) == 0
+    record = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
+    # the second attention shape would begin at 60 and end at 70
+    assert record["settings"]["left out for want of time"] == "attention B1 H2 K2 T64 D8 W16"
+    assert [row.get("task") for row in record["rows"]] == ["forward", "backward", "decode", None]
+
+
+def test_a_part_that_does_not_fit_takes_no_other_with_it(tmp_path, monkeypatch, capsys):
+    def draw(shape, *rest):
+        if shape == SHAPE:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nand more")
+        return Inputs(shape, *rest)
+
+    monkeypatch.setattr(comparison, "Inputs", draw)
+    assert run(tmp_path, monkeypatch) == 1
+    record = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
+    reason = f"attention {SHAPE}: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB."
+    assert record["settings"]["failed"] == reason
+    assert [row.get("task") for row in record["rows"]] == ["decode", None, "forward", "backward"]
+    assert reason in capsys.readouterr().err
+
+
+def test_a_candidate_that_does_not_fit_takes_no_other_with_it():
+    class Narrow(Inputs):
+        def arranged(self, candidate):
+            if candidate.heads_first:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.sets
+
+    copied = candidate(lambda q, k, v: q * 1.0, "copied", heads_first=True)
+    rest = candidate(lambda q, k, v: q * 1.0, "rest")
+    shape_inputs = Narrow(SHAPE, torch.device("cpu"), 2)
+    rotations = [(c.name, "", Rotation(c, "forward", shape_inputs)) for c in (copied, rest)]
+    result = comparison.take_turns(rotations, FakeDevice(), rounds=1)
+    assert set(result.timings) == {"rest"}
+    assert result.absent == {"copied": "out of memory: CUDA out of memory"}
+
+    # nor does what it has made stay behind
+    def fail(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backward = Rotation(rest, "backward", inputs())
+    with pytest.raises(torch.OutOfMemoryError):
+        backward.timed_by(fail)
+    assert backward.outputs == []
+
+
+def test_candidates_of_one_layout_share_their_inputs():
+    shape_inputs = inputs()
+    first, second = (candidate(lambda q, k, v: q, name, heads_first=True) for name in "ab")
+    assert shape_inputs.arranged(first) is shape_inputs.arranged(second)
+    assert shape_inputs.arranged(first)[1][0].shape == (2, 4, 150, 8)
+
+
+@pytest.mark.parametrize(("length", "window", "block"), [(150, 40, 32), (256, 64, 64), (300, 1, 64), (300, 1000, 128)])
+def test_blocks_of_a_window_are_those_of_all_its_pairs(length, window, block):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask = peers._block_mask(Shape(1, 1, 1, length, window, 8), FakeDevice(), block)
+    expected = create_block_mask(mask.mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=block)
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+    for ours, theirs in (
+        ((mask.kv_num_blocks, mask.kv_indices), (expected.kv_num_blocks, expected.kv_indices)),
+        ((mask.full_kv_num_blocks, mask.full_kv_indices), (expected.full_kv_num_blocks, expected.full_kv_indices)),
+        ((mask.q_num_blocks, mask.q_indices), (expected.q_num_blocks, expected.q_indices)),
+    ):
+        assert torch.equal(ours[0], theirs[0])
+        for row, count in enumerate(ours[0][0, 0].tolist()):
+            assert torch.equal(ours[1][0, 0, row, :count], theirs[1][0, 0, row, :count])
+
+
+def test_a_compiled_backward_can_be_taken_again():
+    """By default PyTorch's compiled backward gives away what the forward saved, and refuses a second pass."""
+    attend = candidate(device.compile_to_repeat(lambda q, k, v: (q @ k.mT).sin() @ v, backend="aot_eager"))
+    shape_inputs = Inputs(Shape(1, 2, 2, 4, 4, 8, torch.float32), torch.device("cpu"), 2)
+    # as verification takes it
+    leaves = [t.detach().requires_grad_() for t in shape_inputs.sets[0][:3]]
+    torch.autograd.grad(attend.attend(*leaves), leaves, shape_inputs.sets[0][3])
+    backward = Rotation(attend, "backward", shape_inputs)
+    backward.repeats = 5
+    assert backward.timed_by(FakeDevice().clock) == 0.01 / 5
+
+
+def test_the_gpu_waits_until_the_host_has_queued(monkeypatch):
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            said.append("record")
+
+        def synchronize(self):
+            said.append("wait")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(cycles))
+    assert measure.cuda_clock(lambda: said.append("run"), 7) == 0.003
+    assert said == ["wait", 7, "record", "run", "record", "wait"]
+
+
+def test_a_step_is_verified_on_a_few_sequences_of_the_whole_batch(monkeypatch):
+    batches = []
+    definition = decoding.window_attention_step
+
+    def watched(query, *rest, **options):
+        batches.append((options["backend"], query.shape[0]))
+        return definition(query, *rest, **options)
+
+    monkeypatch.setattr(decoding, "window_attention_step", watched)
+    slopes = torch.full((RINGS.heads,), -0.1)
+    decoding.verify_step(decoding.ours("blocked")(RINGS, slopes), RINGS, slopes)
+    assert batches == [("reference", 3), ("reference", 3), ("blocked", 64)]
 
 
 def test_without_a_gpu_one_line_says_what_is_needed(monkeypatch, capsys):
@@ -312,7 +437,7 @@ def test_without_a_gpu_one_line_says_what_is_needed(monkeypatch, capsys):
 
 
 def test_roof_and_peak():
-    roof = device.measure_roof(FakeDevice(), size=64, copy_bytes=1000, rounds=1)
+    roof = device.measure_roof(FakeDevice(), size=64, copy_bytes=1000, rounds=1, repeats=1)
     assert (roof.flops_per_second, roof.bytes_per_second) == (pytest.approx(2 * 64**3 / 0.01), pytest.approx(2e5))
     assert device.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
     assert device.peak_flops("NVIDIA H100 PCIe") == 756e12
