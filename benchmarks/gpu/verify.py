@@ -2,6 +2,7 @@
 
 The last rows of a sequence see the last keys only, and the last keys are seen by the last rows only. So for a few
 sequences and heads the definition in float64 gives those rows' outputs and all three gradients exactly, at any length.
+Rows at the beginning and in the middle are compared in their outputs, and the latter in their queries' gradients too.
 The error may be twice PyTorch's own at the same precision, plus two units in the last place of the largest value.
 """
 
@@ -41,6 +42,9 @@ def verify(candidate: Candidate, inputs: Inputs, backward: bool) -> None:
         _check_span(candidate, inputs, results, batches, kv_head, max(0, length - ROWS), length)
         # the first rows, where the window is still growing; their keys are seen by later rows too
         _check_span(candidate, inputs, results[:1], batches, kv_head, 0, min(ROWS, length))
+        # and some in the middle, at no multiple of any tile, with the gradient of their queries
+        middle = length // 2 + 5
+        _check_span(candidate, inputs, results[:2], batches, kv_head, middle, min(middle + ROWS, length))
 
 
 def _check_span(

@@ -111,6 +111,21 @@ def test_wrong_candidates_are_refused(reason):
         verify(wrong, shape_inputs, backward=True)
 
 
+def test_defects_in_the_middle_are_refused():
+    long = Shape(1, 2, 1, 600, 40, 8, torch.float32)
+    shape_inputs = Inputs(long, torch.device("cpu"), 1)
+    (right,) = peers.ours("blocked")(long, shape_inputs.slopes, FakeDevice(), False)
+    scale = torch.ones(600, 1, 1)
+    scale[350] = 1.001
+    for reason, change in {
+        "the output is wrong": lambda q, k, v: right.attend(q, k, v) * scale,
+        "the gradient of the query is wrong": lambda q, k, v: right.attend(q.detach() + (q - q.detach()) * scale, k, v),
+    }.items():
+        with pytest.raises(WrongResultError, match=reason):
+            verify(candidate(change, has_slopes=True), shape_inputs, backward=True)
+    verify(right, shape_inputs, backward=True)
+
+
 def test_a_window_of_another_length_is_refused():
     (longer,), _ = built(peers.ours_softmax("blocked"))
     for window in (39, 41):
