@@ -50,6 +50,8 @@ class Problem(NamedTuple):
     hardware: bool
     # its name, by which tuned tiles are kept: cards of one capability differ in memory and in multiprocessors
     gpu: str = ""
+    # whether the kernel rotates; tuned tiles are shared with calls that do not
+    rotary: bool = False
 
     @property
     def block_dim(self) -> int:
@@ -112,7 +114,7 @@ _AMPERE = {
     },
     "backward key": {
         64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
-        128: (Tile(16, 64, 4, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)),
         256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     # never chosen by rule there
@@ -129,6 +131,8 @@ _SOFTMAX_HOPPER = {
         128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
     },
 }
+# rotating a tile of queries takes registers of its own
+_ROTARY_HOPPER = {"forward": {128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3))}}
 
 
 def configuration(kernel: str, problem: Problem) -> Tile:
@@ -153,6 +157,8 @@ def configuration(kernel: str, problem: Problem) -> Tile:
         special = _SOFTMAX_HOPPER.get(kernel, {})
         if size in special:
             return special[size][wide]
+    if problem.rotary and problem.family == "hopper" and size in _ROTARY_HOPPER.get(kernel, {}):
+        return _ROTARY_HOPPER[kernel][size][wide]
     tile = (_HOPPER if problem.family == "hopper" else _AMPERE)[kernel][size][wide]
     return tile._replace(stages=min(tile.stages, 2)) if problem.family == "consumer" else tile
 

@@ -72,7 +72,7 @@ def forward(
     bias = HeadBias(*(t.contiguous() for t in bias))
     if cos is not None and sin is not None:
         key = rotate(key, cos, sin, key.dtype)
-    problem = Problem.of(query, key, rows.window, score_function)
+    problem = Problem.of(query, key, rows.window, score_function)._replace(rotary=cos is not None)
     tile = configuration("forward", problem)
     group = num_heads // num_kv_heads
     key_norms = largest_norms(key) if skip_saturated and key.numel() else None

@@ -60,11 +60,19 @@ def load_rotated(
     base, first_row, stride_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Load `[BLOCK_ROWS, BLOCK_DIM]` and rotate it, float32; each channel is loaded beside its partner."""
+    """Load `[BLOCK_ROWS, BLOCK_DIM]` and rotate it, float32."""
     row = tl.arange(0, BLOCK_ROWS)
+    base += first_row.to(tl.int64) * stride_row
+    if HEAD_DIM == BLOCK_DIM:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        pointers = base + row[:, None] * stride_row + tl.arange(0, HALF)[None, :]
+        inside = (first_row + row < num_rows)[:, None]
+        first = tl.load(pointers, mask=inside, other=0.0)
+        second = tl.load(pointers + HALF, mask=inside, other=0.0)
+        return turn_halves(first, second, first_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM, BLOCK_ROWS, BACK)
+    # a padded head has no middle to join at: each channel is loaded beside its partner
     channel = tl.arange(0, BLOCK_DIM)
     inside = (first_row + row < num_rows)[:, None] & (channel < HEAD_DIM)[None, :]
-    base += first_row.to(tl.int64) * stride_row
     own = tl.load(base + row[:, None] * stride_row + channel[None, :], mask=inside, other=0.0)
     partner = tl.load(base + row[:, None] * stride_row + partner_of(channel, HEAD_DIM)[None, :], mask=inside, other=0.0)
     return turn(own, partner, first_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BACK)
@@ -77,21 +85,34 @@ def rotate_back(
 ):  # fmt: skip
     """Rotate a tile of gradients in registers back."""
     if HEAD_DIM == BLOCK_DIM:
-        HALF: tl.constexpr = HEAD_DIM // 2
-        row = first_row + tl.arange(0, BLOCK_ROWS)
-        places = row.to(tl.int64)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-        inside = (row < num_rows)[:, None]
-        cos = tl.load(cos_ptr + places, mask=inside, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + places, mask=inside, other=0.0).to(tl.float32)
-        first, second = tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
-        turned = tl.join(first * cos + second * sin, second * cos - first * sin)
-        return tl.reshape(tl.permute(turned, (0, 2, 1)), (BLOCK_ROWS, BLOCK_DIM))
+        first, second = tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, HEAD_DIM // 2)), (0, 2, 1)))
+        return turn_halves(first, second, first_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM, BLOCK_ROWS, True)
     # a padded head has no middle to split at
     channel = tl.arange(0, BLOCK_DIM)
     # padded channels are their own partners
     index = tl.where(channel < HEAD_DIM, partner_of(channel, HEAD_DIM), channel)
     partner = tl.gather(x, tl.broadcast_to(index[None, :], (BLOCK_ROWS, BLOCK_DIM)), axis=1)
     return turn(x, partner, first_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
+
+
+@triton.jit
+def turn_halves(
+    first, second, first_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BACK: tl.constexpr,
+):  # fmt: skip
+    """Return the rotated halves `[BLOCK_ROWS, HEAD_DIM / 2]` of a tile, joined, float32."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    places = row.to(tl.int64)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    inside = (row < num_rows)[:, None]
+    cos = tl.load(cos_ptr + places, mask=inside, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        sin = -sin
+    first = first.to(tl.float32)
+    second = second.to(tl.float32)
+    turned = tl.join(first * cos - second * sin, second * cos + first * sin)
+    return tl.reshape(tl.permute(turned, (0, 2, 1)), (BLOCK_ROWS, HEAD_DIM))
 
 
 @triton.jit

@@ -72,6 +72,7 @@ def test_no_spills(name, capability, head_dim, window, variant):
     kernel = {"forward": forward._forward, "backward query": backward._backward_query}.get(name, backward._backward_key)
     dtype = torch.float16 if "half" in variant else torch.bfloat16
     problem = Problem(window, head_dim, 1, dtype, "softmax" in variant, divmod(capability, 10), True)
+    problem = problem._replace(rotary="rotary" in variant)
     tile = configuration(name, problem)
     arguments = arguments_of(kernel, name, problem, tile, variant)
     compiled = compile_kernel(kernel, arguments, capability, tile.warps, tile.stages, tile.registers)
