@@ -275,7 +275,8 @@ def benchmarks(result: dict[str, Any]) -> str:
     for heading in columns:
         cells = [row["cells"].get(heading) for row in result["rows"]]
         body.append([heading, *("" if cell is None else in_percent(cell["value"], cell["error"]) for cell in cells)])
-    remarks = "\n".join(f"- {note}" for note in result["notes"])
+    # the paper's rows are not shown here
+    remarks = "\n".join(f"- {note}" for note in result["notes"] if not note.startswith("Rows of the paper"))
     return f"Commit {result['commit']}.\n\n{rows(['', *names], body)}\n\n{remarks}"
 
 

@@ -66,10 +66,12 @@ def arguments_of(kernel, name, problem, tile, variant):
 )
 def test_no_spills(name, capability, head_dim, window, variant):
     pytest.importorskip("triton", reason="triton is not installed")
-    from swat_lm.ops.triton import backward, forward
+    from swat_lm.ops.triton import backward_kernels, forward
     from swat_lm.ops.triton.configurations import Problem, configuration
 
-    kernel = {"forward": forward._forward, "backward query": backward._backward_query}.get(name, backward._backward_key)
+    kernel = {"forward": forward._forward, "backward query": backward_kernels.backward_query}.get(
+        name, backward_kernels.backward_key
+    )
     dtype = torch.float16 if "half" in variant else torch.bfloat16
     problem = Problem(window, head_dim, 1, dtype, "softmax" in variant, divmod(capability, 10), True)
     problem = problem._replace(rotary="rotary" in variant)
@@ -91,11 +93,11 @@ def test_no_spills(name, capability, head_dim, window, variant):
 def test_another_length_is_no_reason_to_compile_again():
     """Triton makes a kernel of its own for an argument of 1 and for multiples of 16, unless it is told not to."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from swat_lm.ops.triton import backward, forward, rotation, saturation
+    from swat_lm.ops.triton import backward_kernels, forward, rotation, saturation
     from swat_lm.ops.triton.device import SIZES
 
     kernels = (
-        forward._forward, backward._backward_query, backward._backward_key, rotation._rotate,
+        forward._forward, backward_kernels.backward_query, backward_kernels.backward_key, rotation._rotate,
         saturation._norms_of_blocks,
     )  # fmt: skip
     found = {p.name: p.do_not_specialize for kernel in kernels for p in kernel.params if p.name in SIZES}

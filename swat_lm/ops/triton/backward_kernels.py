@@ -1,0 +1,305 @@
+"""Backward kernels: gradients of queries by tiles of rows, gradients of keys and values by tiles of keys.
+
+Weights are recomputed. The heads of a group are summed inside the block that owns the keys, so nothing is added twice
+and no order of addition is left open. Called by backward.py; the equations are in docs/mathematics.md.
+"""
+
+# Triton rewrites the bodies of kernels, which a checker of Python misreads
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+from swat_lm.ops.triton.device import (
+    LOG2_E,
+    SIZES,
+    exp2,
+    hidden_score,
+    load_tile,
+    scalar,
+    score_unit,
+    sigmoid,
+    store_tile,
+)
+from swat_lm.ops.triton.forward import tile_scores
+from swat_lm.ops.triton.geometry import rows_of_tile, tiles_of_rows, visible_keys
+from swat_lm.ops.triton.rotation import rotate_back
+from swat_lm.ops.triton.saturation import add_output_gradients, reach, saturated_tiles
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_query(
+    query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_query_ptr, lse_ptr, shift_ptr, slopes_ptr, bias_ptr,
+    lower_ptr, last_ptr, cos_ptr, sin_ptr, key_norms_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
+    stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr,
+    SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of one tile of queries of one head."""
+    member = tl.program_id(0) % GROUP
+    block = tl.num_programs(0) // GROUP - 1 - tl.program_id(0) // GROUP
+    kv_head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    head = kv_head * GROUP + member
+    first_row = block * BLOCK_ROWS
+    if RAGGED:
+        lower_ptr += sequence * num_queries
+        last_ptr += sequence * num_queries
+    start, left, right, count = tiles_of_rows(
+        lower_ptr, last_ptr, first_row, num_queries, num_keys, offset, window, RAGGED, BLOCK_ROWS, BLOCK_KEYS
+    )  # fmt: skip
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    lower, last = visible_keys(
+        lower_ptr, last_ptr, tl.minimum(row, num_queries - 1), num_queries, num_keys, offset, window, RAGGED
+    )  # fmt: skip
+    unit = score_unit(SOFTMAX, FAST)
+    slope = tl.load(slopes_ptr + head)
+    bias = tl.load(bias_ptr + head)
+
+    query_ptr += sequence * stride_qb + head.to(tl.int64) * stride_qh
+    q = load_tile(query_ptr, first_row, stride_qt, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
+    grad_output_ptr += sequence * stride_ob + head.to(tl.int64) * stride_oh
+    d_out = load_tile(grad_output_ptr, first_row, stride_ot, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
+    key_ptr += sequence * stride_kb + kv_head.to(tl.int64) * stride_kh
+    value_ptr += sequence * stride_vb + kv_head.to(tl.int64) * stride_vh
+    num_heads = tl.num_programs(1) * GROUP
+    normaliser, shift = row_statistics(
+        lse_ptr, shift_ptr, sequence * num_queries * num_heads + head, row, num_heads, num_queries, SOFTMAX
+    )  # fmt: skip
+    d_query = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
+    if SKIP:
+        # a saturated weight has no gradient, be it 0 or 1
+        key_norm = tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head)
+        saturated = saturated_tiles(
+            q, key_norm, slope, bias, scale, tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr,
+            num_queries, num_keys, offset, window, RAGGED, BLOCK_KEYS,
+        )  # fmt: skip
+        left = tl.maximum(left, saturated)
+    else:
+        saturated = 0
+    slope = slope * unit
+    bias = bias * unit
+    d_query = _over_keys(
+        d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated,
+        left, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE,
+        INPUT_PRECISION,
+    )  # fmt: skip
+    d_query = _over_keys(
+        d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left,
+        right, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, False, HARDWARE,
+        INPUT_PRECISION,
+    )  # fmt: skip
+    d_query = _over_keys(
+        d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, right,
+        count, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE,
+        INPUT_PRECISION,
+    )  # fmt: skip
+    d_query = d_query * scale
+    if ROTARY:
+        d_query = rotate_back(
+            d_query, first_row, num_queries, cos_ptr + sequence * stride_ab, sin_ptr + sequence * stride_ab, HEAD_DIM,
+            BLOCK_DIM, BLOCK_ROWS,
+        )  # fmt: skip
+    grad_query_ptr += sequence * stride_gb + head * stride_gh
+    store_tile(grad_query_ptr, first_row, stride_gt, num_queries, d_query, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS)
+
+
+@triton.jit
+def _over_keys(
+    d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, begin, end,
+    num_keys, scale, slope, bias, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    SOFTMAX: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    for tile in tl.range(scalar(begin), scalar(end)):
+        first_key = start + tile * BLOCK_KEYS
+        k = load_tile(key_ptr, first_key, stride_ks, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
+        v = load_tile(value_ptr, first_key, stride_vs, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
+        product = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+        score = tile_scores(
+            product, first_key, lower, last, num_keys, scale, slope, bias, BLOCK_KEYS, SOFTMAX, FAST, MASKED
+        )  # fmt: skip
+        d_weight = tl.dot(d_out, tl.trans(v), input_precision=INPUT_PRECISION)
+        if SOFTMAX:
+            weight = exp2(score - normaliser[:, None], HARDWARE)
+            d_score = weight * (d_weight - shift[:, None])
+        else:
+            weight = sigmoid(score, FAST, HARDWARE)
+            part = weight * d_weight
+            d_score = part - weight * part
+        d_query = tl.dot(d_score.to(k.dtype), k, d_query, input_precision=INPUT_PRECISION)
+    return d_query
+
+
+@triton.jit
+def row_statistics(lse_ptr, shift_ptr, begin, row, num_heads, num_queries, SOFTMAX: tl.constexpr):
+    """Return softmax's normaliser in the unit of scores and its shift; a row that sees nothing gets weights of 0."""
+    if SOFTMAX:
+        exists = row < num_queries
+        normaliser = tl.load(lse_ptr + begin + row * num_heads, mask=exists, other=float("inf")) * LOG2_E
+        shift = tl.load(shift_ptr + begin + row * num_heads, mask=exists, other=0.0)
+    else:
+        normaliser = 0.0
+        shift = 0.0
+    return normaliser, shift
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_key(
+    query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_key_ptr, grad_value_ptr, grad_query_ptr, per_head_ptr,
+    lse_ptr, shift_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr, table_ptr, cos_ptr, sin_ptr,
+    query_norms_ptr, key_norms_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_ob, stride_ot, stride_oh, stride_hb, stride_hs, stride_hh, stride_gb, stride_gt, stride_gh,
+    stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr,
+    SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    PER_HEAD: tl.constexpr, QUERY: tl.constexpr, REGULAR_LAST: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of one tile of keys and values, and add to those of slopes and queries where asked to."""
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    first_key = block * BLOCK_KEYS
+    num_heads = tl.num_programs(1) * GROUP
+    if RAGGED:
+        lower_ptr += sequence * num_queries
+        last_ptr += sequence * num_queries
+        table_ptr += (sequence * tl.num_programs(0) + block) * 4
+    start, left, right, count = rows_of_tile(
+        table_ptr, first_key, num_queries, num_keys, offset, window, RAGGED, BLOCK_ROWS, BLOCK_KEYS
+    )  # fmt: skip
+    unit = score_unit(SOFTMAX, FAST)
+    key_ptr += sequence * stride_kb + kv_head.to(tl.int64) * stride_kh
+    value_ptr += sequence * stride_vb + kv_head.to(tl.int64) * stride_vh
+    k = load_tile(key_ptr, first_key, stride_ks, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True)
+    v = load_tile(value_ptr, first_key, stride_vs, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True)
+    d_key = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
+    d_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        slope = tl.load(slopes_ptr + head)
+        bias = tl.load(bias_ptr + head)
+        q_ptr = query_ptr + sequence * stride_qb + head.to(tl.int64) * stride_qh
+        o_ptr = grad_output_ptr + sequence * stride_ob + head.to(tl.int64) * stride_oh
+        g_ptr = grad_query_ptr + sequence * stride_gb + head * stride_gh
+        statistics = sequence * num_queries * num_heads + head
+        inner_end = right
+        outer_end = count
+        if SKIP and REGULAR_LAST:
+            # tiles of rows so far behind the last key that every weight is 0 or 1
+            norms = (
+                tl.load(query_norms_ptr + sequence * num_heads + head),
+                tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head),
+            )
+            final_key = tl.minimum(first_key + BLOCK_KEYS, num_keys) - 1
+            far_row = final_key + reach(slope, bias, scale, norms[0], norms[1]) - offset
+            near = tl.maximum(far_row - start + BLOCK_ROWS - 1, 0) // BLOCK_ROWS
+            near = tl.minimum(tl.maximum(near, left), count)
+            inner_end = tl.minimum(right, near)
+            outer_end = tl.maximum(right, near)
+            if slope > 0:
+                d_value = add_output_gradients(
+                    d_value, o_ptr, stride_ot, num_queries, start, inner_end, right, first_key, lower_ptr, last_ptr,
+                    num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, False,
+                    INPUT_PRECISION,
+                )  # fmt: skip
+                d_value = add_output_gradients(
+                    d_value, o_ptr, stride_ot, num_queries, start, outer_end, count, first_key, lower_ptr, last_ptr,
+                    num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, True,
+                    INPUT_PRECISION,
+                )  # fmt: skip
+        slope = slope * unit
+        bias = bias * unit
+        d_slope = tl.zeros([BLOCK_KEYS], dtype=tl.float32)
+        d_bias = tl.zeros([BLOCK_KEYS], dtype=tl.float32)
+        d_key, d_value, d_slope, d_bias = _over_rows(
+            d_key, d_value, d_slope, d_bias, k, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
+            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, 0, left, first_key, num_queries,
+            num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, SOFTMAX,
+            FAST, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+        )  # fmt: skip
+        d_key, d_value, d_slope, d_bias = _over_rows(
+            d_key, d_value, d_slope, d_bias, k, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
+            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, left, inner_end, first_key,
+            num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+            BLOCK_KEYS, SOFTMAX, FAST, RAGGED, False, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+        )  # fmt: skip
+        d_key, d_value, d_slope, d_bias = _over_rows(
+            d_key, d_value, d_slope, d_bias, k, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
+            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, right, outer_end, first_key,
+            num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+            BLOCK_KEYS, SOFTMAX, FAST, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+        )  # fmt: skip
+        if PER_HEAD:
+            pointers = per_head_ptr + ((sequence * num_heads + head) * tl.num_programs(0) + block) * 2
+            tl.store(pointers, tl.sum(d_slope, axis=0))
+            tl.store(pointers + 1, tl.sum(d_bias, axis=0))
+    d_key = d_key * scale
+    if ROTARY:
+        d_key = rotate_back(
+            d_key, first_key, num_keys, cos_ptr + sequence * stride_ab, sin_ptr + sequence * stride_ab, HEAD_DIM,
+            BLOCK_DIM, BLOCK_KEYS,
+        )  # fmt: skip
+    place = sequence * stride_hb + kv_head * stride_hh
+    store_tile(grad_key_ptr + place, first_key, stride_hs, num_keys, d_key, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS)
+    store_tile(grad_value_ptr + place, first_key, stride_hs, num_keys, d_value, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS)
+
+
+@triton.jit
+def _over_rows(
+    d_key, d_value, d_slope, d_bias, k, v, query_ptr, grad_output_ptr, grad_query_ptr, stride_qt, stride_ot, stride_gt,
+    lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, begin, end, first_key, num_queries,
+    num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr,
+    RAGGED: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    PER_HEAD: tl.constexpr, QUERY: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK_KEYS)
+    for tile in tl.range(scalar(begin), scalar(end)):
+        first_row = start + tile * BLOCK_ROWS
+        row = first_row + tl.arange(0, BLOCK_ROWS)
+        q = load_tile(query_ptr, first_row, stride_qt, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, MASKED)
+        d_out = load_tile(grad_output_ptr, first_row, stride_ot, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, MASKED)
+        lower, last = visible_keys(lower_ptr, last_ptr, row, num_queries, num_keys, offset, window, RAGGED)
+        normaliser, shift = row_statistics(
+            lse_ptr, shift_ptr, statistics, row, num_heads, num_queries, SOFTMAX
+        )  # fmt: skip
+        # keys by rows: the weights are then the left factor of both products, straight from registers
+        product = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
+        distance = last - first_key
+        row_bias = slope * distance.to(tl.float32) + bias
+        score = product * (scale * unit) + (row_bias[None, :] - (slope * column.to(tl.float32))[:, None])
+        if MASKED:
+            upper = tl.minimum(last, num_keys - 1)
+            width = tl.maximum(upper - lower + 1, 0).to(tl.uint32)
+            from_upper = ((upper - first_key)[None, :] - column[:, None]).to(tl.uint32)
+            score = tl.where(from_upper < width[None, :], score, hidden_score(SOFTMAX, FAST))
+        if SOFTMAX:
+            weight = exp2(score - normaliser[None, :], HARDWARE)
+        else:
+            weight = sigmoid(score, FAST, HARDWARE)
+        d_value = tl.dot(weight.to(d_out.dtype), d_out, d_value, input_precision=INPUT_PRECISION)
+        d_weight = tl.dot(v, tl.trans(d_out), input_precision=INPUT_PRECISION)
+        if SOFTMAX:
+            d_score = weight * (d_weight - shift[None, :])
+        else:
+            part = weight * d_weight
+            d_score = part - weight * part
+        if PER_HEAD:
+            own = tl.sum(d_score, axis=1)
+            d_bias += own
+            d_slope += tl.sum(d_score * distance.to(tl.float32)[None, :], axis=1) - own * column.to(tl.float32)
+        d_score = d_score.to(q.dtype)
+        d_key = tl.dot(d_score, q, d_key, input_precision=INPUT_PRECISION)
+        if QUERY:
+            d_query = tl.dot(tl.trans(d_score), k, input_precision=INPUT_PRECISION) * scale
+            channel = tl.arange(0, BLOCK_DIM)
+            places = first_row.to(tl.int64) * stride_gt + (row - first_row)[:, None] * stride_gt + channel[None, :]
+            inside = (row < num_queries)[:, None] & (channel < HEAD_DIM)[None, :]
+            tl.atomic_add(grad_query_ptr + places, d_query, mask=inside, sem="relaxed")
+    return d_key, d_value, d_slope, d_bias
