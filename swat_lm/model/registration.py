@@ -1,7 +1,8 @@
 """Makes Hugging Face's Auto classes know SwatConfig and its models, without importing `transformers` here.
 
-Where `transformers` comes later, a finder waits for its Auto modules and registers right after they are executed;
-where they are loaded already, it happens at once. `import swat_lm` stays cheap, and works without `transformers`.
+Where `transformers` comes later, a finder waits for its Auto modules and registers as soon as they are executed, and
+nothing that our modules are built on is half executed; where they are loaded already, it happens at once. So
+`import swat_lm` stays cheap, and works without `transformers`.
 """
 
 import logging
@@ -18,6 +19,9 @@ WAITED_FOR = {
     "transformers.models.auto.configuration_auto": "swat_lm.model.configuration",
     "transformers.models.auto.modeling_auto": "swat_lm.model.modeling",
 }
+
+# what ours are built on; some import Auto modules themselves, and ours cannot be imported while one of them is executed
+BUILT_ON = ("transformers.modeling_utils", "transformers.modeling_layers", "transformers.generation.utils")
 
 # of transformers; pyproject.toml says the same
 OLDEST = (5, 20)
@@ -39,29 +43,45 @@ def complaint() -> str | None:
     )
 
 
-def register(registering: str) -> None:
-    """Import a module of ours that registers itself, unless the installed transformers is too old for it."""
-    problem = complaint()
-    if problem is None:
-        import_module(registering)
-    elif registering == WAITED_FOR["transformers.models.auto.configuration_auto"]:
-        # said once; who asks for a model class gets it as an error
-        logging.getLogger(__name__).warning(problem)
+def register() -> None:
+    """Import those of ours whose Auto modules are there, unless it is too early, or transformers too old."""
+    if any(_is_half_executed(name) for name in BUILT_ON):
+        # when that one is executed, this is called again
+        return
+    for waited_for, registering in WAITED_FOR.items():
+        if waited_for not in _executed or registering in _registered:
+            continue
+        _registered.add(registering)
+        problem = complaint()
+        if problem is None:
+            import_module(registering)
+        elif registering == WAITED_FOR["transformers.models.auto.configuration_auto"]:
+            # said once; who asks for a model class gets it as an error
+            logging.getLogger(__name__).warning(problem)
+
+
+_executed: set[str] = set()
+_registered: set[str] = set()
+
+
+def _is_half_executed(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and name not in _executed and getattr(module.__spec__, "_initializing", False)
 
 
 class _RegisteringLoader(Loader):
-    """Executes a module as its own loader does, then imports the module that registers our classes."""
+    """Executes a module as its own loader does, then registers what waited for it."""
 
-    def __init__(self, loader: Loader, registering: str) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._registering = registering
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        register(self._registering)
+        _executed.add(module.__name__)
+        register()
 
 
 class _AutoFinder(MetaPathFinder):
@@ -70,7 +90,7 @@ class _AutoFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in WAITED_FOR:
+        if fullname not in WAITED_FOR and fullname not in BUILT_ON:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -78,7 +98,7 @@ class _AutoFinder(MetaPathFinder):
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _RegisteringLoader(spec.loader, WAITED_FOR[fullname])
+                    spec.loader = _RegisteringLoader(spec.loader)
                 return spec
         return None
 
@@ -87,6 +107,8 @@ def arrange() -> None:
     """Register now what transformers has loaded, and the rest when it is loaded; calling twice changes nothing."""
     if not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AutoFinder())
-    for waited_for, registering in WAITED_FOR.items():
-        if waited_for in sys.modules:
-            register(registering)
+    for name in (*WAITED_FOR, *BUILT_ON):
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _executed.add(name)
+    register()

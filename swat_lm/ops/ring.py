@@ -40,7 +40,7 @@ def step(
             )
             return output, output.new_empty(0, dtype=table.dtype) if lse is None else lse
     write(key, value, key_ring, value_ring, slot, position)
-    grouped = query.to(score_dtype(query)).reshape(batch, num_kv_heads, -1, head_dim)
+    grouped = query.to(score_dtype(query)).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     output = torch.empty_like(grouped)
     softmax = score_function == "softmax"
     lse = grouped.new_empty(grouped.shape[:3] if softmax else 0)

@@ -26,6 +26,11 @@ def test_save_and_load_is_bitwise(tmp_path):
     [
         ("import swat_lm", "from transformers import AutoModelForCausalLM as A"),
         ("from swat_lm import SwatForCausalLM", "from transformers import AutoModelForCausalLM as A"),
+        # these load the Auto classes while transformers is half imported
+        ("import swat_lm", "from transformers import LlamaForCausalLM, AutoModelForCausalLM as A"),
+        ("import transformers, swat_lm", "from transformers import GPT2LMHeadModel, AutoModelForCausalLM as A"),
+        ("from swat_lm import window_attention", "from transformers import MistralModel, AutoModelForCausalLM as A"),
+        ("from transformers import LlamaModel", "import swat_lm; from transformers import AutoModelForCausalLM as A"),
     ],
 )
 def test_auto_classes_know_the_model(tmp_path, first, then):

@@ -140,3 +140,16 @@ def test_refusals():
         call(query, key.requires_grad_(), value, ring, ring.clone(), slot, position)
     with pytest.raises(ValueError, match=r"^slopes: expected one number per query head, shape \[4\], got \[3\]"):
         call(query, key.detach(), value, ring, ring.clone(), slot, position, slopes=slopes[:3])
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_a_step_of_no_sequence(backend, score_function):
+    query, key = torch.randn(0, 1, 4, 8), torch.randn(0, 1, 2, 8)
+    rings = [torch.zeros(3, 5, 2, 8) for _ in range(2)]
+    nobody = torch.zeros(0, dtype=torch.int64)
+    output = window_attention_step(
+        query, key, key, *rings, nobody, nobody, score_function=score_function, backend=backend
+    )
+    assert output.shape == query.shape
+    assert not rings[0].any()

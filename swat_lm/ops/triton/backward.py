@@ -3,6 +3,9 @@
 Sigmoid needs the queries, keys and values only, softmax also its output and lse. The kernels: backward_kernels.py.
 """
 
+# how kernels are launched is beyond a checker of Python
+# pyright: reportCallIssue=false
+
 from typing import NamedTuple
 
 import torch
