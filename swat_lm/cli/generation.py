@@ -15,6 +15,8 @@ from swat_lm.cli.outputs import check_new_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from swat_lm.model.state import StreamState
+
 __all__ = ["generate"]
 
 PIECE_BYTES = 1 << 16
@@ -88,14 +90,17 @@ def generate(
             read_prompt(model, [[last]], state)
         save_to.parent.mkdir(parents=True, exist_ok=True)
         save_state(state, save_to)
-    report_state(read, before, int(state.position), state.num_bytes)
+    report_state(state, read, before)
 
 
-def report_state(read: int, before: int, position: int, after: int) -> None:
-    """The size of the state after the prompt and at the end."""
-    same = "constant" if before == after else "growing: the model has full-attention layers"
+def report_state(state: "StreamState", read: int, before: int) -> None:
+    """The size of the state after the prompt, `before`, and now."""
+    # not judged by the two sizes: what grows does so in blocks
+    kind = "grows with every token: the model has full-attention layers" if state.grows else "constant"
     messages().print(
-        f"state: {before:,} bytes after {read:,} tokens read, {after:,} bytes after {position:,} ({same})", markup=False
+        f"state: {before:,} bytes after {read:,} tokens read, {state.num_bytes:,} bytes after {int(state.position):,} "
+        f"({kind})",
+        markup=False,
     )
 
 

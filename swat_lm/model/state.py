@@ -50,6 +50,11 @@ class StreamState:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, self.position))
 
     @property
+    def grows(self) -> bool:
+        """Whether any layer keeps everything, so that the state grows with the stream (in blocks)."""
+        return None in self.windows
+
+    @property
     def batch_size(self) -> int:
         """B."""
         return self.position.shape[0]
