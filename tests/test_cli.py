@@ -296,7 +296,6 @@ def test_generate_reads_a_pipe_and_saves_its_state(cli, here: Path, exported: Pa
     assert "5,207 tokens read" in continued.err
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff\xfe")))
     assert "stdin is not UTF-8 text (byte 3)" in cli("generate", exported, "--prompt", "-").err
-    assert "give --prompt" in cli("generate", exported, "--load-state", "state.safetensors").err
 
 
 def test_generate_refuses_what_does_not_belong_together(cli, here: Path, exported: Path):

@@ -1,21 +1,28 @@
 """`swat-lm generate`: continue a text, streamed to stdout, in memory that does not grow with it."""
 
 import codecs
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self
 
 import typer
 
 from swat_lm.cli.checkpoints import load_checkpoint
 from swat_lm.cli.console import messages
+from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.outputs import check_new_file
 
 if TYPE_CHECKING:
+    from torch import Generator, Tensor
     from transformers import PreTrainedTokenizerFast
 
+    from swat_lm.model.modeling import SwatForCausalLM
     from swat_lm.model.state import StreamState
+    from swat_lm.serve.sampling import Sampling
 
 __all__ = ["generate"]
 
@@ -46,7 +53,8 @@ def generate(
     """Continue a text and stream it to stdout.
 
     The prompt is read in pieces and forgotten; all that is kept of it is the model's state, whose size goes to stderr.
-    For a window model it is constant, so the prompt may be a pipe that never ends.
+    For a window model it is constant, so the prompt may be a pipe that never ends. With --save-state, Ctrl-C saves the
+    state first; with --load-state, a prompt is optional.
 
     \b
     Examples:
@@ -56,41 +64,140 @@ def generate(
     import torch
 
     from swat_lm.data import vocabulary_size
-    from swat_lm.model.state import load_state, save_state
+    from swat_lm.model.state import load_state
     from swat_lm.serve.sampling import Sampling
-    from swat_lm.serve.stream import TextAssembler, generate_tokens, read_prompt
 
     sampling = Sampling(temperature, top_k, top_p)
+    check_text(prompt, "--prompt")
     if save_to is not None:
         check_new_file(save_to, "--save-state")
     model, tokens = load_checkpoint(checkpoint, tokenizer, device)
     if model.device.type == "cpu":
         model.arrange_for_decoding()
     sampling = Sampling(temperature, top_k, top_p, vocab_size=vocabulary_size(tokens))
-    fresh = load_from is None
     state = model.init_state() if load_from is None else load_state(load_from, model.device)
     if state.batch_size != 1:
         raise ValueError(f"{load_from}: holds {state.batch_size} streams, expected one")
-    pieces = prompt_pieces(tokens, prompt, fresh)
-    logits = read_prompt(model, pieces, state, chunk)
-    if logits is None:
-        raise ValueError("nothing to continue: give --prompt" + ("" if fresh else ", the text that follows the state"))
-    before, read = state.num_bytes, int(state.position)
     generator = torch.Generator(model.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    end = end_token(tokens)
-    stop = () if ignore_end or end is None else (end,)
-    assembler, last = TextAssembler(tokens), None
-    for last in generate_tokens(model, logits, state, sampling, max_new_tokens, generator, stop):
-        write(assembler.push(last))
-    write(assembler.finish() + "\n")
-    if save_to is not None:
-        if last is not None:
-            # the state has not read the last token yet, and whoever goes on begins after it
-            read_prompt(model, [[last]], state)
-        save_to.parent.mkdir(parents=True, exist_ok=True)
-        save_state(state, save_to)
+    with SavingInterruption(active=save_to is not None) as interruption:
+        pieces = in_chunks(prompt_pieces(tokens, prompt, load_from is None, interruption), chunk, interruption)
+        logits = first_logits(model, pieces, state, load_from, interruption)
+        before, read = state.num_bytes, int(state.position)
+        end = None if ignore_end else end_token(tokens)
+        count = 0 if interruption.requested else max_new_tokens
+        last = write_text(model, tokens, logits, state, sampling, count, generator, end, interruption)
+        if save_to is not None:
+            save(model, state, logits, last, save_to)
     report_state(state, read, before)
+    if interruption.requested:
+        messages().print(f"state saved: --load-state {save_to} goes on after it", markup=False)
+        raise typer.Exit(INTERRUPTED)
+
+
+def first_logits(
+    model: "SwatForCausalLM",
+    pieces: Iterator[list[int]],
+    state: "StreamState",
+    load_from: Path | None,
+    interruption: "SavingInterruption",
+) -> "Tensor":
+    """The logits after the prompt, or, where there is none, those that came with the state.
+
+    Raises ValueError that says what to give where there is neither.
+    """
+    from swat_lm.serve.stream import read_prompt
+
+    logits = read_prompt(model, pieces, state)
+    if logits is not None:
+        return logits
+    if state.logits is not None:
+        if state.logits.shape != (1, model.config.vocab_size):
+            raise ValueError(
+                f"{load_from}: the state belongs to another model (of {state.logits.shape[1]:,} tokens, "
+                f"this one knows {model.config.vocab_size:,})"
+            )
+        return state.logits
+    if interruption.requested:
+        # nothing was read, so nothing is lost
+        raise KeyboardInterrupt
+    raise ValueError(
+        "nothing to continue: give --prompt" + ("" if load_from is None else ", the text that follows the state")
+    )
+
+
+def write_text(
+    model: "SwatForCausalLM",
+    tokens: "PreTrainedTokenizerFast",
+    logits: "Tensor",
+    state: "StreamState",
+    sampling: "Sampling",
+    count: int,
+    generator: "Generator",
+    end: int | None,
+    interruption: "SavingInterruption",
+) -> int | None:
+    """Draw tokens and write their text as it comes; returns the last one, which the state has not read yet."""
+    from swat_lm.serve.stream import TextAssembler, generate_tokens
+
+    assembler, last = TextAssembler(tokens), None
+    stop = () if end is None else (end,)
+    for last in generate_tokens(model, logits, state, sampling, count, generator, stop):
+        write(assembler.push(last))
+        if interruption.requested:
+            break
+    write(assembler.finish() + "\n")
+    return last
+
+
+def save(model: "SwatForCausalLM", state: "StreamState", logits: "Tensor", last: int | None, path: Path) -> None:
+    """Save the state so that the stream goes on after its last token, as if it had never been stopped."""
+    from swat_lm.model.state import save_state
+    from swat_lm.serve.stream import next_logits
+
+    state.logits = logits if last is None else next_logits(model, last, state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_state(state, path)
+
+
+class SavingInterruption:
+    """While entered and active, a first Ctrl-C sets `requested`, so that the state can be saved; a second one kills.
+
+    Where a pipe is waited for (`reading`), the wait ends at once.
+    """
+
+    def __init__(self, active: bool = True) -> None:
+        self.requested = False
+        self._active = active and threading.current_thread() is threading.main_thread()
+        self._reading = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Self:
+        if self._active:
+            self._previous = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def read(self, source: BinaryIO) -> bytes | None:
+        """What has come of a pipe, b"" at its end; None once an interruption is requested."""
+        if not self._active:
+            return read_some(source)
+        try:
+            self._reading = True
+            return None if self.requested else read_some(source)
+        except KeyboardInterrupt:
+            return None
+        finally:
+            self._reading = False
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._reading:
+            raise KeyboardInterrupt
 
 
 def report_state(state: "StreamState", read: int, before: int) -> None:
@@ -110,10 +217,30 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def prompt_pieces(tokens: "PreTrainedTokenizerFast", prompt: str, fresh: bool) -> Iterator[list[int]]:
+def check_text(text: str, option: str) -> None:
+    """Raise ValueError for an argument whose bytes are not UTF-8, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = len(text[: error.start].encode())
+        raise ValueError(f"{option} is not UTF-8 text (byte {at})") from None
+
+
+def in_chunks(pieces: Iterable[list[int]], size: int, interruption: SavingInterruption) -> Iterator[list[int]]:
+    """The pieces in parts of `size` tokens, until an interruption is requested."""
+    for piece in pieces:
+        for start in range(0, len(piece), size):
+            if interruption.requested and start:
+                return
+            yield piece[start : start + size]
+
+
+def prompt_pieces(
+    tokens: "PreTrainedTokenizerFast", prompt: str, fresh: bool, interruption: SavingInterruption
+) -> Iterator[list[int]]:
     """Token ids of the prompt, piece by piece; an empty prompt of a fresh stream is the start of a new text."""
     if prompt == "-":
-        texts = text_pieces(sys.stdin.buffer, whole=not pieces_are_exact(tokens))
+        texts = text_pieces(sys.stdin.buffer, whole=not pieces_are_exact(tokens), read=interruption.read)
     else:
         texts = iter([prompt] if prompt else [])
     end, first, any_text = end_token(tokens), fresh, False
@@ -124,7 +251,7 @@ def prompt_pieces(tokens: "PreTrainedTokenizerFast", prompt: str, fresh: bool) -
             ids = ids[:-1]
         any_text, first = any_text or bool(ids), False
         yield ids
-    if fresh and not any_text and end is not None:
+    if fresh and not any_text and end is not None and not interruption.requested:
         # between documents stands the end token, so it also begins one
         yield [end]
 
@@ -141,23 +268,36 @@ def pieces_are_exact(tokens: "PreTrainedTokenizerFast") -> bool:
     return is_byte_level(tokens.backend_tokenizer.to_str())
 
 
-def text_pieces(source: BinaryIO, whole: bool, longest: int = LONGEST_PIECE) -> Iterator[str]:
+def read_some(source: BinaryIO) -> bytes | None:
+    """What has come of a pipe; b"" at its end."""
+    return source.read1(PIECE_BYTES)  # type: ignore[attr-defined]
+
+
+def text_pieces(
+    source: BinaryIO,
+    whole: bool,
+    longest: int = LONGEST_PIECE,
+    read: Callable[[BinaryIO], bytes | None] = read_some,
+) -> Iterator[str]:
     """UTF-8 text from a pipe as it comes, cut where a line break stands between two visible characters.
 
     Byte-level tokens end there, so that neither the cuts nor the way the text arrives change them; without such a place
     in `longest` characters it is cut anyway, always at the same one. `whole` reads to the end first, for tokenizers
-    that must see all. Raises ValueError for what is not text.
+    that must see all. Where `read` gives None, the text ends there, maybe within a character. Raises ValueError for
+    what is not text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     held, looked_at, at = "", 0, 0
     while True:
-        read = source.read1(PIECE_BYTES)  # type: ignore[attr-defined]
+        new = read(source)
+        if new is None:
+            break
         try:
-            held += decoder.decode(read, final=not read)
+            held += decoder.decode(new, final=not new)
         except UnicodeDecodeError as error:
             raise ValueError(f"stdin is not UTF-8 text (byte {at + error.start})") from None
-        at += len(read)
-        if not read:
+        at += len(new)
+        if not new:
             break
         if whole:
             continue

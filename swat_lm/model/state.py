@@ -39,13 +39,15 @@ class StreamState:
     """Tokens fed to each stream, padding included."""
     ragged: bool = False
     """Whether padding has set the streams apart."""
+    logits: Tensor | None = None
+    """`[B, V]` after the last token, where whoever stopped put them; gone as soon as the state reads another."""
     fits: "ReferenceType[Any] | None" = None
     """The model whose decoding step has found the rings to be its own."""
     _memories: list[RingMemory] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held for all streams: rings and positions."""
+        """Bytes held for all streams: rings and positions, which is all that reading on needs."""
         tensors = [tensor for layer in self.rings for tensor in layer.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, self.position))
 
@@ -126,6 +128,9 @@ def save_state(state: StreamState, path: str | Path) -> None:
         "num_columns": str(state.num_columns),
         "ragged": json.dumps(state.ragged),
     }
+    if state.logits is not None:
+        # files of before lack them, and a stream that goes on with a text does not need them
+        tensors["logits"] = state.logits.contiguous()
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({**tensors, "position": state.position}, beside, metadata)
@@ -150,13 +155,13 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> StreamSt
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: a safetensors file, but not a stream state of swat-lm")
     windows = tuple(json.loads(metadata["windows"]))
-    position = tensors.pop("position")
+    position, logits = tensors.pop("position"), tensors.pop("logits", None)
     rings: list[dict[str, Tensor]] = [{} for _ in windows]
     for name, tensor in tensors.items():
         _, index, short = name.split(".")
         # in the layout of a new state, so that the same kernels run and the stream continues bit for bit
         rings[int(index)][short] = _zeros(tensor.shape[0], tuple(tensor.shape[1:]), tensor).copy_(tensor)
-    return StreamState(rings, windows, position, int(metadata["num_columns"]), json.loads(metadata["ragged"]))
+    return StreamState(rings, windows, position, int(metadata["num_columns"]), json.loads(metadata["ragged"]), logits)
 
 
 def _zeros(batch_size: int, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ class Streaming:
             ValueError: a batch that is not the state's, right padding, or padding in a stream that has begun.
         """
         self._check_state(input_ids, state)
+        state.logits = None
         num_tokens = input_ids.shape[1]
         num_real = _left_padding(attention_mask, input_ids, state)
         state.ragged = state.ragged or num_real is not None
@@ -173,6 +174,7 @@ class Streaming:
         if state.fits is None or state.fits() is not self:
             self._check_state(token, state)
             state.fits = ref(self)
+        state.logits = None
         model, plan = self.model, self._decoding_plan
         if plan is not None and not plan.describes_the_model():
             plan = None

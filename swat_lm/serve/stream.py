@@ -13,7 +13,7 @@ from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.state import StreamState
 from swat_lm.serve.sampling import Sampling, sample
 
-__all__ = ["TextAssembler", "generate_tokens", "read_prompt"]
+__all__ = ["TextAssembler", "generate_tokens", "next_logits", "read_prompt"]
 
 
 @torch.inference_mode()
