@@ -117,6 +117,9 @@ def set_up_output(debug: bool) -> None:
     """Our own remarks in one style on stderr; libraries' progress bars and advice stay away unless asked for."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        # read by tqdm itself, which all the libraries draw with, when it is first imported
+        os.environ.setdefault("TQDM_DISABLE", "1")
     logger = logging.getLogger("swat_lm")
     if not logger.handlers:
         handler = logging.StreamHandler()
