@@ -41,7 +41,8 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         code = run_application([str(one) for one in arguments])
-        return code, *capfd.readouterr()
+        out, err = capfd.readouterr()
+        return code, out, err
 
     return call
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from swat_lm.hub import nearest_name
 from swat_lm.model.loading import find_model_folder, load_causal_lm, model_type
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ def find_export(name: str) -> str:
     Raises ValueError that says what the folder is instead.
     """
     if not Path(name).expanduser().exists() and name.count("/") != 1:
-        raise ValueError(f"no checkpoint at {name}: expected a run's folder or its `export` folder")
+        raise ValueError(
+            f"no checkpoint at {name}: expected a run's folder or its `export` folder"
+            f"{nearest_name(Path(name).expanduser())}"
+        )
     folder = find_model_folder(name)
     if Path(folder).exists():
         check_architecture(Path(folder))
@@ -32,7 +36,10 @@ def check_architecture(folder: Path) -> None:
     if kind in ("llama", "mistral"):
         raise ValueError(f"{folder} holds a {kind} model: convert it first with `swat-lm convert {folder} OUT`")
     if kind != "swat":
-        raise ValueError(f"{folder} holds a model of type {kind!r}: expected swat (or llama and mistral, to convert)")
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}: expected swat (or llama and mistral, to convert); "
+            "transformers' own generate() runs the others"
+        )
 
 
 def load_model(name: str, device: str | None = None) -> "SwatForCausalLM":

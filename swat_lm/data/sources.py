@@ -4,7 +4,6 @@ Names are resolved to an ordered list of sources, each with an identity that cha
 `swat_lm/data/readers.py`.
 """
 
-import difflib
 import os
 import re
 import sysconfig
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from swat_lm.hub import nearest_name
 
 KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz")
@@ -189,16 +190,6 @@ def is_readable_kind(path: Path) -> bool:
 def accepted() -> str:
     """The kinds of files, as an error message lists them."""
     return f"accepted are {' '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)} added"
-
-
-def nearest_name(path: Path) -> str:
-    """A hint naming the nearest existing name, or the first folder on the way that does not exist."""
-    parent = path.parent
-    while not parent.exists():
-        path, parent = parent, parent.parent
-    names = [one.name for one in parent.iterdir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; the nearest is {parent / near[0]}" if near else f"; {path} does not exist"
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 
 from swat_lm.data.readers import read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
+from swat_lm.hub import hub_answers, is_path, nearest_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -47,8 +48,10 @@ def load_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
         return load_file(path)
     if path.is_dir():
         return load_folder(path)
-    if path.is_absolute() or spec.startswith((".", "~")) or path.suffix == ".json" or spec.count("/") > 1:
-        raise DataError(f"no tokenizer at {spec}; expected `bytes`, a folder, a tokenizer.json or a hub name")
+    if is_path(spec) or path.suffix == ".json":
+        raise DataError(
+            f"no tokenizer at {spec}; expected `bytes`, a folder, a tokenizer.json or a hub name{nearest_name(path)}"
+        )
     return load_pretrained(spec)
 
 
@@ -113,7 +116,8 @@ def load_pretrained(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        only_local = not Path(name).exists() and not hub_answers()
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=only_local)
     except (OSError, ValueError, ImportError, KeyError) as error:
         offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         reason = str(error).strip().splitlines()[0]

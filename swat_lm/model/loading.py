@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swat_lm.hub import hub_answers, is_path, nearest_name, stored_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -21,8 +23,10 @@ def find_model_folder(name: str) -> str:
     """
     path = Path(name).expanduser()
     if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ValueError(f"no checkpoint at {name}: expected a run's folder or its `export` folder")
+        if is_path(name):
+            raise ValueError(
+                f"no checkpoint at {name}: expected a run's folder or its `export` folder{nearest_name(path)}"
+            )
         return name
     if path.is_file():
         raise ValueError(f"{name} is a file: expected the folder that holds config.json and the weights")
@@ -73,9 +77,14 @@ def load_causal_lm(name: str, device: str | None = None) -> "PreTrainedModel":
     if is_local:
         know_library_of(model_type(Path(folder)), folder)
     try:
+        if not is_local and not hub_answers():
+            # the folder itself: by a name, the library would still ask for adapters, again and again
+            folder = stored_folder(folder)
         # with the first option it returns a pair, which its annotation does not say; the second makes it report misfits
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except SafetensorError as error:
         raise ValueError(f"{folder}: the weights are damaged or cut short: {error}") from error
@@ -122,7 +131,15 @@ def pick_device(wanted: str | None) -> str:
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        kind = torch.device(wanted).type
+    except RuntimeError:
+        raise ValueError(f"device {wanted}: unknown; expected cpu, cuda, or cuda:1 for the second GPU") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {wanted}: no GPU here: leave --device out, or use cpu")
+    try:
         torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {wanted}: {' '.join(str(error).split())[:200]}") from None
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        there = f"; GPUs here: {torch.cuda.device_count()}" if kind == "cuda" else ""
+        reason = " ".join(str(error).split("\n")[0].split())[:100]
+        raise ValueError(f"device {wanted}: cannot be used{there}: {reason}") from None
     return wanted
