@@ -24,6 +24,7 @@ from swat_lm.model.configuration import SwatConfig, config_from_recipe
 from swat_lm.model.conversion import convert_config
 from swat_lm.model.cost import Parameters, count_parameters, state_bytes, training_flops_per_token
 from swat_lm.model.loss import chunked_cross_entropy
+from swat_lm.model.misfits import explain_misfit
 from swat_lm.model.modeling import SwatForCausalLM, next_tokens
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Flops",
     "Library",
     "build_model",
+    "check_known",
     "check_trainable",
     "configure_model",
     "count_model_parameters",
@@ -129,7 +131,7 @@ def configure_model(model: Mapping[str, Any], vocab_size: int | None = None) -> 
     try:
         return kind(**given)
     except StrictDataclassError as error:
-        raise ValueError(f"model ({name}): {' '.join(str(error).split())}") from error
+        raise ValueError(f"model ({name}): {explain_misfit(error, kind, given)}") from error
 
 
 def check_keys(name: str, kind: type, values: Mapping[str, Any]) -> None:
@@ -177,6 +179,16 @@ def name_of(config: PreTrainedConfig) -> str:
     if isinstance(config, SwatConfig):
         return OURS
     return next(name for name, one in ARCHITECTURES.items() if one.config == type(config).__name__)
+
+
+def check_known(config: PreTrainedConfig, source: str) -> None:
+    """Raise ValueError, naming where it is from, for a configuration of none of these architectures."""
+    known = {one.config: name for name, one in ARCHITECTURES.items()}
+    if not isinstance(config, SwatConfig) and type(config).__name__ not in known:
+        raise ValueError(
+            f"{source} holds a model of type {config.model_type!r}, whose costs are not known here; "
+            f"known are {', '.join((OURS, *known.values()))}"
+        )
 
 
 def check_trainable(model: Mapping[str, Any], documents: str) -> None:

@@ -15,12 +15,15 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from swat_lm.mixers import MIXERS, AttentionSettings
+from swat_lm.model.misfits import explain_misfit
 from swat_lm.model.presets import preset_fields
 from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.slopes import slopes_for
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 INVERSE_WINDOW = "-log(window)"
+# kernels count positions in 32 bits, and differences of two of them must fit as well
+LARGEST_WINDOW = 2**30
 
 
 class LayerView:
@@ -217,6 +220,10 @@ class SwatConfig(PreTrainedConfig):
                     f"sliding_window: expected at least 1 (a query counts itself) or None for full attention, "
                     f"got {window}"
                 )
+            if window is not None and window > LARGEST_WINDOW:
+                raise ValueError(
+                    f"sliding_window: expected at most {LARGEST_WINDOW} (or None for full attention), got {window}"
+                )
         given = self.layer_types
         if given is None:
             self.layer_types = ["full_attention" if window is None else "sliding_attention" for window in windows]
@@ -284,7 +291,10 @@ class SwatConfig(PreTrainedConfig):
                 if bias != INVERSE_WINDOW:
                     raise ValueError(f"score_bias: expected a number or {INVERSE_WINDOW!r}, got {bias!r}")
                 if self.window(index) is None:
-                    raise ValueError(f"score_bias: layer {index} has no window, so {INVERSE_WINDOW!r} has no meaning")
+                    raise ValueError(
+                        f"score_bias: layer {index} has no window, so {INVERSE_WINDOW!r} has no meaning; "
+                        "set score_bias=0 or another number, or a list with one entry per layer"
+                    )
             elif not math.isfinite(bias):
                 raise ValueError(f"score_bias: expected a finite number, got {bias}")
             if self.learned_sink and functions[index] != "softmax":
@@ -358,7 +368,7 @@ def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) 
     try:
         return SwatConfig(**values)
     except StrictDataclassError as error:
-        raise ValueError(f"model: {' '.join(str(error).split())}") from error
+        raise ValueError(f"model: {explain_misfit(error, SwatConfig, values)}") from error
 
 
 AutoConfig.register(SwatConfig.model_type, SwatConfig, exist_ok=True)

@@ -118,7 +118,7 @@ def test_recipe_mapping():
         ({"window": 64}, None, "unknown key 'window'; did you mean 'sliding_window'"),
         ({"preset": "swat-340"}, None, "did you mean 'swat-340m'"),
         ({"vocab_size": 100}, 260, "smaller than the tokenizer's 260"),
-        ({"hidden_size": "wide"}, None, "model: .*hidden_size.*expected int"),
+        ({"hidden_size": "wide"}, None, "model: hidden_size must be a whole number; got 'wide'"),
         ({"slopes": 484}, None, "must be quoted"),
         ({"slopes": [122, "2:2"]}, None, "must be quoted"),
         ({"sliding_window": 0}, None, "sliding_window: expected at least 1"),
