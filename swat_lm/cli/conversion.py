@@ -11,7 +11,7 @@ __all__ = ["convert"]
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder of a Llama or Mistral model: config.json and safetensors.")],
+    source: Annotated[str, typer.Argument(help="Folder of a Llama or Mistral model, or of a run that trained one.")],
     out: Annotated[Path, typer.Argument(help="New folder for the SWAT model.")],
     window: Annotated[
         str, typer.Option(help="`keep` the source's own, `none` for full attention, or a number of tokens.")

@@ -11,7 +11,9 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from swat_lm.hub import nearest_name
 from swat_lm.model.configuration import RECIPE_KEYS, ROPE_TYPES, SwatConfig, check_fields
+from swat_lm.model.loading import find_model_folder
 from swat_lm.model.modeling import SwatForCausalLM
 
 SOURCES = ("llama", "mistral")
@@ -31,6 +33,7 @@ TAKEN_OVER = (
     "eos_token_id",
     "tie_word_embeddings",
 )
+WEIGHT_SHAPES = (*TAKEN_OVER[:7], "tie_word_embeddings", "attention_bias", "mlp_bias")
 # parameters that options of ours add to the source's
 ADDED = (".q_norm.", ".k_norm.", ".output_norm.", ".sink")
 TOKENIZER_FILES = (
@@ -54,7 +57,8 @@ def convert(
     Without further arguments the result computes the same function: softmax, no slopes, the source's window.
 
     Args:
-        source: a folder with `config.json` and safetensors weights, or a loaded model (its weights are copied).
+        source: a folder with `config.json` and safetensors weights, a run's folder that holds such an `export`, or a
+            loaded model (its weights are copied).
         window: "keep" = the source's own (Llama: None), None = full attention, or a number of keys.
         changes: SwatConfig fields to set otherwise, such as `score_function="sigmoid", slopes="balanced",
             score_bias="-log(window)"` for a model to train on.
@@ -99,6 +103,13 @@ def convert_config(
         score_function="softmax",
         slopes="none",
     )
+    of_weights = [name for name in WEIGHT_SHAPES if changes.get(name, fields[name]) != fields[name]]
+    if of_weights:
+        name = of_weights[0]
+        raise ValueError(
+            f"changes: {', '.join(of_weights)} would change the shapes of the weights, which are taken over as they "
+            f"are; leave {name} at the source's {fields[name]}"
+        )
     return SwatConfig(**{**fields, **changes}, dtype=source.dtype)
 
 
@@ -135,10 +146,9 @@ def convert_folder(
 
 
 def _existing_folder(source: str | Path) -> Path:
-    folder = Path(source)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"source: {folder} is not a checkpoint folder (no config.json in it)")
-    return folder
+    if not Path(source).expanduser().exists():
+        raise ValueError(f"source: {source} is not a checkpoint folder{nearest_name(Path(source).expanduser())}")
+    return Path(find_model_folder(str(source)))
 
 
 def _refuse_what_differs(source: PreTrainedConfig) -> None:
