@@ -290,8 +290,14 @@ def apply_override(values: dict[str, Any], override: str, places: dict[str, str]
 
 
 def nearest_file(path: Path) -> str:
-    """A hint naming the recipe in the same folder whose name is nearest."""
+    """A hint naming what was meant: a recipe of ours or a preset of that name, or the nearest in the same folder."""
     folder = path.parent
+    if path.suffix not in (".yaml", ".yml") and folder == Path():
+        ours = Path("recipes") / f"{path.name}.yaml"
+        if ours.is_file():
+            return f"; did you mean {ours}?"
+        if (Path(__file__).parent / "model" / "presets" / f"{path.name}.yaml").is_file():
+            return f"; {path.name} is a preset: give a recipe, a YAML file, and model.preset={path.name}"
     names = [one.name for one in folder.iterdir() if one.suffix in (".yaml", ".yml")] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f"; the nearest is {folder / near[0]}" if near else ""
