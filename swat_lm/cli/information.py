@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swat_lm.cli.checkpoints import find_export
-from swat_lm.cli.console import key_value_table, results
+from swat_lm.cli.console import key_value_table, messages, results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from swat_lm.model.configuration import SwatConfig
+    from swat_lm.recipe import Recipe
 
 __all__ = ["info"]
+
+DEFAULT_LENGTH = 2048
 
 
 def info(
@@ -57,13 +59,10 @@ def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, i
     from swat_lm.model.presets import preset_names
 
     if target.endswith((".yaml", ".yml")):
-        from swat_lm.data import load_tokenizer, vocabulary_size
         from swat_lm.recipe import load_recipe
 
         recipe = load_recipe(target, overrides)
-        size = None
-        if "vocab_size" not in recipe.model:
-            size = vocabulary_size(load_tokenizer(recipe.data.tokenizer))
+        size = None if "vocab_size" in recipe.model else size_of_vocabulary(recipe)
         return configure_model(recipe.model, size), recipe.data.sequence_length
     if overrides:
         raise ValueError(f"settings such as {overrides[0]!r} only go with a recipe (a .yaml file); got {target}")
@@ -75,18 +74,50 @@ def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, i
         raise ValueError(f"no recipe, checkpoint or preset {target!r}{hint}; presets: {', '.join(preset_names())}")
     else:
         config = load_config(target)
-    return config, config.max_position_embeddings
+    # models with a recurrent state name no length
+    return config, getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
 
 
-def load_config(target: str) -> "SwatConfig":
-    """The configuration of a checkpoint's folder or a name on the hub; ValueError that names both where it is neither.
-
-    Only the first line of a library's many is passed on.
-    """
-    from swat_lm.model.configuration import SwatConfig
+def size_of_vocabulary(recipe: "Recipe") -> int | None:
+    """The tokenizer's; None, with a remark, where it cannot be had but the recipe's preset has a size of its own."""
+    from swat_lm.data import DataError, load_tokenizer, vocabulary_size
+    from swat_lm.model.presets import preset_fields
 
     try:
-        return SwatConfig.from_pretrained(find_export(target))
+        return vocabulary_size(load_tokenizer(recipe.data.tokenizer))
+    except DataError as error:
+        preset = recipe.model.get("preset")
+        known = None if preset is None else preset_fields(preset).get("vocab_size")
+        if known is None:
+            raise ValueError(
+                f"{error}; costs need only its size: give model.vocab_size=32000, say, or data.tokenizer=bytes"
+            ) from error
+        messages().print(
+            f"tokenizer {recipe.data.tokenizer} is not here: counted with the {known:,} tokens of the preset {preset}",
+            markup=False,
+        )
+        return None
+
+
+def load_config(target: str) -> "PreTrainedConfig":
+    """The configuration, ours or a baseline's, of a checkpoint's folder or a name on the hub; no weights are read.
+
+    Raises ValueError that names both where it is neither; only the first line of a library's many is passed on.
+    """
+    from transformers import AutoConfig
+
+    from swat_lm.hub import hub_answers
+    from swat_lm.model.architectures import check_known
+    from swat_lm.model.loading import find_model_folder, know_library_of, model_type
+
+    folder = find_model_folder(target)
+    is_local = Path(folder).exists()
+    if is_local:
+        know_library_of(model_type(Path(folder)), folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=not is_local and not hub_answers())
+        check_known(config, folder)
+        return config
     except OSError as error:
         if Path(target).exists():
             raise
