@@ -76,8 +76,6 @@ def generate(
         model.arrange_for_decoding()
     sampling = Sampling(temperature, top_k, top_p, vocab_size=vocabulary_size(tokens))
     state = model.init_state() if load_from is None else load_state(load_from, model.device)
-    if state.batch_size != 1:
-        raise ValueError(f"{load_from}: holds {state.batch_size} streams, expected one")
     generator = torch.Generator(model.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     with SavingInterruption(active=save_to is not None) as interruption:
@@ -85,8 +83,7 @@ def generate(
         logits = first_logits(model, pieces, state, load_from, interruption)
         before, read = state.num_bytes, int(state.position)
         end = None if ignore_end else end_token(tokens)
-        count = 0 if interruption.requested else max_new_tokens
-        last = write_text(model, tokens, logits, state, sampling, count, generator, end, interruption)
+        last = write_text(model, tokens, logits, state, sampling, max_new_tokens, generator, end, interruption)
         if save_to is not None:
             save(model, state, logits, last, save_to)
     report_state(state, read, before)
@@ -108,6 +105,8 @@ def first_logits(
     """
     from swat_lm.serve.stream import read_prompt
 
+    if state.batch_size != 1:
+        raise ValueError(f"{load_from}: holds {state.batch_size} streams, expected one")
     logits = read_prompt(model, pieces, state)
     if logits is not None:
         return logits
@@ -137,11 +136,15 @@ def write_text(
     end: int | None,
     interruption: "SavingInterruption",
 ) -> int | None:
-    """Draw tokens and write their text as it comes; returns the last one, which the state has not read yet."""
+    """Draw tokens and write their text as it comes; returns the last one, which the state has not read yet.
+
+    None, and no text, where an interruption was requested before.
+    """
     from swat_lm.serve.stream import TextAssembler, generate_tokens
 
     assembler, last = TextAssembler(tokens), None
     stop = () if end is None else (end,)
+    count = 0 if interruption.requested else count
     for last in generate_tokens(model, logits, state, sampling, count, generator, stop):
         write(assembler.push(last))
         if interruption.requested:
