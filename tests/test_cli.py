@@ -10,71 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
-from swat_lm import SwatConfig, SwatForCausalLM
+from swat_lm import SwatConfig
 from swat_lm.cli import failures
-from swat_lm.cli.application import application, run_application
-from swat_lm.cli.generation import text_pieces
+from swat_lm.cli.application import application
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import RunProgress, clock
-from swat_lm.data import load_tokenizer
 from swat_lm.train import DivergedError, Event
-from swat_lm.train.engine import Engine
 
 ROOT = Path(__file__).parents[1]
-RECIPE = """
-model: {hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2, sliding_window: 8}
-data: {sources: [text], sequence_length: 32, cache: tokens}
-train: {steps: 6, batch_size: 2, warmup_steps: 1, evaluate_every: 3, evaluate_batches: 2, save_every: 3}
-"""
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a recipe and its text."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "run.yaml").write_text(RECIPE)
-    (tmp_path / "text").mkdir()
-    for number in range(6):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog\n" * 20)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder without any training."""
-    folder = tmp_path_factory.mktemp("model") / "export"
-    torch.manual_seed(0)
-    config = SwatConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        sliding_window=8, max_position_embeddings=64,
-    )  # fmt: skip
-    SwatForCausalLM(config).save_pretrained(folder)
-    load_tokenizer("bytes").save_pretrained(folder)
-    return folder
-
-
-class Ran:
-    """What one call of the command line did."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]):
-    """Call the command line in this process."""
-
-    def call(*arguments: object) -> Ran:
-        capfd.readouterr()
-        code = run_application([str(one) for one in arguments])
-        out, err = capfd.readouterr()
-        return Ran(code, out, err)
-
-    return call
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -279,50 +224,6 @@ def test_tokenizer_and_prepare(cli, here: Path):
     assert "of 259 kinds" in from_recipe.out
 
 
-def test_generate_reads_a_pipe_and_saves_its_state(cli, here: Path, exported: Path, monkeypatch: pytest.MonkeyPatch):
-    text = "line of text\n" * 400
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-    piped = cli("generate", exported, "--prompt", "-", "-n", 6, "--temperature", 0)
-    given = cli(
-        "generate", exported, "--prompt", text, "-n", 6, "--temperature", 0, "--save-state", "state.safetensors"
-    )
-    assert piped.out == given.out
-    assert "5,200 tokens read" in piped.err
-    assert "exists" in cli("generate", exported, "--prompt", "a", "--save-state", "state.safetensors").err
-
-    continued = cli(
-        "generate", exported, "--prompt", "x", "-n", 4, "--temperature", 0, "--load-state", "state.safetensors"
-    )
-    assert "5,207 tokens read" in continued.err
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff\xfe")))
-    assert "stdin is not UTF-8 text (byte 3)" in cli("generate", exported, "--prompt", "-").err
-
-
-def test_generate_refuses_what_does_not_belong_together(cli, here: Path, exported: Path):
-    assert cli("tokenizer", "text", "--vocab-size", 270, "--out", "made").code == 0
-    assert "has 270 ids" in cli("generate", exported, "--prompt", "a", "--tokenizer", "made").err
-    assert "top_k" in cli("generate", exported, "--prompt", "a", "--top-k", 0).err
-    broken = here / "broken"
-    broken.mkdir()
-    for one in exported.iterdir():
-        (broken / one.name).write_bytes(one.read_bytes())
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
-    assert "weights and configuration do not fit" in cli("generate", broken, "--prompt", "a").err
-    (broken / "config.json").write_text(
-        json.dumps({**config, "num_hidden_layers": 3, "layer_types": None, "mixers": None})
-    )
-    assert "missing keys" in cli("generate", broken, "--prompt", "a").err
-    (broken / "config.json").write_text(json.dumps(config))
-    (broken / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes()[:900])
-    assert "damaged or cut short" in cli("generate", broken, "--prompt", "a").err
-    for model_type, message in (("llama", "convert it first"), ("gpt2", "type 'gpt2'")):
-        (broken / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
-        assert message in cli("generate", broken, "--prompt", "a").err
-    (broken / "config.json").write_text("{")
-    assert "not a model configuration" in cli("generate", broken, "--prompt", "a").err
-
-
 def test_convert(cli, here: Path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -356,63 +257,6 @@ def test_interrupted_training_saves_and_ends_with_130(here: Path):
     assert len(list((here / "runs" / "run" / "checkpoints").iterdir())) == 1
 
 
-def test_only_the_main_process_speaks(cli, here: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RANK", "1")
-    ran = cli("info")
-    assert (ran.code, ran.out, ran.err) == (0, "", "")
-
-
-def test_errors_of_other_processes_are_told_unless_the_main_process_does(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", fake_broadcast)
-    engine = object.__new__(Engine)
-    engine.is_main, engine.num_processes = False, 2
-    with pytest.raises(FileNotFoundError) as caught:
-        engine.on_main(lambda: 0)
-    assert failures.report_failure(caught.value, debug=False) == 2
-    # also where it is told in other words
-    wrapped = OSError(28, "cannot write checkpoint")
-    wrapped.__cause__ = caught.value
-    assert failures.report_failure(wrapped, debug=False) == 2
-    assert capsys.readouterr().err == ""
-    assert failures.report_failure(FileNotFoundError(2, "No such file", "own.bin"), debug=False) == 2
-    assert capsys.readouterr().err == "error (process 1): No such file: own.bin\n"
-
-
-def fake_broadcast(outcome: list, src: int, device: object) -> None:
-    """What the main process tells the others when it met an error."""
-    outcome[:] = [None, FileNotFoundError(2, "No such file", "main.bin")]
-
-
-def test_an_error_of_one_process_alone_has_a_message(cli, here: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RANK", "1")
-    ran = cli("train", "rum.yaml")
-    assert ran.code == 2
-    assert ran.err == "error (process 1): no recipe at rum.yaml; the nearest is run.yaml\n"
-
-
-def test_messages_of_system_errors():
-    assert failures.describe_failure(OSError(None, "cannot write")) == "cannot write"
-    assert failures.describe_failure(OSError("cannot write")) == "cannot write"
-    assert failures.describe_failure(OSError(28, "No space left")) == "No space left"
-
-
-def test_where_a_state_goes_is_tried_before_any_work(cli, here: Path, exported: Path):
-    before = files_of(here)
-    for place in ("run.yaml/x.state", "new/" + "x" * 254):
-        ran = cli("generate", "nothing", "--prompt", "a", "--save-state", place)
-        assert ran.code == 2
-        assert ran.err.startswith(f"error: cannot write --save-state {place}: ")
-        assert ran.err.count("\n") == 1
-    assert files_of(here) == before
-    assert not (here / "new").exists()
-    # a good place is left as it was, too, when the work fails
-    assert "no checkpoint at nothing" in cli("generate", "nothing", "--save-state", "new/deep/x.state").err
-    assert not (here / "new").exists()
-    assert cli("generate", exported, "--prompt", "a", "-n", 1, "--save-state", "new/deep/x.state").code == 0
-    assert [one.name for one in (here / "new" / "deep").iterdir()] == ["x.state"]
-
-
 def test_places_for_folders_are_tried(here: Path):
     before = files_of(here)
     check_folder(here / "made" / "deep", "--out")
@@ -424,63 +268,6 @@ def test_places_for_folders_are_tried(here: Path):
         check_folder(here / "made" / ("x" * 300), "--out")
     assert files_of(here) == before
     assert not (here / "made").exists()
-
-
-class Arriving(io.BytesIO):
-    """A pipe whose reader gets these pieces."""
-
-    def __init__(self, pieces: list[bytes]) -> None:
-        super().__init__()
-        self.left = list(pieces)
-
-    def read1(self, size: int | None = -1, /) -> bytes:
-        """The next piece."""
-        return self.left.pop(0) if self.left else b""
-
-
-def test_text_pieces_keep_every_character():
-    text = "na\u00efve \u20ac\n" * 5000 + "no end"
-    source = io.BufferedReader(io.BytesIO(text.encode()), 64)
-    pieces = list(text_pieces(source, whole=False))
-    assert "".join(pieces) == text
-    assert all(piece.endswith("\n") for piece in pieces[:-1])
-    assert len(pieces) > 1
-    assert max(map(len, pieces)) <= 1 << 17
-    assert list(text_pieces(io.BufferedReader(io.BytesIO(b"a\nb")), whole=True)) == ["a\nb"]
-
-
-def test_how_a_prompt_arrives_does_not_change_its_pieces_without_line_breaks():
-    text = ("x" * 37 + "\n\n" + "y" * 12 + "\nz z\n  w") * 40
-    cut = {}
-    for size in (1, 7, 50, len(text)):
-        arriving = Arriving([text[at : at + size].encode() for at in range(0, len(text), size)])
-        pieces = list(text_pieces(arriving, whole=False, longest=10))
-        assert "".join(pieces) == text
-        assert max(map(len, pieces)) <= 10
-        at = 0
-        forced = []
-        for piece in pieces[:-1]:
-            at += len(piece)
-            if not (text[at - 1] == "\n" and text[at - 2].strip() and text[at].strip()):
-                forced.append(at)
-        cut[size] = forced
-    assert cut[1]
-    assert cut[1] == cut[7] == cut[50] == cut[len(text)]
-
-
-def test_how_a_prompt_arrives_does_not_change_its_tokens(cli, here: Path):
-    (here / "code.py").write_text(
-        "def f(x):\n    if x:\n        return 1\n\n    return 2\n\n\nclass A:\n    y = 1\n" * 9
-    )
-    assert cli("tokenizer", "code.py", "--vocab-size", 320, "--out", "made").code == 0
-    tokens = load_tokenizer("made")
-    text = (here / "code.py").read_text()
-    expected = tokens.encode(text, add_special_tokens=False)
-    lines = [line.encode() for line in text.splitlines(keepends=True)]
-    for arriving in (lines, [text.encode()], [bytes([one]) for one in text.encode()]):
-        pieces = list(text_pieces(Arriving(arriving), whole=False))
-        assert [token for piece in pieces for token in tokens.encode(piece, add_special_tokens=False)] == expected
-    assert len(list(text_pieces(Arriving(lines), whole=False))) == 9
 
 
 def test_progress_on_a_terminal():

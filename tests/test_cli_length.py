@@ -10,10 +10,6 @@ import pytest
 from swat_lm.cli.evaluation import choose_streams
 from swat_lm.evaluate.curves import LengthCurve
 
-from .test_cli import cli, here
-
-__all__ = ["cli", "here"]
-
 
 def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch):
     softmax = ("model.score_function=softmax", "model.slopes=none", "model.sliding_window=null")

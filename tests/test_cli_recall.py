@@ -6,10 +6,6 @@ from typing import Any
 
 import pytest
 
-from .test_cli import cli, here
-
-__all__ = ["cli", "here"]
-
 
 def test_recall_reach_diagnose(cli, here: Path):
     assert cli("train", "run.yaml", "train.steps=2").code == 0

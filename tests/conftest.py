@@ -1,0 +1,62 @@
+"""What the tests of the command line share: a working directory, a model folder, and the call itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from swat_lm import SwatConfig, SwatForCausalLM
+from swat_lm.cli.application import run_application
+from swat_lm.data import load_tokenizer
+
+RECIPE = """
+model: {hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2, sliding_window: 8}
+data: {sources: [text], sequence_length: 32, cache: tokens}
+train: {steps: 6, batch_size: 2, warmup_steps: 1, evaluate_every: 3, evaluate_batches: 2, save_every: 3}
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a recipe and its text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "run.yaml").write_text(RECIPE)
+    (tmp_path / "text").mkdir()
+    for number in range(6):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"the quick brown fox {number} jumps over the lazy dog\n" * 20)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without any training."""
+    folder = tmp_path_factory.mktemp("model") / "export"
+    torch.manual_seed(0)
+    config = SwatConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        sliding_window=8, max_position_embeddings=64,
+    )  # fmt: skip
+    SwatForCausalLM(config).save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+    return folder
+
+
+class Ran:
+    """What one call of the command line did."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]):
+    """Call the command line in this process."""
+
+    def call(*arguments: object) -> Ran:
+        capfd.readouterr()
+        code = run_application([str(one) for one in arguments])
+        out, err = capfd.readouterr()
+        return Ran(code, out, err)
+
+    return call
