@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from swat_lm.cli.console import results
+from swat_lm.cli.outputs import check_folder
 
 __all__ = ["report"]
 
@@ -26,6 +27,7 @@ def report(
     Example:
       swat-lm report runs/swat full=runs/transformer --out comparison
     """
+    check_folder(out, "--out")
     from swat_lm.experiments.comparison import read_run
     from swat_lm.experiments.comparison import report as write_report
 

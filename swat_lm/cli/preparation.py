@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swat_lm.cli.console import key_value_table, results
+from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
 
 if TYPE_CHECKING:
@@ -33,9 +34,13 @@ def tokenizer(
     Example:
       swat-lm tokenizer notes/ book.txt.gz --vocab-size 4096 --out tokenizers/mine
     """
+    if not out.exists():
+        check_folder(out, "--out")
     from swat_lm.data import train_tokenizer, vocabulary_size
+    from swat_lm.data.sources import naming
 
-    with Counter("reading text", "bytes") as counter:
+    # files that are read name themselves
+    with naming(out), Counter("reading text", "bytes") as counter:
         trained = train_tokenizer(sources, vocab_size, out, text_field, counter)
     results().print(f"{out}: {vocabulary_size(trained)} tokens", markup=False)
 
@@ -43,9 +48,12 @@ def tokenizer(
 def prepare(
     sources: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]... | SOURCES...", help=SOURCES_HELP)],
     tokenizer: Annotated[
-        str | None, typer.Option(help="For SOURCES: `bytes` (default), a folder, a tokenizer.json or a hub name.")
+        str | None,
+        typer.Option(help="`bytes`, a folder, a tokenizer.json or a hub name; default: the recipe's, or bytes."),
     ] = None,
-    text_field: Annotated[str | None, typer.Option(help="For SOURCES: field that holds a row's text.")] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="Field that holds a row's text; default: the recipe's, or text.")
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for prepared tokens; default in the user's cache.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that tokenise; default one per core.")] = None,
 ) -> None:
@@ -68,8 +76,11 @@ def prepare(
         ("documents", f"{store.num_documents:,}"),
         ("tokens", f"{store.num_tokens:,} of {store.vocab_size:,} kinds"),
         ("text", f"{store.num_bytes:,} bytes, {store.num_bytes / max(store.num_tokens, 1):.2f} per token"),
-        ("held out", f"{len(store.split('held_out')):,} documents" if data.held_out else "nothing"),
     ]
+    # bare sources come without a share to hold out: the recipe that trains on them says it
+    if is_recipe(sources[0]):
+        held_out = f"{len(store.split('held_out')):,} documents (data.held_out is {data.held_out:g})"
+        rows.append(("held out", held_out if data.held_out else "nothing"))
     results().print(key_value_table(rows))
 
 
@@ -86,7 +97,12 @@ def data_settings(
         "workers": workers,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if not sources[0].endswith((".yaml", ".yml")):
+    if not is_recipe(sources[0]):
         return DataRecipe(sources=tuple(sources), **given)  # type: ignore[arg-type]
     overrides = [f"data.{name}={value}" for name, value in given.items()]
     return load_recipe(sources[0], [*sources[1:], *overrides]).data
+
+
+def is_recipe(source: str) -> bool:
+    """Whether a first argument names a recipe rather than text."""
+    return source.endswith((".yaml", ".yml"))

@@ -22,7 +22,7 @@ import numpy as np
 from swat_lm.data.encoding import encode_bytes, encode_parallel
 from swat_lm.data.readers import Piece, read_pieces
 from swat_lm.data.sources import DataError, Source, naming, resolve_sources
-from swat_lm.data.store import DOCUMENTS, INDEX, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore
+from swat_lm.data.store import DOCUMENTS, INDEX, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore, damaged
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
 from swat_lm.recipe import DataRecipe
 
@@ -55,6 +55,11 @@ def prepare(data: DataRecipe, progress: Callable[[Progress], None] | None = None
     key = request_key(data, sources, facts)
     cache = Path(data.cache).expanduser() if data.cache else default_cache()
     folder = cache / f"{Path(data.sources[0]).name.partition('.')[0].replace(':', '-') or 'data'}-{key[:16]}"
+    if cache.exists() and not cache.is_dir():
+        raise DataError(f"{cache} is a file: expected a folder for prepared tokens (data.cache, or --cache)")
+    if folder.exists() and not (folder / INDEX).exists():
+        # a store comes to its place whole, so something else took a part of it
+        raise damaged(folder / INDEX, "it is missing")
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with written_beside(folder) as beside:
