@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from swat_lm.cli.console import messages
@@ -16,8 +17,8 @@ __all__ = ["Counter", "RunProgress", "clock"]
 
 # lines in a log file: often enough to see that it lives, seldom enough to read
 SECONDS_BETWEEN_LINES = 10.0
-# of each new loss: single batches are too noisy to read
-SHARE_OF_NEW_LOSS = 0.1
+# on a narrower terminal the numbers take the bar's place
+WIDTH_WITH_BAR = 110
 
 
 def clock(seconds: float | None) -> str:
@@ -38,18 +39,21 @@ class TimeLeft(ProgressColumn):
 
 
 def new_bars(console: Console, *, transient: bool) -> Progress:
-    """Bars that show a text of numbers and the time left."""
+    """Bars that show a text of numbers and the time left; numbers that find no room wrap and are never cut off."""
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[numbers]}", markup=False),
-        TimeLeft(),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=False, overflow="fold")),
+        *((BarColumn(bar_width=20),) if console.width >= WIDTH_WITH_BAR else ()),
+        TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=False, overflow="fold")),
+        TimeLeft(table_column=Column(no_wrap=True)),
     )
     return Progress(*columns, console=console, transient=transient)
 
 
 class RunProgress:
-    """Draws training runs, by name and maybe several side by side; a context manager."""
+    """Draws training runs, by name and maybe several side by side; a context manager.
+
+    Losses are those of metrics.jsonl: of the step itself, and of the last evaluation, with its step where that is past.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or messages()
@@ -57,7 +61,7 @@ class RunProgress:
         self._bars = new_bars(self._console, transient=False)
         self._tasks: dict[str, TaskID] = {}
         self._losses: dict[str, float] = {}
-        self._held_out: dict[str, float] = {}
+        self._held_out: dict[str, tuple[int, float]] = {}
         self._last_line: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -75,10 +79,9 @@ class RunProgress:
             self.count(f"{name}: preparing text", event.preparing.bytes_read, event.preparing.bytes_total)
             return
         if event.loss is not None:
-            before = self._losses.get(name, event.loss)
-            self._losses[name] = before + SHARE_OF_NEW_LOSS * (event.loss - before)
+            self._losses[name] = event.loss
         if event.held_out_loss is not None:
-            self._held_out[name] = event.held_out_loss
+            self._held_out[name] = (event.step, event.held_out_loss)
         if event.kind == "start" and event.path is not None:
             self.say(f"{name}: continues from {event.path}")
         if event.kind == "interrupt":
@@ -99,7 +102,8 @@ class RunProgress:
     def _numbers(self, name: str, event: "Event") -> str:
         parts = [f"loss {self._losses[name]:.3f}"] if name in self._losses else []
         if name in self._held_out:
-            parts.append(f"held out {self._held_out[name]:.3f}")
+            step, loss = self._held_out[name]
+            parts.append(f"held out {loss:.3f}" + ("" if step == event.step else f" at step {step:,}"))
         if event.tokens_per_second is not None:
             parts.append(f"{event.tokens_per_second:,.0f} tokens/s")
         return "  ".join(parts)
