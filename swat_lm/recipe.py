@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from swat_lm.strict import Origin, RecipeError, build, check_fields, describe, number, shown
+from swat_lm.strict import OVERRIDE, Origin, RecipeError, build, check_fields, describe, number, shown
 
 __all__ = ["DataRecipe", "Recipe", "RecipeError", "TrainRecipe", "describe", "dump_recipe", "load_recipe"]
 
@@ -270,7 +270,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def apply_override(values: dict[str, Any], override: str, places: dict[str, str]) -> None:
     """Set one `dotted.key=value` in the plain values."""
     key, equals, text = override.partition("=")
-    origin = f"override {override!r}"
+    origin = f"{OVERRIDE} {override!r}"
     if not equals or not all(part.strip() for part in key.split(".")):
         raise RecipeError(f"{origin}: write key=value, for example train.steps=100")
     key = key.strip()

@@ -8,6 +8,7 @@ import difflib
 import inspect
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -59,7 +60,18 @@ class Origin:
             key = key[: max(key.rfind("."), key.rfind("["), 0)]
         return f"{self.whole}: " if self.whole else ""
 
+    def at_fault(self, at: str, message: str) -> str:
+        """The place for a rule between several keys of a mapping: the overrides of keys that the message names.
 
+        Without such an override, where the mapping is written.
+        """
+        named = [key for key in self.places if at and key.startswith(f"{at}.") and re.search(rf"{key}\b", message)]
+        overrides = dict.fromkeys(self.places[key] for key in named if self.places[key].startswith(OVERRIDE))
+        return f"{', '.join(overrides)}: " if overrides else self(at)
+
+
+OVERRIDE = "override"
+"""How the place of a value begins that was not written in a file."""
 NOWHERE = Origin()
 
 
@@ -89,7 +101,7 @@ def build(kind: type[Built], values: Any, at: str = "", place: Origin = NOWHERE)
         return kind(**arguments)
     except RecipeError as error:
         # raised by the dataclass itself, which knows its rules but not where the user wrote the values
-        raise RecipeError(f"{place(at)}{error}") from None
+        raise RecipeError(f"{place.at_fault(at, str(error))}{error}") from None
 
 
 def convert(value: Any, hint: Any, key: str, place: Origin) -> Any:

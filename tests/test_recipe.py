@@ -199,3 +199,12 @@ def test_every_key_is_described():
     assert keys["train.schedule"].type == "one of cosine, wsd, constant"
     assert keys["train.micro_batch_size"].default == "null"
     assert keys["train.compile"].default == "false"
+
+
+def test_an_override_that_breaks_a_rule_with_other_keys_is_named(write):
+    text = MINIMAL + "train:\n  warmup_steps: 100\n"
+    with pytest.raises(RecipeError, match=r"^override 'train\.steps=60': train\.warmup_steps \(100\)"):
+        load_recipe(write(text), ["train.steps=60"])
+    # one that has nothing to do with it is not
+    with pytest.raises(RecipeError, match=r"\.yaml:\d+: train\.warmup_steps \(2000\)"):
+        load_recipe(write(text.replace("100", "2000")), ["train.learning_rate=0.1"])
