@@ -193,11 +193,14 @@ def accepted() -> str:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts the path into an OSError, which reading or writing an open file leaves out."""
+def naming(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """Puts the path into an OSError, which reading or writing an open file leaves out.
+
+    `beside` is a temporary file or folder that is written for it; an error there names the path as well.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename or error.errno is None:
+        if error.errno is None or (error.filename and not (beside and str(error.filename).startswith(str(beside)))):
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from error

@@ -3,9 +3,12 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
+
+from swat_lm.data.sources import naming
 
 __all__ = ["LengthCurve", "LengthPoint", "WindowMatrix", "difference", "summarise", "write_whole"]
 
@@ -123,10 +126,21 @@ class WindowMatrix:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it, so that it is whole or absent."""
+    """Write a text file beside its place and rename it, so that it is whole or absent; an OSError names the place."""
+    write_bytes_whole(path, text.encode("utf-8"))
+
+
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """The same for bytes; what a full disk left beside the place is taken away."""
     beside = path.with_name(f".tmp-{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with naming(path, beside):
+        try:
+            beside.write_bytes(content)
+            beside.replace(path)
+        except OSError:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
 
 
 def difference(first: Sequence[float | None], second: Sequence[float | None]) -> tuple[float, float | None]:

@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from swat_lm.evaluate.curves import write_bytes_whole
+
 __all__ = ["Series", "plot_loss_by_length", "plot_state_bytes", "plot_training", "write_picture"]
 
 # the colour-blind safe palette of Okabe and Ito, most distinct first; markers tell the lines apart without colour
@@ -29,6 +31,13 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     error: Sequence[float | None] | None = None
+    style: int | None = None
+    """Which colour, marker and dashes; None: those of its place among the lines of its picture."""
+
+
+def styled(series: Sequence[Series]) -> list[tuple[int, Series]]:
+    """Each line with the number of its style."""
+    return [((index if one.style is None else one.style) % len(COLOURS), one) for index, one in enumerate(series)]
 
 
 def plot_loss_by_length(
@@ -46,11 +55,11 @@ def plot_loss_by_length(
     """
     check_series(series)
     figure, axes = new_figure()
-    for index, one in enumerate(series):
+    for index, one in styled(series):
         errors = None if one.error is None else [0.0 if e is None else e for e in one.error]
         axes.errorbar(
-            one.x, one.y, yerr=errors, label=one.name, color=COLOURS[index % 6], marker=MARKERS[index % 6],
-            linestyle=DASHES[index % 6], linewidth=2.2, markersize=7, capsize=4,
+            one.x, one.y, yerr=errors, label=one.name, color=COLOURS[index], marker=MARKERS[index],
+            linestyle=DASHES[index], linewidth=2.2, markersize=7, capsize=4,
         )  # fmt: skip
     lengths = sorted({x for one in series for x in one.x})
     axes.set_xscale("log", base=2)
@@ -79,14 +88,14 @@ def plot_training(
     check_series(training)
     figure, axes = new_figure()
     kind = ", training" if any(one.x for one in held_out) else ""
-    for index, one in enumerate(training):
-        colour = COLOURS[index % 6]
+    for index, one in styled(training):
+        colour = COLOURS[index]
         axes.plot(one.x, one.y, color=colour, linewidth=0.8, alpha=0.3)
-        axes.plot(one.x, running_mean(one.y), color=colour, linewidth=2.2, linestyle=DASHES[index % 6],
+        axes.plot(one.x, running_mean(one.y), color=colour, linewidth=2.2, linestyle=DASHES[index],
                   label=f"{one.name}{kind}")  # fmt: skip
-    for index, one in enumerate(held_out):
+    for index, one in styled(held_out):
         if one.x:
-            axes.plot(one.x, one.y, color=COLOURS[index % 6], linestyle="none", marker=MARKERS[index % 6],
+            axes.plot(one.x, one.y, color=COLOURS[index], linestyle="none", marker=MARKERS[index],
                       markersize=8, markeredgecolor="black", label=f"{one.name}, held out")  # fmt: skip
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.set_xlabel("tokens trained on")
@@ -100,9 +109,9 @@ def plot_state_bytes(series: Sequence[Series], path: Path, *, title: str | None 
     """Bytes that a stream keeps against tokens read, both axes doubling. Raises ValueError without any line."""
     check_series(series)
     figure, axes = new_figure()
-    for index, one in enumerate(series):
-        axes.plot(one.x, one.y, label=one.name, color=COLOURS[index % 6], marker=MARKERS[index % 6],
-                  linestyle=DASHES[index % 6], linewidth=2.2, markersize=7)  # fmt: skip
+    for index, one in styled(series):
+        axes.plot(one.x, one.y, label=one.name, color=COLOURS[index], marker=MARKERS[index],
+                  linestyle=DASHES[index], linewidth=2.2, markersize=7)  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     lengths = sorted({x for one in series for x in one.x})
@@ -206,6 +215,4 @@ def write_picture(figure: Figure, path: Path) -> None:
     """Write a PNG beside its place and rename it: an interruption leaves no half picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    beside = path.with_name(f".tmp-{path.name}")
-    beside.write_bytes(buffer.getvalue())
-    beside.replace(path)
+    write_bytes_whole(path, buffer.getvalue())

@@ -17,21 +17,27 @@ VISIBLE = 0.005
 """Shares below cannot be told from none in a picture."""
 
 
-def plot_recall(curves: Sequence[RecallCurve], path: Path, *, title: str | None = None) -> None:
-    """Share of right answers against distance; bars are 95 % intervals. Raises ValueError without a curve."""
+def plot_recall(
+    curves: Sequence[RecallCurve], path: Path, *, title: str | None = None, styles: Sequence[int] | None = None
+) -> None:
+    """Share of right answers against distance; bars are 95 % intervals. Raises ValueError without a curve.
+
+    `styles` are the numbers of the curves' colours and markers; by default their places.
+    """
     if not curves:
         raise ValueError("nothing to draw: expected at least one curve")
     figure, axes = new_figure()
     for index, curve in enumerate(curves):
         # side by side, where several were asked for at one distance
+        style = (index if styles is None else styles[index]) % len(COLOURS)
         aside = 1.035 ** (index - (len(curves) - 1) / 2)
         at = [max(point.distance, 1) * aside for point in curve.points]
         accuracy = [point.accuracy for point in curve.points]
         below = [max(0.0, point.accuracy - point.low) for point in curve.points]
         above = [max(0.0, point.high - point.accuracy) for point in curve.points]
         axes.errorbar(
-            at, accuracy, yerr=[below, above], label=curve.task, color=COLOURS[index % 6], marker=MARKERS[index % 6],
-            linestyle=DASHES[index % 6], linewidth=2.2, markersize=7, capsize=4,
+            at, accuracy, yerr=[below, above], label=curve.task, color=COLOURS[style], marker=MARKERS[style],
+            linestyle=DASHES[style], linewidth=2.2, markersize=7, capsize=4,
         )  # fmt: skip
     axes.set_ylim(-0.03, 1.12)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])

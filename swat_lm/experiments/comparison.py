@@ -173,23 +173,34 @@ def draw(runs: Sequence[RunFindings], out: Path) -> dict[str, Path]:
         drawn[heading] = out / f"{name}.png"
         return drawn[heading]
 
+    # a run looks the same in every picture, also where another lacks a measurement
+    style = {one.name: index for index, one in enumerate(runs)}
     training = [Series(one.name, *columns(one.metrics, "loss")) for one in runs]
     held_out = [Series(one.name, *columns(one.metrics, "held_out_loss")) for one in runs]
     plot_training(training, held_out, at("Training", "training"))
     for number, place in enumerate(dict.fromkeys(place for one in runs for place in one.lengths)):
         found = [(one, curve) for one in runs if (curve := one.lengths.get(place)) is not None]
-        series = [length_series(one.name + how_read(one, curve), curve) for one, curve in found]
+        series = [
+            replace(length_series(one.name + how_read(one, curve), curve), style=style[one.name])
+            for one, curve in found
+        ]
         plot_loss_by_length(series, at(f"Loss against length ({place})", f"length-{number}"))
     for number, task in enumerate(dict.fromkeys(task for one in runs for task in one.recalls)):
-        curves = [replace(one.recalls[task], task=one.name) for one in runs if task in one.recalls]
-        plot_recall(curves, at(f"Recall: {task}", f"recall-{number}"), title=task)
-    states = [Series(one.name, STATE_CONTEXTS, kept) for one in runs if (kept := state_of(one.config))]
+        asked = [one for one in runs if task in one.recalls]
+        curves = [replace(one.recalls[task], task=one.name) for one in asked]
+        styles = [style[one.name] for one in asked]
+        # the heading above the picture names the task
+        plot_recall(curves, at(f"Recall: {task}", f"recall-{number}"), styles=styles)
+    states = [
+        Series(one.name, STATE_CONTEXTS, kept, style=style[one.name]) for one in runs if (kept := state_of(one.config))
+    ]
     if states:
         plot_state_bytes(states, at("State of one stream, in bf16", "state"))
     rates = [(one.name, describe(one)["tokens_per_second"], None) for one in runs]
     plot_rows(
-        rates, at("Speed of training", "speed"), xlabel="tokens per second while training (median)", from_zero=True
-    )
+        rates, at("Speed of training", "speed"), xlabel="tokens per second while training (median)", from_zero=True,
+        apart=True,
+    )  # fmt: skip
     return drawn
 
 

@@ -9,6 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from swat_lm.evaluate.heatmaps import plot_heat_map
 from swat_lm.evaluate.plots import (
     COLOURS,
+    MARKERS,
     Series,
     mark_vertical,
     new_figure,
@@ -129,10 +130,12 @@ def plot_rows(
     from_zero: bool = False,
     title: str | None = None,
     mark: tuple[float | None, str] | None = None,
+    apart: bool = False,
 ) -> None:
     """One point per row, the names on the left, bars of one standard error; the first row on top.
 
-    `mark` is a value with its name, drawn as a dotted line.
+    `mark` is a value with its name, drawn as a dotted line. `apart`: each row in the colour and with the marker that
+    the lines of other pictures have in its place.
     """
     figure, axes = new_figure()
     figure.set_size_inches(9, 1.6 + 0.42 * len(rows))
@@ -141,9 +144,10 @@ def plot_rows(
     if mark is not None and mark[0] is not None:
         mark_vertical(axes, mark[0], mark[1])
     for index, (_, value, error) in enumerate(rows):
+        style = index % len(COLOURS) if apart else 0
         if value is not None:
             axes.errorbar(
-                [value], [index], xerr=None if error is None else [error], color=COLOURS[0], marker="o",
+                [value], [index], xerr=None if error is None else [error], color=COLOURS[style], marker=MARKERS[style],
                 markersize=9, capsize=5, linewidth=2.2,
             )  # fmt: skip
     axes.set_yticks(range(len(rows)), labels=[name for name, _, _ in rows])

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from swat_lm.evaluate import plots
+from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_state_bytes, plot_training, running_mean
 
 
@@ -69,3 +70,19 @@ def test_running_mean_does_not_lag():
 @pytest.mark.parametrize(("value", "text"), [(64, "64"), (1024, "1k"), (4096, "4k"), (200_000, "200k"), (2**20, "1M")])
 def test_short_numbers(value: float, text: str):
     assert plots.short_number(value) == text
+
+
+def test_a_full_disk_names_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(self: Path, *_: object) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for write in (
+        lambda: write_whole(tmp_path / "a.json", "text"),
+        lambda: plot_state_bytes([Series("one", [1, 2], [3, 4])], tmp_path / "a.json"),
+    ):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write()
+        assert caught.value.filename == str(tmp_path / "a.json")
+        assert list(tmp_path.iterdir()) == []

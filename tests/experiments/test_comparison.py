@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
+from swat_lm.evaluate import plots
 from swat_lm.evaluate.curves import LengthCurve, summarise
 from swat_lm.evaluate.recall import RecallCurve, RecallPoint
 from swat_lm.experiments.comparison import how_read, read_run, report
@@ -88,3 +90,22 @@ def test_wrong_runs_are_named(runs: dict[str, Path], tmp_path: Path):
     with pytest.raises(ValueError, match="1 to 6 runs"):
         report([replace(one, name=str(number)) for number in range(7)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_looks_the_same_in_every_picture(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(plots, "write_picture", lambda figure, path: drawn.update({path.stem: figure}) or save(path))
+    curve = summarise([16, 32], [[2.0, 1.9], [2.2, 2.1]], [[2.0, 1.9], [2.2, 2.1]], [8, 8], 100, 8, same_text=True)
+    point = RecallPoint(16, 10, 10, 0.5, 0.24, 0.76, 1.0, 0.1)
+    llama = read_run(runs["llama"], "full")
+    llama = replace(llama, lengths={"length": curve}, recalls={"passkey": RecallCurve("passkey", (point,), 8, 15)})
+    # the first run has neither loss against length nor recall
+    report([read_run(runs["swat"]), llama], tmp_path / "out")
+    for name in ("length-0", "recall-0"):
+        (line,) = [one for one in drawn[name].axes[0].get_lines() if one.get_marker() not in ("None", "_", "|")]
+        assert (line.get_color(), line.get_marker()) == (plots.COLOURS[1], plots.MARKERS[1])
+
+
+def save(path: Path) -> None:
+    """Something to put on the page."""
+    path.write_bytes(b"picture")
