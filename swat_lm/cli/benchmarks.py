@@ -176,7 +176,7 @@ def show(
     from swat_lm.evaluate.table1 import other_metrics
 
     console = results()
-    tables = [ours_table([*rows, guess]), paper_table()] if any(row.cells for row in rows) else []
+    tables = [ours_table(rows, guess), paper_table()] if any(row.cells for row in rows) else []
     for table in tables:
         # a narrow terminal wraps lines rather than cutting numbers off
         options = console.options.update(max_width=1000)
@@ -190,15 +190,16 @@ def show(
         console.print(f"- {remark}", markup=False)
 
 
-def ours_table(rows: "Sequence[Row]") -> Table:
-    """Our rows of Table 1, standing upright."""
+def ours_table(rows: "Sequence[Row]", guess: "Row") -> Table:
+    """Our rows of Table 1, standing upright, and apart from them what guessing gives."""
     from swat_lm.evaluate.table1 import headings, shown
 
-    table = new_table("measured here")
-    for row in rows:
-        table.add_column(row.name, justify="right", no_wrap=True)
+    table = new_table(f"{rows[0].group} | {guess.group}" if guess.cells else rows[0].group)
+    shown_rows = [*rows, guess] if guess.cells else rows
+    for row in shown_rows:
+        table.add_column(f"| {row.name}" if row is guess else row.name, justify="right", no_wrap=True)
     for heading in headings(rows):
-        table.add_row(heading, *(shown(row.cells.get(heading), "+-") for row in rows))
+        table.add_row(heading, *(shown(row.cells.get(heading), "+-") for row in shown_rows))
     return table
 
 

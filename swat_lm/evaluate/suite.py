@@ -221,13 +221,25 @@ def by_document(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Without the harness's words on stdout, where results go, and its processes for a second of resampling."""
+    """Without the harness's words on stdout, where results go, its bars, and its processes for a second of resampling.
+
+    Some of its bars are switched on whatever TQDM_DISABLE says; ours is drawn by another library.
+    """
+    from tqdm import tqdm
+
+    draw: Any = tqdm.__init__
+
+    def disabled(bar: Any, *arguments: Any, **options: Any) -> None:
+        draw(bar, *arguments, **{**options, "disable": True})
+
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
+    tqdm.__init__ = disabled
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
+        tqdm.__init__ = draw
         if before is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:

@@ -72,6 +72,7 @@ COLUMNS = (
 AVERAGE = "Average"
 ACCURACIES = tuple(column.heading for column in COLUMNS if column.is_percent)
 MEASURED = "measured here"
+GUESSING = "expected of guessing, not measured"
 PAPER_GROUP = "printed in the paper: {}"
 # perplexity on WikiText and LAMBADA, average accuracy: arXiv 2502.18845, Table 1
 PRINTED = {
@@ -127,7 +128,7 @@ def chance_row(results: Mapping[str, TaskResult]) -> Row:
         result = results.get(column.task)
         if column.is_percent and result is not None and result.chance is not None:
             cells[column.heading] = Cell(100 * result.chance)
-    return Row("(guessing)", MEASURED, cells)
+    return Row("(guessing)", GUESSING, cells)
 
 
 def averaged(cells: Mapping[str, Cell]) -> dict[str, Cell]:
@@ -215,6 +216,7 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Benchmarks</title>
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; }}
+.scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .25em .7em; text-align: right; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
@@ -225,9 +227,9 @@ tr.paper td {{ color: #666; font-style: italic; }}
 li {{ max-width: 60em; }}
 </style></head><body>
 <h1>Benchmarks of SWAT's Table 1</h1>
-<table><thead><tr><th>model</th>{headings}</tr></thead><tbody>
+<div class="scroll"><table><thead><tr><th>model</th>{headings}</tr></thead><tbody>
 {body}
-</tbody></table>
+</tbody></table></div>
 <ul>
 {notes}
 </ul>

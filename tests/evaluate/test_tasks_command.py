@@ -46,11 +46,20 @@ def test_two_models_beside_the_paper(cli, here: Path):
     code, out, err = cli("run", "Llama=llama", "--data", "data", "--out", "table")
     assert code == 0, err
     lines = [line.split() for line in out.splitlines()]
-    assert ["run", "Llama", "(guessing)"] in lines
+    assert ["run", "Llama", "|", "(guessing)"] in lines
+    assert "measured here | expected of guessing, not measured" in out
     assert ["SWAT", "(-+)", "35.53", "45.06", "45.85", "23.34", "21.36", "51.01"] in lines
     assert "run: piqa done" in err
     rows = json.loads((here / "table/table.json").read_text())["rows"]
     assert [row["name"] for row in rows[:3]] == ["run", "Llama", "(guessing)"]
+    assert [row["group"] for row in rows[:3]] == ["measured here"] * 2 + ["expected of guessing, not measured"]
+    assert "| (guessing) | expected of guessing, not measured |" in (here / "table/table.md").read_text()
+    page = (here / "table/table.html").read_text()
+    assert page.index("Llama") < page.index("expected of guessing, not measured</th>") < page.index("(guessing)")
+    assert '<div class="scroll"><table>' in page
+    # nor do the harness's own bars get into a file
+    assert "it/s" not in err
+    assert "%|" not in err
     assert "Average" in rows[1]["cells"]
     assert "acc,none" in json.loads((here / "table/Llama/results.json").read_text())["results"]["boolq"]
     times = {path: path.stat().st_mtime_ns for path in (here / "table").glob("*/*.json")}
