@@ -131,4 +131,6 @@ def set_up_output(debug: bool) -> None:
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """One line per warning, without the source line Python would add."""
-    logging.getLogger("swat_lm").warning("%s: %s", category.__name__, " ".join(str(message).split()))
+    # the plain kind says nothing that the level does not
+    kind = "" if category is UserWarning else f"{category.__name__}: "
+    logging.getLogger("swat_lm").warning("%s%s", kind, " ".join(str(message).split()))

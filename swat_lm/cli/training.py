@@ -41,7 +41,10 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
         raise typer.Exit(INTERRUPTED)
     out = results()
     if result.last_loss is None:
-        out.print(f"already trained to step {result.last_step}; for more, raise train.steps", markup=False)
+        other = "" if settings.train.schedule == "constant" else (
+            f", which stretches the {settings.train.schedule} schedule: the result is not that of a fresh run"
+        )  # fmt: skip
+        out.print(f"already trained to step {result.last_step}; for more, raise train.steps{other}", markup=False)
     else:
         held_out = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f}"
         out.print(f"step {result.last_step}: loss {result.last_loss:.4f}{held_out}", markup=False)

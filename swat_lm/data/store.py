@@ -7,7 +7,7 @@ from each document's content: no other document, order or tokenizer changes it, 
 import json
 import logging
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -145,7 +145,7 @@ class TokenStore:
     def split_single(self, name: str) -> Documents:
         """The two parts of a store that holds one document."""
         place = min(max(round(self.num_tokens * (1 - self.held_out)), 1), self.num_tokens - 1)
-        logger.info("only one document: its last %d tokens are held out", self.num_tokens - place)
+        say_single(self.folder, self.num_tokens - place)
         first, end = (0, place) if name == "train" else (place, self.num_tokens)
         table, num_bytes = self.token_bytes, None
         if table is not None:
@@ -153,6 +153,12 @@ class TokenStore:
             counts = np.bincount(self.tokens[first:end], minlength=len(table))
             num_bytes = int(counts @ table)
         return Documents(self.tokens, np.array([[first, end]], dtype=np.int64), num_bytes)
+
+
+@cache
+def say_single(folder: Path, held_out: int) -> None:
+    """Say once of a store, which is opened for each split, how a single document is divided."""
+    logger.info("only one document: its last %d %s held out", held_out, "token is" if held_out == 1 else "tokens are")
 
 
 def read_index(folder: Path) -> dict[str, Any]:

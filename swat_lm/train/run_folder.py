@@ -180,6 +180,26 @@ def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: 
         )
 
 
+def describe_new_schedule(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
+    """What a continued run should know whose learning rate now follows another curve; None where it does not."""
+    before, train = checkpoint.recipe["train"], recipe.train
+    names = ("steps", "decay_steps", "final_learning_rate_ratio")
+    changed = [f"{name} was {before[name]} and is {getattr(train, name)}" for name in names
+               if before[name] != getattr(train, name)]  # fmt: skip
+    # before a decay has begun, a stable rate is the same however long the run will be
+    follows = {
+        "constant": False,
+        "cosine": True,
+        "wsd": checkpoint.step > min(before["steps"] - before["decay_steps"], train.steps - train.decay_steps),
+    }[train.schedule]
+    if not changed or not follows:
+        return None
+    return (
+        f"train.{', train.'.join(changed)}: the learning rate of the steps done followed another {train.schedule} "
+        f"schedule, so the result is not that of a fresh run of {train.steps} steps"
+    )
+
+
 def flatten(values: Mapping[str, Any], at: str = "") -> dict[str, Any]:
     """Nested mappings as dotted keys; tuples as lists, as JSON has them."""
     found: dict[str, Any] = {}

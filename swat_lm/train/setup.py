@@ -28,7 +28,7 @@ from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOut
 from swat_lm.train.metrics import check_loggers
 from swat_lm.train.optimizer import make_optimizer
-from swat_lm.train.run_folder import check_continuation, check_model, choose_start, write_recipe
+from swat_lm.train.run_folder import check_continuation, check_model, choose_start, describe_new_schedule, write_recipe
 
 __all__ = ["Training", "check_beforehand", "set_up"]
 
@@ -81,6 +81,9 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     rows = open_rows(engine, recipe, vocabulary_size(tokenizer), on_progress)
     if start is not None and start.folder.parent.parent.resolve() == out.resolve():
         check_continuation(start, json.loads(json.dumps(asdict(recipe))), rows.key)
+        remark = describe_new_schedule(start, recipe)
+        if remark and engine.is_main:
+            warnings.warn(remark, stacklevel=4)
     if start is not None and start.step > recipe.train.steps:
         raise ValueError(
             f"checkpoint {start.folder} is at step {start.step}, beyond train.steps ({recipe.train.steps}): raise "

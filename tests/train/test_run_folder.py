@@ -11,6 +11,7 @@ from swat_lm.train.run_folder import (
     check_continuation,
     check_model,
     choose_start,
+    describe_new_schedule,
     hold_folder,
     write_recipe,
 )
@@ -188,3 +189,18 @@ def test_every_train_key_was_considered():
     decisive = {"batch_size", "learning_rate", "warmup_steps", "schedule", "weight_decay", "betas", "eps", "grad_clip"}
     changeable = {key.removeprefix("train.") for key in CHANGEABLE if key.startswith("train.")}
     assert {one.name for one in fields(TrainRecipe)} == decisive | changeable
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "decay", "says"),
+    [("cosine", 80, 0, True), ("cosine", 60, 0, False), ("constant", 80, 0, False), ("wsd", 80, 10, False)],
+)
+def test_another_schedule_is_spoken_of(schedule: str, steps: int, decay: int, says: bool):
+    before = TrainRecipe(steps=60, warmup_steps=2, schedule=schedule, decay_steps=decay)
+    checkpoint = replace(CHECKPOINT, recipe=plain(replace(RECIPE, train=before)), step=50)
+    said = describe_new_schedule(checkpoint, replace(RECIPE, train=replace(before, steps=steps)))
+    assert (said is not None) == says
+    # in its decay the rate has begun to fall
+    if schedule == "wsd":
+        later = replace(checkpoint, step=55)
+        assert describe_new_schedule(later, replace(RECIPE, train=replace(before, steps=steps)))
