@@ -6,6 +6,7 @@ the same call continues after an interruption. What is compared is in variants.p
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -101,10 +102,17 @@ def reproduce(
             # rows that do not divide among the processes
             Engine(variant_recipe(one, scale, 0, out, ("text",), "bytes").train).rows()
         check_sources(experiment, sources)
+        is_new = not (out / "plan.json").exists()
         plan = open_plan(out, scale, sources)
         write_whole(out / "plan.json", json.dumps(plan, indent=1) + "\n")
         watcher.stage("preparing the text")
-        prepare_texts(out, plan, experiment, scale, watcher)
+        try:
+            prepare_texts(out, plan, experiment, scale, watcher)
+        except ValueError:
+            if is_new:
+                # a text that will not do is no reason to keep the folder from a better one; nothing else was in it
+                shutil.rmtree(out)
+            raise
         return [job for job in jobs if not is_done(out, plan, job)]
 
     missing = engine.on_main(begin)

@@ -189,6 +189,18 @@ def test_a_diverged_variant_does_not_stop_the_others(
     assert page.count("data:image/png;base64,") == 2
 
 
+def test_a_text_that_will_not_do_keeps_no_folder(data: Path, tmp_path: Path, in_process: list[str]):
+    poor = tmp_path / "poor"
+    shutil.copytree(data, poor)
+    for one in (poor / "books").iterdir():
+        one.write_text("short")
+    one = EXPERIMENTS["table2"]
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="tokens"):
+        reproduce("table2", "miniature", sources_from_folder(poor, one), out, [0], Watcher())
+    assert not out.exists()
+
+
 def test_an_interruption_is_saved(data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "out"
     sources = sources_from_folder(data, EXPERIMENTS["figure5"])
