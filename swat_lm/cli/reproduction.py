@@ -1,7 +1,7 @@
 """`swat-lm reproduce`: a table or figure of the paper, trained, measured and judged."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -9,6 +9,10 @@ from rich.table import Table
 from swat_lm.cli.console import messages, on_main_process, results
 from swat_lm.cli.demonstration import make_watcher
 from swat_lm.cli.failures import INTERRUPTED
+from swat_lm.cli.outputs import check_folder
+
+if TYPE_CHECKING:
+    from swat_lm.experiments.variants import Experiment
 
 __all__ = ["reproduce"]
 
@@ -49,12 +53,15 @@ def reproduce(
     from swat_lm.experiments.variants import find_experiment
 
     chosen, size = find_experiment(experiment), find_scale(scale)
+    numbers = parse_seeds(seeds)
+    if out is not None:
+        check_folder(out, "--out")
     if dry_run:
-        show_plan(experiment, scale)
+        check_texts(chosen, data, [*(text or []), *(books or [])])
+        show_plan(experiment, scale, len(numbers))
         return
     if out is None:
         raise ValueError("--out: name the folder for models and results")
-    numbers = parse_seeds(seeds)
     results().print("importing torch and transformers ...", style="dim")
     from swat_lm.experiments.reproduction import Sources, sources_from_folder
     from swat_lm.experiments.reproduction import reproduce as run_experiment
@@ -94,12 +101,29 @@ def parse_seeds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def show_plan(experiment: str, scale: str) -> None:
+def check_texts(experiment: "Experiment", data: Path | None, named: list[str]) -> None:
+    """Raise ValueError for texts that were given and are not there."""
+    from swat_lm.data import resolve_sources
+    from swat_lm.experiments.reproduction import sources_from_folder
+
+    resolve_sources(named)
+    if data is not None and not named:
+        sources_from_folder(data, experiment)
+
+
+def lasting(hours: float) -> str:
+    """Hours as people say them: 20 s, 12 min, 1.5 h."""
+    if hours < 1 / 60:
+        return f"{max(1, round(3600 * hours))} s"
+    return f"{60 * hours:.0f} min" if hours < 1.5 else f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
+
+
+def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
     """The runs of an experiment without running them."""
     from swat_lm.experiments.reproduction import plan_without_running
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("variant", "parameters", "length", "steps", "rows a step", "tokens", "FLOPs", "A800 hours"):
+    for name in ("variant", "parameters", "length", "steps", "rows a step", "tokens", "FLOPs", "A800 time"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     rows = plan_without_running(experiment, scale)
     for row in rows:
@@ -112,16 +136,18 @@ def show_plan(experiment: str, scale: str) -> None:
             f"{row['rows_per_step']:,}",
             f"{row['tokens']:,}",
             f"{row['flops']:.2e}{'' if row['flops_by'] == 'formula' else ' *'}" if known else "?",
-            f"{row['gpu_hours']:,.1f}" if known else "?",
+            lasting(row["gpu_hours"]) if known else "?",
         )
     console = results()
     console.width = max(console.width, 140)
     console.print(table)
-    total = sum(row.get("gpu_hours", 0.0) for row in rows)
+    total = num_seeds * sum(row.get("gpu_hours", 0.0) for row in rows)
+    runs, of = "1 run" if len(rows) == 1 else f"{len(rows)} runs", "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
     console.print(
-        f"\n{len(rows)} runs a seed, {total:,.0f} hours of one A800 at 40 % of 312 TFLOP/s (evaluation apart)"
+        f"\n{runs} a seed, {of}: {lasting(total)} of one A800 at 40 % of 312 TFLOP/s (evaluation apart)", markup=False
     )
-    console.print("* estimate: 6 x parameters without the input embedding", style="dim", markup=False)
+    if any(row.get("flops_by", "formula") != "formula" for row in rows):
+        console.print("* estimate: 6 x parameters without the input embedding", style="dim", markup=False)
     for remark in sorted({row["remark"] for row in rows if row["remark"]}):
         console.print(remark, markup=False)
 
