@@ -7,12 +7,33 @@ from swat_lm.data.readers import decoded_blocks, read_rows
 from swat_lm.data.sources import COMPRESSIONS, DataError, source_file
 from swat_lm.evaluate.benchmarks import PAGES, Benchmark, Doc, Form
 
-__all__ = ["find_file", "is_plain_text", "pages", "read_documents", "read_pages"]
+__all__ = ["find_files", "is_plain_text", "pages", "read_documents", "read_pages"]
 
 
-def find_file(folder: Path, benchmark: Benchmark) -> Path:
-    """The first of the benchmark's files that the folder holds; raises DataError that names what was looked for."""
-    kinds = (".txt", ".jsonl") if benchmark.forms is PAGES else (".jsonl",)
+def find_files(folder: Path, benchmarks: Sequence[Benchmark]) -> list[Path]:
+    """The first of each benchmark's files that the folder holds; raises DataError that names all that are missing."""
+    found = [find_file(folder, one) for one in benchmarks]
+    lacking = {one.task: one for one, path in zip(benchmarks, found, strict=True) if path is None}
+    if lacking:
+        each = "; of task ".join(
+            f"{task}: expected " + " or ".join(f"{stem}{kinds_of(one)[0]}" for stem in one.files)
+            for task, one in lacking.items()
+        )
+        raise DataError(
+            f"{folder} lacks the file of task {each}, maybe with .xz or .gz added; "
+            "choose the tasks that are there with --tasks, or take all from --data hub"
+        )
+    return [path for path in found if path is not None]
+
+
+def kinds_of(benchmark: Benchmark) -> tuple[str, ...]:
+    """Suffixes of a benchmark's files, the usual one first."""
+    return (".txt", ".jsonl") if benchmark.forms is PAGES else (".jsonl",)
+
+
+def find_file(folder: Path, benchmark: Benchmark) -> Path | None:
+    """The first of the benchmark's files that the folder holds."""
+    kinds = kinds_of(benchmark)
     for stem in benchmark.files:
         for place in (folder / stem, folder / Path(stem).name):
             for kind in kinds:
@@ -20,11 +41,7 @@ def find_file(folder: Path, benchmark: Benchmark) -> Path:
                     path = place.with_name(f"{place.name}{kind}{packed}")
                     if path.is_file():
                         return path
-    names = " or ".join(f"{stem}{kinds[0]}" for stem in benchmark.files)
-    raise DataError(
-        f"{folder} lacks the file of task {benchmark.task}: expected {names}, maybe with .xz or .gz added; "
-        "choose the tasks that are there with --tasks, or take all from --data hub"
-    )
+    return None
 
 
 def is_plain_text(path: Path) -> bool:

@@ -227,19 +227,21 @@ def quiet_harness() -> Iterator[None]:
     """
     from tqdm import tqdm
 
-    draw: Any = tqdm.__init__
+    # its type does not let a method be replaced
+    bars: Any = tqdm
+    draw = bars.__init__
 
     def disabled(bar: Any, *arguments: Any, **options: Any) -> None:
         draw(bar, *arguments, **{**options, "disable": True})
 
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
-    tqdm.__init__ = disabled
+    bars.__init__ = disabled
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        tqdm.__init__ = draw
+        bars.__init__ = draw
         if before is None:
             del os.environ["DISABLE_MULTIPROC"]
         else:

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.data.sources import DataError
-from swat_lm.evaluate.benchmark_files import find_file, is_plain_text, read_documents, read_pages
-from swat_lm.evaluate.benchmarks import BENCHMARKS, Benchmark, Doc
+from swat_lm.evaluate.benchmark_files import find_files, is_plain_text, read_documents, read_pages
+from swat_lm.evaluate.benchmarks import BENCHMARKS, PAGES, Benchmark, Doc
 
 __all__ = ["HUB", "STREAMED", "LoadedTask", "check_harness", "load_tasks", "task_names"]
 
 HUB = "hub"
 STREAMED = "_streamed"
 """Ends the names of tasks whose texts are read as one stream; see `LoadedTask.rolling`."""
+KNOWN = (*BENCHMARKS, *(name + STREAMED for name, one in BENCHMARKS.items() if one.forms is PAGES))
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def task_names(wanted: str | None) -> list[str]:
         return list(BENCHMARKS)
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if not names:
-        raise ValueError(f"--tasks: no task named; known are {', '.join(BENCHMARKS)}")
+        raise ValueError(f"--tasks: no task named; known are {', '.join(KNOWN)}")
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated:
         raise ValueError(f"--tasks: {repeated} is named twice")
@@ -78,8 +79,7 @@ def load_tasks(names: Sequence[str], data: str) -> list[LoadedTask]:
         if not folder.is_dir():
             raise DataError(f"no folder {data}: expected one with the benchmarks' files, or `hub`")
         # every missing file is named before any is read
-        for name in names:
-            find_file(folder, known_benchmark(name))
+        find_files(folder, [known_benchmark(name) for name in names])
     tasks: list[LoadedTask] = []
     loaded: dict[str, list[LoadedTask]] = {}
     for name in names:
@@ -103,7 +103,7 @@ def known_benchmark(name: str) -> Benchmark:
         nearest = difflib.get_close_matches(base, BENCHMARKS, 1)
         hint = f"; the nearest is {nearest[0]}" if nearest else ""
         raise DataError(
-            f"no local form of task {base!r}{hint}; known are {', '.join(BENCHMARKS)}. The harness's other tasks run "
+            f"no local form of task {base!r}{hint}; known are {', '.join(KNOWN)}. The harness's other tasks run "
             "with --data hub"
         )
     return BENCHMARKS[base]
@@ -112,7 +112,7 @@ def known_benchmark(name: str) -> Benchmark:
 def load_local(folder: Path, name: str) -> LoadedTask:
     """A benchmark from the folder's file, asked as the harness's own task asks."""
     benchmark = known_benchmark(name)
-    path = find_file(folder, benchmark)
+    (path,) = find_files(folder, [benchmark])
     changes: Mapping[str, Any] = {}
     remark = None
     if is_plain_text(path):

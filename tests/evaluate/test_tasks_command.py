@@ -1,6 +1,7 @@
 """`swat-lm evaluate tasks` as a stranger uses it, also wrongly."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,9 @@ def test_two_models_beside_the_paper(cli, here: Path):
     assert page.index("Llama") < page.index("expected of guessing, not measured</th>") < page.index("(guessing)")
     assert '<div class="scroll"><table>' in page
     # nor do the harness's own bars get into a file
-    assert "it/s" not in err
-    assert "%|" not in err
+    bars = [part for part in re.split(r"[\r\n]", err) if "%|" in part]
+    # transformers' own is away where the command begins the process
+    assert [part for part in bars if "Loading weights" not in part] == []
     assert "Average" in rows[1]["cells"]
     assert "acc,none" in json.loads((here / "table/Llama/results.json").read_text())["results"]["boolq"]
     times = {path: path.stat().st_mtime_ns for path in (here / "table").glob("*/*.json")}
@@ -101,6 +103,8 @@ def test_what_is_there_is_taken_up(cli, here: Path):
         (["run", "--data", "data", "--tasks", ","], "--tasks: no task named"),
         (["run", "--data", "data", "--batch-size", "0"], "--batch-size: expected auto or a whole number"),
         (["run", "--data", "few"], "few lacks the file of task wikitext: expected lm/wikitext-2-raw.test.txt"),
+        (["run", "--data", "few"], "; of task hellaswag: expected commonsense/hellaswag_validation.jsonl; of task "),
+        (["run", "--data", "few", "--tasks", "qqqq"], "boolq, wikitext_streamed. The harness"),
         (["run", "--data", "few", "--tasks", "piqa"], "piqa_validation.jsonl:1: task piqa needs field 'sol2'"),
         (["run", "--data", "data", "--tokenizer", "big"], "has 300 ids, the model run/export only 259"),
         (["run", "--tasks", "piqa"], "task piqa: no data from the hub"),
