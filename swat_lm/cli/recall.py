@@ -33,7 +33,7 @@ def recall(
     checkpoint: SHARED_CHECKPOINT,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", "-t", help="passkey, kv, mqar, copy, or synthetic:NAME; several times."),
+        typer.Option("--task", "-t", help="passkey, kv, mqar, copy, or synthetic:NAME; repeatable. Default: passkey."),
     ] = None,
     data: Annotated[
         list[Path] | None, typer.Option("--data", "-d", help="A .jsonl of key-value retrieval or LongEval lines.")

@@ -226,7 +226,8 @@ def checked_text(value: Any, place: str, field: str) -> str:
 def missing_field(place: str, field: str, found: list[str]) -> DataError:
     """The error for a row or table without the text field."""
     return DataError(
-        f"{place}: no field {field!r}; it has {', '.join(map(str, found)) or 'none'} (set data.text_field)"
+        f"{place}: no field {field!r}; it has {', '.join(map(str, found)) or 'none'} "
+        "(set data.text_field or --text-field)"
     )
 
 

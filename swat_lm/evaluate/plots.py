@@ -117,6 +117,11 @@ def plot_state_bytes(series: Sequence[Series], path: Path, *, title: str | None 
     lengths = sorted({x for one in series for x in one.x})
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
+    levels = sorted({y for one in series for y in one.y})
+    if levels[-1] < 4 * levels[0]:
+        # powers of two would leave such lines between two ticks
+        axes.set_ylim(levels[0] / 2, 2 * levels[-1])
+        axes.yaxis.set_major_locator(FixedLocator(levels[:: max(1, len(levels) // 4)]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_bytes(value)))

@@ -241,7 +241,7 @@ def body(runs: Sequence[RunFindings], found: Mapping[str, Any], pictures: Mappin
                 one["name"],
                 one["architecture"],
                 "\u2013" if one["parameters"] is None else f"{one['parameters']:,}",
-                f"{one['steps']:,} of {one['of_steps']:,}",
+                f"{one['steps']:,}\u00a0of\u00a0{one['of_steps']:,}",
                 f"{one['tokens']:,}",
                 with_error(one["training_loss"], None),
                 with_error(one["held_out_loss"], None),

@@ -86,3 +86,8 @@ def test_a_full_disk_names_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
             write()
         assert caught.value.filename == str(tmp_path / "a.json")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_states_that_hardly_grow_have_ticks_at_their_values(tmp_path: Path, figures: list[Figure]):
+    plot_state_bytes([Series("one", [64, 128], [384 * 1024, 384 * 1024])], tmp_path / "plot.png")
+    assert [one.get_text() for one in figures[0].axes[0].get_yticklabels()] == ["384 KiB"]
