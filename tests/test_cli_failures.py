@@ -1,5 +1,6 @@
 """What one process of several says of a failure, and how errors of the system are told."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,11 @@ def test_messages_of_system_errors():
     assert failures.describe_failure(OSError(None, "cannot write")) == "cannot write"
     assert failures.describe_failure(OSError("cannot write")) == "cannot write"
     assert failures.describe_failure(OSError(28, "No space left")) == "No space left"
+
+
+def test_torchruns_own_report_has_the_line(cli, here: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(here / "error.json"))
+    assert cli("train", "rum.yaml").code == 2
+    told = json.loads((here / "error.json").read_text())
+    assert told["message"] == "no recipe at rum.yaml; the nearest is run.yaml"
+    assert told["timestamp"] > 0

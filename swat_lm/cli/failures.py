@@ -1,8 +1,12 @@
 """What goes wrong, in one line on stderr with exit code 2; the traceback only under `--debug`."""
 
+import json
 import os
 import sys
+import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 
 from swat_lm.cli.console import on_main_process
 
@@ -64,7 +68,16 @@ def report_failure(error: BaseException, debug: bool) -> int:
     elif not came_from_main(error):
         sys.stderr.write(f"error (process {os.environ['RANK']}): {message}\n")
     sys.stderr.flush()
+    tell_torchrun(message)
     return USER_ERROR
+
+
+def tell_torchrun(message: str) -> None:
+    """Put the line into torchrun's own report too, which ends its many lines and comes after all of ours."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place:
+        with suppress(OSError):
+            Path(place).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def came_from_main(error: BaseException) -> bool:
