@@ -29,3 +29,12 @@ def test_a_single_document_is_spoken_of_once(cli, here: Path, caplog: pytest.Log
     with caplog.at_level("INFO", logger="swat_lm"):
         assert cli("train", "run.yaml", "data.held_out=0.2", "data.sources=text/0.txt", "train.steps=2").code == 0
     assert sum("only one document" in one.message for one in caplog.records) == 1
+
+
+def test_another_architecture_names_the_keys_to_drop(cli, here: Path):
+    other = ("train", "run.yaml", "train.steps=1", "model.architecture=llama", "model.slopes=balanced")
+    ran = cli(*other)
+    assert ran.code == 2
+    drop = "model.sliding_window=null model.slopes=null"
+    assert f"drop such keys with {drop}, or start from one of the baselines in recipes/" in ran.err
+    assert cli(*other[:-1], *drop.split()).code == 0

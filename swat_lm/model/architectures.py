@@ -120,6 +120,9 @@ def configure_model(model: Mapping[str, Any], vocab_size: int | None = None) -> 
         raise ValueError(f"model.architecture: unknown architecture {name!r}{hint} Known are {', '.join(known)}")
     library = ARCHITECTURES[name]
     kind = library_class(name, "config")
+    # a recipe that inherits drops what the other says of our architecture in the same way
+    ours = set(library_keys(SwatConfig)) - set(library_keys(kind))
+    values = {key: value for key, value in values.items() if value is not None or key not in ours}
     check_keys(name, kind, values)
     if vocab_size is not None and values.setdefault("vocab_size", vocab_size) < vocab_size:
         raise ValueError(
@@ -137,6 +140,13 @@ def configure_model(model: Mapping[str, Any], vocab_size: int | None = None) -> 
 def check_keys(name: str, kind: type, values: Mapping[str, Any]) -> None:
     """Raise ValueError for a key that the configuration does not have: libraries keep any keyword without a word."""
     known = library_keys(kind)
+    ours = [key for key in values if key in library_keys(SwatConfig) and key not in known]
+    if ours:
+        drop = " ".join(f"model.{key}=null" for key in ours)
+        raise ValueError(
+            f"model: {name} has no key {ours[0]!r}, which is one of swat's: drop such keys with {drop}, or start from "
+            "one of the baselines in recipes/"
+        )
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
