@@ -7,7 +7,7 @@ import pytest
 
 def test_a_share_nobody_asked_for_is_not_reported(cli, here: Path):
     assert "held out" not in cli("prepare", "text", "--cache", "tokens").out
-    assert "1 documents (data.held_out is 0.02)" in cli("prepare", "run.yaml").out.replace("  ", "")
+    assert "1 document (data.held_out is 0.02)" in cli("prepare", "run.yaml").out.replace("  ", "")
 
 
 def test_a_store_without_its_index_is_to_be_removed(cli, here: Path):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swat_lm.cli.console import key_value_table, results
+from swat_lm.cli.console import counted, key_value_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
 
@@ -79,7 +79,7 @@ def prepare(
     ]
     # bare sources come without a share to hold out: the recipe that trains on them says it
     if is_recipe(sources[0]):
-        held_out = f"{len(store.split('held_out')):,} documents (data.held_out is {data.held_out:g})"
+        held_out = f"{counted(len(store.split('held_out')), 'document')} (data.held_out is {data.held_out:g})"
         rows.append(("held out", held_out if data.held_out else "nothing"))
     results().print(key_value_table(rows))
 

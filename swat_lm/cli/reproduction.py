@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import messages, on_main_process, results
+from swat_lm.cli.console import counted, messages, on_main_process, results
 from swat_lm.cli.demonstration import make_watcher
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.outputs import check_folder
@@ -142,7 +142,7 @@ def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
     console.width = max(console.width, 140)
     console.print(table)
     total = num_seeds * sum(row.get("gpu_hours", 0.0) for row in rows)
-    runs, of = "1 run" if len(rows) == 1 else f"{len(rows)} runs", "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
+    runs, of = counted(len(rows), "run"), counted(num_seeds, "seed")
     console.print(
         f"\n{runs} a seed, {of}: {lasting(total)} of one A800 at 40 % of 312 TFLOP/s (evaluation apart)", markup=False
     )

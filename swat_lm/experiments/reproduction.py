@@ -116,7 +116,7 @@ def reproduce(
         return [job for job in jobs if not is_done(out, plan, job)]
 
     missing = engine.on_main(begin)
-    watcher.stage(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them done before")
+    watcher.stage(f"runs: {len(jobs)}, of them done before: {len(jobs) - len(missing)}")
     do_jobs(out, missing, len(jobs), watcher)
     watcher.stage("writing the page")
     return engine.on_main(lambda: write_results(experiment, scale, chosen, seeds, out, asdict(sources)))
@@ -357,7 +357,8 @@ def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
 
 def clock(seconds: float) -> str:
     """Seconds as people say them."""
-    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(1, round(seconds / 60))} minutes"
+    minutes = max(1, round(seconds / 60))
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{minutes} minute{'' if minutes == 1 else 's'}"
 
 
 def do_model(out: Path, name: str, watcher: Watcher) -> None:
