@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.cli.information import describe_model, find_config
-from swat_lm.evaluate.table1 import MEASURED
+from swat_lm.evaluate.table1 import GUESSING, MEASURED
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -114,7 +114,8 @@ def record_experiment(path: Path, commit: str) -> None:
         result["machine"] |= {"commit": commit}
     else:
         name = "tasks"
-        result = {"commit": commit, **result, "rows": [row for row in result["rows"] if row["group"] == MEASURED]}
+        ours = [row for row in result["rows"] if row["group"] in (MEASURED, GUESSING)]
+        result = {"commit": commit, **result, "rows": ours}
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -246,7 +246,7 @@ def page(rows: Sequence[Row], remarks: Sequence[str]) -> str:
             group = row.group
             body.append(f'<tr class="group"><th colspan="{len(columns) + 1}">{html.escape(group)}</th></tr>')
         cells = "".join(f"<td>{shown_in_html(row.cells.get(one))}</td>" for one in columns)
-        kind = "ours" if row.group == MEASURED else "paper"
+        kind = "ours" if row.group in (MEASURED, GUESSING) else "paper"
         body.append(f'<tr class="{kind}"><td>{html.escape(row.name)}</td>{cells}</tr>')
     return PAGE.format(
         headings="".join(f"<th>{html.escape(one)}</th>" for one in columns),
