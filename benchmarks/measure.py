@@ -188,7 +188,8 @@ def machine() -> dict[str, Any]:
     status = subprocess.run(measured, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return {
-        "processor": _processor(),
+        # two generations may have one name; what PyTorch's own kernels use of them tells them apart
+        "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(terse=True),
