@@ -299,7 +299,7 @@ def experiment(result: dict[str, Any]) -> str:
         f"{' or '.join(f'{count:,}' for count in sorted(tokens))} tokens each, seeds "
         f"{' and '.join(map(str, result['seeds']))}; W = {sizes['W']:,}, L = {sizes['L']:,}, XL = {sizes['XL']:,}. "
         f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}, torch {machine['torch']}, "
-        f"commit {machine['commit']}.",
+        f"trained at commit {machine['commit']}.",
         rows(
             ["claim", "in the paper", "gap here", "pieces", "outcome"],
             [

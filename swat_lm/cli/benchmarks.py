@@ -67,9 +67,9 @@ def tasks(
     # the harness and its libraries draw their own bars otherwise; read when they are first imported
     os.environ.setdefault("TQDM_DISABLE", "1")
     rows = parse_batch_size(batch_size)
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: expected a folder")
     if out is not None:
+        if out.is_file():
+            raise ValueError(f"--out {out} is a file: expected a folder")
         check_folder(out, "--out")
     chosen = label_checkpoints(checkpoints)
     from swat_lm.evaluate.tasks import check_harness, load_tasks, task_names

@@ -102,7 +102,7 @@ def reproduce(
             # rows that do not divide among the processes
             Engine(variant_recipe(one, scale, 0, out, ("text",), "bytes").train).rows()
         check_sources(experiment, sources)
-        is_new = not (out / "plan.json").exists()
+        was_there, is_new = out.exists(), not (out / "plan.json").exists()
         plan = open_plan(out, scale, sources)
         write_whole(out / "plan.json", json.dumps(plan, indent=1) + "\n")
         watcher.stage("preparing the text")
@@ -110,8 +110,8 @@ def reproduce(
             prepare_texts(out, plan, experiment, scale, watcher)
         except ValueError:
             if is_new:
-                # a text that will not do is no reason to keep the folder from a better one; nothing else was in it
-                shutil.rmtree(out)
+                # a text that will not do is no reason to keep the folder from a better one
+                take_back(out, was_there)
             raise
         return [job for job in jobs if not is_done(out, plan, job)]
 
@@ -206,6 +206,17 @@ def open_plan(out: Path, scale: Scale, sources: Sources) -> dict[str, Any]:
         raise ValueError(f"{out} exists and is no reproduction: name another folder for --out")
     out.mkdir(parents=True, exist_ok=True)
     return wanted
+
+
+def take_back(out: Path, was_there: bool) -> None:
+    """Remove what was written into a folder that `open_plan` found empty, and the folder if it was made for that."""
+    for one in out.iterdir():
+        if one.is_dir():
+            shutil.rmtree(one)
+        else:
+            one.unlink()
+    if not was_there:
+        out.rmdir()
 
 
 def planned_sources(plan: dict[str, Any]) -> Sources:

@@ -110,8 +110,9 @@ def configure_model(model: Mapping[str, Any], vocab_size: int | None = None) -> 
     """
     name = model.get("architecture", OURS)
     # `preset: null` is how a recipe that inherits drops the preset of the other
-    kept = {key: value for key, value in model.items() if key != "architecture" and (key, value) != ("preset", None)}
-    values: dict[str, Any] = kept
+    values: dict[str, Any] = {
+        key: value for key, value in model.items() if key != "architecture" and (key, value) != ("preset", None)
+    }
     if name == OURS:
         return config_from_recipe(values, vocab_size)
     if name not in ARCHITECTURES:

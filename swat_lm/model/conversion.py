@@ -17,7 +17,7 @@ from swat_lm.model.loading import find_model_folder
 from swat_lm.model.modeling import SwatForCausalLM
 
 SOURCES = ("llama", "mistral")
-TAKEN_OVER = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -25,6 +25,9 @@ TAKEN_OVER = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+)
+TAKEN_OVER = (
+    *SIZES,
     "max_position_embeddings",
     "initializer_range",
     "rms_norm_eps",
@@ -33,7 +36,7 @@ TAKEN_OVER = (
     "eos_token_id",
     "tie_word_embeddings",
 )
-WEIGHT_SHAPES = (*TAKEN_OVER[:7], "tie_word_embeddings", "attention_bias", "mlp_bias")
+WEIGHT_SHAPES = (*SIZES, "tie_word_embeddings", "attention_bias", "mlp_bias")
 # parameters that options of ours add to the source's
 ADDED = (".q_norm.", ".k_norm.", ".output_norm.", ".sink")
 TOKENIZER_FILES = (

@@ -199,6 +199,11 @@ def test_a_text_that_will_not_do_keeps_no_folder(data: Path, tmp_path: Path, in_
     with pytest.raises(ValueError, match="tokens"):
         reproduce("table2", "miniature", sources_from_folder(poor, one), out, [0], Watcher())
     assert not out.exists()
+    out.mkdir()
+    with pytest.raises(ValueError, match="tokens"):
+        reproduce("table2", "miniature", sources_from_folder(poor, one), out, [0], Watcher())
+    # the user's own folder stays, as empty as it was
+    assert list(out.iterdir()) == []
 
 
 def test_an_interruption_is_saved(data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch):
