@@ -20,6 +20,7 @@ from swat_lm.ops.triton.forward import with_dense_channels
 from swat_lm.ops.triton.geometry import Rows
 from swat_lm.ops.triton.rotation import angle_stride, rotate
 from swat_lm.ops.triton.saturation import largest_norms
+from swat_lm.ops.triton.softmax_rows import softmax_rows
 
 
 class Gradients(NamedTuple):
@@ -69,7 +70,7 @@ def backward(
     if softmax:
         assert output is not None
         assert lse is not None
-        lse, shift = _softmax_rows(grad_output, grad_lse, output, lse)
+        lse, shift = softmax_rows(grad_output, grad_lse, output, lse)
     query_norms, key_norms = (largest_norms(t) if skip_saturated else None for t in (query, key))
     group = num_heads // num_kv_heads
     common = {
@@ -114,17 +115,6 @@ def backward(
     if accumulates_query and cos is not None and sin is not None:
         grad_query = rotate(grad_query, cos, sin, query.dtype, back=True)
     return Gradients(grad_query.to(query.dtype), grad_key, grad_value, grad_bias)
-
-
-def _softmax_rows(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lse as the kernels take it and what a row's gradients have in common: its normaliser's part."""
-    shift = (grad_output.float() * output.float()).sum(dim=-1)
-    empty = lse == float("-inf")
-    if grad_lse is not None:
-        # a row that sees nothing: whatever its lse's gradient is must not reach anything
-        shift = shift - grad_lse.float().masked_fill(empty, 0.0)
-    # which has the layout of the incoming gradient; the kernels take that of the lse
-    return lse.masked_fill(empty, float("inf")), shift.contiguous()
 
 
 def _zeros(bias: HeadBias) -> HeadBias:

@@ -93,12 +93,12 @@ def test_no_spills(name, capability, head_dim, window, variant):
 def test_another_length_is_no_reason_to_compile_again():
     """Triton makes a kernel of its own for an argument of 1 and for multiples of 16, unless it is told not to."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from swat_lm.ops.triton import backward_kernels, forward, rotation, saturation
+    from swat_lm.ops.triton import backward_kernels, forward, rotation, saturation, softmax_rows
     from swat_lm.ops.triton.device import SIZES
 
     kernels = (
         forward._forward, backward_kernels.backward_query, backward_kernels.backward_key, rotation._rotate,
-        saturation._norms_of_blocks,
+        saturation._norms_of_blocks, softmax_rows._rows,
     )  # fmt: skip
     found = {p.name: p.do_not_specialize for kernel in kernels for p in kernel.params if p.name in SIZES}
     assert found == dict.fromkeys(SIZES, True)

@@ -142,3 +142,15 @@ def test_memory_is_linear():
         window_attention(*tensors, window=256).sum().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] <= 2.2 * peaks[0]
+
+
+def test_softmax_makes_no_float32_copies():
+    """Beside what sigmoid needs, its backward holds the output, in its own dtype, and three numbers a row."""
+    peaks = {}
+    for score_function in ("sigmoid", "softmax"):
+        tensors = [torch.randn(1, 8192, 4, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in "qkv"]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        window_attention(*tensors, window=256, score_function=score_function).sum().backward()
+        peaks[score_function] = torch.cuda.max_memory_allocated() - before
+    assert peaks["softmax"] - peaks["sigmoid"] < 2 * tensors[0].numel() * tensors[0].element_size()
