@@ -19,6 +19,7 @@ class Compiled:
     instructions: Counter
     registers: int
     shared_bytes: int
+    ptx: str
 
     @property
     def spills(self) -> int:
@@ -75,7 +76,7 @@ def compile_kernel(
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, usage
     opcode = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
-    return Compiled(Counter(opcode.findall(code)), int(registers[1]), compiled.metadata.shared)
+    return Compiled(Counter(opcode.findall(code)), int(registers[1]), compiled.metadata.shared, compiled.asm["ptx"])
 
 
 def _run(tool: str, *arguments: Any) -> str:
