@@ -20,9 +20,11 @@ from swat_lm.ops.triton.availability import is_interpreted
 BACKWARD_FORMS = ("two kernels", "five products")
 # a wide window feeds large tiles, which waste more of a narrow one's two edges
 WIDE_WINDOW = 1024
-# names a file of `autotune.py`, whose tiles go before the table's
+# names a file of `autotune.py`, whose choices go before the table's
 TILES_VARIABLE = "SWAT_LM_TILES"
-_tiles_in_use: dict[str, "Tile"] = {}
+FORM_VARIABLE = "SWAT_LM_BACKWARD"
+# under which a file keeps how the backward is computed, beside the kernels' tiles
+FORM = "backward form"
 
 
 class Tile(NamedTuple):
@@ -34,6 +36,17 @@ class Tile(NamedTuple):
     stages: int
     # most registers of a thread (`maxnreg`), for more blocks at once; None leaves it to the compiler
     registers: int | None = None
+
+
+class Tuned(NamedTuple):
+    """What was found to be fastest, by `tuned_key`: tiles of kernels, and forms of the backward."""
+
+    tiles: dict[str, Tile]
+    forms: dict[str, str]
+
+
+# instead of a file's, while somebody measures
+_in_use: list[Tuned] = []
 
 
 class Problem(NamedTuple):
@@ -136,7 +149,7 @@ _ROTARY_HOPPER = {"forward": {128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3))}}
 
 
 def configuration(kernel: str, problem: Problem) -> Tile:
-    """Return the tile of a kernel for a problem.
+    """Return the tile of a kernel for a problem: the tuned one, or the table's.
 
     Args:
         kernel: "forward", "backward query", "backward key" or "backward key, five products".
@@ -145,9 +158,13 @@ def configuration(kernel: str, problem: Problem) -> Tile:
     if not problem.hardware:
         # small, so that small shapes have tiles of every kind
         return Tile(16, 16, 4, 1)
-    tuned = _tiles_in_use or _tuned_tiles(os.environ.get(TILES_VARIABLE))
-    if tuned and tuned_key(kernel, problem) in tuned:
-        return tuned[tuned_key(kernel, problem)]
+    tiles = _tuned().tiles
+    tuned = tiles.get(tuned_key(kernel, problem)) if tiles else None
+    return tuned or table_tile(kernel, problem)
+
+
+def table_tile(kernel: str, problem: Problem) -> Tile:
+    """Return the table's tile of a kernel for a problem on a GPU."""
     size = next(limit for limit in (64, 128, 256) if problem.block_dim <= limit)
     if problem.dtype == torch.float32:
         # exact products are no work for tensor cores; four bytes a number
@@ -164,7 +181,7 @@ def configuration(kernel: str, problem: Problem) -> Tile:
 
 
 def tuned_key(kernel: str, problem: Problem) -> str:
-    """Return under which name a tile is kept; windows share it up to the next power of two."""
+    """Return under which name a tile or a form is kept; windows share it up to the next power of two."""
     window = 1 << (problem.window - 1).bit_length()
     score = "softmax" if problem.softmax else "sigmoid"
     dtype = str(problem.dtype).removeprefix("torch.")
@@ -172,47 +189,54 @@ def tuned_key(kernel: str, problem: Problem) -> str:
 
 
 @contextmanager
-def using_tiles(tiles: dict[str, Tile]) -> Iterator[None]:
-    """Use these tiles, by `tuned_key`, instead of any file's; for measuring, in one thread."""
-    before = dict(_tiles_in_use)
-    _tiles_in_use.clear()
-    _tiles_in_use.update(tiles)
+def using_tuned(tuned: Tuned) -> Iterator[None]:
+    """Use these tiles and forms instead of any file's, the forms also against the environment; for measuring."""
+    _in_use.append(tuned)
     try:
         yield
     finally:
-        _tiles_in_use.clear()
-        _tiles_in_use.update(before)
+        _in_use.pop()
+
+
+def _tuned() -> Tuned:
+    return _in_use[-1] if _in_use else _tuned_file(os.environ.get(TILES_VARIABLE))
 
 
 @lru_cache
-def _tuned_tiles(path: str | None) -> dict[str, Tile]:
+def _tuned_file(path: str | None) -> Tuned:
     if not path:
-        return {}
+        return Tuned({}, {})
     try:
-        return read_tiles(path)
+        return read_tuned(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{TILES_VARIABLE}: {error}") from error
 
 
-def read_tiles(path: str | Path) -> dict[str, Tile]:
-    """Return the tiles of a file, by `tuned_key`.
+def read_tuned(path: str | Path) -> Tuned:
+    """Return the tiles and forms of a file.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is none of `autotune.py`'s files, or holds a tile that no kernel can have.
     """
+    tuned = Tuned({}, {})
     try:
-        tiles = {key: Tile(*tile) for key, tile in json.loads(Path(path).read_text()).items()}
-        for key, tile in tiles.items():
-            _check_tile(key, tile)
+        for key, choice in json.loads(Path(path).read_text(encoding="utf-8")).items():
+            if isinstance(choice, str):
+                if choice not in BACKWARD_FORMS:
+                    raise ValueError(f"{key}: expected one of {', '.join(BACKWARD_FORMS)}; got {choice!r}")
+                tuned.forms[key] = choice
+            else:
+                tuned.tiles[key] = Tile(*choice)
+                _check_tile(key, tuned.tiles[key])
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"expected a file written by swat_lm.ops.triton.autotune, got {path}: {error}") from error
-    return tiles
+        raise ValueError(f"expected a file written by `swat-lm tune`, got {path}: {error}") from error
+    return tuned
 
 
-def forget_tiles() -> None:
+def forget_tuned() -> None:
     """Read the file of tuned tiles again at the next call."""
-    _tuned_tiles.cache_clear()
+    _tuned_file.cache_clear()
 
 
 def _check_tile(key: str, tile: Tile) -> None:
@@ -227,17 +251,27 @@ def backward_form(problem: Problem) -> str:
     """Return how the backward is computed: "two kernels" or "five products".
 
     Two kernels form every score twice (seven products in all) and add in a fixed order. Five products form it once and
-    add the queries' gradients atomically, in float32, in an order that differs from run to run; the rule takes them
-    for wide windows on Hopper, which is computed and not yet confirmed by a measurement. The environment's
-    SWAT_LM_BACKWARD forces either; `torch.use_deterministic_algorithms` forces two kernels.
+    add the queries' gradients atomically, in float32, in an order that differs from run to run. Who decides, the first
+    that has something to say: the environment's SWAT_LM_BACKWARD; `torch.use_deterministic_algorithms`, for two
+    kernels; what was measured on this GPU (`autotune.py`); `rule_form`.
     """
-    forced = os.environ.get("SWAT_LM_BACKWARD")
+    being_measured = _in_use[-1].forms if _in_use else {}
+    if being_measured:
+        return being_measured[tuned_key(FORM, problem)]
+    forced = os.environ.get(FORM_VARIABLE)
     if forced is not None:
         if forced not in BACKWARD_FORMS:
-            raise ValueError(f"SWAT_LM_BACKWARD: expected one of {', '.join(BACKWARD_FORMS)}; got {forced!r}")
+            raise ValueError(f"{FORM_VARIABLE}: expected one of {', '.join(BACKWARD_FORMS)}; got {forced!r}")
         return forced
     if torch.are_deterministic_algorithms_enabled():
         return BACKWARD_FORMS[0]
+    forms = _tuned().forms if problem.hardware else {}
+    measured = forms.get(tuned_key(FORM, problem)) if forms else None
+    return measured or rule_form(problem)
+
+
+def rule_form(problem: Problem) -> str:
+    """Return the form by rule, which is computed and not yet confirmed by a measurement: five for wide windows."""
     # with heads of 128 the ragged kernel would spill
     fits = problem.family == "hopper" and problem.block_dim <= 64 and not problem.softmax
     return BACKWARD_FORMS[fits and problem.window >= WIDE_WINDOW and problem.dtype != torch.float32]
