@@ -38,6 +38,7 @@ def test_help_of_every_command_has_an_example():
         ["evaluate", "tasks"],
         ["info"],
         ["convert"],
+        ["tune"],
     ):
         shown = runner.invoke(application, [*words, "--help"])
         assert shown.exit_code == 0

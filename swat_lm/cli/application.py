@@ -23,6 +23,7 @@ from swat_lm.cli import (
     recall,
     reproduction,
     training,
+    tuning,
 )
 from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED, USER_ERROR, quiet_broken_pipe, report_failure
@@ -54,6 +55,7 @@ application.command(name="reproduce")(reproduction.reproduce)
 application.command(name="report")(comparison.report)
 application.command(name="info")(information.info)
 application.command(name="convert")(conversion.convert)
+application.command(name="tune")(tuning.tune)
 
 # the base of every usage error; typer carries its own copy of click in newer versions
 USAGE_ERROR: type[Exception] = next(

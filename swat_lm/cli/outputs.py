@@ -3,13 +3,20 @@
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["check_folder", "check_new_file"]
+__all__ = ["check_file", "check_folder", "check_new_file"]
 
 
 def check_new_file(path: Path, option: str) -> None:
     """Raise OSError, naming the option, for a file that is there already or could not be written; leaves nothing."""
     if path.exists():
         raise FileExistsError(f"{path} exists: name another file for {option}, or remove it")
+    try_writing(path, option, folder=False)
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raise OSError, naming the option, for a file that could not be written, be it there or not; leaves nothing."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file for {option}")
     try_writing(path, option, folder=False)
 
 

@@ -91,9 +91,14 @@ class RunProgress:
             numbers = f"step {event.step:,}/{event.steps:,}  {self._numbers(name, event)}"
             self._show(name, event.step, event.steps, numbers, event.seconds_left, important)
 
-    def count(self, name: str, done: int, total: int) -> None:
-        """So much of other work is done."""
-        self._show(name, done, total, f"{100 * done / max(total, 1):.0f} %", None, False)
+    def count(
+        self, name: str, done: int, total: int, numbers: str | None = None, seconds_left: float | None = None
+    ) -> None:
+        """So much of other work is done: with its own numbers, the last of which are always shown, or in percent."""
+        if numbers is None:
+            self._show(name, done, total, f"{100 * done / max(total, 1):.0f} %", seconds_left, False)
+        else:
+            self._show(name, done, total, numbers, seconds_left, done == total)
 
     def say(self, text: str) -> None:
         """A line above the bars."""

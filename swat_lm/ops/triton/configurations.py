@@ -1,7 +1,7 @@
 """Tile shapes of the kernels by window, head size, dtype and GPU: one table of rules, nothing is tuned at first use.
 
 The shapes were chosen by registers, spills and shared memory of the compiled code (docs/kernels.md), not by timing: no
-GPU was at hand. `autotune.py` measures alternatives where somebody asks for it.
+GPU was at hand. `autotune.py` measures alternatives where somebody asks for it (`swat-lm tune`).
 """
 
 import json
