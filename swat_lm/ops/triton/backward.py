@@ -18,6 +18,7 @@ from swat_lm.ops.triton.configurations import Problem, backward_form, configurat
 from swat_lm.ops.triton.device import on_device
 from swat_lm.ops.triton.forward import with_dense_channels
 from swat_lm.ops.triton.geometry import Rows
+from swat_lm.ops.triton.precision import is_foldable
 from swat_lm.ops.triton.rotation import angle_stride, rotate
 from swat_lm.ops.triton.saturation import largest_norms
 from swat_lm.ops.triton.softmax_rows import softmax_rows
@@ -75,8 +76,8 @@ def backward(
     group = num_heads // num_kv_heads
     common = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_DIM": problem.block_dim, "SOFTMAX": softmax,
-        "FAST": fast and not softmax, "RAGGED": rows.is_ragged, "ROTARY": cos is not None, "SKIP": skip_saturated,
-        "HARDWARE": problem.hardware,
+        "FAST": fast and not softmax, "FOLDED": is_foldable(scale, fast and not softmax), "RAGGED": rows.is_ragged,
+        "ROTARY": cos is not None, "SKIP": skip_saturated, "HARDWARE": problem.hardware,
         "INPUT_PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     tensors = (query, key, value, grad_output)

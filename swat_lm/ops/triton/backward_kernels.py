@@ -13,12 +13,14 @@ import triton.language as tl
 from swat_lm.ops.triton.device import (
     LOG2_E,
     SIZES,
+    derivative_unit,
     exp2,
-    hidden_score,
+    hide,
     load_tile,
     scalar,
     score_unit,
     sigmoid,
+    sigmoid_derivative,
     store_tile,
 )
 from swat_lm.ops.triton.forward import tile_scores
@@ -34,9 +36,9 @@ def backward_query(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
     stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr,
-    SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr, RAGGED: tl.constexpr,
+    ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one tile of queries of one head."""
     member = tl.program_id(0) % GROUP
@@ -82,22 +84,24 @@ def backward_query(
         saturated = 0
     slope = slope * unit
     bias = bias * unit
+    if FOLDED:
+        q = (q * (scale * unit)).to(q.dtype)
     d_query = _over_keys(
         d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated,
-        left, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE,
-        INPUT_PRECISION,
+        left, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True,
+        HARDWARE, INPUT_PRECISION,
     )  # fmt: skip
     d_query = _over_keys(
         d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left,
-        right, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, False, HARDWARE,
-        INPUT_PRECISION,
+        right, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, False,
+        HARDWARE, INPUT_PRECISION,
     )  # fmt: skip
     d_query = _over_keys(
         d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, right,
-        count, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE,
-        INPUT_PRECISION,
+        count, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True,
+        HARDWARE, INPUT_PRECISION,
     )  # fmt: skip
-    d_query = d_query * scale
+    d_query = d_query * (scale / derivative_unit(SOFTMAX, FAST))
     if ROTARY:
         d_query = rotate_back(
             d_query, first_row, num_queries, cos_ptr + sequence * stride_ab, sin_ptr + sequence * stride_ab, HEAD_DIM,
@@ -111,25 +115,23 @@ def backward_query(
 def _over_keys(
     d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, begin, end,
     num_keys, scale, slope, bias, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    SOFTMAX: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr,
+    SOFTMAX: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     for tile in tl.range(scalar(begin), scalar(end)):
         first_key = start + tile * BLOCK_KEYS
         k = load_tile(key_ptr, first_key, stride_ks, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
         v = load_tile(value_ptr, first_key, stride_vs, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
-        product = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
         score = tile_scores(
-            product, first_key, lower, last, num_keys, scale, slope, bias, BLOCK_KEYS, SOFTMAX, FAST, MASKED
+            q, k, first_key, lower, last, num_keys, scale, slope, bias, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, MASKED,
+            INPUT_PRECISION,
         )  # fmt: skip
         d_weight = tl.dot(d_out, tl.trans(v), input_precision=INPUT_PRECISION)
         if SOFTMAX:
             weight = exp2(score - normaliser[:, None], HARDWARE)
             d_score = weight * (d_weight - shift[:, None])
         else:
-            weight = sigmoid(score, FAST, HARDWARE)
-            part = weight * d_weight
-            d_score = part - weight * part
+            d_score = sigmoid_derivative(score, FAST, HARDWARE) * d_weight
         d_query = tl.dot(d_score.to(k.dtype), k, d_query, input_precision=INPUT_PRECISION)
     return d_query
 
@@ -155,9 +157,9 @@ def backward_key(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_hb, stride_hs, stride_hh, stride_gb, stride_gt, stride_gh,
     stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr,
-    SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr, RAGGED: tl.constexpr,
+    ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     PER_HEAD: tl.constexpr, QUERY: tl.constexpr, REGULAR_LAST: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one tile of keys and values, and add to those of slopes and queries where asked to."""
@@ -178,6 +180,8 @@ def backward_key(
     value_ptr += sequence * stride_vb + kv_head.to(tl.int64) * stride_vh
     k = load_tile(key_ptr, first_key, stride_ks, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True)
     v = load_tile(value_ptr, first_key, stride_vs, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True)
+    # a power of two: exact
+    k_folded = (k * (scale * unit)).to(k.dtype) if FOLDED else k
     d_key = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
     d_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
     for member in tl.range(0, GROUP):
@@ -218,22 +222,22 @@ def backward_key(
         d_slope = tl.zeros([BLOCK_KEYS], dtype=tl.float32)
         d_bias = tl.zeros([BLOCK_KEYS], dtype=tl.float32)
         d_key, d_value, d_slope, d_bias = _over_rows(
-            d_key, d_value, d_slope, d_bias, k, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
+            d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
             lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, 0, left, first_key, num_queries,
             num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, SOFTMAX,
-            FAST, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+            FAST, FOLDED, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
         )  # fmt: skip
         d_key, d_value, d_slope, d_bias = _over_rows(
-            d_key, d_value, d_slope, d_bias, k, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
+            d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
             lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, left, inner_end, first_key,
             num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
-            BLOCK_KEYS, SOFTMAX, FAST, RAGGED, False, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+            BLOCK_KEYS, SOFTMAX, FAST, FOLDED, RAGGED, False, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
         )  # fmt: skip
         d_key, d_value, d_slope, d_bias = _over_rows(
-            d_key, d_value, d_slope, d_bias, k, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
+            d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
             lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, right, outer_end, first_key,
             num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
-            BLOCK_KEYS, SOFTMAX, FAST, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+            BLOCK_KEYS, SOFTMAX, FAST, FOLDED, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
         )  # fmt: skip
         if PER_HEAD:
             pointers = per_head_ptr + ((sequence * num_heads + head) * tl.num_programs(0) + block) * 2
@@ -252,12 +256,12 @@ def backward_key(
 
 @triton.jit
 def _over_rows(
-    d_key, d_value, d_slope, d_bias, k, v, query_ptr, grad_output_ptr, grad_query_ptr, stride_qt, stride_ot, stride_gt,
-    lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, begin, end, first_key, num_queries,
-    num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    d_key, d_value, d_slope, d_bias, k, k_folded, v, query_ptr, grad_output_ptr, grad_query_ptr, stride_qt, stride_ot,
+    stride_gt, lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, begin, end, first_key,
+    num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    PER_HEAD: tl.constexpr, QUERY: tl.constexpr,
+    FOLDED: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, PER_HEAD: tl.constexpr, QUERY: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_KEYS)
     for tile in tl.range(scalar(begin), scalar(end)):
@@ -270,15 +274,31 @@ def _over_rows(
             lse_ptr, shift_ptr, statistics, row, num_heads, num_queries, SOFTMAX
         )  # fmt: skip
         # keys by rows: the weights are then the left factor of both products, straight from registers
-        product = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
         distance = last - first_key
-        row_bias = slope * distance.to(tl.float32) + bias
-        score = product * (scale * unit) + (row_bias[None, :] - (slope * column.to(tl.float32))[:, None])
+        if RAGGED:
+            row_part = slope * distance.to(tl.float32) + bias
+        else:
+            # rows one after another: only their first distance changes from tile to tile
+            row_part = slope * (first_row + offset - first_key).to(tl.float32) + bias
+            row_part = row_part + slope * tl.arange(0, BLOCK_ROWS).to(tl.float32)
+        offsets = row_part[None, :] - (slope * column.to(tl.float32))[:, None]
+        if FOLDED:
+            score = tl.dot(k_folded, tl.trans(q), offsets, input_precision=INPUT_PRECISION)
+        else:
+            score = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION) * (scale * unit) + offsets
         if MASKED:
-            upper = tl.minimum(last, num_keys - 1)
-            width = tl.maximum(upper - lower + 1, 0).to(tl.uint32)
-            from_upper = ((upper - first_key)[None, :] - column[:, None]).to(tl.uint32)
-            score = tl.where(from_upper < width[None, :], score, hidden_score(SOFTMAX, FAST))
+            if RAGGED:
+                high = tl.minimum(last, num_keys - 1) - first_key
+                score = hide(
+                    score, (lower - first_key)[None, :], high[None, :], column[:, None], BLOCK_KEYS, SOFTMAX, FAST
+                )  # fmt: skip
+            else:
+                # the rows that see a key; none does that is past the end
+                low = (first_key + column) - (offset + first_row)
+                high = tl.where(first_key + column < num_keys, low + window - 1, -1)
+                score = hide(
+                    score, low[:, None], high[:, None], (row - first_row)[None, :], BLOCK_ROWS, SOFTMAX, FAST
+                )  # fmt: skip
         if SOFTMAX:
             weight = exp2(score - normaliser[None, :], HARDWARE)
         else:

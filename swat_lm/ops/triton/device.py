@@ -17,6 +17,8 @@ from swat_lm.ops.triton.availability import is_interpreted
 # numbers that kernels read must be constants of the compiler
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# 2^99: of two such numbers a product is still finite
+HALF_OF_MUCH: tl.constexpr = tl.constexpr(2.0**99)
 # arguments that change from call to call: Triton must not compile again for the values 1 and multiples of 16
 SIZES = ("num_queries", "num_keys", "num_rows", "offset", "window")
 
@@ -63,6 +65,32 @@ def hidden_score(SOFTMAX: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def hide(score, low, high, index, LENGTH: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr):
+    """Give weight 0 to the scores of a tile whose index, `0 .. LENGTH - 1` along one axis, is not in `low .. high`.
+
+    `low` and `high` are integers along the other axis. Sigmoid needs no comparison: half a range's length less the
+    distance to its centre is 1/2 or more inside of it and -1/2 or less outside; times 2^100 it bounds the score from
+    above. All numbers are exact. Comparing costs twice as much: a GPU has few predicates, and the compiler packs those
+    of a tile into bits and unpacks them again.
+    """
+    low = tl.maximum(low, 0)
+    high = tl.minimum(high, LENGTH - 1)
+    if SOFTMAX:
+        # minus infinity itself: a row must know that it has seen nothing yet
+        score = tl.where((index >= low) & (index <= high), score, float("-inf"))
+    else:
+        half = (high - low + 1).to(tl.float32) * HALF_OF_MUCH
+        centre = (high + low).to(tl.float32) * HALF_OF_MUCH
+        inside = half - tl.abs(index.to(tl.float32) * (2 * HALF_OF_MUCH) - centre)
+        if FAST:
+            score = tl.minimum(score, inside, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            # the unit of an exact score is negative
+            score = tl.maximum(score, -inside, propagate_nan=tl.PropagateNan.ALL)
+    return score
+
+
+@triton.jit
 def sigmoid(score, FAST: tl.constexpr, HARDWARE: tl.constexpr):
     """Return the weights of scores in their unit, float32; never NaN, exactly 0 for `hidden_score`.
 
@@ -71,13 +99,7 @@ def sigmoid(score, FAST: tl.constexpr, HARDWARE: tl.constexpr):
     interpreter, which has no inline assembly.
     """
     if FAST:
-        if HARDWARE:
-            tanh = tl.inline_asm_elementwise(
-                "tanh.approx.f32 $0, $1;", "=f,f", [score], dtype=tl.float32, is_pure=True, pack=1
-            )
-        else:
-            tanh = 2.0 / (1.0 + tl.exp2(-2.0 * LOG2_E * score)) - 1.0
-        weight = 0.5 * tanh + 0.5
+        weight = 0.5 * tanh(score, HARDWARE) + 0.5
     elif HARDWARE:
         # the plain quotient of Triton handles denormal divisors, which 1 + exp2 never is, at three times the cost
         weight = tl.inline_asm_elementwise(
@@ -86,6 +108,36 @@ def sigmoid(score, FAST: tl.constexpr, HARDWARE: tl.constexpr):
     else:
         weight = 1.0 / (1.0 + tl.exp2(score))
     return weight
+
+
+@triton.jit
+def sigmoid_derivative(score, FAST: tl.constexpr, HARDWARE: tl.constexpr):
+    """Return `derivative_unit` times `p (1 - p)`, p the weights of `sigmoid`; exactly 0 where a weight is 0 or 1."""
+    if FAST:
+        t = tanh(score, HARDWARE)
+        derivative = 1.0 - t * t
+    else:
+        weight = sigmoid(score, False, HARDWARE)
+        derivative = weight - weight * weight
+    return derivative
+
+
+@triton.jit
+def derivative_unit(SOFTMAX: tl.constexpr, FAST: tl.constexpr):
+    """Return 4 where the derivative is `1 - tanh(x / 2) ** 2`, which saves an instruction, otherwise 1."""
+    return 4.0 if FAST and not SOFTMAX else 1.0
+
+
+@triton.jit
+def tanh(score, HARDWARE: tl.constexpr):
+    """Return the hyperbolic tangent, by the GPU's approximate instruction."""
+    if HARDWARE:
+        result = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [score], dtype=tl.float32, is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        result = 2.0 / (1.0 + tl.exp2(-2.0 * LOG2_E * score)) - 1.0
+    return result
 
 
 @triton.jit

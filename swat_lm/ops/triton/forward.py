@@ -20,7 +20,7 @@ from swat_lm.ops.triton.device import (
     LN_2,
     SIZES,
     exp2,
-    hidden_score,
+    hide,
     load_tile,
     on_device,
     scalar,
@@ -29,6 +29,7 @@ from swat_lm.ops.triton.device import (
     store_tile,
 )
 from swat_lm.ops.triton.geometry import Rows, tiles_of_rows, visible_keys
+from swat_lm.ops.triton.precision import is_foldable
 from swat_lm.ops.triton.rotation import angle_stride, load_rotated, rotate
 from swat_lm.ops.triton.saturation import add_values, largest_norms, saturated_tiles
 
@@ -83,8 +84,8 @@ def forward(
             key_norms, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             angle_stride(cos), num_queries, num_keys, rows.offset, rows.window, scale,
             GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
-            SOFTMAX=softmax, FAST=fast and not softmax, RAGGED=rows.is_ragged, ROTARY=cos is not None,
-            SKIP=key_norms is not None, HARDWARE=problem.hardware,
+            SOFTMAX=softmax, FAST=fast and not softmax, FOLDED=is_foldable(scale, fast and not softmax),
+            RAGGED=rows.is_ragged, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
             INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
@@ -104,7 +105,7 @@ def _forward(
     num_queries, num_keys, offset, window, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr,
+    FOLDED: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     # the heads of a group lie next to each other, so that the second finds its keys in the cache
@@ -164,17 +165,20 @@ def _forward(
     slope = slope * unit
     bias = bias * unit
     scale = scale * unit
+    if FOLDED:
+        q = (q * scale).to(q.dtype)
     total, largest, mass = _over_keys(
         total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated, left,
-        num_keys, scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE, INPUT_PRECISION,
+        num_keys, scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True, HARDWARE,
+        INPUT_PRECISION,
     )  # fmt: skip
     total, largest, mass = _over_keys(
         total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left, right, num_keys,
-        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, False, HARDWARE, INPUT_PRECISION,
+        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, False, HARDWARE, INPUT_PRECISION,
     )  # fmt: skip
     total, largest, mass = _over_keys(
         total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, right, count, num_keys,
-        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, True, HARDWARE, INPUT_PRECISION,
+        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True, HARDWARE, INPUT_PRECISION,
     )  # fmt: skip
 
     if SOFTMAX:
@@ -192,15 +196,15 @@ def _forward(
 def _over_keys(
     total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, begin, end, num_keys,
     scale, slope, bias, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    SOFTMAX: tl.constexpr, FAST: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr,
+    SOFTMAX: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     for tile in tl.range(scalar(begin), scalar(end)):
         first_key = start + tile * BLOCK_KEYS
         k = load_tile(key_ptr, first_key, stride_ks, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
-        product = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
         score = tile_scores(
-            product, first_key, lower, last, num_keys, scale, slope, bias, BLOCK_KEYS, SOFTMAX, FAST, MASKED
+            q, k, first_key, lower, last, num_keys, scale, slope, bias, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, MASKED,
+            INPUT_PRECISION,
         )  # fmt: skip
         v = load_tile(value_ptr, first_key, stride_vs, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
         if SOFTMAX:
@@ -220,17 +224,20 @@ def _over_keys(
 
 @triton.jit
 def tile_scores(
-    product, first_key, lower, last, num_keys, scale, slope, bias, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr,
-    FAST: tl.constexpr, MASKED: tl.constexpr,
+    q, k, first_key, lower, last, num_keys, scale, slope, bias, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr,
+    FAST: tl.constexpr, FOLDED: tl.constexpr, MASKED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Turn products `[rows, keys]` into scores: distances are integers relative to the tile, exact at any position."""
+    """Return the scores `[rows, keys]` of a tile, in their unit; FOLDED queries are multiplied by scale and unit."""
     column = tl.arange(0, BLOCK_KEYS)
-    row_bias = slope * (last - first_key).to(tl.float32) + bias
-    score = product * scale + (row_bias[:, None] - (slope * column.to(tl.float32))[None, :])
+    # distances are integers relative to the tile, exact at any position
+    row_part = slope * (last - first_key).to(tl.float32) + bias
+    offsets = row_part[:, None] - (slope * column.to(tl.float32))[None, :]
+    if FOLDED:
+        # the product adds to them: no multiplication of scores is left
+        score = tl.dot(q, tl.trans(k), offsets, input_precision=INPUT_PRECISION)
+    else:
+        score = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * scale + offsets
     if MASKED:
-        upper = tl.minimum(last, num_keys - 1)
-        # one unsigned comparison is both edges: a key past `upper` wraps around to a huge distance
-        width = tl.maximum(upper - lower + 1, 0).to(tl.uint32)
-        distance = ((upper - first_key)[:, None] - column[None, :]).to(tl.uint32)
-        score = tl.where(distance < width[:, None], score, hidden_score(SOFTMAX, FAST))
+        high = tl.minimum(last, num_keys - 1) - first_key
+        score = hide(score, (lower - first_key)[:, None], high[:, None], column[None, :], BLOCK_KEYS, SOFTMAX, FAST)
     return score

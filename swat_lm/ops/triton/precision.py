@@ -1,4 +1,6 @@
-"""When the hardware's approximate tanh computes the weights."""
+"""When the hardware's approximate tanh computes the weights, and when scores are scaled before they are formed."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -17,3 +19,12 @@ def is_fast(precision: str, dtype: torch.dtype, score_bias: Tensor | None, bias:
     if dtype not in (torch.bfloat16, torch.float16) or precision == "exact":
         return False
     return precision == "fast" or (score_bias is None and bias >= LOWEST_BIAS_FOR_FAST)
+
+
+def is_foldable(scale: float, fast: bool) -> bool:
+    """Whether queries (or keys) can be multiplied by `scale / 2`, the factor of fast scores, without being rounded.
+
+    A power of two only moves the exponent: heads of 16, 64 and 256 channels at their usual scale. Neither end of
+    float16's range must come nearer by much.
+    """
+    return fast and 2.0**-8 <= scale <= 2.0 and math.frexp(scale)[0] == 0.5

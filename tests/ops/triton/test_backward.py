@@ -25,7 +25,7 @@ def reference(inputs, visibility, window, score_function, grads):
     return torch.autograd.grad(outputs, inputs, cotangents)
 
 
-def check(shape, window, score_function, dtype, form, has_visibility):
+def check(shape, window, score_function, dtype, form, has_visibility, fast=False):
     from swat_lm.ops.head_bias import HeadBias
     from swat_lm.ops.triton.backward import backward
     from swat_lm.ops.triton.forward import forward
@@ -42,11 +42,11 @@ def check(shape, window, score_function, dtype, form, has_visibility):
     bias = HeadBias(inputs[3].float(), inputs[4].float())
     rows = Rows.of(*visibility, shape[0], shape[1], shape[2], window, q.device)
     scale = shape[-1] ** -0.5
-    output, lse, *_ = forward(q, k, v, bias, rows, score_function, scale, False)
+    output, lse, *_ = forward(q, k, v, bias, rows, score_function, scale, fast)
     softmax = score_function == "softmax"
     ours = backward(
         grads[0].to(dtype), grads[1].float() if softmax else None, q, k, v, output, lse, bias, rows, score_function,
-        scale, False, True,
+        scale, fast, True,
     )  # fmt: skip
     flat = (*ours[:3], *(t.float() for t in ours.bias))
     pairs = shape[0] * shape[1] * min(window or shape[2], shape[2])
@@ -79,3 +79,11 @@ def test_with_visibility(interpreted, shape, window, form, score_function):
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 def test_half_precision(interpreted, score_function):
     interpreted(check, SHAPES[0], 20, score_function, torch.float16, FORMS[0], False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("head_dim", "has_visibility"), [(8, False), (16, False), (16, True)])
+def test_fast_weights(interpreted, form, head_dim, has_visibility):
+    """With 16 channels the scale is a power of two, and queries or keys carry it."""
+    shape = (1, 37, 41, 2, 1, head_dim)
+    interpreted(check, shape, 20, "sigmoid", torch.float16, form, has_visibility, True)

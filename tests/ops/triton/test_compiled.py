@@ -35,6 +35,8 @@ EXHAUSTIVE = list(
 
 
 def arguments_of(kernel, name, problem, tile, variant):
+    from swat_lm.ops.triton.precision import is_foldable
+
     pointer = DTYPES[problem.dtype]
     softmax = "softmax" in variant
     values = {
@@ -44,7 +46,9 @@ def arguments_of(kernel, name, problem, tile, variant):
         "rotated_ptr": pointer, "offset": "i32", "window": "i32", "scale": "fp32",
         "num_queries": "i32", "num_keys": "i32", "GROUP": problem.group, "HEAD_DIM": problem.head_dim,
         "BLOCK_DIM": problem.block_dim, "BLOCK_ROWS": tile.rows, "BLOCK_KEYS": tile.keys, "SOFTMAX": softmax,
-        "FAST": "exact" not in variant and not softmax, "RAGGED": "ragged" in variant, "ROTARY": "rotary" in variant,
+        "FAST": "exact" not in variant and not softmax,
+        "FOLDED": is_foldable(problem.head_dim**-0.5, "exact" not in variant and not softmax),
+        "RAGGED": "ragged" in variant, "ROTARY": "rotary" in variant,
         "SKIP": "skip" in variant, "REGULAR_LAST": True,
         "HARDWARE": True, "INPUT_PRECISION": "tf32", "PER_HEAD": "per_head" in variant, "QUERY": "five" in name,
     }  # fmt: skip

@@ -46,3 +46,26 @@ def test_with_visibility(interpreted, shape, window, score_function):
 @pytest.mark.parametrize(("score_function", "fast"), [("sigmoid", False), ("sigmoid", True), ("softmax", False)])
 def test_half_precision(interpreted, score_function, fast):
     interpreted(check, SHAPES[0], 20, score_function, torch.float16, fast, False)
+
+
+@pytest.mark.parametrize("has_visibility", [False, True])
+def test_a_scale_that_queries_carry(interpreted, has_visibility):
+    """A power of two: a head of 16 channels."""
+    interpreted(check, (1, 37, 41, 2, 1, 16), 20, "sigmoid", torch.float16, True, has_visibility)
+
+
+def check_nan():
+    from swat_lm.ops import window_attention
+
+    # not a number must show in every row that sees it, also where tiles are masked
+    query, key, value, *_ = (t.float() for t in make_inputs((1, 40, 40, 1, 1, 16)))
+    key[0, 20] = float("nan")
+    for score_function, precision in (("sigmoid", "exact"), ("softmax", "exact")):
+        output = window_attention(
+            query, key, value, window=8, score_function=score_function, backend="triton", precision=precision,
+        )  # fmt: skip
+        assert output[:, 20:28].isnan().all(), score_function
+
+
+def test_not_a_number_shows_where_it_is_seen(interpreted):
+    interpreted(check_nan)
