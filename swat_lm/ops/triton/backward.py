@@ -63,9 +63,12 @@ def backward(
         return Gradients(*(torch.zeros_like(t, memory_format=contiguous) for t in (query, key, value)), _zeros(bias))
     query, key, value, grad_output = (with_dense_channels(t) for t in (query, key, value, grad_output))
     bias = HeadBias(*(t.contiguous() for t in bias))
-    grad_key = torch.empty_like(key, memory_format=contiguous)
-    grad_value = torch.empty_like(value, memory_format=contiguous)
     problem = Problem.of(query, key, rows.window, score_function)
+    # to rotate a padded head back in registers would spill a hundred of them: it takes passes of its own, in float32
+    rotates = cos is not None and head_dim == problem.block_dim
+    grad_dtype = query.dtype if cos is None or rotates else torch.float32
+    grad_key = torch.empty(key.shape, dtype=grad_dtype, device=key.device)
+    grad_value = torch.empty_like(value, memory_format=contiguous)
     accumulates_query = backward_form(problem) == "five products"
     shift = None
     if softmax:
@@ -77,7 +80,7 @@ def backward(
     common = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_DIM": problem.block_dim, "SOFTMAX": softmax,
         "FAST": fast and not softmax, "FOLDED": is_foldable(scale, fast and not softmax), "RAGGED": rows.is_ragged,
-        "ROTARY": cos is not None, "SKIP": skip_saturated, "HARDWARE": problem.hardware,
+        "ROTARY": rotates, "SKIP": skip_saturated, "HARDWARE": problem.hardware,
         "INPUT_PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     tensors = (query, key, value, grad_output)
@@ -86,7 +89,7 @@ def backward(
     if accumulates_query:
         grad_query = torch.zeros(query.shape, dtype=torch.float32, device=query.device)
     else:
-        grad_query = torch.empty_like(query, memory_format=contiguous)
+        grad_query = torch.empty(query.shape, dtype=grad_dtype, device=query.device)
         tile = configuration("backward query", problem)
         grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
         with on_device(query):
@@ -113,8 +116,11 @@ def backward(
     if needs_per_head:
         # one number per head out of a whole call's pairs, whose signs cancel
         grad_bias = HeadBias(*per_head.double().sum(dim=(0, 2)).unbind(dim=-1))
-    if accumulates_query and cos is not None and sin is not None:
-        grad_query = rotate(grad_query, cos, sin, query.dtype, back=True)
+    if cos is not None and sin is not None:
+        if accumulates_query or not rotates:
+            grad_query = rotate(grad_query, cos, sin, query.dtype, back=True)
+        if not rotates:
+            grad_key = rotate(grad_key, cos, sin, key.dtype, back=True)
     return Gradients(grad_query.to(query.dtype), grad_key, grad_value, grad_bias)
 
 

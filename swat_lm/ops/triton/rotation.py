@@ -83,16 +83,10 @@ def rotate_back(
     x, first_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rotate a tile of gradients in registers back."""
-    if HEAD_DIM == BLOCK_DIM:
-        first, second = tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, HEAD_DIM // 2)), (0, 2, 1)))
-        return turn_halves(first, second, first_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM, BLOCK_ROWS, True)
-    # a padded head has no middle to split at
-    channel = tl.arange(0, BLOCK_DIM)
-    # padded channels are their own partners
-    index = tl.where(channel < HEAD_DIM, partner_of(channel, HEAD_DIM), channel)
-    partner = tl.gather(x, tl.broadcast_to(index[None, :], (BLOCK_ROWS, BLOCK_DIM)), axis=1)
-    return turn(x, partner, first_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True)
+    """Rotate a tile of gradients in registers back; a padded head has no middle to split at, see `rotate`."""
+    tl.static_assert(HEAD_DIM == BLOCK_DIM)
+    first, second = tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, HEAD_DIM // 2)), (0, 2, 1)))
+    return turn_halves(first, second, first_row, num_rows, cos_ptr, sin_ptr, HEAD_DIM, BLOCK_ROWS, True)
 
 
 @triton.jit

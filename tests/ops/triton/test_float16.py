@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ops.test_backends import make_inputs
-from tests.ops.triton.compiling import compile_kernel
+from benchmarks.gpu.machine_code import compile_kernel
 from tests.ops.triton.test_compiled import arguments_of
 
 # B, T, S, H, K, D; the interpreter's tiles are 16 x 16

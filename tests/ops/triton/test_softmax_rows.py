@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.exactness import assert_as_exact_as_pytorch
-from tests.ops.triton.compiling import compile_kernel
+from benchmarks.gpu.machine_code import compile_kernel
 
 # B, T, H, D: rows that fill no tile, more rows than a tile, heads that are no power of two
 SHAPES = [(2, 5, 3, 8), (1, 130, 2, 24), (2, 70, 1, 64), (1, 33, 2, 160), (1, 3, 1, 1)]
