@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs that need not be there, and counts in the machine code what a kernel costs.
 
-Registers, spills, shared memory, and the instructions of each loop over tiles: what of it one multiprocessor can issue is
-a limit that no run passes, and is known without one.
+Registers, spills, shared memory, and the instructions of each loop over tiles. What a multiprocessor can issue of those
+is a limit that no run passes, and it is known without one.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from swat_lm.ops.triton.configurations import Problem, Tile
+from swat_lm.ops.triton.configurations import Problem, Tile, is_one_loop
 from swat_lm.ops.triton.precision import is_foldable
 
 KERNELS = ("forward", "backward query", "backward key", "backward key, five products")
@@ -131,6 +131,7 @@ def _arguments(kernel: Any, name: str, problem: Problem, tile: Tile, extras: fro
         "BLOCK_ROWS": tile.rows, "BLOCK_KEYS": tile.keys, "SOFTMAX": softmax, "FAST": fast,
         "FOLDED": is_foldable(problem.head_dim**-0.5, fast), "RAGGED": ragged, "ROTARY": rotary,
         "SKIP": "skip" in extras, "REGULAR_LAST": True, "HARDWARE": True,
+        "ONE_LOOP": is_one_loop(problem, tile.rows if "key" in name else tile.keys),
         "INPUT_PRECISION": "ieee" if problem.dtype == torch.float32 else "tf32",
         "PER_HEAD": "per_head" in extras, "QUERY": "five" in name,
         **dict.fromkeys(("lower_ptr", "last_ptr", "table_ptr"), "*i32" if ragged else None),

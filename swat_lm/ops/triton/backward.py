@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swat_lm.ops.head_bias import HeadBias
 from swat_lm.ops.triton.backward_kernels import backward_key, backward_query
-from swat_lm.ops.triton.configurations import Problem, backward_form, configuration
+from swat_lm.ops.triton.configurations import Problem, backward_form, configuration, is_one_loop
 from swat_lm.ops.triton.device import on_device
 from swat_lm.ops.triton.forward import with_dense_channels
 from swat_lm.ops.triton.geometry import Rows
@@ -96,7 +96,7 @@ def backward(
             backward_query[grid](
                 *tensors, grad_query, lse, shift, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin,
                 key_norms, *strides, *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
-                BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
+                BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, ONE_LOOP=is_one_loop(problem, tile.keys),
                 num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             )  # fmt: skip
     tile = configuration("backward key, five products" if accumulates_query else "backward key", problem)
@@ -109,7 +109,7 @@ def backward(
             query_norms, key_norms,
             *strides, *grad_key.stride()[:3], *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
             BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, PER_HEAD=needs_per_head, QUERY=accumulates_query,
-            REGULAR_LAST=rows.is_last_regular,
+            REGULAR_LAST=rows.is_last_regular, ONE_LOOP=is_one_loop(problem, tile.rows),
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     grad_bias = _zeros(bias)

@@ -37,8 +37,8 @@ def backward_query(
     stride_vb, stride_vs, stride_vh, stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh,
     stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr, RAGGED: tl.constexpr,
-    ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr, ONE_LOOP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one tile of queries of one head."""
     member = tl.program_id(0) % GROUP
@@ -86,21 +86,24 @@ def backward_query(
     bias = bias * unit
     if FOLDED:
         q = (q * (scale * unit)).to(q.dtype)
+    if ONE_LOOP:
+        left = count
     d_query = _over_keys(
         d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated,
         left, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True,
         HARDWARE, INPUT_PRECISION,
     )  # fmt: skip
-    d_query = _over_keys(
-        d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left,
-        right, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, False,
-        HARDWARE, INPUT_PRECISION,
-    )  # fmt: skip
-    d_query = _over_keys(
-        d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, right,
-        count, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True,
-        HARDWARE, INPUT_PRECISION,
-    )  # fmt: skip
+    if not ONE_LOOP:
+        d_query = _over_keys(
+            d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left,
+            right, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, False,
+            HARDWARE, INPUT_PRECISION,
+        )  # fmt: skip
+        d_query = _over_keys(
+            d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, right,
+            count, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True,
+            HARDWARE, INPUT_PRECISION,
+        )  # fmt: skip
     d_query = d_query * (scale / derivative_unit(SOFTMAX, FAST))
     if ROTARY:
         d_query = rotate_back(
@@ -158,8 +161,8 @@ def backward_key(
     stride_ob, stride_ot, stride_oh, stride_hb, stride_hs, stride_hh, stride_gb, stride_gt, stride_gh,
     stride_ab, num_queries, num_keys, offset, window, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr, FOLDED: tl.constexpr, RAGGED: tl.constexpr,
-    ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr, ONE_LOOP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     PER_HEAD: tl.constexpr, QUERY: tl.constexpr, REGULAR_LAST: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one tile of keys and values, and add to those of slopes and queries where asked to."""
@@ -192,8 +195,7 @@ def backward_key(
         o_ptr = grad_output_ptr + sequence * stride_ob + head.to(tl.int64) * stride_oh
         g_ptr = grad_query_ptr + sequence * stride_gb + head * stride_gh
         statistics = sequence * num_queries * num_heads + head
-        inner_end = right
-        outer_end = count
+        near = count
         if SKIP and REGULAR_LAST:
             # tiles of rows so far behind the last key that every weight is 0 or 1
             norms = (
@@ -204,41 +206,42 @@ def backward_key(
             far_row = final_key + reach(slope, bias, scale, norms[0], norms[1]) - offset
             near = tl.maximum(far_row - start + BLOCK_ROWS - 1, 0) // BLOCK_ROWS
             near = tl.minimum(tl.maximum(near, left), count)
-            inner_end = tl.minimum(right, near)
-            outer_end = tl.maximum(right, near)
-            if slope > 0:
-                d_value = add_output_gradients(
-                    d_value, o_ptr, stride_ot, num_queries, start, inner_end, right, first_key, lower_ptr, last_ptr,
-                    num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, False,
-                    INPUT_PRECISION,
-                )  # fmt: skip
-                d_value = add_output_gradients(
-                    d_value, o_ptr, stride_ot, num_queries, start, outer_end, count, first_key, lower_ptr, last_ptr,
-                    num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, True,
-                    INPUT_PRECISION,
-                )  # fmt: skip
+        inner_end = tl.minimum(right, near)
+        outer_end = tl.maximum(right, near)
+        if SKIP and REGULAR_LAST and slope > 0:
+            d_value = add_output_gradients(
+                d_value, o_ptr, stride_ot, num_queries, start, inner_end, right, first_key, lower_ptr, last_ptr,
+                num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, False, INPUT_PRECISION,
+            )  # fmt: skip
+            d_value = add_output_gradients(
+                d_value, o_ptr, stride_ot, num_queries, start, outer_end, count, first_key, lower_ptr, last_ptr,
+                num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, True, INPUT_PRECISION,
+            )  # fmt: skip
         slope = slope * unit
         bias = bias * unit
         d_slope = tl.zeros([BLOCK_KEYS], dtype=tl.float32)
         d_bias = tl.zeros([BLOCK_KEYS], dtype=tl.float32)
+        # a name of its own: `left` is the next head's too
+        masked_end = near if ONE_LOOP else left
         d_key, d_value, d_slope, d_bias = _over_rows(
             d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
-            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, 0, left, first_key, num_queries,
-            num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, SOFTMAX,
-            FAST, FOLDED, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
-        )  # fmt: skip
-        d_key, d_value, d_slope, d_bias = _over_rows(
-            d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
-            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, left, inner_end, first_key,
-            num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
-            BLOCK_KEYS, SOFTMAX, FAST, FOLDED, RAGGED, False, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
-        )  # fmt: skip
-        d_key, d_value, d_slope, d_bias = _over_rows(
-            d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
-            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, right, outer_end, first_key,
+            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, 0, masked_end, first_key,
             num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
             BLOCK_KEYS, SOFTMAX, FAST, FOLDED, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
         )  # fmt: skip
+        if not ONE_LOOP:
+            d_key, d_value, d_slope, d_bias = _over_rows(
+                d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
+                lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, left, inner_end, first_key,
+                num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+                BLOCK_KEYS, SOFTMAX, FAST, FOLDED, RAGGED, False, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+            )  # fmt: skip
+            d_key, d_value, d_slope, d_bias = _over_rows(
+                d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
+                lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, right, outer_end, first_key,
+                num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+                BLOCK_KEYS, SOFTMAX, FAST, FOLDED, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+            )  # fmt: skip
         if PER_HEAD:
             pointers = per_head_ptr + ((sequence * num_heads + head) * tl.num_programs(0) + block) * 2
             tl.store(pointers, tl.sum(d_slope, axis=0))

@@ -20,6 +20,9 @@ from swat_lm.ops.triton.availability import is_interpreted
 BACKWARD_FORMS = ("two kernels", "five products")
 # a wide window feeds large tiles, which waste more of a narrow one's two edges
 WIDE_WINDOW = 1024
+# so many tiles may make a window that is masked throughout: three loops would spend as much on being started as they
+# save of masks, and between them nothing is loaded ahead
+ONE_LOOP_TILES = 4
 # names a file of `autotune.py`, whose choices go before the table's
 TILES_VARIABLE = "SWAT_LM_TILES"
 FORM_VARIABLE = "SWAT_LM_BACKWARD"
@@ -178,6 +181,12 @@ def table_tile(kernel: str, problem: Problem) -> Tile:
         return _ROTARY_HOPPER[kernel][size][wide]
     tile = (_HOPPER if problem.family == "hopper" else _AMPERE)[kernel][size][wide]
     return tile._replace(stages=min(tile.stages, 2)) if problem.family == "consumer" else tile
+
+
+def is_one_loop(problem: Problem, length: int) -> bool:
+    """Whether tiles of `length` keys (or rows) are all masked, in one loop; by counting instructions, not by timing."""
+    # small windows of small tests must have three loops too
+    return problem.window <= (ONE_LOOP_TILES if problem.hardware else 1) * length
 
 
 def tuned_key(kernel: str, problem: Problem) -> str:

@@ -1,7 +1,8 @@
 """Forward kernel: one tile of rows of one head goes over its window in three loops.
 
-The left edge is masked, the middle is not, the diagonal is masked: a masked score costs more than twice the
-instructions of an unmasked one. Sigmoid needs no row maximum, no sum and no rescaling.
+The left edge is masked, the middle is not, the diagonal is masked: a masked score costs 1.7 times the instructions of
+an unmasked one. A narrow window has hardly a middle and takes one loop, masked. Sigmoid needs no row maximum, no sum
+and no rescaling.
 """
 
 # Triton rewrites the bodies of kernels, which a checker of Python misreads
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from swat_lm.ops.head_bias import HeadBias
-from swat_lm.ops.triton.configurations import Problem, configuration
+from swat_lm.ops.triton.configurations import Problem, configuration, is_one_loop
 from swat_lm.ops.triton.device import (
     LN_2,
     SIZES,
@@ -86,6 +87,7 @@ def forward(
             GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
             SOFTMAX=softmax, FAST=fast and not softmax, FOLDED=is_foldable(scale, fast and not softmax),
             RAGGED=rows.is_ragged, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
+            ONE_LOOP=is_one_loop(problem, tile.keys),
             INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
@@ -106,7 +108,7 @@ def _forward(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr,
     FOLDED: tl.constexpr, RAGGED: tl.constexpr, ROTARY: tl.constexpr, SKIP: tl.constexpr, HARDWARE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    ONE_LOOP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     # the heads of a group lie next to each other, so that the second finds its keys in the cache
     member = tl.program_id(0) % GROUP
@@ -167,19 +169,24 @@ def _forward(
     scale = scale * unit
     if FOLDED:
         q = (q * scale).to(q.dtype)
+    if ONE_LOOP:
+        left = count
     total, largest, mass = _over_keys(
         total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated, left,
         num_keys, scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True, HARDWARE,
         INPUT_PRECISION,
     )  # fmt: skip
-    total, largest, mass = _over_keys(
-        total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left, right, num_keys,
-        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, False, HARDWARE, INPUT_PRECISION,
-    )  # fmt: skip
-    total, largest, mass = _over_keys(
-        total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, right, count, num_keys,
-        scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True, HARDWARE, INPUT_PRECISION,
-    )  # fmt: skip
+    if not ONE_LOOP:
+        total, largest, mass = _over_keys(
+            total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left, right,
+            num_keys, scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, False, HARDWARE,
+            INPUT_PRECISION,
+        )  # fmt: skip
+        total, largest, mass = _over_keys(
+            total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, right, count,
+            num_keys, scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True, HARDWARE,
+            INPUT_PRECISION,
+        )  # fmt: skip
 
     if SOFTMAX:
         seen = mass > 0.0

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.exactness import assert_as_exact_as_pytorch
 from benchmarks.gpu.machine_code import POINTERS, compile_kernel
+from tests.exactness import assert_as_exact_as_pytorch
 
 # slots, W, H, K, D: one head per key/value head, a group, a group that is no power of two, a window of one place
 RINGS = [(5, 137, 2, 2, 24), (4, 150, 4, 2, 16), (3, 20, 6, 1, 80), (4, 1, 4, 2, 8)]
