@@ -83,6 +83,22 @@ class Rows(NamedTuple):
         ).contiguous()
 
 
+def far_tiles_of_keys(window: int, rows: int, keys: int) -> tuple[int, int, int]:
+    """Return `(n1, n2, n)` of `tiles_of_rows` for a block of rows far into a sequence."""
+    count = -(-(window + rows - 1) // keys)
+    # the block's rows are 0 .. rows - 1, its grid of keys ends with them
+    first = rows - count * keys
+    left = min(-(-max(rows - window - first, 0) // keys), count)
+    return left, min(left + max(1 - (first + left * keys), 0) // keys, count), count
+
+
+def far_tiles_of_rows(window: int, rows: int, keys: int) -> tuple[int, int, int]:
+    """Return `(n1, n2, n)` of `rows_of_tile` for a block of keys with a whole window of rows behind it."""
+    count = -(-(window + keys - 1) // rows)
+    left = min(-(-(keys - 1) // rows), count)
+    return left, min(left + max(window - left * rows, 0) // rows, count), count
+
+
 @triton.jit
 def visible_keys(lower_ptr, last_ptr, row, num_queries, num_keys, offset, window, RAGGED: tl.constexpr):
     """Return `(lower, last)` of rows, a scalar or a tile of them; a row past the end sees nothing."""

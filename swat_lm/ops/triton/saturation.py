@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from swat_lm.ops.triton.device import SIZES, load_tile, on_device, scalar
-from swat_lm.ops.triton.geometry import visible_keys
+from swat_lm.ops.triton.geometry import far_tiles_of_keys, visible_keys
 
 # sigmoid(-17) = 4.14e-8
 SATURATION = 17.0
@@ -54,11 +54,8 @@ def share_saved(
         rows, keys: of a tile.
         bias: b, the score bias.
     """
-    tiles = -(-(window + rows - 1) // keys)
+    left, right, tiles = far_tiles_of_keys(window, rows, keys)
     first = rows - tiles * keys
-    # the tile's rows are 0 .. rows - 1, its grid of keys begins at `first`, as in `tiles_of_rows`
-    left = min(-(-max(rows - window - first, 0) // keys), tiles)
-    right = min(left + max(1 - (first + left * keys), 0) // keys, tiles)
     saved = 0.0
     for slope in slopes:
         count = min(max((1 - _reach_on_host(slope, bias, product_bound) - first) // keys, 0), right)
