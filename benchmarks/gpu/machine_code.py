@@ -131,7 +131,7 @@ def _arguments(kernel: Any, name: str, problem: Problem, tile: Tile, extras: fro
         "BLOCK_ROWS": tile.rows, "BLOCK_KEYS": tile.keys, "SOFTMAX": softmax, "FAST": fast,
         "FOLDED": is_foldable(problem.head_dim**-0.5, fast), "RAGGED": ragged, "ROTARY": rotary,
         "SKIP": "skip" in extras, "REGULAR_LAST": True, "HARDWARE": True,
-        "ONE_LOOP": is_one_loop(problem, tile.rows if "key" in name else tile.keys),
+        "ONE_LOOP": is_one_loop(name, problem, tile),
         "INPUT_PRECISION": "ieee" if problem.dtype == torch.float32 else "tf32",
         "PER_HEAD": "per_head" in extras, "QUERY": "five" in name,
         **dict.fromkeys(("lower_ptr", "last_ptr", "table_ptr"), "*i32" if ragged else None),

@@ -96,7 +96,7 @@ def backward(
             backward_query[grid](
                 *tensors, grad_query, lse, shift, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin,
                 key_norms, *strides, *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
-                BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, ONE_LOOP=is_one_loop(problem, tile.keys),
+                BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, ONE_LOOP=is_one_loop("backward query", problem, tile),
                 num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             )  # fmt: skip
     tile = configuration("backward key, five products" if accumulates_query else "backward key", problem)
@@ -105,11 +105,11 @@ def backward(
     with on_device(query):
         backward_key[(blocks, num_kv_heads, batch)](
             *tensors, grad_key, grad_value, grad_query, per_head, lse, shift, bias.slopes, bias.constant,
-            rows.lower, rows.last, rows.of_key_blocks(num_keys, tile.keys), cos, sin,
+            rows.last, rows.of_keys(num_keys), cos, sin,
             query_norms, key_norms,
             *strides, *grad_key.stride()[:3], *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
             BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, PER_HEAD=needs_per_head, QUERY=accumulates_query,
-            REGULAR_LAST=rows.is_last_regular, ONE_LOOP=is_one_loop(problem, tile.rows),
+            REGULAR_LAST=rows.is_last_regular, ONE_LOOP=is_one_loop("backward key", problem, tile),
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     grad_bias = _zeros(bias)

@@ -24,7 +24,7 @@ from swat_lm.ops.triton.device import (
     store_tile,
 )
 from swat_lm.ops.triton.forward import tile_scores
-from swat_lm.ops.triton.geometry import rows_of_tile, tiles_of_rows, visible_keys
+from swat_lm.ops.triton.geometry import rows_of_keys, rows_of_tile, tiles_of_rows, visible_keys
 from swat_lm.ops.triton.rotation import rotate_back
 from swat_lm.ops.triton.saturation import add_output_gradients, reach, saturated_tiles
 
@@ -155,7 +155,7 @@ def row_statistics(lse_ptr, shift_ptr, begin, row, num_heads, num_queries, SOFTM
 @triton.jit(do_not_specialize=SIZES)
 def backward_key(
     query_ptr, key_ptr, value_ptr, grad_output_ptr, grad_key_ptr, grad_value_ptr, grad_query_ptr, per_head_ptr,
-    lse_ptr, shift_ptr, slopes_ptr, bias_ptr, lower_ptr, last_ptr, table_ptr, cos_ptr, sin_ptr,
+    lse_ptr, shift_ptr, slopes_ptr, bias_ptr, last_ptr, table_ptr, cos_ptr, sin_ptr,
     query_norms_ptr, key_norms_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_hb, stride_hs, stride_hh, stride_gb, stride_gt, stride_gh,
@@ -172,12 +172,13 @@ def backward_key(
     first_key = block * BLOCK_KEYS
     num_heads = tl.num_programs(1) * GROUP
     if RAGGED:
-        lower_ptr += sequence * num_queries
         last_ptr += sequence * num_queries
-        table_ptr += (sequence * tl.num_programs(0) + block) * 4
+        table_ptr += sequence * 2 * num_keys
     start, left, right, count = rows_of_tile(
         table_ptr, first_key, num_queries, num_keys, offset, window, RAGGED, BLOCK_ROWS, BLOCK_KEYS
     )  # fmt: skip
+    key = first_key + tl.arange(0, BLOCK_KEYS)
+    from_row, to_row = rows_of_keys(table_ptr, key, num_keys, offset, window, RAGGED)
     unit = score_unit(SOFTMAX, FAST)
     key_ptr += sequence * stride_kb + kv_head.to(tl.int64) * stride_kh
     value_ptr += sequence * stride_vb + kv_head.to(tl.int64) * stride_vh
@@ -210,12 +211,12 @@ def backward_key(
         outer_end = tl.maximum(right, near)
         if SKIP and REGULAR_LAST and slope > 0:
             d_value = add_output_gradients(
-                d_value, o_ptr, stride_ot, num_queries, start, inner_end, right, first_key, lower_ptr, last_ptr,
-                num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, False, INPUT_PRECISION,
+                d_value, o_ptr, stride_ot, num_queries, start, inner_end, right, from_row, to_row, HEAD_DIM,
+                BLOCK_DIM, BLOCK_ROWS, False, INPUT_PRECISION,
             )  # fmt: skip
             d_value = add_output_gradients(
-                d_value, o_ptr, stride_ot, num_queries, start, outer_end, count, first_key, lower_ptr, last_ptr,
-                num_keys, offset, window, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, RAGGED, True, INPUT_PRECISION,
+                d_value, o_ptr, stride_ot, num_queries, start, outer_end, count, from_row, to_row, HEAD_DIM,
+                BLOCK_DIM, BLOCK_ROWS, True, INPUT_PRECISION,
             )  # fmt: skip
         slope = slope * unit
         bias = bias * unit
@@ -225,22 +226,22 @@ def backward_key(
         masked_end = near if ONE_LOOP else left
         d_key, d_value, d_slope, d_bias = _over_rows(
             d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
-            lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, 0, masked_end, first_key,
-            num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
-            BLOCK_KEYS, SOFTMAX, FAST, FOLDED, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+            lse_ptr, shift_ptr, statistics, num_heads, last_ptr, from_row, to_row, start, 0, masked_end, first_key,
+            num_queries, offset, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS, SOFTMAX,
+            FAST, FOLDED, REGULAR_LAST, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
         )  # fmt: skip
         if not ONE_LOOP:
             d_key, d_value, d_slope, d_bias = _over_rows(
                 d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
-                lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, left, inner_end, first_key,
-                num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
-                BLOCK_KEYS, SOFTMAX, FAST, FOLDED, RAGGED, False, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+                lse_ptr, shift_ptr, statistics, num_heads, last_ptr, from_row, to_row, start, left, inner_end,
+                first_key, num_queries, offset, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS,
+                SOFTMAX, FAST, FOLDED, REGULAR_LAST, False, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
             )  # fmt: skip
             d_key, d_value, d_slope, d_bias = _over_rows(
                 d_key, d_value, d_slope, d_bias, k, k_folded, v, q_ptr, o_ptr, g_ptr, stride_qt, stride_ot, stride_gt,
-                lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, right, outer_end, first_key,
-                num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
-                BLOCK_KEYS, SOFTMAX, FAST, FOLDED, RAGGED, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
+                lse_ptr, shift_ptr, statistics, num_heads, last_ptr, from_row, to_row, start, right, outer_end,
+                first_key, num_queries, offset, scale, unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, BLOCK_KEYS,
+                SOFTMAX, FAST, FOLDED, REGULAR_LAST, True, HARDWARE, INPUT_PRECISION, PER_HEAD, QUERY,
             )  # fmt: skip
         if PER_HEAD:
             pointers = per_head_ptr + ((sequence * num_heads + head) * tl.num_programs(0) + block) * 2
@@ -260,48 +261,40 @@ def backward_key(
 @triton.jit
 def _over_rows(
     d_key, d_value, d_slope, d_bias, k, k_folded, v, query_ptr, grad_output_ptr, grad_query_ptr, stride_qt, stride_ot,
-    stride_gt, lse_ptr, shift_ptr, statistics, num_heads, lower_ptr, last_ptr, start, begin, end, first_key,
-    num_queries, num_keys, offset, window, scale, unit, slope, bias, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    stride_gt, lse_ptr, shift_ptr, statistics, num_heads, last_ptr, from_row, to_row, start, begin, end, first_key,
+    num_queries, offset, scale, unit, slope, bias, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, SOFTMAX: tl.constexpr, FAST: tl.constexpr,
-    FOLDED: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr,
+    FOLDED: tl.constexpr, REGULAR_LAST: tl.constexpr, MASKED: tl.constexpr, HARDWARE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, PER_HEAD: tl.constexpr, QUERY: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, BLOCK_KEYS)
+    index = tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_KEYS).to(tl.float32)
     for tile in tl.range(scalar(begin), scalar(end)):
         first_row = start + tile * BLOCK_ROWS
-        row = first_row + tl.arange(0, BLOCK_ROWS)
+        row = first_row + index
         q = load_tile(query_ptr, first_row, stride_qt, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, MASKED)
         d_out = load_tile(grad_output_ptr, first_row, stride_ot, num_queries, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, MASKED)
-        lower, last = visible_keys(lower_ptr, last_ptr, row, num_queries, num_keys, offset, window, RAGGED)
         normaliser, shift = row_statistics(
             lse_ptr, shift_ptr, statistics, row, num_heads, num_queries, SOFTMAX
         )  # fmt: skip
-        # keys by rows: the weights are then the left factor of both products, straight from registers
-        distance = last - first_key
-        if RAGGED:
-            row_part = slope * distance.to(tl.float32) + bias
-        else:
+        if REGULAR_LAST:
             # rows one after another: only their first distance changes from tile to tile
-            row_part = slope * (first_row + offset - first_key).to(tl.float32) + bias
-            row_part = row_part + slope * tl.arange(0, BLOCK_ROWS).to(tl.float32)
-        offsets = row_part[None, :] - (slope * column.to(tl.float32))[:, None]
+            first_distance = (first_row + offset - first_key).to(tl.float32)
+            distance = index.to(tl.float32) + first_distance
+            row_part = tl.fma(index.to(tl.float32), slope, slope * first_distance + bias)
+        else:
+            last = tl.load(last_ptr + row, mask=row < num_queries, other=0)
+            distance = (last - first_key).to(tl.float32)
+            row_part = slope * distance + bias
+        # keys by rows: the weights are then the left factor of both products, straight from registers
+        offsets = tl.fma(column[:, None], -slope, row_part[None, :])
         if FOLDED:
             score = tl.dot(k_folded, tl.trans(q), offsets, input_precision=INPUT_PRECISION)
         else:
             score = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION) * (scale * unit) + offsets
         if MASKED:
-            if RAGGED:
-                high = tl.minimum(last, num_keys - 1) - first_key
-                score = hide(
-                    score, (lower - first_key)[None, :], high[None, :], column[:, None], BLOCK_KEYS, SOFTMAX, FAST
-                )  # fmt: skip
-            else:
-                # the rows that see a key; none does that is past the end
-                low = (first_key + column) - (offset + first_row)
-                high = tl.where(first_key + column < num_keys, low + window - 1, -1)
-                score = hide(
-                    score, low[:, None], high[:, None], (row - first_row)[None, :], BLOCK_ROWS, SOFTMAX, FAST
-                )  # fmt: skip
+            low, high = from_row - first_row, to_row - first_row
+            score = hide(score, low[:, None], high[:, None], index[None, :], BLOCK_ROWS, SOFTMAX, FAST)
         if SOFTMAX:
             weight = exp2(score - normaliser[None, :], HARDWARE)
         else:
@@ -316,13 +309,13 @@ def _over_rows(
         if PER_HEAD:
             own = tl.sum(d_score, axis=1)
             d_bias += own
-            d_slope += tl.sum(d_score * distance.to(tl.float32)[None, :], axis=1) - own * column.to(tl.float32)
+            d_slope += tl.sum(d_score * distance[None, :], axis=1) - own * column
         d_score = d_score.to(q.dtype)
         d_key = tl.dot(d_score, q, d_key, input_precision=INPUT_PRECISION)
         if QUERY:
             d_query = tl.dot(tl.trans(d_score), k, input_precision=INPUT_PRECISION) * scale
             channel = tl.arange(0, BLOCK_DIM)
-            places = first_row.to(tl.int64) * stride_gt + (row - first_row)[:, None] * stride_gt + channel[None, :]
+            places = first_row.to(tl.int64) * stride_gt + index[:, None] * stride_gt + channel[None, :]
             inside = (row < num_queries)[:, None] & (channel < HEAD_DIM)[None, :]
             tl.atomic_add(grad_query_ptr + places, d_query, mask=inside, sem="relaxed")
     return d_key, d_value, d_slope, d_bias

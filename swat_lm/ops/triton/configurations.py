@@ -183,10 +183,15 @@ def table_tile(kernel: str, problem: Problem) -> Tile:
     return tile._replace(stages=min(tile.stages, 2)) if problem.family == "consumer" else tile
 
 
-def is_one_loop(problem: Problem, length: int) -> bool:
-    """Whether tiles of `length` keys (or rows) are all masked, in one loop; by counting instructions, not by timing."""
+def is_one_loop(kernel: str, problem: Problem, tile: Tile) -> bool:
+    """Whether all tiles of so narrow a window are masked, in one loop; by counting instructions, not by timing."""
+    over_rows = "key" in kernel
+    if over_rows and problem.block_dim > 64 and problem.hardware:
+        # three loops would spill registers, and products take longer than masks there
+        return problem.window < WIDE_WINDOW
     # small windows of small tests must have three loops too
-    return problem.window <= (ONE_LOOP_TILES if problem.hardware else 1) * length
+    tiles = ONE_LOOP_TILES if problem.hardware else 1
+    return problem.window <= tiles * (tile.rows if over_rows else tile.keys)
 
 
 def tuned_key(kernel: str, problem: Problem) -> str:

@@ -81,7 +81,7 @@ def hide(score, low, high, index, LENGTH: tl.constexpr, SOFTMAX: tl.constexpr, F
     else:
         half = (high - low + 1).to(tl.float32) * HALF_OF_MUCH
         centre = (high + low).to(tl.float32) * HALF_OF_MUCH
-        inside = half - tl.abs(index.to(tl.float32) * (2 * HALF_OF_MUCH) - centre)
+        inside = half - tl.abs(tl.fma(index.to(tl.float32), 2 * HALF_OF_MUCH, -centre))
         if FAST:
             score = tl.minimum(score, inside, propagate_nan=tl.PropagateNan.ALL)
         else:

@@ -87,7 +87,7 @@ def forward(
             GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
             SOFTMAX=softmax, FAST=fast and not softmax, FOLDED=is_foldable(scale, fast and not softmax),
             RAGGED=rows.is_ragged, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
-            ONE_LOOP=is_one_loop(problem, tile.keys),
+            ONE_LOOP=is_one_loop("forward", problem, tile),
             INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
@@ -238,7 +238,7 @@ def tile_scores(
     column = tl.arange(0, BLOCK_KEYS)
     # distances are integers relative to the tile, exact at any position
     row_part = slope * (last - first_key).to(tl.float32) + bias
-    offsets = row_part[:, None] - (slope * column.to(tl.float32))[None, :]
+    offsets = tl.fma(column.to(tl.float32)[None, :], -slope, row_part[:, None])
     if FOLDED:
         # the product adds to them: no multiplication of scores is left
         score = tl.dot(q, tl.trans(k), offsets, input_precision=INPUT_PRECISION)

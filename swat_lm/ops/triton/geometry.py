@@ -60,27 +60,18 @@ class Rows(NamedTuple):
             lower = torch.maximum(lower, first_visible)
         return cls(lower.contiguous(), last.contiguous(), offset, clamped, last_visible is None)
 
-    def of_key_blocks(self, num_keys: int, block: int) -> Tensor | None:
-        """Return for each block of keys which rows to visit, int32 `[B, blocks, 4]`; None for a regular call.
+    def of_keys(self, num_keys: int) -> Tensor | None:
+        """Return which rows see each key, int32 `[B, 2, S]`: the first and the one after the last; None if regular.
 
-        The rows `0 .. 3` of a table are: the first that sees a key of the block, the first that sees its last key, the
-        first that does not see its first key any more, and the first that sees none of it any more.
+        They are neighbours, since neither `lower` nor `last` decreases from row to row.
         """
         if self.last is None or self.lower is None:
             return None
-        begin = torch.arange(0, num_keys, block, dtype=torch.int32, device=self.last.device)
-        end = (begin + (block - 1)).clamp_max(num_keys - 1)
-        begin, end = (x.expand(self.last.shape[0], -1).contiguous() for x in (begin, end))
-        search = lambda table, keys, right: torch.searchsorted(table, keys, right=right, out_int32=True)  # noqa: E731
-        return torch.stack(
-            (
-                search(self.last, begin, False),
-                search(self.last, end, False),
-                search(self.lower, begin, True),
-                search(self.lower, end, True),
-            ),
-            dim=-1,
-        ).contiguous()
+        key = torch.arange(num_keys, dtype=torch.int32, device=self.last.device)
+        key = key.expand(self.last.shape[0], -1).contiguous()
+        first = torch.searchsorted(self.last, key, out_int32=True)
+        end = torch.searchsorted(self.lower, key, right=True, out_int32=True)
+        return torch.stack((first, end), dim=1)
 
 
 def far_tiles_of_keys(window: int, rows: int, keys: int) -> tuple[int, int, int]:
@@ -163,10 +154,10 @@ def rows_of_tile(
     """
     final_key = tl.minimum(first_key + BLOCK_KEYS, num_keys) - 1
     if RAGGED:
-        start = tl.load(table_ptr)
-        inner_start = tl.load(table_ptr + 1)
-        inner_end = tl.load(table_ptr + 2)
-        end = tl.load(table_ptr + 3)
+        start = tl.load(table_ptr + first_key)
+        inner_start = tl.load(table_ptr + final_key)
+        inner_end = tl.load(table_ptr + num_keys + first_key)
+        end = tl.load(table_ptr + num_keys + final_key)
     else:
         start = tl.maximum(first_key - offset, 0)
         inner_start = tl.maximum(final_key - offset, 0)
@@ -178,3 +169,16 @@ def rows_of_tile(
     left = tl.where(first_key + BLOCK_KEYS > num_keys, count, tl.minimum(left, count))
     inner = tl.maximum(inner_end - (start + left * BLOCK_ROWS), 0) // BLOCK_ROWS
     return start, left, tl.minimum(left + inner, count), count
+
+
+@triton.jit
+def rows_of_keys(table_ptr, key, num_keys, offset, window, RAGGED: tl.constexpr):
+    """Return the first and the last row that see each key of a tile; the last is -1 for a key past the end."""
+    exists = key < num_keys
+    if RAGGED:
+        first = tl.load(table_ptr + key, mask=exists, other=0)
+        last = tl.load(table_ptr + num_keys + key, mask=exists, other=0) - 1
+    else:
+        first = key - offset
+        last = tl.where(exists, first + window - 1, -1)
+    return first, last

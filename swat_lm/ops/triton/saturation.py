@@ -143,20 +143,17 @@ def add_values(
 
 @triton.jit
 def add_output_gradients(
-    d_value, base, stride_row, num_rows, start, begin, end, first_key, lower_ptr, last_ptr, num_keys, offset, window,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    RAGGED: tl.constexpr, MASKED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    d_value, base, stride_row, num_rows, start, begin, end, from_row, to_row, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, MASKED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradient of values the output gradients of tiles of rows whose weights are 1 where visible."""
-    key = (first_key + tl.arange(0, BLOCK_KEYS))[:, None]
     everywhere = tl.zeros([BLOCK_DIM], dtype=tl.float32)
     for tile in tl.range(scalar(begin), scalar(end)):
         first_row = start + tile * BLOCK_ROWS
         d_out = load_tile(base, first_row, stride_row, num_rows, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, MASKED)
         if MASKED:
-            row = first_row + tl.arange(0, BLOCK_ROWS)
-            lower, last = visible_keys(lower_ptr, last_ptr, row, num_rows, num_keys, offset, window, RAGGED)
-            visible = (key >= lower[None, :]) & (key <= tl.minimum(last, num_keys - 1)[None, :])
+            row = (first_row + tl.arange(0, BLOCK_ROWS))[None, :]
+            visible = (row >= from_row[:, None]) & (row <= to_row[:, None])
             weight = tl.where(visible, 1.0, 0.0).to(d_out.dtype)
             d_value = tl.dot(weight, d_out, d_value, input_precision=INPUT_PRECISION)
         else:
