@@ -26,7 +26,7 @@ from swat_lm.ops.triton.device import (
 from swat_lm.ops.triton.forward import tile_scores
 from swat_lm.ops.triton.geometry import rows_of_keys, rows_of_tile, tiles_of_rows, visible_keys
 from swat_lm.ops.triton.rotation import rotate_back
-from swat_lm.ops.triton.saturation import add_output_gradients, reach, saturated_tiles
+from swat_lm.ops.triton.saturation import add_values, reach, saturated_tiles
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -79,23 +79,22 @@ def backward_query(
             q, key_norm, slope, bias, scale, tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr,
             num_queries, num_keys, offset, window, RAGGED, BLOCK_KEYS,
         )  # fmt: skip
-        left = tl.maximum(left, saturated)
     else:
         saturated = 0
+    middle = tl.maximum(left, saturated)
+    masked_end = count if ONE_LOOP else left
     slope = slope * unit
     bias = bias * unit
     if FOLDED:
         q = (q * (scale * unit)).to(q.dtype)
-    if ONE_LOOP:
-        left = count
     d_query = _over_keys(
         d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated,
-        left, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True,
+        masked_end, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True,
         HARDWARE, INPUT_PRECISION,
     )  # fmt: skip
     if not ONE_LOOP:
         d_query = _over_keys(
-            d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left,
+            d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, middle,
             right, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, False,
             HARDWARE, INPUT_PRECISION,
         )  # fmt: skip
@@ -209,15 +208,16 @@ def backward_key(
             near = tl.minimum(tl.maximum(near, left), count)
         inner_end = tl.minimum(right, near)
         outer_end = tl.maximum(right, near)
-        if SKIP and REGULAR_LAST and slope > 0:
-            d_value = add_output_gradients(
-                d_value, o_ptr, stride_ot, num_queries, start, inner_end, right, from_row, to_row, HEAD_DIM,
-                BLOCK_DIM, BLOCK_ROWS, False, INPUT_PRECISION,
-            )  # fmt: skip
-            d_value = add_output_gradients(
-                d_value, o_ptr, stride_ot, num_queries, start, outer_end, count, from_row, to_row, HEAD_DIM,
-                BLOCK_DIM, BLOCK_ROWS, True, INPUT_PRECISION,
-            )  # fmt: skip
+        if SKIP and REGULAR_LAST:
+            # a positive head's weights are 1 there: see the forward
+            if ONE_LOOP:
+                near = tl.where(slope > 0, count, near)
+            else:
+                outer_end = tl.where(slope > 0, count, outer_end)
+                ones = tl.where(slope > 0, right, inner_end)
+                d_value = add_values(
+                    d_value, o_ptr, stride_ot, num_queries, start, inner_end, ones, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS
+                )  # fmt: skip
         slope = slope * unit
         bias = bias * unit
         d_slope = tl.zeros([BLOCK_KEYS], dtype=tl.float32)

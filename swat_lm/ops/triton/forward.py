@@ -152,33 +152,31 @@ def _forward(
             q, key_norm, slope, bias, scale, tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr,
             num_queries, num_keys, offset, window, RAGGED, BLOCK_KEYS,
         )  # fmt: skip
-        ones = tl.where(slope > 0, saturated, 0)
-        total = add_values(
-            total, value_ptr, stride_vs, num_keys, start, 0, tl.minimum(left, ones), lower, last,
-            HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True, INPUT_PRECISION,
-        )  # fmt: skip
-        total = add_values(
-            total, value_ptr, stride_vs, num_keys, start, tl.minimum(left, ones), ones, lower, last,
-            HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, False, INPUT_PRECISION,
-        )  # fmt: skip
-        left = tl.maximum(left, saturated)
+        # a positive head's weights are 1 there: it sums the values of tiles in the middle, and masked ones as ever
+        begin = tl.where(slope > 0, 0, saturated)
+        middle = tl.maximum(left, saturated)
+        if not ONE_LOOP:
+            ones = tl.where(slope > 0, middle, left)
+            total = add_values(
+                total, value_ptr, stride_vs, num_keys, start, left, ones, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS
+            )  # fmt: skip
     else:
-        saturated = 0
+        begin = 0
+        middle = left
     slope = slope * unit
     bias = bias * unit
     scale = scale * unit
     if FOLDED:
         q = (q * scale).to(q.dtype)
-    if ONE_LOOP:
-        left = count
+    masked_end = count if ONE_LOOP else left
     total, largest, mass = _over_keys(
-        total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated, left,
+        total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, begin, masked_end,
         num_keys, scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True, HARDWARE,
         INPUT_PRECISION,
     )  # fmt: skip
     if not ONE_LOOP:
         total, largest, mass = _over_keys(
-            total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, left, right,
+            total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, middle, right,
             num_keys, scale, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, False, HARDWARE,
             INPUT_PRECISION,
         )  # fmt: skip

@@ -59,8 +59,8 @@ def share_saved(
     saved = 0.0
     for slope in slopes:
         count = min(max((1 - _reach_on_host(slope, bias, product_bound) - first) // keys, 0), right)
-        # a masked tile of a positive slope still needs its visible values summed: one product of two
-        saved += count - (0.5 * min(count, left) if slope > 0 else 0.0)
+        # a masked tile of a positive slope is no sum of values
+        saved += count if slope < 0 else max(count - left, 0)
     return saved / (len(slopes) * tiles)
 
 
@@ -122,40 +122,12 @@ def saturated_tiles(
 
 @triton.jit
 def add_values(
-    total, base, stride_row, num_rows, start, begin, end, lower, last, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASKED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    total, base, stride_row, num_rows, start, begin, end, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Add to the output of rows the values of tiles of keys whose weights are 1 where visible."""
-    column = tl.arange(0, BLOCK_KEYS)
+    """Add to every row of a sum the rows of whole tiles: what weights of 1 add, of values or of output gradients."""
     everywhere = tl.zeros([BLOCK_DIM], dtype=tl.float32)
     for tile in tl.range(scalar(begin), scalar(end)):
-        first_key = start + tile * BLOCK_KEYS
-        v = load_tile(base, first_key, stride_row, num_rows, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, MASKED)
-        if MASKED:
-            key = (first_key + column)[None, :]
-            visible = (key >= lower[:, None]) & (key <= tl.minimum(last, num_rows - 1)[:, None])
-            weight = tl.where(visible, 1.0, 0.0).to(v.dtype)
-            total = tl.dot(weight, v, total, input_precision=INPUT_PRECISION)
-        else:
-            everywhere += tl.sum(v.to(tl.float32), axis=0)
+        v = load_tile(base, start + tile * LENGTH, stride_row, num_rows, HEAD_DIM, BLOCK_DIM, LENGTH, False)
+        everywhere += tl.sum(v.to(tl.float32), axis=0)
     return total + everywhere[None, :]
-
-
-@triton.jit
-def add_output_gradients(
-    d_value, base, stride_row, num_rows, start, begin, end, from_row, to_row, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, MASKED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add to the gradient of values the output gradients of tiles of rows whose weights are 1 where visible."""
-    everywhere = tl.zeros([BLOCK_DIM], dtype=tl.float32)
-    for tile in tl.range(scalar(begin), scalar(end)):
-        first_row = start + tile * BLOCK_ROWS
-        d_out = load_tile(base, first_row, stride_row, num_rows, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, MASKED)
-        if MASKED:
-            row = (first_row + tl.arange(0, BLOCK_ROWS))[None, :]
-            visible = (row >= from_row[:, None]) & (row <= to_row[:, None])
-            weight = tl.where(visible, 1.0, 0.0).to(d_out.dtype)
-            d_value = tl.dot(weight, d_out, d_value, input_precision=INPUT_PRECISION)
-        else:
-            everywhere += tl.sum(d_out.to(tl.float32), axis=0)
-    return d_value + everywhere[None, :]

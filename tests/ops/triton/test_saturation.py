@@ -43,7 +43,7 @@ def test_share_saved():
     # no slope never saturates; a steep one leaves little but the diagonal, and a positive one its left edge
     assert share_saved([0.0], 1024, 4.0, 64, 64) == 0.0
     assert share_saved([-100.0], 1024, 4.0, 64, 64) == 16 / 17
-    assert share_saved([100.0], 1024, 4.0, 64, 64) == 15.5 / 17
+    assert share_saved([100.0], 1024, 4.0, 64, 64) == 15 / 17
 
 
 def run(inputs, form, window, first, skip):
@@ -106,6 +106,12 @@ def check_that_tiles_are_skipped():
     spoilt[:, :16] = float("nan")
     output = window_attention(query, key, spoilt, **options)
     assert torch.equal(output[:, 80:], clean[:, 80:])
+    # of a positive head the values are read there, the keys are not
+    options["slopes"] = -options["slopes"]
+    clean = window_attention(query, key, value, **options)
+    other_key = torch.cat((key[:, :16], -key[:, 16:32], key[:, 32:]), dim=1)
+    assert torch.equal(window_attention(query, other_key, value, **options)[:, 80:], clean[:, 80:])
+    assert window_attention(query, key, spoilt, **options)[:, 80:].isnan().any()
     options["skip_saturated"] = False
     assert window_attention(query, key, spoilt, **options)[:, 80:].isnan().any()
 
