@@ -86,7 +86,7 @@ def backward_query(
     slope = slope * unit
     bias = bias * unit
     if FOLDED:
-        q = (q * (scale * unit)).to(q.dtype)
+        q = (q.to(tl.float32) * (scale * unit)).to(q.dtype)
     d_query = _over_keys(
         d_query, q, d_out, normaliser, shift, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, saturated,
         masked_end, num_keys, scale * unit, slope, bias, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, SOFTMAX, FAST, FOLDED, True,
@@ -184,7 +184,7 @@ def backward_key(
     k = load_tile(key_ptr, first_key, stride_ks, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True)
     v = load_tile(value_ptr, first_key, stride_vs, num_keys, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True)
     # a power of two: exact
-    k_folded = (k * (scale * unit)).to(k.dtype) if FOLDED else k
+    k_folded = (k.to(tl.float32) * (scale * unit)).to(k.dtype) if FOLDED else k
     d_key = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
     d_value = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype=tl.float32)
     for member in tl.range(0, GROUP):

@@ -167,7 +167,7 @@ def _forward(
     bias = bias * unit
     scale = scale * unit
     if FOLDED:
-        q = (q * scale).to(q.dtype)
+        q = (q.to(tl.float32) * scale).to(q.dtype)
     masked_end = count if ONE_LOOP else left
     total, largest, mass = _over_keys(
         total, largest, mass, q, key_ptr, value_ptr, stride_ks, stride_vs, lower, last, start, begin, masked_end,
