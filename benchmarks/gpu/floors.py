@@ -1,8 +1,8 @@
 """The least time that a kernel's machine code, its tiles and its bytes allow on a GPU: computed, nothing is run.
 
-Four parts of a multiprocessor work side by side: tensor cores, the units for tanh and exponentials, the schedulers that
-issue instructions, and memory. A kernel is never faster than its slowest part alone; how far it stays behind depends on
-how well the parts overlap, which only a run shows.
+Five parts of a GPU work side by side: tensor cores, the units for tanh and exponentials, the schedulers that issue
+instructions, the second-level cache, from which every block reads the tiles it visits, and memory. A kernel is never
+faster than its slowest part alone; how far it stays behind depends on how well they overlap, which only a run shows.
 """
 
 from dataclasses import dataclass
@@ -31,10 +31,12 @@ class Chip:
     flops_per_clock: int
     special_per_clock: int
     bytes_per_second: float
+    # from the second-level cache to one multiprocessor; in no data sheet, this is what others measured
+    cached_bytes_per_clock: float
 
 
 # 989.4 TFLOP/s = 132 * 4096 * 1.83e9
-H100 = Chip("H100 SXM", 132, 1.83e9, 4096, 16, 3.35e12)
+H100 = Chip("H100 SXM", 132, 1.83e9, 4096, 16, 3.35e12, 27.6)
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,14 @@ class Floor:
     products: float
     special: float
     issue: float
+    cache: float
     memory: float
     warps: int
 
     @property
     def seconds(self) -> float:
         """Those of the slowest part."""
-        return max(self.products, self.special, self.issue, self.memory)
+        return max(self.products, self.special, self.issue, self.cache, self.memory)
 
 
 def floor(kernel: str, shape: Shape, tile: Tile, compiled: Compiled, chip: Chip = H100) -> Floor:
@@ -62,7 +65,7 @@ def floor(kernel: str, shape: Shape, tile: Tile, compiled: Compiled, chip: Chip 
     owns_keys = "key" in kernel
     count_tiles = far_tiles_of_rows if owns_keys else far_tiles_of_keys
     left, right, count = count_tiles(shape.window, tile.rows, tile.keys)
-    # all heads of a group go through the block that owns their keys
+    # all heads of a group go through the block that owns their keys, one after another
     blocks = shape.batch * shape.heads * -(-shape.length // (tile.keys if owns_keys else tile.rows))
     instructions = [sum(loop.values()) for loop in compiled.loops]
     once = sum(compiled.instructions.values()) - sum(instructions)
@@ -79,6 +82,7 @@ def floor(kernel: str, shape: Shape, tile: Tile, compiled: Compiled, chip: Chip 
         products=clocks * PRODUCTS[kernel] * 2 * scores * block_dim / chip.flops_per_clock,
         special=clocks * count * special * 32 * tile.warps / chip.special_per_clock,
         issue=clocks * issued * tile.warps / SCHEDULERS,
+        cache=clocks * block_bytes(kernel, shape, tile, count) / chip.cached_bytes_per_clock,
         memory=kernel_bytes(kernel, shape) / chip.bytes_per_second,
         warps=tile.warps * _blocks_at_once(tile, compiled),
     )
@@ -98,6 +102,18 @@ def kernel_bytes(kernel: str, shape: Shape) -> int:
         return element * (3 * query + 2 * key)
     own = element * (2 * query + 4 * key)
     return own if "five" not in kernel else own + 4 * 4 * query + element * query
+
+
+def block_bytes(kernel: str, shape: Shape, tile: Tile, count: int) -> int:
+    """Bytes that one block of one head moves: two tensors of the tiles it visits, and its own.
+
+    Own are q and o; q, do, dq; or k, v, dk, dv, which a group shares. Five products also add float32 to dq.
+    """
+    row = shape.head_dim * shape.dtype.itemsize
+    if "key" not in kernel:
+        return row * (count * tile.keys * 2 + tile.rows * (2 if kernel == "forward" else 3))
+    visited = count * tile.rows * (2 * row + ("five" in kernel) * shape.head_dim * 4)
+    return visited + 4 * row * tile.keys // shape.group
 
 
 def _blocks_at_once(tile: Tile, compiled: Compiled) -> int:

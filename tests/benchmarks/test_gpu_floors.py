@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import attention_gpu_code, measure, table
-from benchmarks.gpu.floors import H100, floor, kernel_bytes
+from benchmarks.gpu.floors import H100, block_bytes, floor, kernel_bytes
 from benchmarks.gpu.machine_code import Compiled
 from benchmarks.gpu.shapes import Shape
 from swat_lm.ops.triton.configurations import Tile
@@ -47,8 +47,9 @@ def test_a_floor_by_hand():
     assert found.special == pytest.approx(clocks * 9 * 64 * 64 / 16)
     # 4 warps on 4 schedulers
     assert found.issue == pytest.approx(clocks * (1000 + 2 * 400 + 7 * 200))
+    assert found.cache == pytest.approx(clocks * (9 * 2 + 2) * 64 * 64 * 2 / 27.6)
     assert found.memory == pytest.approx(4 * 128 * 64 * 2 / H100.bytes_per_second)
-    assert found.seconds == found.issue
+    assert found.seconds == found.cache
     # 3 blocks by registers, 3 by shared memory
     assert found.warps == 12
     one_loop = Compiled(loops[0] + Counter({"EXIT": 1000}), loops[:1], 168, 0)
@@ -64,6 +65,14 @@ def test_bytes():
     assert kernel_bytes("backward query", grouped) == 2 * (3 * query + 2 * key)
     assert kernel_bytes("backward key", grouped) == 2 * (2 * query + 4 * key)
     assert kernel_bytes("backward key, five products", grouped) == 2 * (2 * query + 4 * key) + 18 * query
+    tile = Tile(16, 32, 4, 2)
+    assert block_bytes("forward", grouped, tile, 3) == 2 * 8 * (3 * 32 * 2 + 16 * 2)
+    assert block_bytes("backward query", grouped, tile, 3) == 2 * 8 * (3 * 32 * 2 + 16 * 3)
+    assert block_bytes("backward key", grouped, tile, 3) == 2 * 8 * 3 * 16 * 2 + 4 * 2 * 8 * 32 // 4
+    added = 3 * 16 * 8 * 4
+    assert block_bytes("backward key, five products", grouped, tile, 3) == (
+        block_bytes("backward key", grouped, tile, 3) + added
+    )
 
 
 def test_the_record(tmp_path, monkeypatch, capsys):
@@ -75,7 +84,7 @@ def test_the_record(tmp_path, monkeypatch, capsys):
     kernels = [row["kernel"] for row in record["rows"]]
     assert kernels == ["forward", "backward key, five products", "forward", "backward query", "backward key"]
     for row in record["rows"]:
-        parts = [row["ms of products"], row["of tanh"], row["of issuing"], row["of memory"]]
+        parts = [row[key] for key in ("ms of products", "of tanh", "of issuing", "of the cache", "of memory")]
         assert row["floor ms"] == max(parts)
         assert min(parts) > 0
     assert "attention_gpu_code.json" in capsys.readouterr().out
