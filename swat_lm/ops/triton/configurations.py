@@ -19,7 +19,7 @@ from swat_lm.ops.triton.availability import is_interpreted
 
 BACKWARD_FORMS = ("two kernels", "five products")
 # a wide window feeds large tiles, which waste more of a narrow one's two edges
-WIDE_WINDOW = 1024
+NARROW_WINDOW, WIDE_WINDOW = 256, 1024
 # so many tiles may make a window that is masked throughout: three loops would spend as much on being started as they
 # save of masks, and between them nothing is loaded ahead
 ONE_LOOP_TILES = 4
@@ -94,61 +94,66 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
 
-# by kernel and largest padded head: the tile of narrow windows and that of wide ones; float16 and bfloat16
+# by kernel and largest padded head: the tiles of narrow, middling and wide windows; float16 and bfloat16
 _HOPPER = {
     "forward": {
-        64: (Tile(64, 64, 4, 3, 168), Tile(128, 128, 8, 2)),
-        128: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
-        256: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        64: (Tile(128, 64, 8, 2, 128), Tile(128, 64, 8, 2), Tile(128, 128, 8, 2)),
+        128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        256: (Tile(128, 32, 8, 2),) * 3,
     },
     "backward query": {
-        64: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
-        128: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
-        256: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        64: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(128, 32, 8, 2),) * 3,
+        256: (Tile(32, 32, 4, 2),) * 3,
     },
     "backward key": {
-        64: (Tile(64, 64, 4, 2), Tile(64, 128, 8, 2)),
-        128: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
-        256: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        64: (Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
+        128: (Tile(32, 128, 8, 2),) * 3,
+        256: (Tile(32, 32, 4, 2),) * 3,
     },
     "backward key, five products": {
-        64: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
-        128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
-        256: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+        64: (Tile(64, 128, 8, 2),) * 3,
+        128: (Tile(32, 128, 8, 2),) * 3,
+        256: (Tile(32, 32, 4, 2),) * 3,
     },
 }
 _AMPERE = {
     "forward": {
-        64: (Tile(64, 64, 4, 3, 168), Tile(128, 64, 8, 3)),
-        128: (Tile(64, 32, 4, 3), Tile(128, 64, 8, 2)),
-        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        64: (Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 3, 168), Tile(128, 64, 8, 3)),
+        128: (Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(128, 64, 8, 2)),
+        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     "backward query": {
-        64: (Tile(64, 32, 4, 1), Tile(128, 32, 8, 2)),
-        128: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
-        256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        64: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(128, 32, 8, 2)),
+        128: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
+        256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     },
     "backward key": {
-        64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
-        128: (Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)),
-        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)),
+        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     # never chosen by rule there
     "backward key, five products": {
-        64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
-        128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
-        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+        64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
+        128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
 }
 # softmax keeps a maximum, a sum and a shift per row
 _SOFTMAX_HOPPER = {
-    "backward key": {
-        64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
-        128: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+    "forward": {
+        64: (Tile(128, 64, 8, 2),) * 3,
+        128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
     },
+    "backward key": {
+        64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(32, 128, 8, 2),) * 3,
+    },
+    "backward key, five products": {64: (Tile(32, 128, 8, 2),) * 3},
 }
-# rotating a tile of queries takes registers of its own
-_ROTARY_HOPPER = {"forward": {128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3))}}
+# rotated queries stay in registers
+_ROTARY_HOPPER = {"forward": {128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3))}}
 
 
 def configuration(kernel: str, problem: Problem) -> Tile:
@@ -172,26 +177,25 @@ def table_tile(kernel: str, problem: Problem) -> Tile:
     if problem.dtype == torch.float32:
         # exact products are no work for tensor cores; four bytes a number
         return Tile(16, 16, 4, 1) if size == 256 else Tile(32, 32, 4, 1)
-    wide = problem.window >= WIDE_WINDOW
+    width = (problem.window > NARROW_WINDOW) + (problem.window >= WIDE_WINDOW)
     if problem.softmax and problem.family == "hopper":
         special = _SOFTMAX_HOPPER.get(kernel, {})
         if size in special:
-            return special[size][wide]
+            return special[size][width]
     if problem.rotary and problem.family == "hopper" and size in _ROTARY_HOPPER.get(kernel, {}):
-        return _ROTARY_HOPPER[kernel][size][wide]
-    tile = (_HOPPER if problem.family == "hopper" else _AMPERE)[kernel][size][wide]
+        return _ROTARY_HOPPER[kernel][size][width]
+    tile = (_HOPPER if problem.family == "hopper" else _AMPERE)[kernel][size][width]
     return tile._replace(stages=min(tile.stages, 2)) if problem.family == "consumer" else tile
 
 
 def is_one_loop(kernel: str, problem: Problem, tile: Tile) -> bool:
     """Whether all tiles of so narrow a window are masked, in one loop; by counting instructions, not by timing."""
-    over_rows = "key" in kernel
-    if over_rows and problem.block_dim > 64 and problem.hardware:
-        # three loops would spill registers, and products take longer than masks there
+    if problem.block_dim > 64 and problem.hardware:
+        # products take longer than masks there, and three loops need registers that are not there
         return problem.window < WIDE_WINDOW
     # small windows of small tests must have three loops too
     tiles = ONE_LOOP_TILES if problem.hardware else 1
-    return problem.window <= tiles * (tile.rows if over_rows else tile.keys)
+    return problem.window <= tiles * (tile.rows if "key" in kernel else tile.keys)
 
 
 def tuned_key(kernel: str, problem: Problem) -> str:

@@ -22,7 +22,7 @@ SOFTMAX = ["softmax", "softmax ragged", "softmax rotary", "softmax ragged rotary
 HEAVY = ["rotary", "exact ragged rotary skip", "softmax ragged rotary"]
 # kernel, capability's number, head size, window, and what is asked for beside plain sigmoid attention
 SELECTION = [
-    *itertools.product(KERNELS, [90], [64, 128], [512, 1024], ["", *HEAVY]),
+    *itertools.product(KERNELS, [90], [64, 128], [256, 512, 1024], ["", *HEAVY]),
     *itertools.product(KERNELS[2:], [90], [64, 128], [1024], ["exact ragged rotary skip per_head"]),
     *itertools.product(KERNELS[:3], [90], [96], [1024], ["half ragged rotary"]),
     *itertools.product(KERNELS[:3], [80], [64, 128], [512, 1024], ["", "exact ragged rotary skip"]),
@@ -31,7 +31,7 @@ SELECTION = [
 EXHAUSTIVE = [
     (kernel, capability, head_dim, window, f"{extras}{per_head}{half}".strip())
     for kernel, capability, head_dim, window, extras, per_head, half in itertools.product(
-        KERNELS, [90, 80, 86], [64, 128, 80, 96, 32], [512, 1024], SIGMOID + SOFTMAX, ["", " per_head"], ["", " half"]
+        KERNELS, [90, 80, 86], [64, 128, 80, 96, 32], [256, 512, 1024], SIGMOID + SOFTMAX, ["", " per_head"], ["", " half"]
     )
     # only the keys' kernel sums the gradients of slopes; float16 differs from bfloat16 in the names of instructions
     if (not per_head or "key" in kernel) and (not half or extras in ("", "ragged rotary"))
