@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from swat_lm.ops.triton.configurations import Problem, Tile, is_one_loop
-from swat_lm.ops.triton.precision import is_foldable
+from swat_lm.ops.triton.precision import is_folded
 
 KERNELS = ("forward", "backward query", "backward key", "backward key, five products")
 # types of arguments in Triton's words
@@ -119,6 +119,7 @@ def _arguments(kernel: Any, name: str, problem: Problem, tile: Tile, extras: fro
     pointer = POINTERS[str(problem.dtype).removeprefix("torch.")]
     softmax, ragged = "softmax" in extras, "ragged" in extras
     fast = problem.dtype != torch.float32 and not softmax and "exact" not in extras
+    one_loop = is_one_loop(name, problem, tile)
     # a padded head is rotated back by a kernel of its own
     rotary = "rotary" in extras and (name == "forward" or problem.head_dim == problem.block_dim)
     values: dict[str, Any] = {
@@ -129,9 +130,9 @@ def _arguments(kernel: Any, name: str, problem: Problem, tile: Tile, extras: fro
         "scale": "fp32", **dict.fromkeys(("offset", "window", "num_queries", "num_keys"), "i32"),
         "GROUP": problem.group, "HEAD_DIM": problem.head_dim, "BLOCK_DIM": problem.block_dim,
         "BLOCK_ROWS": tile.rows, "BLOCK_KEYS": tile.keys, "SOFTMAX": softmax, "FAST": fast,
-        "FOLDED": is_foldable(problem.head_dim**-0.5, fast), "RAGGED": ragged, "ROTARY": rotary,
+        "FOLDED": is_folded(problem.head_dim**-0.5, fast, one_loop), "RAGGED": ragged, "ROTARY": rotary,
         "SKIP": "skip" in extras, "REGULAR_LAST": True, "HARDWARE": True,
-        "ONE_LOOP": is_one_loop(name, problem, tile),
+        "ONE_LOOP": one_loop,
         "INPUT_PRECISION": "ieee" if problem.dtype == torch.float32 else "tf32",
         "PER_HEAD": "per_head" in extras, "QUERY": "five" in name,
         **dict.fromkeys(("lower_ptr", "last_ptr", "table_ptr"), "*i32" if ragged else None),

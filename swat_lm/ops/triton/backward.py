@@ -18,7 +18,7 @@ from swat_lm.ops.triton.configurations import Problem, backward_form, configurat
 from swat_lm.ops.triton.device import on_device
 from swat_lm.ops.triton.forward import with_dense_channels
 from swat_lm.ops.triton.geometry import Rows
-from swat_lm.ops.triton.precision import is_foldable
+from swat_lm.ops.triton.precision import is_folded
 from swat_lm.ops.triton.rotation import angle_stride, rotate
 from swat_lm.ops.triton.saturation import largest_norms
 from swat_lm.ops.triton.softmax_rows import softmax_rows
@@ -79,8 +79,8 @@ def backward(
     group = num_heads // num_kv_heads
     common = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_DIM": problem.block_dim, "SOFTMAX": softmax,
-        "FAST": fast and not softmax, "FOLDED": is_foldable(scale, fast and not softmax), "RAGGED": rows.is_ragged,
-        "ROTARY": rotates, "SKIP": skip_saturated, "HARDWARE": problem.hardware,
+        "FAST": fast and not softmax, "RAGGED": rows.is_ragged, "ROTARY": rotates,
+        "SKIP": skip_saturated, "HARDWARE": problem.hardware,
         "INPUT_PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     tensors = (query, key, value, grad_output)
@@ -92,14 +92,18 @@ def backward(
         grad_query = torch.empty(query.shape, dtype=grad_dtype, device=query.device)
         tile = configuration("backward query", problem)
         grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
+        one_loop = is_one_loop("backward query", problem, tile)
         with on_device(query):
             backward_query[grid](
                 *tensors, grad_query, lse, shift, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin,
                 key_norms, *strides, *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
-                BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, ONE_LOOP=is_one_loop("backward query", problem, tile),
+                BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, ONE_LOOP=one_loop,
+                FOLDED=is_folded(scale, fast and not softmax, one_loop),
                 num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             )  # fmt: skip
-    tile = configuration("backward key, five products" if accumulates_query else "backward key", problem)
+    name = "backward key, five products" if accumulates_query else "backward key"
+    tile = configuration(name, problem)
+    one_loop = is_one_loop(name, problem, tile)
     blocks = -(-num_keys // tile.keys)
     per_head = query.new_zeros((batch, num_heads, blocks, 2) if needs_per_head else (0,), dtype=torch.float32)
     with on_device(query):
@@ -109,7 +113,8 @@ def backward(
             query_norms, key_norms,
             *strides, *grad_key.stride()[:3], *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
             BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, PER_HEAD=needs_per_head, QUERY=accumulates_query,
-            REGULAR_LAST=rows.is_last_regular, ONE_LOOP=is_one_loop("backward key", problem, tile),
+            REGULAR_LAST=rows.is_last_regular, ONE_LOOP=one_loop,
+            FOLDED=is_folded(scale, fast and not softmax, one_loop),
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     grad_bias = _zeros(bias)

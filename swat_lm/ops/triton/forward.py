@@ -30,7 +30,7 @@ from swat_lm.ops.triton.device import (
     store_tile,
 )
 from swat_lm.ops.triton.geometry import Rows, tiles_of_rows, visible_keys
-from swat_lm.ops.triton.precision import is_foldable
+from swat_lm.ops.triton.precision import is_folded
 from swat_lm.ops.triton.rotation import angle_stride, load_rotated, rotate
 from swat_lm.ops.triton.saturation import add_values, largest_norms, saturated_tiles
 
@@ -78,6 +78,7 @@ def forward(
     tile = configuration("forward", problem)
     group = num_heads // num_kv_heads
     key_norms = largest_norms(key) if skip_saturated and key.numel() else None
+    one_loop = is_one_loop("forward", problem, tile)
     grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
     with on_device(query):
         _forward[grid](
@@ -85,10 +86,9 @@ def forward(
             key_norms, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             angle_stride(cos), num_queries, num_keys, rows.offset, rows.window, scale,
             GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
-            SOFTMAX=softmax, FAST=fast and not softmax, FOLDED=is_foldable(scale, fast and not softmax),
+            SOFTMAX=softmax, FAST=fast and not softmax, FOLDED=is_folded(scale, fast and not softmax, one_loop),
             RAGGED=rows.is_ragged, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
-            ONE_LOOP=is_one_loop("forward", problem, tile),
-            INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            ONE_LOOP=one_loop, INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
         )  # fmt: skip
     return Results(output, lse, rotated, key if cos is not None else query.new_empty(0))

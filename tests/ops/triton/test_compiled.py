@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+from benchmarks.gpu.floors import PRODUCTS
 from benchmarks.gpu.machine_code import KERNELS, compile_attention
 
 HALVES = {"": torch.bfloat16, "half": torch.float16}
@@ -22,7 +23,7 @@ SOFTMAX = ["softmax", "softmax ragged", "softmax rotary", "softmax ragged rotary
 HEAVY = ["rotary", "exact ragged rotary skip", "softmax ragged rotary"]
 # kernel, capability's number, head size, window, and what is asked for beside plain sigmoid attention
 SELECTION = [
-    *itertools.product(KERNELS, [90], [64, 128], [256, 512, 1024], ["", *HEAVY]),
+    *itertools.product(KERNELS, [90], [64, 128], [128, 512, 1024], ["", *HEAVY]),
     *itertools.product(KERNELS[2:], [90], [64, 128], [1024], ["exact ragged rotary skip per_head"]),
     *itertools.product(KERNELS[:3], [90], [96], [1024], ["half ragged rotary"]),
     *itertools.product(KERNELS[:3], [80], [64, 128], [512, 1024], ["", "exact ragged rotary skip"]),
@@ -31,7 +32,13 @@ SELECTION = [
 EXHAUSTIVE = [
     (kernel, capability, head_dim, window, f"{extras}{per_head}{half}".strip())
     for kernel, capability, head_dim, window, extras, per_head, half in itertools.product(
-        KERNELS, [90, 80, 86], [64, 128, 80, 96, 32], [256, 512, 1024], SIGMOID + SOFTMAX, ["", " per_head"], ["", " half"]
+        KERNELS,
+        [90, 80, 86],
+        [64, 128, 80, 96, 32],
+        [128, 256, 512, 1024],
+        SIGMOID + SOFTMAX,
+        ["", " per_head"],
+        ["", " half"],
     )
     # only the keys' kernel sums the gradients of slopes; float16 differs from bfloat16 in the names of instructions
     if (not per_head or "key" in kernel) and (not half or extras in ("", "ragged rotary"))
@@ -60,11 +67,14 @@ def test_no_spills(name, capability, head_dim, window, variant):
     assert found.spills == 0, f"{tile}: {found.spills} registers spilled of {found.registers}"
     assert found.tensor_core_products > 0
     if "softmax" not in variant:
-        # one tanh for a weight, or an exponential and a reciprocal; three loops
-        weights = 3 * tile.rows * tile.keys // (32 * tile.warps)
+        # one tanh for a weight, or an exponential and a reciprocal
+        weights = len(found.loops) * tile.rows * tile.keys // (32 * tile.warps)
         # and a root and a reciprocal to find what is saturated
         extra = 4 if "skip" in variant else 0
         assert 0 <= found.instructions["MUFU"] - weights * (1 if "exact" not in variant else 2) <= extra
+    # products run behind each other and behind the rest; where the compiler cannot have that, it waits for each
+    for loop in found.loops:
+        assert loop["WARPGROUP"] <= 2 * PRODUCTS[name]
     limit = {80: 163, 86: 99, 90: 227}[capability] * 1024
     assert found.shared_bytes <= limit
 

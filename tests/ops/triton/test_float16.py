@@ -8,9 +8,8 @@ import warnings
 import pytest
 import torch
 
+from benchmarks.gpu.machine_code import compile_attention
 from tests.ops.test_backends import make_inputs
-from benchmarks.gpu.machine_code import compile_kernel
-from tests.ops.triton.test_compiled import arguments_of
 
 # B, T, S, H, K, D; the interpreter's tiles are 16 x 16
 SHAPE = (1, 24, 24, 2, 1, 8)
@@ -205,12 +204,8 @@ def test_loss_scaling_notices(interpreted):
 def test_the_hardware_rounds_to_infinity(name, capability):
     """A conversion that saturates would make an overflow a finite number."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from swat_lm.ops.triton import backward_kernels
     from swat_lm.ops.triton.configurations import Problem, configuration
 
-    kernel = backward_kernels.backward_query if name == "backward query" else backward_kernels.backward_key
     problem = Problem(512, 64, 1, torch.float16, False, divmod(capability, 10), True)
-    tile = configuration(name, problem)
-    arguments = arguments_of(kernel, name, problem, tile, "half")
-    compiled = compile_kernel(kernel, arguments, capability, tile.warps, tile.stages, tile.registers)
+    compiled = compile_attention(name, problem, configuration(name, problem))
     assert set(re.findall(r"\bcvt[.\w]*\.f16(?:x2)?\.f32", compiled.ptx)) == {"cvt.rn.f16x2.f32"}

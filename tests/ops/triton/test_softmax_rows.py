@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.exactness import assert_as_exact_as_pytorch
 from benchmarks.gpu.machine_code import compile_kernel
+from tests.exactness import assert_as_exact_as_pytorch
 
 # B, T, H, D: rows that fill no tile, more rows than a tile, heads that are no power of two
 SHAPES = [(2, 5, 3, 8), (1, 130, 2, 24), (2, 70, 1, 64), (1, 33, 2, 160), (1, 3, 1, 1)]
