@@ -119,38 +119,42 @@ _HOPPER = {
 }
 _AMPERE = {
     "forward": {
-        64: (Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 3, 168), Tile(128, 64, 8, 3)),
-        128: (Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), Tile(128, 64, 8, 2)),
-        256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+        64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+        128: (Tile(64, 32, 4, 3),) * 3,
+        256: (Tile(64, 32, 8, 2),) * 3,
     },
     "backward query": {
-        64: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(128, 32, 8, 2)),
-        128: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)),
-        256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    },
-    "backward key": {
-        64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 128, 8, 2)),
-        128: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 128, 8, 2)),
-        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    },
-    # never chosen by rule there
-    "backward key, five products": {
-        64: (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
-        128: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
-        256: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    },
-}
-# softmax keeps a maximum, a sum and a shift per row
-_SOFTMAX_HOPPER = {
-    "forward": {
-        64: (Tile(128, 64, 8, 2),) * 3,
-        128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3)),
+        64: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        128: (Tile(128, 32, 8, 2),) * 3,
+        256: (Tile(32, 32, 8, 1),) * 3,
     },
     "backward key": {
         64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
         128: (Tile(16, 128, 8, 2),) * 3,
+        256: (Tile(16, 32, 8, 1),) * 3,
     },
-    "backward key, five products": {64: (Tile(32, 128, 8, 2),) * 3, 128: (Tile(16, 64, 4, 2),) * 3},
+    # never chosen by rule there
+    "backward key, five products": {
+        64: (Tile(16, 64, 4, 2),) * 3,
+        128: (Tile(16, 64, 8, 2),) * 3,
+        256: (Tile(16, 32, 8, 1),) * 3,
+    },
+}
+# softmax keeps a maximum, a sum and a shift per row
+_SOFTMAX_HOPPER = {
+    "forward": {64: (Tile(128, 64, 8, 2),) * 3},
+    "backward key": {
+        64: (Tile(32, 64, 4, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
+        128: (Tile(16, 128, 8, 2),) * 3,
+    },
+    "backward key, five products": {64: (Tile(32, 128, 8, 2),) * 3, 128: (Tile(32, 32, 4, 2),) * 3},
+}
+_SOFTMAX_AMPERE = {
+    "backward query": {128: (Tile(64, 16, 4, 2),) * 3},
+    "backward key": {
+        64: (Tile(16, 64, 4, 2), Tile(16, 128, 8, 2), Tile(16, 128, 8, 2)),
+        128: (Tile(16, 64, 8, 2),) * 3,
+    },
 }
 # rotated queries stay in registers
 _ROTARY_HOPPER = {"forward": {128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 3))}}
@@ -177,14 +181,14 @@ def table_tile(kernel: str, problem: Problem) -> Tile:
     if problem.dtype == torch.float32:
         # exact products are no work for tensor cores; four bytes a number
         return Tile(16, 16, 4, 1) if size == 256 else Tile(32, 32, 4, 1)
-    width = (problem.window > NARROW_WINDOW) + (problem.window >= WIDE_WINDOW)
-    if problem.softmax and problem.family == "hopper":
-        special = _SOFTMAX_HOPPER.get(kernel, {})
-        if size in special:
-            return special[size][width]
-    if problem.rotary and problem.family == "hopper" and size in _ROTARY_HOPPER.get(kernel, {}):
-        return _ROTARY_HOPPER[kernel][size][width]
-    tile = (_HOPPER if problem.family == "hopper" else _AMPERE)[kernel][size][width]
+    hopper = problem.family == "hopper"
+    tables = [_HOPPER if hopper else _AMPERE]
+    if problem.softmax:
+        tables.insert(0, _SOFTMAX_HOPPER if hopper else _SOFTMAX_AMPERE)
+    elif problem.rotary and hopper:
+        tables.insert(0, _ROTARY_HOPPER)
+    tiles = next(table[kernel][size] for table in tables if size in table.get(kernel, {}))
+    tile = tiles[(problem.window > NARROW_WINDOW) + (problem.window >= WIDE_WINDOW)]
     return tile._replace(stages=min(tile.stages, 2)) if problem.family == "consumer" else tile
 
 
@@ -193,9 +197,12 @@ def is_one_loop(kernel: str, problem: Problem, tile: Tile) -> bool:
     if "five" in kernel:
         # where the rule takes it, windows are wide
         return False
+    if kernel == "forward" and problem.rotary and problem.family == "hopper" and problem.block_dim <= 64:
+        # queries from registers: in one loop the compiler would wait for every product (ptxas says C7515)
+        return False
     if problem.block_dim > 64 and problem.hardware:
         # products take longer than masks there, and three loops need registers that are not there
-        return problem.window < WIDE_WINDOW
+        return problem.window < WIDE_WINDOW or problem.softmax or problem.family != "hopper"
     # small windows of small tests must have three loops too
     tiles = ONE_LOOP_TILES if problem.hardware else 1
     return problem.window <= tiles * (tile.rows if "key" in kernel else tile.keys)
