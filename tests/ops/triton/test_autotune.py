@@ -29,7 +29,7 @@ def test_the_fastest_tile_is_kept_and_used(tmp_path, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
     path = tmp_path / "folder" / "tiles.json"
-    wanted = {"forward": Tile(128, 64, 8, 2), "backward key": Tile(32, 128, 8, 3)}
+    wanted = {"forward": Tile(64, 64, 4, 3), "backward key": Tile(32, 128, 8, 3)}
 
     def measure(run):
         run()
@@ -55,9 +55,9 @@ def test_the_fastest_tile_is_kept_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv(configurations.TILES_VARIABLE, str(path))
     assert configuration("forward", PROBLEM) == wanted["forward"]
     # the window's bucket is shared, another card and another head size are not
-    assert configuration("forward", PROBLEM._replace(gpu="NVIDIA H200")) == Tile(64, 64, 4, 3, 168)
+    assert configuration("forward", PROBLEM._replace(gpu="NVIDIA H200")) == Tile(128, 64, 8, 2)
     assert configuration("forward", PROBLEM._replace(window=600)) == wanted["forward"]
-    assert configuration("forward", PROBLEM._replace(head_dim=128)) == Tile(64, 64, 4, 2)
+    assert configuration("forward", PROBLEM._replace(head_dim=128)) == Tile(128, 64, 8, 2)
     # a second tuning keeps what is there
     tune(NOTHING, PROBLEM._replace(head_dim=128), ("backward query",), path, lambda run: 1.0)
     assert set(json.loads(path.read_text())) >= {tuned_key(kernel, PROBLEM) for kernel in wanted}
@@ -216,7 +216,7 @@ def check_calls(softmax, rotary, packed):
     with (
         patch.object(forward, "configuration", wraps=configuration) as of_forward,
         patch.object(backward, "configuration", wraps=configuration) as of_backward,
-        patch.object(Rows, "of_key_blocks", autospec=True, side_effect=Rows.of_key_blocks) as blocks,
+        patch.object(Rows, "of_keys", autospec=True, side_effect=Rows.of_keys) as tables,
     ):
         output, lse, *_ = calls.forward()
         gradients = calls.backward()
@@ -229,7 +229,7 @@ def check_calls(softmax, rotary, packed):
     assert [kernel for kernel, _ in asked] == ["forward", "backward query", "backward key"]
     assert {tuned_key("", asks) for _, asks in asked} == {tuned_key("", problem)}
     assert asked[0][1].rotary == rotary
-    assert [call.args[0].is_ragged for call in blocks.call_args_list] == [packed]
+    assert [call.args[0].is_ragged for call in tables.call_args_list] == [packed]
 
 
 @pytest.mark.parametrize(
