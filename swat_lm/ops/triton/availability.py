@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +17,25 @@ INSTALL = "install it with `pip install triton` (Linux; CUDA builds of PyTorch b
 def is_interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 asks Triton to run kernels on the CPU, in Python; read before triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+class Gpu(NamedTuple):
+    """What kernels and their tiles depend on of the GPU that they run on."""
+
+    name: str
+    # compute capability, such as (9, 0)
+    capability: tuple[int, int]
+    num_multiprocessors: int
+
+
+@lru_cache
+def gpu_of(device: torch.device) -> Gpu | None:
+    """Return the GPU; None for the CPU, where Triton's interpreter runs the kernels."""
+    if device.type != "cuda":
+        assert is_interpreted()
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int, is_batch_too_large: bool = False) -> str | None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swat_lm.ops.triton.availability import is_interpreted
+from swat_lm.ops.triton.availability import gpu_of
 
 BACKWARD_FORMS = ("two kernels", "five products")
 # a wide window feeds large tiles, which waste more of a narrow one's two edges
@@ -85,12 +85,10 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, query: Tensor, key: Tensor, window: int, score_function: str) -> "Problem":
         """Read it off one call's tensors."""
-        hardware = query.device.type == "cuda"
-        assert hardware or is_interpreted()
-        capability = torch.cuda.get_device_capability(query.device) if hardware else (0, 0)
+        gpu = gpu_of(query.device)
         return cls(
             window, query.shape[3], query.shape[2] // key.shape[2], query.dtype, score_function == "softmax",
-            capability, hardware, torch.cuda.get_device_name(query.device) if hardware else "",
+            gpu.capability if gpu else (0, 0), gpu is not None, gpu.name if gpu else "",
         )  # fmt: skip
 
 

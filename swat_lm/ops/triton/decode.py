@@ -7,7 +7,6 @@ ring: it is attended to from registers and its place is left out, so nothing wai
 
 # Triton rewrites the bodies of kernels, which a checker of Python misreads
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,11 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swat_lm.ops.triton.device import LN_2, exp2, hidden_score, scalar, score_unit, sigmoid
+from swat_lm.ops.triton.availability import gpu_of
+from swat_lm.ops.triton.device import LN_2, exp2, hidden_score, on_device, scalar, score_unit, sigmoid
 
 # programs wanted on every multiprocessor, and the fewest places of a ring that are worth a program of their own
 PROGRAMS_PER_MULTIPROCESSOR = 2
 FEWEST_PLACES = 128
+# under the interpreter, an H100's
+MULTIPROCESSORS_WITHOUT_GPU = 132
 # bytes of one tile of keys; with three stages, 32 KiB of keys and values are on their way at any time
 TILE_BYTES = 8192
 
@@ -90,8 +92,10 @@ def step(
     if batch == 0:
         return torch.empty_like(query), query.new_empty(query.shape[:3] if softmax else (0,), dtype=torch.float32)
     tile = DecodeTile.of(num_heads // num_kv_heads, head_dim, key_ring.element_size())
+    gpu = gpu_of(query.device)
     if splits is None:
-        splits = num_splits(batch * num_kv_heads, window, _num_multiprocessors(query.device))
+        multiprocessors = gpu.num_multiprocessors if gpu else MULTIPROCESSORS_WITHOUT_GPU
+        splits = num_splits(batch * num_kv_heads, window, multiprocessors)
     # whole tiles for every program
     places = -(-window // (splits * tile.places)) * tile.places
     splits = -(-window // places)
@@ -104,7 +108,7 @@ def step(
             output.new_empty((2, splits, *query.shape[:3]), dtype=torch.float32) if softmax else (None,) * 2
         )
         arrivals = output.new_zeros(batch * num_kv_heads, dtype=torch.int32)
-    with torch.cuda.device(query.device if query.is_cuda else -1):
+    with on_device(query):
         _decode[batch * num_kv_heads, splits](
             query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, cos, sin,
             output, lse, parts, maxima, totals, arrivals,
@@ -114,7 +118,7 @@ def step(
             scale, bias, window, num_kv_heads, places,
             GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, SOFTMAX=softmax,
             HAS_SLOPES=slopes is not None, HAS_SCORE_BIAS=score_bias is not None, ROTARY=cos is not None,
-            SPLIT=splits > 1, HARDWARE=query.is_cuda, ROWS=tile.rows, BLOCK_DIM=tile.block_dim,
+            SPLIT=splits > 1, HARDWARE=gpu is not None, ROWS=tile.rows, BLOCK_DIM=tile.block_dim,
             PLACES=tile.places, STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return output, lse
@@ -123,12 +127,6 @@ def step(
 def _with_dense_channels(x: Tensor) -> Tensor:
     # heads and sequences may lie anywhere, as in a joined projection
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@lru_cache
-def _num_multiprocessors(device: torch.device) -> int:
-    # under the interpreter, an H100's
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 SWAT_LM_EXHAUSTIVE=1 compiles every combination instead of a selection.
 """
 
+import importlib
 import itertools
 import os
 
@@ -10,7 +11,14 @@ import pytest
 import torch
 
 from benchmarks.gpu.floors import PRODUCTS
-from benchmarks.gpu.machine_code import KERNELS, compile_attention
+from benchmarks.gpu.machine_code import KERNELS, compile_attention, compile_kernel
+from tests.ops.triton import cases
+from tests.ops.triton.calls import Call
+from tests.ops.triton.cases import Case
+
+EXHAUSTED = bool(os.environ.get("SWAT_LM_EXHAUSTIVE"))
+# KiB of shared memory that one block may have
+SHARED = {80: 163, 86: 99, 90: 227, 120: 99}
 
 HALVES = {"": torch.bfloat16, "half": torch.float16}
 SIGMOID = [
@@ -59,7 +67,7 @@ def compiled(name, capability, head_dim, window, variant):
 
 @pytest.mark.parametrize(
     ("name", "capability", "head_dim", "window", "variant"),
-    EXHAUSTIVE if os.environ.get("SWAT_LM_EXHAUSTIVE") else SELECTION,
+    EXHAUSTIVE if EXHAUSTED else SELECTION,
 )
 def test_no_spills(name, capability, head_dim, window, variant):
     pytest.importorskip("triton", reason="triton is not installed")
@@ -75,8 +83,36 @@ def test_no_spills(name, capability, head_dim, window, variant):
     # products run behind each other and behind the rest; where the compiler cannot have that, it waits for each
     for loop in found.loops:
         assert loop["WARPGROUP"] <= 2 * PRODUCTS[name]
-    limit = {80: 163, 86: 99, 90: 227}[capability] * 1024
-    assert found.shared_bytes <= limit
+    assert found.shared_bytes <= SHARED[capability] * 1024
+
+
+def launches_of(case):
+    """The kernels of one call, with what Triton's compiler is told of their arguments."""
+    from tests.ops.triton import calls
+    from tests.ops.triton.stand_in import standing_in
+
+    with standing_in(case.capability, 1 if case.wide else 1024) as launches, calls.backward_form(case.call.form):
+        calls.run(case.call, case.call.dtype, "triton", "cpu")
+    return launches
+
+
+# a head of 256, float32, sizes of 1
+LAUNCHED = [
+    Case(Call((1, 1, 40, 1, 1, 32), 1, torch.float32, "softmax", return_lse=True)),
+    Case(Call((1, 40, 40, 2, 1, 256), 20, rotary="own", skip_saturated=True, visible="padding"), (8, 6), True),
+]
+
+
+@pytest.mark.parametrize("case", map(cases.at_random, range(400)) if EXHAUSTED else LAUNCHED, ids=str)
+def test_what_is_launched_compiles_and_fits(interpreted, case):
+    for launch in interpreted(launches_of, case):
+        kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+        options = [launch.options.get(name) for name in ("num_warps", "num_stages", "maxnreg")]
+        major, minor = case.capability
+        compiled = compile_kernel(
+            kernel, launch.arguments, 10 * major + minor, options[0] or 4, options[1] or 3, options[2]
+        )
+        assert compiled.shared_bytes <= SHARED[10 * major + minor] * 1024, launch
 
 
 def test_what_a_score_costs():

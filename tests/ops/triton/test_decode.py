@@ -4,94 +4,32 @@ import pytest
 import torch
 
 from benchmarks.gpu.machine_code import POINTERS, compile_kernel
-from tests.exactness import assert_as_exact_as_pytorch
+from tests.ops.triton.steps import Step, check, tensors_of
 
 # slots, W, H, K, D: one head per key/value head, a group, a group that is no power of two, a window of one place
 RINGS = [(5, 137, 2, 2, 24), (4, 150, 4, 2, 16), (3, 20, 6, 1, 80), (4, 1, 4, 2, 8)]
 
 
-def make_step(rings, dtype, head_major=True, device="cpu"):
-    """Sequences in any slots: a new one, a young one, one after many windows; what must not be read is NaN."""
-    from swat_lm.ops.ring import empty_ring
-
-    slots, window, heads, kv_heads, head_dim = rings
-    draw = torch.Generator().manual_seed(1)
-    make = lambda *shape: torch.randn(*shape, generator=draw).to(torch.float16)  # noqa: E731
-    position = torch.tensor([0, window // 2, 7 * window + 3])
-    slot = torch.tensor([slots - 1, 0, slots // 2])
-    query, key, value = make(3, 1, heads, head_dim), make(3, 1, kv_heads, head_dim), make(3, 1, kv_heads, head_dim)
-    like = query.to(dtype)
-    key_ring, value_ring = (
-        empty_ring(slots, window, kv_heads, head_dim, like)
-        if head_major
-        else like.new_zeros(slots, window, kv_heads, head_dim)
-        for _ in range(2)
-    )
-    for ring in (key_ring, value_ring):
-        ring.fill_(float("nan"))
-        for own, now in zip(slot.tolist(), position.tolist(), strict=True):
-            filled = min(now, window)
-            ring[own, :filled] = make(filled, kv_heads, head_dim).to(dtype)
-    slopes, bias = torch.randn(heads, generator=draw) * 0.2, torch.randn(heads, generator=draw)
-    tensors = [query.to(dtype), key.to(dtype), value.to(dtype), key_ring, value_ring, slot, position]
-    return [t.to(device) for t in tensors], slopes.to(device), bias.to(device)
-
-
-def check(rings, dtype, score_function, splits=None, rotary=False, head_major=True, device="cpu"):
-    from swat_lm.ops.ring import step_reference
-    from swat_lm.ops.rotary import apply_rotary, rotary_angles
-    from swat_lm.ops.triton import decode
-
-    tensors, slopes, bias = make_step(rings, dtype, head_major, device)
-    scale = rings[-1] ** -0.5
-    cos = sin = None
-    rotated = list(tensors)
-    if rotary:
-        cos, sin = rotary_angles(tensors[6][:, None], rings[-1])
-        rotated[:2] = (apply_rotary(x, cos, sin) for x in tensors[:2])
-
-    def definition(kind):
-        # a place that nobody wrote is hidden by the definition, but its NaN would spread through zero weights
-        call = [t.to(kind) if t.is_floating_point() else t.clone() for t in rotated]
-        call[3:5] = (ring.nan_to_num(0.0) for ring in call[3:5])
-        wide = torch.float64 if kind == torch.float64 else torch.float32
-        return step_reference(*call, slopes.to(wide), bias.to(wide), score_function, scale)
-
-    (exact, exact_lse), (plain, plain_lse) = definition(torch.float64), definition(dtype)
-    before = [ring.clone() for ring in tensors[3:5]]
-    output, lse = decode.step(*tensors, slopes, bias, 0.0, score_function, scale, cos, sin, splits)
-    assert_as_exact_as_pytorch(output, plain, exact, "output", summed=3.0)
-    if score_function == "softmax":
-        assert_as_exact_as_pytorch(lse, plain_lse, exact_lse, "lse", summed=3.0)
-    for ring, old, new in zip(tensors[3:5], before, rotated[1:3], strict=True):
-        place = tensors[6] % rings[1]
-        # a rotation may be contracted into one rounding, one unit in the last place from two
-        bounds = {"atol": 1e-6, "rtol": 2 * torch.finfo(dtype).eps} if rotary else {"atol": 0, "rtol": 0}
-        torch.testing.assert_close(ring[tensors[5], place], new[:, 0], **bounds)
-        ring[tensors[5], place] = old[tensors[5], place]
-        assert torch.equal(ring.nan_to_num(7.0), old.nan_to_num(7.0)), "only the new place may change"
-
-
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("rings", RINGS)
 def test_step(interpreted, rings, score_function):
-    interpreted(check, rings, torch.float32, score_function)
+    interpreted(check, Step(rings, torch.float32, score_function))
 
 
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("rings", RINGS[:2])
 def test_split_windows(interpreted, rings, score_function):
     # three programs: a new stream has places for one, a young one for two; the last ends inside a tile
-    interpreted(check, rings, torch.float32, score_function, 3)
+    interpreted(check, Step(rings, torch.float32, score_function, 3))
 
 
 @pytest.mark.parametrize("rings", RINGS[:3])
 def test_rotates_query_and_key(interpreted, rings):
-    interpreted(check, rings, torch.float32, "sigmoid", 2, True)
+    interpreted(check, Step(rings, splits=2, rotary=True))
 
 
 def test_any_strides(interpreted):
-    interpreted(check, RINGS[1], torch.float32, "sigmoid", None, False, False)
+    interpreted(check, Step(RINGS[1], head_major=False))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +42,7 @@ def test_any_strides(interpreted):
     ],
 )
 def test_half_precision(interpreted, rings, dtype, score_function):
-    interpreted(check, rings, dtype, score_function, 2)
+    interpreted(check, Step(rings, dtype, score_function, 2))
 
 
 def run_stream():
@@ -141,7 +79,7 @@ def check_entry():
     from swat_lm.ops import window_attention_step
     from swat_lm.ops.rotary import rotary_angles
 
-    tensors, slopes, bias = make_step(RINGS[2], torch.float32)
+    tensors, slopes, bias = tensors_of(Step(RINGS[2]))
     tensors[3:5] = (ring.nan_to_num(0.0) for ring in tensors[3:5])
     angles = rotary_angles(tensors[6][:, None], RINGS[2][-1])
     options = {"score_function": "softmax", "slopes": slopes, "score_bias": bias, "return_lse": True, "rotary": angles}
@@ -180,9 +118,8 @@ def test_the_entry_dispatches_to_the_kernel(interpreted):
 )
 def test_on_a_gpu(heads, kv_heads, dtype, score_function, head_dim):
     for window, splits in ((1, None), (300, None), (1000, 1), (1000, 5)):
-        rings = (5, window, heads, kv_heads, head_dim)
-        check(rings, dtype, score_function, splits, rotary=True, device="cuda")
-    check(rings, dtype, score_function, head_major=False, device="cuda")
+        check(Step((5, window, heads, kv_heads, head_dim), dtype, score_function, splits, rotary=True), "cuda")
+    check(Step((5, 1000, heads, kv_heads, head_dim), dtype, score_function, head_major=False), "cuda")
 
 
 @pytest.mark.gpu
