@@ -136,7 +136,8 @@ def tanh(score, HARDWARE: tl.constexpr):
             "tanh.approx.f32 $0, $1;", "=f,f", [score], dtype=tl.float32, is_pure=True, pack=1
         )  # fmt: skip
     else:
-        result = 2.0 / (1.0 + tl.exp2(-2.0 * LOG2_E * score)) - 1.0
+        # the tensor first: a constant of the compiler takes one for its own kind
+        result = 2.0 / (1.0 + tl.exp2(score * (-2.0 * LOG2_E))) - 1.0
     return result
 
 
