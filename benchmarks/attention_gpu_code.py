@@ -5,6 +5,7 @@
 For each shape and kernel the time that each part of the GPU needs at least, and the slowest of them: the floor.
 """
 
+import argparse
 import sys
 from typing import Any
 
@@ -17,8 +18,11 @@ from swat_lm.ops.triton.configurations import BACKWARD_FORMS, Problem, backward_
 SHAPES = (ANCHOR, *(Shape(8, 16, 16, 16384, window, size) for size in (64, 128) for window in (128, 256, 1024, 4096)))
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Compile, compute, save and print; returns the exit code."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(arguments)  # fmt: skip
     rows = [row(shape, kernel) for shape in SHAPES for kernel in kernels(shape)]
     for found in rows:
         sys.stdout.write("  ".join(f"{key} {value}" for key, value in found.items()) + "\n")

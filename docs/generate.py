@@ -136,7 +136,9 @@ def speed(results: list[Path]) -> str:
         for goal in record["goals"]:
             result = number(goal["measured"]) if goal["reached"] else f"**{number(goal['measured'])}** (missed)"
             lines.append(f"| {goal['goal']} | {number(goal['wanted'])} | {result} |")
-    machines = {f"{one['machine']['processor']}, {one['machine']['threads']} threads" for one in records}
+    # what is only computed has no goals, and no machine that matters
+    measured = [one["machine"] for one in records if one["goals"]]
+    machines = {f"{machine['processor']}, {machine['threads']} threads" for machine in measured}
     return "\n".join([*lines, "", f"Measured on {' and '.join(sorted(machines))}."])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from swat_lm.ops.triton.configurations import Problem, Tile, is_one_loop
+from swat_lm.ops.triton.configurations import FUSED, Problem, Tile, is_one_loop
 from swat_lm.ops.triton.precision import is_folded
 
 KERNELS = ("forward", "backward query", "backward key", "backward key, five products")
@@ -87,7 +87,7 @@ def compile_kernel(
             signature[name] = "constexpr"
             constants[(index,)] = argument
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": most_registers}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": most_registers, **FUSED}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")

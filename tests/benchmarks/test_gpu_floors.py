@@ -79,7 +79,7 @@ def test_the_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(attention_gpu_code, "SHAPES", (Shape(1, 1, 1, 4096, 1024, 64), Shape(1, 1, 1, 4096, 128, 128)))
     monkeypatch.delenv("SWAT_LM_BACKWARD", raising=False)
-    assert attention_gpu_code.main() == 0
+    assert attention_gpu_code.main([]) == 0
     record = json.loads((tmp_path / "attention_gpu_code.json").read_text())
     kernels = [row["kernel"] for row in record["rows"]]
     assert kernels == ["forward", "backward key, five products", "forward", "backward query", "backward key"]

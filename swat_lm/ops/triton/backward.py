@@ -14,7 +14,7 @@ from torch import Tensor
 
 from swat_lm.ops.head_bias import HeadBias
 from swat_lm.ops.triton.backward_kernels import backward_key, backward_query
-from swat_lm.ops.triton.configurations import Problem, backward_form, configuration, is_one_loop
+from swat_lm.ops.triton.configurations import Problem, backward_form, configuration, is_one_loop, launch_options
 from swat_lm.ops.triton.device import on_device
 from swat_lm.ops.triton.forward import with_dense_channels
 from swat_lm.ops.triton.geometry import Rows
@@ -99,7 +99,7 @@ def backward(
                 key_norms, *strides, *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
                 BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, ONE_LOOP=one_loop,
                 FOLDED=is_folded(scale, fast and not softmax, one_loop),
-                num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+                **launch_options(tile),
             )  # fmt: skip
     name = "backward key, five products" if accumulates_query else "backward key"
     tile = configuration(name, problem)
@@ -115,7 +115,7 @@ def backward(
             BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, PER_HEAD=needs_per_head, QUERY=accumulates_query,
             REGULAR_LAST=rows.is_last_regular, ONE_LOOP=one_loop,
             FOLDED=is_folded(scale, fast and not softmax, one_loop),
-            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+            **launch_options(tile),
         )  # fmt: skip
     grad_bias = _zeros(bias)
     if needs_per_head:

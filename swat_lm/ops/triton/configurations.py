@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ NARROW_WINDOW, WIDE_WINDOW = 128, 1024
 # so many tiles may make a window that is masked throughout: three loops would spend as much on being started as they
 # save of masks, and between them nothing is loaded ahead
 ONE_LOOP_TILES = 4
+# a product and a sum are one instruction; Triton 3.9 warns where this is not said, and from 3.10 on it means no
+FUSED = {"enable_fp_fusion": True}
 # names a file of `autotune.py`, whose choices go before the table's
 TILES_VARIABLE = "SWAT_LM_TILES"
 FORM_VARIABLE = "SWAT_LM_BACKWARD"
@@ -188,6 +190,11 @@ def table_tile(kernel: str, problem: Problem) -> Tile:
     tiles = next(table[kernel][size] for table in tables if size in table.get(kernel, {}))
     tile = tiles[(problem.window > NARROW_WINDOW) + (problem.window >= WIDE_WINDOW)]
     return tile._replace(stages=min(tile.stages, 2)) if problem.family == "consumer" else tile
+
+
+def launch_options(tile: Tile) -> dict[str, Any]:
+    """Return what Triton is told of a launch beside the kernel's own arguments."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers, **FUSED}
 
 
 def is_one_loop(kernel: str, problem: Problem, tile: Tile) -> bool:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from swat_lm.ops.triton.availability import gpu_of
+from swat_lm.ops.triton.configurations import FUSED
 from swat_lm.ops.triton.device import LN_2, exp2, hidden_score, on_device, scalar, score_unit, sigmoid
 
 # programs wanted on every multiprocessor, and the fewest places of a ring that are worth a program of their own
@@ -119,7 +120,7 @@ def step(
             GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, SOFTMAX=softmax,
             HAS_SLOPES=slopes is not None, HAS_SCORE_BIAS=score_bias is not None, ROTARY=cos is not None,
             SPLIT=splits > 1, HARDWARE=gpu is not None, ROWS=tile.rows, BLOCK_DIM=tile.block_dim,
-            PLACES=tile.places, STAGES=tile.stages, num_warps=tile.warps,
+            PLACES=tile.places, STAGES=tile.stages, num_warps=tile.warps, **FUSED,
         )  # fmt: skip
     return output, lse
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from swat_lm.ops.head_bias import HeadBias
-from swat_lm.ops.triton.configurations import Problem, configuration, is_one_loop
+from swat_lm.ops.triton.configurations import Problem, configuration, is_one_loop, launch_options
 from swat_lm.ops.triton.device import (
     LN_2,
     SIZES,
@@ -89,7 +89,7 @@ def forward(
             SOFTMAX=softmax, FAST=fast and not softmax, FOLDED=is_folded(scale, fast and not softmax, one_loop),
             RAGGED=rows.is_ragged, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
             ONE_LOOP=one_loop, INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+            **launch_options(tile),
         )  # fmt: skip
     return Results(output, lse, rotated, key if cos is not None else query.new_empty(0))
 

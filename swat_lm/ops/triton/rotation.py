@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swat_lm.ops.triton.configurations import FUSED
 from swat_lm.ops.triton.device import SIZES, on_device, store_tile
 
 BLOCK_ROWS = 64
@@ -30,6 +31,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool =
         _rotate[(triton.cdiv(num_rows, BLOCK_ROWS), num_heads, batch)](
             x, result, cos, sin, *x.stride()[:3], *result.stride()[:3], angle_stride(cos), num_rows,
             HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK_ROWS=BLOCK_ROWS, BACK=back,
+            **FUSED,
         )  # fmt: skip
     return result
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swat_lm.ops.triton.configurations import FUSED
 from swat_lm.ops.triton.device import SIZES, load_tile, on_device, scalar
 from swat_lm.ops.triton.geometry import far_tiles_of_keys, visible_keys
 
@@ -37,7 +38,7 @@ def largest_norms(x: Tensor) -> Tensor:
     with on_device(x):
         _norms_of_blocks[(blocks, num_heads, batch)](
             x, norms, *x.stride()[:3], num_rows, HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim),
-            BLOCK_ROWS=_BLOCK_ROWS,
+            BLOCK_ROWS=_BLOCK_ROWS, **FUSED,
         )  # fmt: skip
     return norms.amax(dim=-1)
 

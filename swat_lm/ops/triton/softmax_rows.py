@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swat_lm.ops.triton.configurations import FUSED
 from swat_lm.ops.triton.device import SIZES, load_tile, on_device
 from swat_lm.ops.triton.forward import with_dense_channels
 
@@ -41,7 +42,7 @@ def softmax_rows(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, l
         _rows[(triton.cdiv(num_rows, block_rows) * num_heads, batch)](
             grad_output, output, grad_lse, lse, finite_lse, shift, *grad_output.stride()[:3], *output.stride()[:3],
             *((0, 0, 0) if grad_lse is None else grad_lse.stride()), num_rows, num_heads,
-            HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_ROWS=block_rows,
+            HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_ROWS=block_rows, **FUSED,
         )  # fmt: skip
     return finite_lse, shift
 
