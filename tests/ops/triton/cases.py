@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,9 @@ CAPABILITIES = ((9, 0), (8, 0), (8, 6), (12, 0))
 
 
 class Case(NamedTuple):
-    """A call and the GPU that it is made on."""
+    """A call or a step, and the GPU that it is made on."""
 
-    call: Call
+    call: Any
     capability: tuple[int, int] = (9, 0)
     # tiles are those of wide windows
     wide: bool = False
@@ -59,7 +59,7 @@ def of_every_tile() -> list[Case]:
     """Calls long enough for tiles of every kind: masked at either edge, and seen by all their rows."""
     cases = []
     for capability, head_dim, wide in itertools.product(((9, 0), (8, 0)), (64, 128, 256), (False, True)):
-        call = Call((1, 430, 430, 1, 1, head_dim), 300, score_bias=0.0, form=FORMS[0])
+        call = Call((1, 390, 390, 1, 1, head_dim), 270, score_bias=0.0, form=FORMS[0])
         calls = [call, call.replace(form=FORMS[1], dtype=torch.float16, visible="documents")]
         if capability == (9, 0) and head_dim < 256:
             calls += [call.replace(score_function="softmax"), call.replace(rotary="shared")]
