@@ -16,7 +16,6 @@ from torch import Tensor
 from swat_lm.ops import window_attention
 from swat_lm.ops.reference import distances
 from swat_lm.ops.rotary import rotary_angles
-from swat_lm.ops.triton.precision import is_fast
 from tests.ops.test_backends import NAMES, make_inputs, ragged
 from tests.ops.triton.rounding import EPSILON, EXACT_ERROR, LARGEST_TILE, Roundings, score_error
 
@@ -75,10 +74,11 @@ class Call:
 
     @property
     def fast(self) -> bool:
-        """Whether weights come from tanh."""
-        tensor = torch.zeros(0) if self.score_bias is None else None
-        is_sigmoid = self.score_function == "sigmoid"
-        return is_sigmoid and is_fast(self.precision, self.dtype, tensor, self.score_bias or 0.0)
+        """Whether weights may come from tanh."""
+        if self.score_function == "softmax" or self.dtype == torch.float32:
+            return False
+        hides_error = self.score_bias is not None and self.score_bias >= -2.0
+        return self.precision == "fast" or (self.precision == "auto" and hides_error)
 
     def inputs(self) -> list[Tensor]:
         """Query, key, value, slopes and score bias that every precision holds, float64."""

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,9 @@ CAPABILITIES = ((9, 0), (8, 0), (8, 6), (12, 0))
 
 
 class Case(NamedTuple):
-    """A call and the GPU that it is made on."""
+    """A call or a step, and the GPU that it is made on."""
 
-    call: Call
+    call: Any
     capability: tuple[int, int] = (9, 0)
     # tiles are those of wide windows
     wide: bool = False
@@ -59,7 +59,7 @@ def of_every_tile() -> list[Case]:
     """Calls long enough for tiles of every kind: masked at either edge, and seen by all their rows."""
     cases = []
     for capability, head_dim, (length, window, wide) in itertools.product(
-        ((9, 0), (8, 0)), (64, 128, 256), ((230, 120, False), (430, 300, False), (430, 300, True))
+        ((9, 0), (8, 0)), (64, 128, 256), ((230, 120, False), (390, 270, False), (390, 270, True))
     ):
         call = Call((1, length, length, 1, 1, head_dim), window, score_bias=0.0, form=FORMS[0])
         calls = [call, call.replace(form=FORMS[1], dtype=torch.float16, visible="documents")]

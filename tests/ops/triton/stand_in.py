@@ -28,6 +28,8 @@ from tests.ops.triton.launch_memory import LaunchMemory
 
 # of a GPU of each compute capability
 MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (9, 0): 132, (12, 0): 170}
+# under which a pointer keeps the number of its tensor
+_TENSOR = "tensor"
 _HALVES = (tl.float16, tl.bfloat16)
 _implicit_cvt = interpreter._implicit_cvt
 _run = interpreter.InterpretedFunction.run
@@ -115,7 +117,9 @@ def _min_dot_size(gpu: Gpu) -> Callable[..., tuple[int, int, int]]:
 def _argument(argument: Any) -> Any:
     """Turn what a launch is given into what a kernel sees: numbers are float32, not Python's."""
     if isinstance(argument, torch.Tensor):
-        interpreter.interpreter_builder.memory.add(argument)
+        pointer = _implicit_cvt(argument)
+        pointer.handle.set_attr(_TENSOR, interpreter.interpreter_builder.memory.add(argument))
+        return pointer
     if isinstance(argument, float):
         return tl.tensor(TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
     return _implicit_cvt(argument)
@@ -201,17 +205,22 @@ class _Builder(InterpreterBuilder):
     def get_bf16(self, value: float) -> TensorHandle:
         return TensorHandle(to_bfloat16(np.array([value], dtype=np.float32)), tl.bfloat16)
 
+    create_addptr = lambda self, ptr, offset: _of_tensor(ptr, InterpreterBuilder.create_addptr(self, ptr, offset))  # noqa: E731
+    create_splat = lambda self, ret_ty, arg: _of_tensor(arg, InterpreterBuilder.create_splat(self, ret_ty, arg))  # noqa: E731
+    create_broadcast = lambda self, arg, shape: _of_tensor(arg, InterpreterBuilder.create_broadcast(self, arg, shape))  # noqa: E731
+    create_expand_dims = lambda self, arg, axis: _of_tensor(arg, InterpreterBuilder.create_expand_dims(self, arg, axis))  # noqa: E731
+
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
-        self.memory.load(ptrs.data, mask.data, _num_bytes(ptrs))
+        self.memory.load(ptrs.attr[_TENSOR], ptrs.data, mask.data, _num_bytes(ptrs))
         return super().create_masked_load(ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
 
     def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
-        self.memory.store(ptrs.data, mask.data, _num_bytes(ptrs))
+        self.memory.store(ptrs.attr[_TENSOR], ptrs.data, mask.data, _num_bytes(ptrs))
         return super().create_masked_store(ptrs, value, mask, cache_modifier, eviction_policy)
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
         _refuse_halves(val)
-        self.memory.change(ptr.data, mask.data, _num_bytes(ptr))
+        self.memory.change(ptr.attr[_TENSOR], ptr.data, mask.data, _num_bytes(ptr))
         if sem in (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE):
             self.memory.acquire()
         return super().create_atomic_rmw(rmwOp, ptr, val, mask, sem, scope)
@@ -280,6 +289,13 @@ class _Builder(InterpreterBuilder):
         assert argument.dtype.scalar == type[0].scalar == tl.float32
         with np.errstate(all="ignore"):
             return _Results(TensorHandle(self.units[name](argument.data), tl.float32))
+
+
+def _of_tensor(source: TensorHandle, result: TensorHandle) -> TensorHandle:
+    """Let a pointer that is made of another belong to the same tensor."""
+    if _TENSOR in source.attr:
+        result.set_attr(_TENSOR, source.attr[_TENSOR])
+    return result
 
 
 def _num_bytes(pointers: TensorHandle) -> int:

@@ -87,15 +87,23 @@ def test_no_spills(name, capability, head_dim, window, variant):
 
 
 def launches_of(case):
-    """The kernels of one call, with what Triton's compiler is told of their arguments."""
-    from tests.ops.triton import calls
+    """The kernels of one call or step, with what Triton's compiler is told of their arguments."""
+    from tests.ops.triton import calls, steps
     from tests.ops.triton.stand_in import standing_in
 
-    with standing_in(case.capability, 1 if case.wide else 1024) as launches, calls.backward_form(case.call.form):
-        calls.run(case.call, case.call.dtype, "triton", "cpu")
+    with standing_in(case.capability, 1 if case.wide else 1024) as launches:
+        if isinstance(case.call, Call):
+            with calls.backward_form(case.call.form):
+                calls.run(case.call, case.call.dtype, "triton", "cpu")
+        else:
+            steps.check(case.call)
     return launches
 
 
+EXHAUSTIVE_LAUNCHES = [
+    *(cases.at_random(seed) for seed in range(400)),
+    *(Case(cases.step_at_random(seed), cases.CAPABILITIES[seed % 4]) for seed in range(200)),
+]
 # a head of 256, float32, sizes of 1
 LAUNCHED = [
     Case(Call((1, 1, 40, 1, 1, 32), 1, torch.float32, "softmax", return_lse=True)),
@@ -103,7 +111,7 @@ LAUNCHED = [
 ]
 
 
-@pytest.mark.parametrize("case", map(cases.at_random, range(400)) if EXHAUSTED else LAUNCHED, ids=str)
+@pytest.mark.parametrize("case", EXHAUSTIVE_LAUNCHES if EXHAUSTED else LAUNCHED, ids=str)
 def test_what_is_launched_compiles_and_fits(interpreted, case):
     for launch in interpreted(launches_of, case):
         kernel = getattr(importlib.import_module(launch.module), launch.kernel)

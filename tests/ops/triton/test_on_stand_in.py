@@ -17,7 +17,7 @@ from tests.ops.triton.steps import Step
 
 EXHAUSTIVE = bool(os.environ.get("SWAT_LM_EXHAUSTIVE"))
 exhaustive = pytest.mark.skipif(not EXHAUSTIVE, reason="SWAT_LM_EXHAUSTIVE is not set")
-RANDOM = 4000 if EXHAUSTIVE else 40
+RANDOM = 4000 if EXHAUSTIVE else 24
 # slots, W, H, K, D
 RINGS = [(4, 150, 4, 2, 64), (4, 150, 2, 2, 32), (3, 70, 6, 1, 80), (3, 140, 32, 1, 128), (3, 1, 2, 2, 256)]
 
@@ -66,6 +66,13 @@ SELECTION = [
     # slopes of both signs, steep enough for whole tiles to be skipped or summed
     Case(Call((1, 300, 300, 2, 1, 64), 250, slopes=(-2.0, 2.0), skip_saturated=True, score_bias=0.0)),
     Case(Call((1, 300, 300, 2, 2, 64), 250, slopes=(-2.0, 2.0), skip_saturated=True, visible="documents"), (8, 0)),
+    # a bias that moves where weights saturate by two tiles
+    *(
+        Case(
+            Call((1, 260, 260, 2, 2, 32), 250, torch.float32, "sigmoid", (-0.25, 0.25), bias, 0.05, skip_saturated=True)
+        )
+        for bias in (8.0, -8.0)
+    ),
     Case(Call((1, 200, 200, 2, 1, 96), 120, rotary="own", visible="padding", layout="joined")),
     Case(Call((2, 200, 200, 2, 1, 64), 120, torch.float16, rotary="shared", form="five products"), (8, 6)),
     Case(Call((1, 150, 150, 2, 2, 128), 120, layout="channels apart", slopes=None)),
@@ -100,7 +107,8 @@ def check_launches(case: Case, kernels: dict[str, tuple[int, int]]) -> None:
 
     with standing_in(case.capability) as launches:
         calls.check(case.call)
-    assert all(launch.arguments["HARDWARE"] is True for launch in launches)
+    for launch in launches:
+        assert (launch.arguments["HARDWARE"], launch.arguments["FAST"]) == (True, case.call.fast)
     tiles = [(launch.kernel, launch.arguments["BLOCK_ROWS"], launch.arguments["BLOCK_KEYS"]) for launch in launches]
     assert tiles == [(kernel, *tile) for kernel, tile in kernels.items()]
 
@@ -159,18 +167,23 @@ def test_decoding_at_random(stand_in, seed):
 def check_entry() -> None:
     """The public entry, whose rule shares a window out by the GPU's multiprocessors."""
     from swat_lm.ops import window_attention_step
+    from tests.ops.triton.stand_in import standing_in
 
     tensors, slopes, bias = steps.tensors_of(Step((3, 600, 4, 2, 64), torch.bfloat16))
     results = {}
     for backend, dtype in (("triton", torch.bfloat16), ("reference", torch.float64)):
         call = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
         call[3:5] = (ring.nan_to_num(0.0) for ring in call[3:5])
-        results[backend] = window_attention_step(*call, slopes=slopes, score_bias=bias, backend=backend)
+        with standing_in((8, 6)) as launches:
+            results[backend] = window_attention_step(*call, slopes=slopes, score_bias=bias, backend=backend)
+        if backend == "triton":
+            (launch,) = launches
+            assert launch.arguments["HARDWARE"] is launch.arguments["SPLIT"] is True
     torch.testing.assert_close(results["triton"].double(), results["reference"], atol=1e-2, rtol=1e-2)
 
 
-def test_a_step_by_the_entry(stand_in):
-    stand_in(check_entry)
+def test_a_step_by_the_entry(interpreted):
+    interpreted(check_entry)
 
 
 @exhaustive

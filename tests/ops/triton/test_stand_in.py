@@ -105,9 +105,11 @@ def check_refusals() -> None:
 
     numbers = torch.arange(16.0)
     for first in (-1, 1):
-        refused("loads 1 of 16 numbers outside", reach_out[(1,)], numbers, numbers + 1, FIRST=first, MASKED=False)
+        refused(
+            "loads 1 of 16 numbers outside its tensor", reach_out[(1,)], numbers, numbers + 1, FIRST=first, MASKED=False
+        )
         reach_out[(1,)](numbers, numbers + 1, FIRST=first, MASKED=True)
-    refused("stores 16 of 16 numbers outside", reach_out[(1,)], numbers, numbers[:0], FIRST=0, MASKED=False)
+    refused("stores 16 of 16 numbers outside its tensor", reach_out[(1,)], numbers, numbers[:0], FIRST=0, MASKED=False)
 
     places = torch.zeros(8, dtype=torch.int32)
     for what, match in (
