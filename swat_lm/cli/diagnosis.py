@@ -11,8 +11,7 @@ from swat_lm.cli.console import messages, results
 from swat_lm.cli.evaluation import OWN, check_output, model_with_window
 from swat_lm.cli.progress import Counter
 from swat_lm.cli.recall import DEVICE, SHARED_CHECKPOINT, TOKENIZER, WINDOW, parse_one_window
-from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
-from swat_lm.model.loading import find_model_folder
+from swat_lm.cli.texts import HELD_OUT, read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,8 +54,7 @@ def diagnose(
     from swat_lm.evaluate import diagnose as diagnosing
     from swat_lm.evaluate.length import segments
 
-    split = choose_split(checkpoint, data, held_out)
-    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
+    documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     with Counter("reading", "streams") as counter:
         found = diagnosing.diagnose(model, segments(documents, length, most), on_progress=counter)
     if not found.has_weights:

@@ -11,8 +11,7 @@ from swat_lm.cli.checkpoints import load_any_checkpoint
 from swat_lm.cli.console import messages, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
-from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
-from swat_lm.model.loading import find_model_folder
+from swat_lm.cli.texts import HELD_OUT, read_documents
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +57,8 @@ def length(
     context is about N long; with standard errors over streams. Documents are joined and cut into streams of the
     greatest length, unless --whole-documents. An interrupted measurement with --out goes on where it was.
 
-    Of the very text that a run was trained on, only the documents are read that it held out, unless --held-out 0.
+    Documents that a run was trained on are recognised by their content, wherever they lie, and left out, unless
+    --held-out 0: of its own text what it held out is read.
 
     --window runs the same weights with another window: a number of tokens, none (full attention) or own (as trained).
     That works for our models, Llama and Mistral. Several windows give the matrix of Figure 2 of the paper. --sinks
@@ -86,8 +86,7 @@ def length(
     if sinks:
         # a model that cannot keep them is refused before any text is read
         reader_behind(model, int(windows[0]), sinks)
-    split = choose_split(checkpoint, data, held_out)
-    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
+    documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     streams = choose_streams(documents, sizes, whole, most)
     made_for = extrapolates_beyond(model)
     # sinks count positions within what is kept

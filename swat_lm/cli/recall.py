@@ -11,8 +11,7 @@ from swat_lm.cli.checkpoints import load_any_checkpoint
 from swat_lm.cli.console import results
 from swat_lm.cli.evaluation import OWN, check_output, model_with_window, parse_windows, with_error
 from swat_lm.cli.progress import Counter
-from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
-from swat_lm.model.loading import find_model_folder
+from swat_lm.cli.texts import HELD_OUT, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -130,8 +129,7 @@ def reach(
     from swat_lm.evaluate.reach import effective_reach
     from swat_lm.evaluate.windows import theoretical_reach
 
-    split = choose_split(checkpoint, data, held_out)
-    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
+    documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     size = length or min(2 * (theoretical_reach(model) or 1024), 8192)
     with Counter("measuring", "streams") as counter:
         curve = effective_reach(model, segments(documents, size + 1, most), on_progress=counter)

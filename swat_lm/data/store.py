@@ -1,4 +1,4 @@
-"""Tokens on disk, opened as a memory map: `tokens.bin`, `documents.npy`, `token_bytes.npy` and `index.json`.
+"""Tokens on disk, opened as a memory map, with the table of their documents and what `index.json` says of them.
 
 A document is its tokens including the separators around it. The held-out split is drawn here, when a store is opened,
 from each document's content: no other document, order or tokenizer changes it, and equal documents stay together.
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from swat_lm.data.mixing import mix
+from swat_lm.data.passages import PASSAGE
 from swat_lm.data.sources import DataError
 
 TABLE = np.dtype([("token", np.int64), ("byte", np.int64), ("content", np.uint64)])
 TOKENS, DOCUMENTS, TOKEN_BYTES, INDEX = "tokens.bin", "documents.npy", "token_bytes.npy", "index.json"
+PASSAGES = "passages.npy"
 VERSION = 1
 # what an index must hold besides its version, and as what
 INDEX_TYPES = {"key": str, "dtype": str, "vocab_size": int, "num_tokens": int, "num_documents": int, "num_bytes": int}
@@ -63,6 +65,8 @@ class TokenStore:
         self.num_documents: int = index["num_documents"]
         self.num_bytes: int = index["num_bytes"]
         """UTF-8 bytes of all text."""
+        self.passages_below: int = index.get("passages_below", 0)
+        """The `passages` of the text are those with hashes below; 0 for a store of a version that took none."""
         self.held_out = held_out
         self.split_seed = split_seed
         self.dtype = np.dtype(index["dtype"])
@@ -103,6 +107,17 @@ class TokenStore:
         if counts.dtype != np.int64 or counts.shape != (self.vocab_size,):
             raise damaged(path, f"{counts.dtype} {list(counts.shape)}, expected int64 [{self.vocab_size}]")
         return counts
+
+    @cached_property
+    def passages(self) -> np.ndarray:
+        """A sample of the text's passages by their hashes, PASSAGE [passages]; see `swat_lm/data/passages.py`."""
+        if not self.passages_below:
+            return np.empty(0, dtype=PASSAGE)
+        path = self.folder / PASSAGES
+        table = read_array(path)
+        if table.dtype != PASSAGE or table.ndim != 1:
+            raise damaged(path, f"{table.dtype} {list(table.shape)}, expected a list of passages")
+        return table
 
     def check(self, tokens: np.ndarray) -> None:
         """Raise DataError for tokens of this store that its tokenizer does not have: the disk damaged them."""
