@@ -25,6 +25,8 @@ VERSION = 1
 # what an index must hold besides its version, and as what
 INDEX_TYPES = {"key": str, "dtype": str, "vocab_size": int, "num_tokens": int, "num_documents": int, "num_bytes": int}
 SPLITS = ("train", "held_out")
+# a share of tokens that is so many times too large or too small is spoken of
+FAR = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +157,11 @@ class TokenStore:
                 chosen = draws != draws.max()
             if chosen.all() or not chosen.any():
                 raise DataError(f"{self.folder}: all {self.num_documents} documents are equal; set data.held_out=0")
+            tokens = int(np.diff(self.offsets)[chosen].sum())
+            share = tokens / self.num_tokens
+            # what is left to train on counts as much
+            if not self.held_out / FAR <= share <= self.held_out * FAR or (1 - share) * FAR < 1 - self.held_out:
+                warn_share(self.folder, self.held_out, tokens, self.num_tokens, int(chosen.sum()), self.num_documents)
         return chosen
 
     def split_single(self, name: str) -> Documents:
@@ -168,6 +175,18 @@ class TokenStore:
             counts = np.bincount(self.tokens[first:end], minlength=len(table))
             num_bytes = int(counts @ table)
         return Documents(self.tokens, np.array([[first, end]], dtype=np.int64), num_bytes)
+
+
+@cache
+def warn_share(folder: Path, asked: float, tokens: int, all_tokens: int, documents: int, all_documents: int) -> None:
+    """Say once of a store that the documents drawn are another share of its tokens than was asked for."""
+    logger.warning(
+        "held out are %s of %s tokens, %.3g %%, where %.3g %% were asked for (data.held_out=%g): whole documents are "
+        "drawn by their content, here %s of %s; cut long documents into several, add documents, or try another "
+        "data.split_seed",
+        f"{tokens:,}", f"{all_tokens:,}", 100 * tokens / all_tokens, 100 * asked, asked, f"{documents:,}",
+        f"{all_documents:,}",
+    )  # fmt: skip
 
 
 @cache
