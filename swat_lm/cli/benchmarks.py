@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.measure import Measurement
 from rich.table import Table
 
-from swat_lm.cli.console import results
+from swat_lm.cli.console import print_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import RunProgress, clock
 
@@ -173,19 +172,17 @@ def show(
     rows: "Sequence[Row]", guess: "Row", others: "Mapping[str, Mapping[str, TaskResult]]", remarks: Sequence[str]
 ) -> None:
     """Print our results, a column for each checkpoint; the paper's rows; what Table 1 does not show; the notes."""
+    from swat_lm.evaluate.figures import figure_text
     from swat_lm.evaluate.table1 import other_metrics
 
     console = results()
     tables = [ours_table(rows, guess), paper_table()] if any(row.cells for row in rows) else []
     for table in tables:
-        # a narrow terminal wraps lines rather than cutting numbers off
-        options = console.options.update(max_width=1000)
-        console.width = max(console.width, Measurement.get(console, options, table).maximum)
-        console.print(table, markup=False)
+        print_table(table, console)
     for label, found in others.items():
         for task, metric, value, error in other_metrics(found):
-            rest = "" if error is None else f" +- {error:.4f}"
-            console.print(f"{label}: {task} {metric} {value:.4f}{rest}", markup=False)
+            rest = "" if error is None else f" +- {figure_text(error, 4)}"
+            console.print(f"{label}: {task} {metric} {figure_text(value, 4)}{rest}", markup=False)
     for remark in remarks:
         console.print(f"- {remark}", markup=False)
 

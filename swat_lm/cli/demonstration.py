@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import messages, on_main_process, results
+from swat_lm.cli.console import messages, on_main_process, print_table, results
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.progress import RunProgress
 
@@ -128,7 +128,7 @@ def show_results(found: dict[str, Any], out: Path) -> None:
             f"{right['state_bytes']:,}",
         )
     console.print()
-    console.print(table)
+    print_table(table, console)
     console.print("* training length; states in bytes per stream", style="dim")
     console.print()
     for claim in found["claims"]:

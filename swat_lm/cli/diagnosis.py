@@ -7,12 +7,11 @@ import typer
 from rich.table import Table
 
 from swat_lm.cli.checkpoints import load_any_checkpoint
-from swat_lm.cli.console import messages, results
+from swat_lm.cli.console import messages, print_table, results
 from swat_lm.cli.evaluation import OWN, check_output, model_with_window
 from swat_lm.cli.progress import Counter
 from swat_lm.cli.recall import DEVICE, SHARED_CHECKPOINT, TOKENIZER, WINDOW, parse_one_window
-from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
-from swat_lm.model.loading import find_model_folder
+from swat_lm.cli.texts import HELD_OUT, read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,19 +54,20 @@ def diagnose(
     from swat_lm.evaluate import diagnose as diagnosing
     from swat_lm.evaluate.length import segments
 
-    split = choose_split(checkpoint, data, held_out)
-    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
+    documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     with Counter("reading", "streams") as counter:
         found = diagnosing.diagnose(model, segments(documents, length, most), on_progress=counter)
     if not found.has_weights:
         messages().print(f"note: {type(model).__name__} shows no attention weights; norms and variance only")
-    results().print(diagnosis_table(found))
+    if out is not None:
+        # before anything is drawn
+        out.mkdir(parents=True, exist_ok=True)
+        found.save(out / "diagnosis.json")
+    print_table(diagnosis_table(found))
     if out is not None:
         from swat_lm.evaluate.diagnosis_plots import plot_diagnosis
 
-        out.mkdir(parents=True, exist_ok=True)
         pictures = plot_diagnosis(found, out, title=Path(checkpoint).name)
-        found.save(out / "diagnosis.json")
         results().print(", ".join(map(str, [out / "diagnosis.json", *pictures])), markup=False)
 
 

@@ -1,6 +1,5 @@
 """`swat-lm evaluate length`: loss against the length of the context."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,15 +7,14 @@ import typer
 from rich.table import Table
 
 from swat_lm.cli.checkpoints import load_any_checkpoint
-from swat_lm.cli.console import messages, results
+from swat_lm.cli.console import messages, print_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
-from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
-from swat_lm.model.loading import find_model_folder
+from swat_lm.cli.texts import HELD_OUT, read_documents
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from swat_lm.evaluate.curves import LengthCurve, WindowMatrix
     from swat_lm.evaluate.partial import PartialResults
@@ -58,7 +56,8 @@ def length(
     context is about N long; with standard errors over streams. Documents are joined and cut into streams of the
     greatest length, unless --whole-documents. An interrupted measurement with --out goes on where it was.
 
-    Of the very text that a run was trained on, only the documents are read that it held out, unless --held-out 0.
+    Documents that a run was trained on are recognised by their content, wherever they lie, and left out, unless
+    --held-out 0: of its own text what it held out is read.
 
     --window runs the same weights with another window: a number of tokens, none (full attention) or own (as trained).
     That works for our models, Llama and Mistral. Several windows give the matrix of Figure 2 of the paper. --sinks
@@ -77,17 +76,16 @@ def length(
             f"--sinks: sinks are kept beside a window: give a number of tokens with --window, not {window}"
         )
     check_output(out, "length.json", "windows.json")
-    from swat_lm.evaluate.curves import WindowMatrix
+    from swat_lm.evaluate.curves import WindowMatrix, with_bytes
     from swat_lm.evaluate.length import reader_behind
     from swat_lm.evaluate.limits import extrapolates_beyond
 
-    model, _ = load_any_checkpoint(checkpoint, tokenizer, device)
+    model, tokens = load_any_checkpoint(checkpoint, tokenizer, device)
     twins = {name: model if sinks else model_with_window(model, name) for name in windows}
     if sinks:
         # a model that cannot keep them is refused before any text is read
         reader_behind(model, int(windows[0]), sinks)
-    split = choose_split(checkpoint, data, held_out)
-    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
+    documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     streams = choose_streams(documents, sizes, whole, most)
     made_for = extrapolates_beyond(model)
     # sinks count positions within what is kept
@@ -97,18 +95,34 @@ def length(
     # what a model cannot hold is said before the first one is measured
     for twin in twins.values() if not sinks else ():
         measure.check(twin)
-    curves = [measure(twin, name) for name, twin in twins.items()]
+    counts = bytes_of_tokens(tokens)
+    curves = [with_bytes(measure(twin, name), streams, counts) for name, twin in twins.items()]
+    matrix = WindowMatrix(tuple(windows), tuple(curves))
+    if out is not None:
+        # what was measured is kept before anything is drawn
+        out.mkdir(parents=True, exist_ok=True)
+        if len(windows) > 1:
+            matrix.save(out / "windows.json")
+        else:
+            curves[0].save(out / "length.json")
+        measure.finish()
     for name, curve in zip(windows, curves, strict=True):
         if len(windows) > 1:
             results().print(f"window {name}", markup=False)
-        results().print(curve_table(curve))
+        print_table(curve_table(curve))
     if out is not None:
         title = Path(checkpoint).name + (f", window {window} and the first {sinks} tokens" if sinks else "")
         if len(windows) > 1:
-            save_matrix(WindowMatrix(tuple(windows), tuple(curves)), out, title)
+            draw_matrix(matrix, out, title)
         else:
-            save_curve(curves[0], out, title)
-        measure.finish()
+            draw_curve(curves[0], out, title)
+
+
+def bytes_of_tokens(tokens: "PreTrainedTokenizerFast") -> "np.ndarray | None":
+    """UTF-8 bytes behind each token id; None if the tokenizer does not let them be counted."""
+    from swat_lm.data.tokenizer import tokenizer_facts
+
+    return tokenizer_facts(tokens).token_bytes
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -225,14 +239,20 @@ def spread(indices: list[int], most: int) -> list[int]:
 
 def curve_table(curve: "LengthCurve") -> Table:
     """The curve as a table of text."""
+    from swat_lm.evaluate.figures import figure_text, perplexity
+
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("length", "loss, first N tokens", "perplexity", "loss, tokens N/2+1..N", "streams", "state bytes"):
+    counted = any(point.bits_per_byte is not None for point in curve.points)
+    bits = ["bits per byte"] if counted else []
+    for name in ("length", "loss, first N tokens", "perplexity", *bits, "loss, tokens N/2+1..N", "streams"):
         table.add_column(name, justify="right")
+    table.add_column("state bytes", justify="right")
     for point in curve.points:
         table.add_row(
             f"{point.length:,}",
             with_error(point.mean_loss, point.mean_loss_error),
-            f"{math.exp(point.mean_loss):,.2f}",
+            figure_text(perplexity(point.mean_loss), 2),
+            *(["-" if point.bits_per_byte is None else f"{point.bits_per_byte:,.3f}"] if counted else []),
             with_error(point.tail_loss, point.tail_loss_error),
             f"{point.num_documents}",
             f"{point.state_bytes:,}",
@@ -245,11 +265,10 @@ def with_error(value: float, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} +- {error:.4f}"
 
 
-def save_curve(curve: "LengthCurve", out: Path, name: str) -> None:
-    """Write length.json and length.png into the folder."""
+def draw_curve(curve: "LengthCurve", out: Path, name: str) -> None:
+    """Draw length.png into the folder."""
     from swat_lm.evaluate.plots import Series, plot_loss_by_length
 
-    out.mkdir(parents=True, exist_ok=True)
     series = [
         Series("first N tokens", curve.lengths, [p.mean_loss for p in curve.points],
                [p.mean_loss_error for p in curve.points]),
@@ -257,20 +276,17 @@ def save_curve(curve: "LengthCurve", out: Path, name: str) -> None:
                [p.tail_loss_error for p in curve.points]),
     ]  # fmt: skip
     plot_loss_by_length(series, out / "length.png", window=curve.window, title=name)
-    curve.save(out / "length.json")
     results().print(f"{out / 'length.json'}, {out / 'length.png'}", markup=False)
 
 
-def save_matrix(matrix: "WindowMatrix", out: Path, name: str) -> None:
-    """Write windows.json and windows.png into the folder."""
+def draw_matrix(matrix: "WindowMatrix", out: Path, name: str) -> None:
+    """Draw windows.png into the folder."""
     from swat_lm.evaluate.heatmaps import plot_heat_map
     from swat_lm.evaluate.plots import short_number
 
-    out.mkdir(parents=True, exist_ok=True)
     plot_heat_map(
         matrix.losses(), out / "windows.png", rows=matrix.names, columns=[short_number(one) for one in matrix.lengths],
         ylabel="evaluation window (tokens)", xlabel="evaluation length (tokens)", scale="loss (nats per token)",
         title=name,
     )  # fmt: skip
-    matrix.save(out / "windows.json")
     results().print(f"{out / 'windows.json'}, {out / 'windows.png'}", markup=False)

@@ -79,7 +79,11 @@ def prepare(
     ]
     # bare sources come without a share to hold out: the recipe that trains on them says it
     if is_recipe(sources[0]):
-        held_out = f"{counted(len(store.split('held_out')), 'document')} (data.held_out is {data.held_out:g})"
+        part = store.split("held_out")
+        held_out = (
+            f"{counted(len(part), 'document')} (data.held_out is {data.held_out:g}), "
+            f"{part.num_tokens:,} tokens, {100 * part.num_tokens / store.num_tokens:.3g} % of all"
+        )
         rows.append(("held out", held_out if data.held_out else "nothing"))
     results().print(key_value_table(rows))
 

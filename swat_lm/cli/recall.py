@@ -8,11 +8,10 @@ import typer
 from rich.table import Table
 
 from swat_lm.cli.checkpoints import load_any_checkpoint
-from swat_lm.cli.console import results
+from swat_lm.cli.console import print_table, results
 from swat_lm.cli.evaluation import OWN, check_output, model_with_window, parse_windows, with_error
 from swat_lm.cli.progress import Counter
-from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
-from swat_lm.model.loading import find_model_folder
+from swat_lm.cli.texts import HELD_OUT, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -90,11 +89,12 @@ def recall(
         results().print(
             f"{name}: window {curve.window or 'none'}, reach {curve.reach or 'everything'}{guess}", markup=False
         )
-        results().print(recall_table(curve))
+        print_table(recall_table(curve))
     if out is not None:
-        save_recall(curves, out, Path(checkpoint).name)
+        write_recall(curves, out / "recall.json")
         for partial in partials:
             partial.remove()
+        draw_recall(curves, out, Path(checkpoint).name)
 
 
 def reach(
@@ -130,18 +130,19 @@ def reach(
     from swat_lm.evaluate.reach import effective_reach
     from swat_lm.evaluate.windows import theoretical_reach
 
-    split = choose_split(checkpoint, data, held_out)
-    documents = read_documents(data, tokenizer or find_model_folder(checkpoint), text_field, split, model)
+    documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     size = length or min(2 * (theoretical_reach(model) or 1024), 8192)
     with Counter("measuring", "streams") as counter:
         curve = effective_reach(model, segments(documents, size + 1, most), on_progress=counter)
-    results().print(reach_table(curve))
+    if out is not None:
+        # before anything is drawn
+        out.mkdir(parents=True, exist_ok=True)
+        curve.save(out / "reach.json")
+    print_table(reach_table(curve))
     if out is not None:
         from swat_lm.evaluate.recall_plots import plot_reach
 
-        out.mkdir(parents=True, exist_ok=True)
         plot_reach(curve, out / "reach.png", title=Path(checkpoint).name)
-        curve.save(out / "reach.json")
         results().print(f"{out / 'reach.json'}, {out / 'reach.png'}", markup=False)
 
 
@@ -273,15 +274,20 @@ def reach_table(curve: "ReachCurve") -> Table:
     return table
 
 
-def save_recall(curves: "list[RecallCurve]", out: Path, name: str) -> None:
-    """Write recall.json (one curve per task) and recall.png into the folder."""
-    import json
+def write_recall(curves: "list[RecallCurve]", path: Path) -> None:
+    """Write recall.json, one curve per task."""
     from dataclasses import asdict
 
     from swat_lm.evaluate.curves import write_whole
+    from swat_lm.evaluate.figures import write_figures
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, write_figures([asdict(curve) for curve in curves]) + "\n")
+
+
+def draw_recall(curves: "list[RecallCurve]", out: Path, name: str) -> None:
+    """Draw recall.png into the folder."""
     from swat_lm.evaluate.recall_plots import plot_recall
 
-    out.mkdir(parents=True, exist_ok=True)
     plot_recall(curves, out / "recall.png", title=name)
-    write_whole(out / "recall.json", json.dumps([asdict(curve) for curve in curves], indent=1) + "\n")
     results().print(f"{out / 'recall.json'}, {out / 'recall.png'}", markup=False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import counted, messages, on_main_process, results
+from swat_lm.cli.console import counted, messages, on_main_process, print_table, results
 from swat_lm.cli.demonstration import make_watcher
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.outputs import check_folder
@@ -139,8 +139,7 @@ def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
             lasting(row["gpu_hours"]) if known else "?",
         )
     console = results()
-    console.width = max(console.width, 140)
-    console.print(table)
+    print_table(table, console)
     total = num_seeds * sum(row.get("gpu_hours", 0.0) for row in rows)
     runs, of = counted(len(rows), "run"), counted(num_seeds, "seed")
     console.print(

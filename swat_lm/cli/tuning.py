@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import counted, messages, results
+from swat_lm.cli.console import counted, messages, print_table, results
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.progress import RunProgress
 from swat_lm.cli.tuning_plan import (
@@ -166,7 +166,7 @@ def show(found: "list[tuple[Round, list[Trials]]]", call: Call, out: Path) -> No
             f"{str(call.dtype).removeprefix('torch.')}",
             markup=False,
         )
-        console.print(tiles_table(finished))
+        print_table(tiles_table(finished), console)
     if found:
         console.print("a tile: rows x keys, warps, stages, registers at most; ms of a whole forward or backward")
         console.print(f"export SWAT_LM_TILES={shlex.quote(str(out.absolute()))}", markup=False)

@@ -20,9 +20,10 @@ from typing import BinaryIO
 import numpy as np
 
 from swat_lm.data.encoding import encode_bytes, encode_parallel
+from swat_lm.data.passages import PassageSample
 from swat_lm.data.readers import Piece, read_pieces
 from swat_lm.data.sources import DataError, Source, naming, resolve_sources
-from swat_lm.data.store import DOCUMENTS, INDEX, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore, damaged
+from swat_lm.data.store import DOCUMENTS, INDEX, PASSAGES, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore, damaged
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
 from swat_lm.recipe import DataRecipe
 
@@ -155,6 +156,7 @@ def write_store(
         progress(Progress(reading.total, reading.total, len(writer.firsts), writer.tokens))
     with naming(folder):
         np.save(folder / DOCUMENTS, writer.table())
+        np.save(folder / PASSAGES, writer.passages.table())
         if facts.token_bytes is not None:
             np.save(folder / TOKEN_BYTES, facts.token_bytes)
         write_index(folder, data, facts, writer)
@@ -176,6 +178,7 @@ def write_index(folder: Path, data: DataRecipe, facts: TokenizerFacts, writer: "
         "num_tokens": writer.tokens,
         "num_documents": len(writer.firsts),
         "num_bytes": writer.text_bytes,
+        "passages_below": writer.passages.below,
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -220,6 +223,7 @@ class Writer:
         # the first token, first byte and content hash of each document
         self.firsts, self.bytes, self.hashes = array("q"), array("q"), array("Q")
         self.hash = hashlib.blake2b(digest_size=8)
+        self.passages = PassageSample()
 
     def add(self, piece: Piece, ids: np.ndarray) -> None:
         """Append a piece and, before a document's first, end the one before."""
@@ -227,9 +231,11 @@ class Writer:
             self.end_document()
             self.firsts.append(self.tokens)
             self.bytes.append(self.text_bytes)
+            self.passages.open_document()
             self.put(self.bos)
         content = piece.text.encode("utf-8")
         self.hash.update(content)
+        self.passages.add(content)
         self.text_bytes += len(content)
         self.write(ids)
 
@@ -241,6 +247,7 @@ class Writer:
         if self.firsts[-1] == self.tokens:
             self.firsts.pop()
             self.text_bytes = self.bytes.pop()
+            self.passages.drop_document(self.text_bytes)
         else:
             self.hashes.append(int.from_bytes(self.hash.digest(), "little"))
         self.hash = hashlib.blake2b(digest_size=8)

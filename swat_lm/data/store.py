@@ -1,4 +1,4 @@
-"""Tokens on disk, opened as a memory map: `tokens.bin`, `documents.npy`, `token_bytes.npy` and `index.json`.
+"""Tokens on disk, opened as a memory map, with the table of their documents and what `index.json` says of them.
 
 A document is its tokens including the separators around it. The held-out split is drawn here, when a store is opened,
 from each document's content: no other document, order or tokenizer changes it, and equal documents stay together.
@@ -15,14 +15,18 @@ from typing import Any
 import numpy as np
 
 from swat_lm.data.mixing import mix
+from swat_lm.data.passages import PASSAGE
 from swat_lm.data.sources import DataError
 
 TABLE = np.dtype([("token", np.int64), ("byte", np.int64), ("content", np.uint64)])
 TOKENS, DOCUMENTS, TOKEN_BYTES, INDEX = "tokens.bin", "documents.npy", "token_bytes.npy", "index.json"
+PASSAGES = "passages.npy"
 VERSION = 1
 # what an index must hold besides its version, and as what
 INDEX_TYPES = {"key": str, "dtype": str, "vocab_size": int, "num_tokens": int, "num_documents": int, "num_bytes": int}
 SPLITS = ("train", "held_out")
+# a share of tokens that is so many times too large or too small is spoken of
+FAR = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,8 @@ class TokenStore:
         self.num_documents: int = index["num_documents"]
         self.num_bytes: int = index["num_bytes"]
         """UTF-8 bytes of all text."""
+        self.passages_below: int = index.get("passages_below", 0)
+        """The `passages` of the text are those with hashes below; 0 for a store of a version that took none."""
         self.held_out = held_out
         self.split_seed = split_seed
         self.dtype = np.dtype(index["dtype"])
@@ -104,6 +110,17 @@ class TokenStore:
             raise damaged(path, f"{counts.dtype} {list(counts.shape)}, expected int64 [{self.vocab_size}]")
         return counts
 
+    @cached_property
+    def passages(self) -> np.ndarray:
+        """A sample of the text's passages by their hashes, PASSAGE [passages]; see `swat_lm/data/passages.py`."""
+        if not self.passages_below:
+            return np.empty(0, dtype=PASSAGE)
+        path = self.folder / PASSAGES
+        table = read_array(path)
+        if table.dtype != PASSAGE or table.ndim != 1:
+            raise damaged(path, f"{table.dtype} {list(table.shape)}, expected a list of passages")
+        return table
+
     def check(self, tokens: np.ndarray) -> None:
         """Raise DataError for tokens of this store that its tokenizer does not have: the disk damaged them."""
         if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
@@ -140,6 +157,11 @@ class TokenStore:
                 chosen = draws != draws.max()
             if chosen.all() or not chosen.any():
                 raise DataError(f"{self.folder}: all {self.num_documents} documents are equal; set data.held_out=0")
+            tokens = int(np.diff(self.offsets)[chosen].sum())
+            share = tokens / self.num_tokens
+            # what is left to train on counts as much
+            if not self.held_out / FAR <= share <= self.held_out * FAR or (1 - share) * FAR < 1 - self.held_out:
+                warn_share(self.folder, self.held_out, tokens, self.num_tokens, int(chosen.sum()), self.num_documents)
         return chosen
 
     def split_single(self, name: str) -> Documents:
@@ -153,6 +175,18 @@ class TokenStore:
             counts = np.bincount(self.tokens[first:end], minlength=len(table))
             num_bytes = int(counts @ table)
         return Documents(self.tokens, np.array([[first, end]], dtype=np.int64), num_bytes)
+
+
+@cache
+def warn_share(folder: Path, asked: float, tokens: int, all_tokens: int, documents: int, all_documents: int) -> None:
+    """Say once of a store that the documents drawn are another share of its tokens than was asked for."""
+    logger.warning(
+        "held out are %s of %s tokens, %.3g %%, where %.3g %% were asked for (data.held_out=%g): whole documents are "
+        "drawn by their content, here %s of %s; cut long documents into several, add documents, or try another "
+        "data.split_seed",
+        f"{tokens:,}", f"{all_tokens:,}", 100 * tokens / all_tokens, 100 * asked, asked, f"{documents:,}",
+        f"{all_documents:,}",
+    )  # fmt: skip
 
 
 @cache

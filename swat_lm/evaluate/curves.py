@@ -1,16 +1,18 @@
 """Loss against evaluation length as numbers: what is measured, its errors, JSON. No model, no torch."""
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from swat_lm.data.sources import naming
+import numpy as np
 
-__all__ = ["LengthCurve", "LengthPoint", "WindowMatrix", "difference", "summarise", "write_whole"]
+from swat_lm.data.sources import naming
+from swat_lm.evaluate.figures import read_figures, write_figures
+
+__all__ = ["LengthCurve", "LengthPoint", "WindowMatrix", "difference", "summarise", "with_bytes", "write_whole"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class LengthPoint:
     tail_loss_error: float | None
     state_bytes: int
     """What one stream keeps of its past after N tokens."""
+    bits_per_byte: float | None = None
+    """The loss of tokens 2 .. N over all streams, in bits per UTF-8 byte of their text; None where not counted."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,12 @@ class LengthCurve:
         values = asdict(self)
         if not self.num_sinks:
             del values["num_sinks"]
-        return json.dumps(values, indent=1)
+        return write_figures(values)
 
     @classmethod
     def from_json(cls, text: str) -> "LengthCurve":
         """Read what `to_json` wrote."""
-        values = json.loads(text)
+        values = read_figures(text)
         return cls(
             points=tuple(LengthPoint(**point) for point in values["points"]),
             num_tokens=values["num_tokens"],
@@ -93,6 +97,25 @@ class LengthCurve:
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
         write_whole(path, self.to_json() + "\n")
+
+
+def with_bytes(curve: LengthCurve, streams: Sequence[np.ndarray], token_bytes: np.ndarray | None) -> LengthCurve:
+    """The curve of these streams with its `bits_per_byte`, which do not depend on the tokenizer.
+
+    `token_bytes` holds the bytes behind each token id; with None the curve stays as it is.
+    """
+    if token_bytes is None:
+        return curve
+    points = []
+    for at, point in enumerate(curve.points):
+        nats, count = 0.0, 0
+        for stream, losses in zip(streams, curve.document_mean_loss, strict=True):
+            loss = losses[at]
+            if loss is not None:
+                nats += loss * (point.length - 1)
+                count += int(token_bytes[stream[1 : point.length]].sum())
+        points.append(replace(point, bits_per_byte=nats / count / math.log(2) if count else None))
+    return replace(curve, points=tuple(points))
 
 
 @dataclass(frozen=True)
@@ -115,14 +138,14 @@ class WindowMatrix:
 
     def save(self, path: Path) -> None:
         """Write `{window: curve}` as JSON, beside the place and renamed."""
-        curves = {name: json.loads(curve.to_json()) for name, curve in zip(self.names, self.curves, strict=True)}
-        write_whole(path, json.dumps(curves, indent=1) + "\n")
+        curves = {name: read_figures(curve.to_json()) for name, curve in zip(self.names, self.curves, strict=True)}
+        write_whole(path, write_figures(curves) + "\n")
 
     @classmethod
     def from_json(cls, text: str) -> "WindowMatrix":
         """Read what `save` wrote."""
-        values = json.loads(text)
-        return cls(tuple(values), tuple(LengthCurve.from_json(json.dumps(one)) for one in values.values()))
+        values = read_figures(text)
+        return cls(tuple(values), tuple(LengthCurve.from_json(write_figures(one)) for one in values.values()))
 
 
 def write_whole(path: Path, text: str) -> None:

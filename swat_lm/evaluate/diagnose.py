@@ -5,7 +5,6 @@ they are formed anew from queries and keys by the definition; other models are a
 Legend: T tokens, H heads, L layers, M model width, W window.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swat_lm.evaluate.curves import write_whole
+from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.limits import position_limit
 from swat_lm.evaluate.reader import evaluating
 from swat_lm.evaluate.windows import layer_windows
@@ -74,7 +74,7 @@ class Diagnosis:
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
-        write_whole(path, json.dumps(asdict(self)) + "\n")
+        write_whole(path, write_figures(asdict(self), indent=None) + "\n")
 
 
 def diagnose(

@@ -1,5 +1,6 @@
 """Heat maps as PNG files: numbers over two named axes, with their values written in where there is room."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,17 +29,19 @@ def plot_heat_map(
     title: str | None = None,
     limits: tuple[float, float] | None = None,
 ) -> None:
-    """Draw `values[row][column]`, the first row at the bottom; None stays white. `scale` names what a colour means.
+    """Draw `values[row][column]`, the first row at the bottom; `scale` names what a colour means.
 
-    Raises ValueError for rows of other lengths than the names.
+    None stays white, as do numbers that are not finite. Raises ValueError for rows of other lengths than the names.
     """
     if not values or len(values) != len(rows) or {len(row) for row in values} != {len(columns)} or not columns:
         raise ValueError(f"heat map: expected {len(rows)} rows of {len(columns)} values, neither of them none")
-    numbers = [[float("nan") if value is None else value for value in row] for row in values]
+    numbers = [[math.nan if value is None or math.isinf(value) else value for value in row] for row in values]
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    low, high = limits or (None, None)
+    # without any number the scale has no ends of its own
+    drawn = any(not math.isnan(value) for row in numbers for value in row)
+    low, high = limits or ((None, None) if drawn else (0.0, 1.0))
     image = axes.imshow(numbers, origin="lower", aspect="auto", cmap="viridis", vmin=low, vmax=high)
     for axis, names, label in ((axes.xaxis, columns, xlabel), (axes.yaxis, rows, ylabel)):
         step = -(-len(names) // LABELS)
@@ -49,7 +52,8 @@ def plot_heat_map(
         for y, row in enumerate(values):
             for x, value in enumerate(row):
                 if value is not None:
-                    colour = "black" if value > middle else "white"
+                    # what has no colour stays white
+                    colour = "black" if value > middle or not math.isfinite(value) else "white"
                     axes.text(
                         x,
                         y,

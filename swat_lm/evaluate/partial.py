@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from swat_lm.evaluate.curves import write_whole
+from swat_lm.evaluate.figures import read_figures, write_figures
 
 __all__ = ["PartialResults", "measurement_key"]
 
@@ -28,7 +29,7 @@ class PartialResults:
         if not path.exists():
             return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_figures(path.read_text(encoding="utf-8"))
             same, self.known = found["key"] == key, dict(found["results"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged partial results ({error}): remove the file to start anew") from None
@@ -41,7 +42,7 @@ class PartialResults:
         """Keep these results; written beside the place and renamed."""
         self.known.update(results)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps({"key": self.key, "results": self.known}))
+        write_whole(self.path, write_figures({"key": self.key, "results": self.known}, indent=None))
 
     def remove(self) -> None:
         """The measurement is whole: its own result replaces this file."""

@@ -4,8 +4,9 @@ Knows numbers only: no model, no data. Draws without a display.
 """
 
 import io
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -40,6 +41,16 @@ def styled(series: Sequence[Series]) -> list[tuple[int, Series]]:
     return [((index if one.style is None else one.style) % len(COLOURS), one) for index, one in enumerate(series)]
 
 
+def drawable(one: Series) -> Series:
+    """The line without points that are not finite, which no axis holds; its name says how many these are."""
+    y = [value if math.isfinite(value) else math.nan for value in one.y]
+    missing = sum(map(math.isnan, y))
+    if not missing:
+        return one
+    error = None if one.error is None else [None if e is None or not math.isfinite(e) else e for e in one.error]
+    return replace(one, name=f"{one.name} ({missing} of {len(y)} not finite)", y=y, error=error)
+
+
 def plot_loss_by_length(
     series: Sequence[Series],
     path: Path,
@@ -54,6 +65,7 @@ def plot_loss_by_length(
     `training_length` and `window` are marked by vertical lines. Raises ValueError if there is nothing to draw.
     """
     check_series(series)
+    series = [drawable(one) for one in series]
     figure, axes = new_figure()
     for index, one in styled(series):
         errors = None if one.error is None else [0.0 if e is None else e for e in one.error]
@@ -86,6 +98,7 @@ def plot_training(
     `held_out[i]` belongs to `training[i]` and shares its colour; it may be empty. Raises ValueError without any line.
     """
     check_series(training)
+    training, held_out = [drawable(one) for one in training], [drawable(one) for one in held_out]
     figure, axes = new_figure()
     kind = ", training" if any(one.x for one in held_out) else ""
     for index, one in styled(training):
@@ -163,9 +176,9 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 def smoothed_range(training: Sequence[Series], held_out: Sequence[Series]) -> tuple[float, float]:
     """Limits of the loss axis: the lowest value, and the smoothed loss after a tenth of training."""
-    lowest = min(value for one in (*training, *held_out) for value in one.y)
-    smooth = [running_mean(one.y) for one in training]
-    highest = max(curve[len(curve) // 10] for curve in smooth)
+    lowest = min((value for one in (*training, *held_out) for value in one.y if math.isfinite(value)), default=0.0)
+    smooth = [[value for value in running_mean(one.y) if math.isfinite(value)] for one in training]
+    highest = max((curve[len(curve) // 10] for curve in smooth if curve), default=lowest)
     return lowest, max(highest, lowest + 1e-3)
 
 

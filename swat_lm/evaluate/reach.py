@@ -4,7 +4,6 @@ With a window a layer sees W - 1 tokens back and L layers at most (W - 1) * L; h
 another matter (docs/evaluation.md). Legend: B streams, T tokens, M model width.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from swat_lm.evaluate.curves import mean_and_error, write_whole
+from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.limits import position_limit
 from swat_lm.evaluate.reader import evaluating
 from swat_lm.evaluate.windows import model_window, theoretical_reach
@@ -58,7 +58,7 @@ class ReachCurve:
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
-        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_whole(path, write_figures(asdict(self)) + "\n")
 
 
 def effective_reach(

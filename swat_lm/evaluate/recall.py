@@ -4,7 +4,6 @@ An item holds its tokens and where its answers are; they are read as streams, ea
 model itself would have written (all of them the likeliest). Legend: B items side by side, T tokens, M model width.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from swat_lm.data.synthetic import Answer
 from swat_lm.evaluate.curves import mean_and_error, write_whole
+from swat_lm.evaluate.figures import read_figures, write_figures
 from swat_lm.evaluate.limits import check_length
 from swat_lm.evaluate.partial import PartialResults
 from swat_lm.evaluate.reader import Reader, evaluating, reader_for
@@ -72,12 +72,12 @@ class RecallCurve:
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
-        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_whole(path, write_figures(asdict(self)) + "\n")
 
     @classmethod
     def from_json(cls, text: str) -> "RecallCurve":
         """Read what `save` wrote."""
-        values = json.loads(text)
+        values = read_figures(text)
         points = tuple(RecallPoint(**one) for one in values["points"])
         return cls(values["task"], points, values["window"], values["reach"], values.get("chance"))
 

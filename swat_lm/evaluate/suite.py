@@ -7,16 +7,17 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from swat_lm.evaluate.curves import write_whole
+from swat_lm.evaluate.figures import perplexity, read_figures, write_figures
 from swat_lm.evaluate.tasks import LoadedTask
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class TaskResult:
         error = found.get(f"{name}_stderr,{kind or NO_FILTER}")
         if metric == "word_perplexity" and not isinstance(error, float):
             error = perplexity_error(self.documents[metric])
-        return float(found[key]), error if isinstance(error, float) else None
+        value = float(found[key])
+        # of an infinite value, or one of which some resamples are, no error can be told
+        return value, error if isinstance(error, float) and math.isfinite(error) and math.isfinite(value) else None
 
     @property
     def metrics(self) -> list[str]:
@@ -129,10 +132,10 @@ class Suite:
             result = measure(model, task, self.subject, self._identity(task))
             self.results[task.name] = result
             if self.folder is not None:
-                write_whole(self._path(task.name), json.dumps(asdict(result), indent=1, default=str) + "\n")
+                write_whole(self._path(task.name), write_figures(asdict(result)) + "\n")
             yield result
         if self.folder is not None:
-            write_whole(self.folder / "results.json", json.dumps(self.harness_json(), indent=1, default=str) + "\n")
+            write_whole(self.folder / "results.json", write_figures(self.harness_json()) + "\n")
 
     def harness_json(self) -> dict[str, Any]:
         """All results in the form of the harness's own results file."""
@@ -158,7 +161,7 @@ class Suite:
             return None
         path = self._path(task.name)
         try:
-            result = TaskResult(**json.loads(path.read_text(encoding="utf-8")))
+            result = TaskResult(**read_figures(path.read_text(encoding="utf-8")))
             result.harness["results"][task.name]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: not a result of this command ({error}): remove it") from None
@@ -181,7 +184,7 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
     model.rolling = "whole" if task.rolling == "whole" else "windows"
     began = time.monotonic()
     inner = task.task.task_name
-    with quiet_harness():
+    with quiet_harness(), unbounded_perplexities():
         found = evaluate(
             lm=model,
             task_dict={"tasks": {inner: task.task}},
@@ -248,6 +251,29 @@ def quiet_harness() -> Iterator[None]:
             os.environ["DISABLE_MULTIPROC"] = before
 
 
+@contextlib.contextmanager
+def unbounded_perplexities() -> Iterator[None]:
+    """Let the harness's perplexities be infinite where they are beyond any float; its own end with an error."""
+    from lm_eval.api import metrics
+
+    # the module's types do not let its names be replaced
+    module: Any = metrics
+    mathematics, spread = module.math, module.sample_stddev
+
+    def sample_stddev(values: Sequence[float]) -> float:
+        try:
+            return spread(values)
+        except OverflowError:
+            return math.inf
+
+    module.math = SimpleNamespace(**{**vars(math), "exp": perplexity})
+    module.sample_stddev = sample_stddev
+    try:
+        yield
+    finally:
+        module.math, module.sample_stddev = mathematics, spread
+
+
 def perplexity_error(documents: Sequence[Sequence[float]]) -> float | None:
     """Standard error of exp(-sum of log-likelihoods / sum of words) over documents, which the harness does not give.
 
@@ -258,7 +284,7 @@ def perplexity_error(documents: Sequence[Sequence[float]]) -> float | None:
         return None
     rate = -math.fsum(value for value, _ in documents) / words
     spread = math.fsum((-value - rate * weight) ** 2 for value, weight in documents)
-    return math.exp(rate) * math.sqrt(count / (count - 1) * spread) / words
+    return perplexity(rate) * math.sqrt(count / (count - 1) * spread) / words
 
 
 def weights_fingerprint(folder: str) -> str:

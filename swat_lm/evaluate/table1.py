@@ -1,13 +1,13 @@
 """SWAT's Table 1 with our rows beside the paper's: as text, Markdown, HTML and JSON."""
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from swat_lm.evaluate.curves import write_whole
+from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.suite import TaskResult
 from swat_lm.evaluate.tasks import STREAMED
 
@@ -266,7 +266,7 @@ def save_table(folder: Path, rows: Sequence[Row], remarks: Sequence[str]) -> lis
     content = {
         "table.md": markdown(rows, remarks),
         "table.html": page(rows, remarks),
-        "table.json": json.dumps({"rows": [asdict(row) for row in rows], "notes": list(remarks)}, indent=1) + "\n",
+        "table.json": write_figures({"rows": [asdict(row) for row in rows], "notes": list(remarks)}) + "\n",
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in content.items():

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from swat_lm.evaluate.curves import LengthCurve, write_whole
+from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.plots import COLOURS, Series, plot_loss_by_length, plot_state_bytes, plot_training
 from swat_lm.evaluate.recall import RecallCurve
 from swat_lm.evaluate.recall_plots import plot_recall
@@ -58,7 +59,7 @@ def read_run(folder: Path, name: str | None = None) -> RunFindings:
     recalls = {}
     for path in sorted(folder.rglob("recall.json")):
         for values in parse(path, lambda text: json.loads(text)):
-            curve = parse(path, lambda _, values=values: RecallCurve.from_json(json.dumps(values)))
+            curve = parse(path, lambda _, values=values: RecallCurve.from_json(write_figures(values)))
             recalls[curve.task] = curve
     paths = [*folder.rglob("length.json"), *(folder / "evaluation").glob("*window*.json")]
     return RunFindings(
@@ -100,13 +101,14 @@ def report(runs: Sequence[RunFindings], out: Path) -> dict[str, Any]:
     if len(set(names)) != len(names):
         raise ValueError(f"two runs have the same name ({', '.join(names)}): write NAME=FOLDER")
     out.mkdir(parents=True, exist_ok=True)
-    pictures = draw(runs, out)
     found = {
         "runs": [describe(one) for one in runs],
         "not_measured": [line for one in runs for line in missing(one)],
         "machine": machine(0) | {"threads": "not measured here"},
     }
-    write_whole(out / "report.json", json.dumps(found, indent=1) + "\n")
+    # what was found is kept before anything is drawn
+    write_whole(out / "report.json", write_figures(found) + "\n")
+    pictures = draw(runs, out)
     write_page(out / "report.html", "swat-lm runs", body(runs, found, pictures))
     return found
 

@@ -16,6 +16,7 @@ import torch
 
 from swat_lm.data import TokenStore, load_tokenizer, prepare, resolve_sources, vocabulary_size
 from swat_lm.evaluate.curves import LengthCurve
+from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.length import loss_on_same_text, segments
 from swat_lm.experiments.demo_budget import Pace, find_pace, threads
 from swat_lm.experiments.demo_report import write_report
@@ -241,5 +242,5 @@ def store_facts(store: TokenStore) -> StoreFacts:
 def write_json(path: Path, values: Any) -> None:
     """Write the values beside the place and rename."""
     beside = path.with_name(f".tmp-{path.name}")
-    beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(write_figures(values) + "\n", encoding="utf-8")
     beside.replace(path)

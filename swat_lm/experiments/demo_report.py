@@ -1,7 +1,6 @@
 """The demo's results.json, plots and report.html; every sentence about the outcome is decided by the numbers."""
 
 import html
-import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +8,7 @@ from string import Template
 from typing import Any
 
 from swat_lm.evaluate.curves import LengthCurve, difference
+from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_state_bytes, plot_training
 from swat_lm.experiments.page import machine, picture, write_page
 from swat_lm.model.configuration import SwatConfig
@@ -36,7 +36,6 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the plots, `results.json` and, last, `report.html` into the folder; returns the results."""
     metrics = {name: read_metrics(Path(recipe.out, "metrics.jsonl")) for name, recipe in recipes.items()}
-    draw(out, recipes["swat"], curves, metrics)
     trained = recipes["swat"].data.sequence_length
     results = {
         "training_length": trained,
@@ -50,8 +49,10 @@ def write_report(
         "machine": machine(threads),
     }
     beside = out / ".tmp-results.json"
-    beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(write_figures(results) + "\n", encoding="utf-8")
     beside.replace(out / "results.json")
+    # what was measured is kept before anything is drawn
+    draw(out, recipes["swat"], curves, metrics)
     write_page(out / "report.html", "swat-lm demo", render(out, recipes, results))
     return results
 

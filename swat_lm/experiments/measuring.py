@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from swat_lm.data import load_tokenizer
 from swat_lm.data.tokenizer import tokenizer_facts
 from swat_lm.evaluate.curves import LengthCurve, write_whole
+from swat_lm.evaluate.figures import read_figures, write_figures
 from swat_lm.evaluate.length import loss_on_same_text
 from swat_lm.evaluate.reader import evaluating
 from swat_lm.experiments.scales import Scale
@@ -95,7 +96,7 @@ def parsed(path: Path, read: Callable[[str], Any]) -> Any:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file; raises ValueError that names it."""
-    return parsed(path, json.loads)
+    return parsed(path, read_figures)
 
 
 def note_divergence(run: Path, said: str) -> None:
@@ -166,7 +167,7 @@ def variance_measurement(run: Path, one: Variant, scale: Scale, recipe: Recipe) 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(
             path,
-            json.dumps(
+            write_figures(
                 {
                     "mean": np.round(variances.mean(axis=1), 6).tolist(),
                     "first_over_rest": first_over_rest(variances),
@@ -236,6 +237,6 @@ def read_tasks(run: Path, label: str) -> dict[str, Any]:
     found = {}
     for path in sorted(task_folder(run, label).glob("*.json")):
         if path.name != "results.json":
-            result = parsed(path, lambda text: TaskResult(**json.loads(text)))
+            result = parsed(path, lambda text: TaskResult(**read_figures(text)))
             found[result.task] = result
     return found

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from swat_lm.evaluate.curves import write_whole
+from swat_lm.evaluate.figures import write_figures
 from swat_lm.experiments.claims import DOUBTFUL, PRINTED, Verdict, error_of_mean
 from swat_lm.experiments.findings import Findings
 from swat_lm.experiments.page import machine, picture, table, with_error, write_page
@@ -54,8 +55,9 @@ def write_results(
         "sources": json.loads(json.dumps(sources)),
         "machine": machine(torch.get_num_threads()),
     }
+    # what was measured is kept before anything is drawn
+    write_whole(out / f"{experiment.name}.json", write_figures(results) + "\n")
     pictures = draw(findings, out)
-    write_whole(out / f"{experiment.name}.json", json.dumps(results, indent=1) + "\n")
     write_page(out / f"{experiment.name}.html", experiment.title, body(findings, results, verdicts, pictures))
     return results
 

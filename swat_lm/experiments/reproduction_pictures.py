@@ -137,6 +137,13 @@ def plot_rows(
     `mark` is a value with its name, drawn as a dotted line. `apart`: each row in the colour and with the marker that
     the lines of other pictures have in its place.
     """
+    # no axis holds what is not finite
+    rows = [
+        (f"{name} ({value})", None, None)
+        if value is not None and not math.isfinite(value)
+        else (name, value, None if error is None or not math.isfinite(error) else error)
+        for name, value, error in rows
+    ]
     figure, axes = new_figure()
     figure.set_size_inches(9, 1.6 + 0.42 * len(rows))
     if title:
@@ -154,7 +161,7 @@ def plot_rows(
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(len(rows) - 0.5, -0.5)
     if from_zero:
-        axes.set_xlim(0, 1.08 * max(value or 0.0 for _, value, _ in rows))
+        axes.set_xlim(0, 1.08 * max(value or 0.0 for _, value, _ in rows) or 1.0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlabel(xlabel)
     write_picture(figure, path)

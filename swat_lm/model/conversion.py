@@ -39,7 +39,8 @@ TAKEN_OVER = (
 WEIGHT_SHAPES = (*SIZES, "tie_word_embeddings", "attention_bias", "mlp_bias")
 # parameters that options of ours add to the source's
 ADDED = (".q_norm.", ".k_norm.", ".output_norm.", ".sink")
-TOKENIZER_FILES = (
+# of the tokenizer, and the record of the text that the weights were trained on
+FILES_BESIDE = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -49,6 +50,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "trained_text.npz",
 )
 
 
@@ -119,7 +121,9 @@ def convert_config(
 def convert_folder(
     source: str | Path, out: str | Path, window: int | Literal["keep"] | None = "keep", **changes: Any
 ) -> SwatForCausalLM:
-    """Convert a checkpoint folder into another, with its tokenizer; written beside and renamed: whole or absent.
+    """Convert a checkpoint folder into another, with its tokenizer and the record of what text it was trained on.
+
+    It is written beside its place and renamed: whole or absent.
 
     Args:
         out: must not exist, or be an empty folder.
@@ -137,7 +141,7 @@ def convert_folder(
     try:
         beside.mkdir(parents=True)
         model.save_pretrained(beside)
-        for name in TOKENIZER_FILES:
+        for name in FILES_BESIDE:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, beside / name)
         if out.exists():

@@ -14,6 +14,7 @@ from swat_lm.model.architectures import exported_class
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import replace_folder
 from swat_lm.train.engine import Engine
+from swat_lm.train.trained_text import RECORD
 
 __all__ = ["export_model"]
 
@@ -64,6 +65,8 @@ def export_model(
             with progress_bars_off():
                 plain_copy(model, weights).save_pretrained(beside)
             tokenizer.save_pretrained(beside)
+            if (folder.parent / RECORD).is_file():
+                shutil.copyfile(folder.parent / RECORD, beside / RECORD)
             held_out = "" if held_out_loss is None else f", held-out loss {held_out_loss:.4f} nats per token"
             card = CARD.format(
                 name=recipe.name, step=step, tokens=tokens, held_out=held_out, recipe=dump_recipe(recipe)

@@ -29,6 +29,7 @@ from swat_lm.train.evaluation import HeldOut
 from swat_lm.train.metrics import check_loggers
 from swat_lm.train.optimizer import make_optimizer
 from swat_lm.train.run_folder import check_continuation, check_model, choose_start, describe_new_schedule, write_recipe
+from swat_lm.train.trained_text import write_trained_text
 
 __all__ = ["Training", "check_beforehand", "set_up"]
 
@@ -97,6 +98,8 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     optimizer = make_optimizer(model, recipe.train)
     if start is not None:
         engine.read_state(start.folder, model, optimizer)
+    store = rows.source.store if isinstance(rows.source, BatchSource) else None
+    engine.on_main(lambda: write_trained_text(out, store, start.folder.parent.parent if start else None))
     engine.on_main(lambda: write_recipe(recipe, out))
     flops = training_flops(config, recipe.data.sequence_length).per_token
     return Training(

@@ -140,6 +140,29 @@ def test_split_is_by_content_and_never_empty(tmp_path):
         split(["same", "same"], 0.1)
 
 
+def test_a_share_of_tokens_far_from_the_one_asked_for_is_spoken_of(tmp_path, caplog):
+    lengths = {"book": 31_187, "note": 3_000}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "b" * n}) + "\n" for n in lengths.values()))
+    warned = {}
+    for seed in range(8):
+        caplog.clear()
+        store = prepare(recipe(tmp_path / "a.jsonl", tmp_path, held_out=0.05, split_seed=seed))
+        held = store.split("held_out")
+        store.split("train")
+        (said,) = [one.message for one in caplog.records if one.levelname == "WARNING"] or [""]
+        # a store's warning comes once
+        warned.setdefault(held.num_tokens, said)
+    # either document is far too much: 91.2 % and 8.78 % where 5 % were asked for, the second within a factor of two
+    assert warned[3_001] == ""
+    assert warned[31_188].startswith("held out are 31,188 of 34,189 tokens, 91.2 %, where 5 % were asked for")
+    assert "here 1 of 2; cut long documents" in warned[31_188]
+
+    # far too little held out, or far too little left to train on
+    caplog.clear()
+    prepare(recipe(tmp_path / "a.jsonl", tmp_path, held_out=0.8)).split("train")
+    assert "where 80 % were asked for" in caplog.text
+
+
 def test_a_single_document_holds_out_its_end(tmp_path):
     (tmp_path / "book.txt").write_text("\u00e9" * 500)
     store = prepare(recipe(tmp_path / "book.txt", tmp_path, held_out=0.1))

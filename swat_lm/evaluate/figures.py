@@ -1,0 +1,53 @@
+"""Figures that may be beyond any float, or none: perplexities, and JSON that any program reads.
+
+JSON knows neither infinity nor "not a number": they are written as the texts "Infinity", "-Infinity" and "NaN".
+"""
+
+import json
+import math
+from typing import Any
+
+__all__ = ["figure_text", "perplexity", "read_figures", "write_figures"]
+
+NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), and infinity beyond the greatest float (losses from 709.8 nats on)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def figure_text(value: float, decimals: int) -> str:
+    """`1,234.50`; from a million on `1.2e+06`, so that it stays short; `inf` and `nan` as they are."""
+    return f"{value:,.{decimals}f}" if abs(value) < 1e6 else f"{value:.1e}"
+
+
+def write_figures(values: Any, indent: int | None = 1) -> str:
+    """Plain values as JSON in the strict sense; what is no plain value as its text."""
+    return json.dumps(named(values), indent=indent, default=str, allow_nan=False)
+
+
+def read_figures(text: str) -> Any:
+    """What `write_figures` wrote, and JSON with bare `NaN` and `Infinity` as earlier versions wrote it."""
+    return numbered(json.loads(text))
+
+
+def named(values: Any) -> Any:
+    """The values with names for numbers that JSON cannot hold."""
+    if isinstance(values, float) and not math.isfinite(values):
+        return "NaN" if math.isnan(values) else "Infinity" if values > 0 else "-Infinity"
+    if isinstance(values, dict):
+        return {key: named(value) for key, value in values.items()}
+    return [named(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def numbered(values: Any) -> Any:
+    """The values with numbers for their names."""
+    if isinstance(values, str):
+        return NOT_FINITE.get(values, values)
+    if isinstance(values, dict):
+        return {key: numbered(value) for key, value in values.items()}
+    return [numbered(value) for value in values] if isinstance(values, list) else values
