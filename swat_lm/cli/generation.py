@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
     from transformers import PreTrainedTokenizerFast
 
+    from swat_lm.data.cutting import Cuts
     from swat_lm.model.modeling import SwatForCausalLM
     from swat_lm.model.state import StreamState
     from swat_lm.serve.sampling import Sampling
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 PIECE_BYTES = 1 << 16
-# more than a command line can carry in one argument (128 KiB on Linux), so that a pipe equals --prompt there
-LONGEST_PIECE = 1 << 18
 
 
 def generate(
@@ -241,16 +240,21 @@ def in_chunks(pieces: Iterable[list[int]], size: int, interruption: SavingInterr
 def prompt_pieces(
     tokens: "PreTrainedTokenizerFast", prompt: str, fresh: bool, interruption: SavingInterruption
 ) -> Iterator[list[int]]:
-    """Token ids of the prompt, piece by piece; an empty prompt of a fresh stream is the start of a new text."""
-    if prompt == "-":
-        texts = text_pieces(sys.stdin.buffer, whole=not pieces_are_exact(tokens), read=interruption.read)
-    else:
-        texts = iter([prompt] if prompt else [])
+    """Token ids of the prompt, piece by piece; an empty prompt of a fresh stream is the start of a new text.
+
+    The pieces are cut where the tokenizer leaves the tokens as they are, so they do not depend on how the text comes.
+    """
+    from swat_lm.data.cutting import find_cuts
+
+    cuts = find_cuts(tokens.backend_tokenizer.to_str())
+    if prompt == "-" and cuts is None:
+        messages().print("note: this tokenizer must see a text whole: the prompt is read to its end first")
+    texts = text_pieces(arriving(sys.stdin.buffer, interruption.read) if prompt == "-" else [prompt], cuts)
     end, first, any_text = end_token(tokens), fresh, False
     for text in texts:
         ids = tokens.encode(text, add_special_tokens=first)
-        if first and len(ids) > 1 and ids[-1] == end:
-            # some tokenizers close what they encode; this text goes on
+        if first and closes(tokens, end):
+            # this text goes on
             ids = ids[:-1]
         any_text, first = any_text or bool(ids), False
         yield ids
@@ -259,16 +263,15 @@ def prompt_pieces(
         yield [end]
 
 
+def closes(tokens: "PreTrainedTokenizerFast", end: int | None) -> bool:
+    """Whether a tokenizer puts the end token behind what it encodes."""
+    plain, whole = (tokens.encode("a", add_special_tokens=added) for added in (False, True))
+    return whole[-1:] == [end] != plain[-1:]
+
+
 def end_token(tokens: "PreTrainedTokenizerFast") -> int | None:
     """The id of the end-of-text token, if there is one."""
     return None if tokens.eos_token is None else tokens.get_vocab().get(str(tokens.eos_token))
-
-
-def pieces_are_exact(tokens: "PreTrainedTokenizerFast") -> bool:
-    """Whether text may be cut at `SAFE_CUT`: byte-level tokenizers add nothing at the start of a piece."""
-    from swat_lm.data.tokenizer import is_byte_level
-
-    return is_byte_level(tokens.backend_tokenizer.to_str())
 
 
 def read_some(source: BinaryIO) -> bytes | None:
@@ -276,51 +279,34 @@ def read_some(source: BinaryIO) -> bytes | None:
     return source.read1(PIECE_BYTES)  # type: ignore[attr-defined]
 
 
-def text_pieces(
-    source: BinaryIO,
-    whole: bool,
-    longest: int = LONGEST_PIECE,
-    read: Callable[[BinaryIO], bytes | None] = read_some,
-) -> Iterator[str]:
-    """UTF-8 text from a pipe as it comes, cut where a line break stands between two visible characters.
+def text_pieces(texts: Iterable[str], cuts: "Cuts | None") -> Iterator[str]:
+    """A text that comes bit by bit in pieces, each as early as it is certain; without `cuts` as one."""
+    from swat_lm.data.cutting import Cutter
 
-    Byte-level tokens end there, so that neither the cuts nor the way the text arrives change them; without such a place
-    in `longest` characters it is cut anyway, always at the same one. `whole` reads to the end first, for tokenizers
-    that must see all. Where `read` gives None, the text ends there, maybe within a character. Raises ValueError for
-    what is not text.
+    cutter = Cutter(cuts, "the prompt", eager=True)
+    for text in texts:
+        yield from cutter.push(text)
+    yield from cutter.finish()
+
+
+def arriving(source: BinaryIO, read: Callable[[BinaryIO], bytes | None] = read_some) -> Iterator[str]:
+    """UTF-8 text from a pipe as it comes.
+
+    Where `read` gives None, the text ends there, maybe within a character. Raises ValueError for what is not text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    held, looked_at, at = "", 0, 0
+    at = 0
     while True:
         new = read(source)
         if new is None:
-            break
+            return
+        # of a character that has begun the decoder holds the first bytes
+        begun = len(decoder.getstate()[0])
         try:
-            held += decoder.decode(new, final=not new)
+            text = decoder.decode(new, final=not new)
         except UnicodeDecodeError as error:
-            raise ValueError(f"stdin is not UTF-8 text (byte {at + error.start})") from None
+            raise ValueError(f"stdin is not UTF-8 text (byte {at - begun + error.start})") from None
+        yield text
         at += len(new)
         if not new:
-            break
-        if whole:
-            continue
-        start = 0
-        while cut := piece_end(held, start, looked_at, longest):
-            yield held[start:cut]
-            start = looked_at = cut
-        held = held[start:]
-        looked_at = len(held)
-    if held:
-        yield held
-
-
-def piece_end(text: str, start: int, looked_at: int, longest: int) -> int:
-    """Where the piece that begins at `start` ends, 0 if that is still open; there is no cut before `looked_at`."""
-    from swat_lm.data.readers import SAFE_CUT
-
-    # the character after a cut must be there, hence one more; both before it belong to this piece
-    end = min(len(text), start + longest + 1)
-    cuts = [found.start() for found in SAFE_CUT.finditer(text, max(start + 2, looked_at), end)]
-    if cuts:
-        return cuts[-1]
-    return start + longest if end == start + longest + 1 else 0
+            return

@@ -8,21 +8,19 @@ import gzip
 import io
 import json
 import lzma
-import re
 import shutil
 import tempfile
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+from swat_lm.data.cutting import LONGEST, Cuts, Cutter
 from swat_lm.data.sources import DataError, HubSource, Source, SourceFile, naming
 
 BLOCK = 1 << 20
-# a line break between two visible characters: byte-level tokenizers give the same tokens when cut there
-SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 class Piece(NamedTuple):
@@ -34,12 +32,16 @@ class Piece(NamedTuple):
 
 
 def read_pieces(
-    source: Source, text_field: str, limit: int | None, on_bytes: Callable[[int], None] = lambda count: None
+    source: Source,
+    text_field: str,
+    cuts: Cuts | None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    longest: int = LONGEST,
 ) -> Iterator[Piece]:
-    """The non-empty documents of a source in order, cut into pieces of about `limit` characters (None: not cut).
+    """The non-empty documents of a source in order, cut into pieces of at most `longest` characters (see `Cutter`).
 
-    `on_bytes` is told, now and then, how many of `source.size` bytes have been read. Raises DataError for content that
-    is not what the suffix says, naming the file and the line, row or byte.
+    Without `cuts` every document is one piece. `on_bytes` is told, now and then, how many of `source.size` bytes have
+    been read. Raises DataError for content that is not what the suffix says, naming the file and the line, row or byte.
     """
     if isinstance(source, HubSource):
         texts = read_hub(source, text_field, on_bytes)
@@ -50,48 +52,36 @@ def read_pieces(
     elif source.kind == ".py":
         texts = iter([read_python(source, on_bytes)])
     else:
-        yield from read_text(source, limit, on_bytes)
+        yield from read_text(source, cuts, on_bytes, longest)
         return
+    name = str(source if isinstance(source, HubSource) else source.path)
     for text in texts:
-        yield from cut(text, limit)
+        yield from as_pieces(cut([text], Cutter(cuts, name, longest)))
 
 
-def cut(text: str, limit: int | None) -> Iterator[Piece]:
-    """Cut one document at line breaks where byte-level tokens end.
-
-    Without such a place in 8 times the limit it is cut anyway: nothing is lost, but the tokens around the cut may be
-    others than without it.
-    """
-    start, opens = 0, True
-    while limit is not None and len(text) - start > limit:
-        found = SAFE_CUT.search(text, start + limit, start + 8 * limit)
-        if found is None and len(text) - start <= 8 * limit:
-            break
-        end = found.start() if found else start + 8 * limit
-        yield Piece(text[start:end], opens)
-        start, opens = end, False
-    if start < len(text):
-        yield Piece(text[start:] if start else text, opens)
+def cut(texts: Iterable[str], cutter: Cutter) -> Iterator[str]:
+    """The pieces of one text that comes bit by bit."""
+    for text in texts:
+        yield from cutter.push(text)
+    yield from cutter.finish()
 
 
-def read_text(source: SourceFile, limit: int | None, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
+def as_pieces(texts: Iterable[str]) -> Iterator[Piece]:
+    """The pieces of one document."""
+    for number, text in enumerate(texts):
+        yield Piece(text, not number)
+
+
+def read_text(source: SourceFile, cuts: Cuts | None, on_bytes: Callable[[int], None], longest: int) -> Iterator[Piece]:
     """A text file as one document, read block by block.
 
-    Memory holds a few times `limit`, or the whole file if nothing may be cut: a tokenizer that is not byte-level may
-    normalise text, or put something before it, so that no cut is known to leave its tokens as they are.
+    Memory holds a few times `longest` characters, or the whole file if the tokenizer must see it whole.
     """
-    waiting, opens = "", True
-    blocks = decoded_blocks(source, on_bytes)
-    for text in ["".join(blocks)] if limit is None else blocks:
-        waiting += text
-        *complete, last = [*cut(waiting, limit)] or [Piece("", True)]
-        for piece in complete:
-            yield Piece(piece.text, opens)
-            opens = False
-        waiting = last.text
-    if waiting:
-        yield Piece(waiting, opens)
-    elif opens and source.named:
+    empty = True
+    for piece in as_pieces(cut(decoded_blocks(source, on_bytes), Cutter(cuts, str(source.path), longest))):
+        empty = False
+        yield piece
+    if empty and source.named:
         raise DataError(f"{source.path}: the file is empty")
 
 

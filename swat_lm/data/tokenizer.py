@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from swat_lm.data.cutting import BYTE_CUTS, Cuts, find_cuts
 from swat_lm.data.readers import read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
 from swat_lm.hub import hub_answers, is_path, nearest_name
@@ -187,7 +188,7 @@ def texts(sources: Iterable[str], text_field: str, progress: Callable[[int, int]
             nonlocal read
             read = count
 
-        for piece in read_pieces(source, text_field, 1 << 16, on_bytes):
+        for piece in read_pieces(source, text_field, BYTE_CUTS, on_bytes, 1 << 16):
             any_text = True
             yield piece.text
             if progress:
@@ -235,7 +236,7 @@ def known_specials(backend: "Backend") -> dict[str, str]:
 
 
 def is_byte_level(tokenizer_json: str) -> bool:
-    """Whether ids depend on the text's bytes only, so that text may be cut between words (no prefix space added)."""
+    """Whether tokens are strings of the text's bytes, with nothing normalised or put before."""
     content: dict[str, Any] = json.loads(tokenizer_json)
     steps = content.get("pre_tokenizer") or {}
     parts = [steps, *steps.get("pretokenizers", ())]
@@ -259,8 +260,8 @@ class TokenizerFacts:
     vocab_size: int
     bos: int | None
     eos: int | None
-    byte_level: bool
-    """Whether text may be cut between words without changing its tokens."""
+    cuts: Cuts | None
+    """Where text may be cut without changing its tokens; None if documents must be seen whole."""
     token_bytes: np.ndarray | None
     """See `token_bytes`."""
 
@@ -268,7 +269,7 @@ class TokenizerFacts:
 def byte_facts() -> TokenizerFacts:
     """Of the byte tokenizer, known without loading it."""
     counts = np.r_[np.ones(256, dtype=np.int64), np.zeros(3, dtype=np.int64)]
-    return TokenizerFacts(None, BYTES, 259, bos=256, eos=257, byte_level=True, token_bytes=counts)
+    return TokenizerFacts(None, BYTES, 259, bos=256, eos=257, cuts=BYTE_CUTS, token_bytes=counts)
 
 
 def tokenizer_facts(tokenizer: "PreTrainedTokenizerFast") -> TokenizerFacts:
@@ -280,7 +281,7 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerFast") -> TokenizerFacts:
     fingerprint = hashlib.sha256(f"{bos} {eos} {tokenizer_json}".encode()).hexdigest()
     counts = token_bytes(tokenizer)
     return TokenizerFacts(
-        tokenizer_json, fingerprint, vocabulary_size(tokenizer), bos, eos, is_byte_level(tokenizer_json), counts
+        tokenizer_json, fingerprint, vocabulary_size(tokenizer), bos, eos, find_cuts(tokenizer_json), counts
     )
 
 

@@ -6,15 +6,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from swat_lm.data.readers import Piece, cut, read_pieces
+from swat_lm.data.readers import Piece, read_pieces
 from swat_lm.data.sources import DataError, HubSource, SourceFile, hub_source, resolve_sources
 
 
-def read(*names: object, field: str = "text", limit: int | None = None) -> list[Piece]:
-    return [piece for source in resolve_sources(map(str, names)) for piece in read_pieces(source, field, limit)]
+def read(*names: object, field: str = "text") -> list[Piece]:
+    return [piece for source in resolve_sources(map(str, names)) for piece in read_pieces(source, field, None)]
 
 
 def texts(*names: object, **options) -> list[str]:
@@ -164,21 +162,3 @@ def test_hub_data_set_offline_says_so(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"hub:nobody/nothing:train: cannot load .* is set, so only data sets already"):
         texts("nobody/nothing")
-
-
-@given(st.text(alphabet="a \n\u00e9.", max_size=300), st.integers(1, 20))
-def test_cutting_loses_nothing(text, limit):
-    pieces = list(cut(text, limit))
-    assert "".join(piece.text for piece in pieces) == text
-    assert [piece.opens for piece in pieces] == [True, *[False] * (len(pieces) - 1)][: len(pieces)]
-    assert all(len(piece.text) <= 8 * limit for piece in pieces)
-
-
-@given(st.text(alphabet="a \n\u00e9.", max_size=300), st.integers(2, 20), st.integers(1, 7))
-def test_streamed_file_is_cut_like_the_whole_text(tmp_path_factory, text, limit, block):
-    path = tmp_path_factory.mktemp("streamed") / "a.txt"
-    path.write_bytes(text.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("swat_lm.data.readers.BLOCK", block)
-        sources = [SourceFile(path, 0, 0, named=False)]
-        assert [piece for source in sources for piece in read_pieces(source, "text", limit)] == list(cut(text, limit))
