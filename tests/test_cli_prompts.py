@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import signal
+import threading
+import time
 import types
 from itertools import chain
 from pathlib import Path
@@ -9,7 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers import processors
 
-from swat_lm.cli.generation import SavingInterruption, arriving, prompt_pieces
+from swat_lm.cli.generation import SavingInterruption, arriving, prompt_pieces, read_some
 from swat_lm.data.cutting import Cutter
 from swat_lm.data.tokenizer import EOS, wrap
 
@@ -91,10 +95,11 @@ class Arriving(io.BytesIO):
 
 def test_text_that_arrives_keeps_every_character():
     text = "na\u00efve \u20ac\n" * 5000 + "no end"
-    assert "".join(arriving(io.BufferedReader(io.BytesIO(text.encode()), 64))) == text
+    source = io.BufferedReader(io.BytesIO(text.encode()), 64)
+    assert "".join(arriving(lambda: read_some(source))) == text
     for bits in ([b"a\xe2", b"\x82", b"("], [b"a\xe2\x82("], [b"a", b"\xe2\x82"]):
         with pytest.raises(ValueError, match=r"stdin is not UTF-8 text \(byte 1\)"):
-            list(arriving(Arriving(bits)))
+            list(arriving(Arriving(bits).read1))
 
 
 def prompt_tokens(tokens, text: str | list[bytes], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
@@ -145,3 +150,27 @@ def test_a_prompt_is_not_closed_but_keeps_the_end_it_has(monkeypatch):
     closing = wrap(backend, eos_token=EOS)
     assert closing.encode("text") == [*plain.encode("text"), end]
     assert prompt_tokens(closing, "text", monkeypatch) == [plain.encode("text")]
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_long_text_that_is_tokenised_hears_an_interruption(monkeypatch, saving: bool):
+    tokens = wrap(trained("no regex", "some text"), eos_token=EOS)
+
+    def endless(*_: object, **__: object) -> list[int]:
+        time.sleep(60)
+        return [0]
+
+    monkeypatch.setattr(tokens, "encode", endless)
+    # sent to the process, as a terminal does
+    signals = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    signals.start()
+    with SavingInterruption(active=saving) as interruption:
+        pieces = prompt_pieces(tokens, "x" * (1 << 17), True, interruption)
+        if saving:
+            assert list(pieces) == []
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                list(pieces)
+    assert interruption.requested == saving
+    assert time.monotonic() - began < 10

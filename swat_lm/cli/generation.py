@@ -5,9 +5,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self, TypeVar
 
 import typer
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 PIECE_BYTES = 1 << 16
+# characters that may take longer to tokenise than anybody waits after Ctrl-C
+LONG_TEXT = 1 << 16
+Result = TypeVar("Result")
 
 
 def generate(
@@ -165,13 +170,13 @@ def save(model: "SwatForCausalLM", state: "StreamState", logits: "Tensor", last:
 class SavingInterruption:
     """While entered and active, a first Ctrl-C sets `requested`, so that the state can be saved; a second one kills.
 
-    Where a pipe is waited for (`reading`), the wait ends at once.
+    Where something is waited for (`waiting`), the wait ends at once.
     """
 
     def __init__(self, active: bool = True) -> None:
         self.requested = False
         self._active = active and threading.current_thread() is threading.main_thread()
-        self._reading = False
+        self._waiting = False
         self._previous: Any = None
 
     def __enter__(self) -> Self:
@@ -183,22 +188,22 @@ class SavingInterruption:
         if self._active:
             signal.signal(signal.SIGINT, self._previous)
 
-    def read(self, source: BinaryIO) -> bytes | None:
-        """What has come of a pipe, b"" at its end; None once an interruption is requested."""
+    def waiting(self, call: Callable[[], Result]) -> Result | None:
+        """What a call gives that an interruption may end; None once one is requested."""
         if not self._active:
-            return read_some(source)
+            return call()
         try:
-            self._reading = True
-            return None if self.requested else read_some(source)
+            self._waiting = True
+            return None if self.requested else call()
         except KeyboardInterrupt:
             return None
         finally:
-            self._reading = False
+            self._waiting = False
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._reading:
+        if self._waiting:
             raise KeyboardInterrupt
 
 
@@ -249,10 +254,14 @@ def prompt_pieces(
     cuts = find_cuts(tokens.backend_tokenizer.to_str())
     if prompt == "-" and cuts is None:
         messages().print("note: this tokenizer must see a text whole: the prompt is read to its end first")
-    texts = text_pieces(arriving(sys.stdin.buffer, interruption.read) if prompt == "-" else [prompt], cuts)
+    piped = arriving(lambda: interruption.waiting(partial(read_some, sys.stdin.buffer)))
     end, first, any_text = end_token(tokens), fresh, False
-    for text in texts:
-        ids = tokens.encode(text, add_special_tokens=first)
+    for text in text_pieces(piped if prompt == "-" else [prompt], cuts):
+        call = partial(tokens.encode, text, add_special_tokens=first)
+        # what was read before an interruption still counts, and a short text is quicker than a thread
+        ids = call() if interruption.requested or len(text) < LONG_TEXT else interruption.waiting(partial(heard, call))
+        if ids is None:
+            return
         if first and closes(tokens, end):
             # this text goes on
             ids = ids[:-1]
@@ -261,6 +270,13 @@ def prompt_pieces(
     if fresh and not any_text and end is not None and not interruption.requested:
         # between documents stands the end token, so it also begins one
         yield [end]
+
+
+def heard(call: Callable[[], Result]) -> Result:
+    """A long call of a library that would not hear Ctrl-C: it runs in a thread, and this one waits and does."""
+    # its threads end with the process, and leaving it does not wait for them
+    with ThreadPool(1) as pool:
+        return pool.apply_async(call).get()
 
 
 def closes(tokens: "PreTrainedTokenizerFast", end: int | None) -> bool:
@@ -289,15 +305,15 @@ def text_pieces(texts: Iterable[str], cuts: "Cuts | None") -> Iterator[str]:
     yield from cutter.finish()
 
 
-def arriving(source: BinaryIO, read: Callable[[BinaryIO], bytes | None] = read_some) -> Iterator[str]:
-    """UTF-8 text from a pipe as it comes.
+def arriving(read: Callable[[], bytes | None]) -> Iterator[str]:
+    """UTF-8 text from a pipe as it comes, b"" at its end.
 
     Where `read` gives None, the text ends there, maybe within a character. Raises ValueError for what is not text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = 0
     while True:
-        new = read(source)
+        new = read()
         if new is None:
             return
         # of a character that has begun the decoder holds the first bytes
