@@ -1,5 +1,6 @@
 import gzip
 import json
+import logging
 import lzma
 from pathlib import Path
 
@@ -41,6 +42,53 @@ def test_folder_is_read_whole_sorted_without_hidden_or_empty_files(tmp_path):
     expected += ["f\u00fcnf", "sechs"] * 2 + ["seven"]
     assert texts(tmp_path) == expected
     assert all(piece.opens for piece in read(tmp_path))
+
+
+def test_links_are_followed_once_and_what_is_left_out_is_named(tmp_path, caplog):
+    data, outside = tmp_path / "data", tmp_path / "outside"
+    for name in ("a.txt", "b.txt", "own/c.txt", ".hidden/x.txt"):
+        make(data / name, name.encode())
+    for name in ("1.txt", "deep/2.txt", ".hidden.txt", "deep/3.txt", "4.png"):
+        make(outside / name, name.encode())
+    links = {
+        "data/more": "../outside", "data/twice": "../outside", "data/Own": "own", "data/.dots": "../outside",
+        "data/one.txt": "../outside/4.png", "data/same.txt": "b.txt", "data/own/up": "..", "data/own/top": "../..",
+        "data/gone": "nowhere", "data/gone.txt": "nowhere.txt", "data/round": "round", "outside/inner": "deep",
+        "outside/deep/back": "../../data", "data/more-deep": "../outside/deep",
+    }  # fmt: skip
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    with caplog.at_level(logging.WARNING):
+        found = [str(one.path.relative_to(data)) for one in resolve_sources([str(data)]) if isinstance(one, SourceFile)]
+    assert found == ["a.txt", "b.txt", "more/1.txt", "more/deep/2.txt", "more/deep/3.txt", "one.txt", "own/c.txt"]
+    assert texts(data) == ["a.txt", "b.txt", "1.txt", "deep/2.txt", "deep/3.txt", "4.png", "own/c.txt"]
+    said = {one.partition(" is left out: ")[0]: one.partition(" is left out: ")[2] for one in caplog.messages}
+    said = {str(Path(path).relative_to(data)): what.replace(str(tmp_path), "") for path, what in said.items()}
+    assert said == {
+        "Own": "a link to /data/own, which is read under that name",
+        "twice": "a link to /data/more, which is read under that name",
+        "more-deep": "a link to /data/more/deep, which is read under that name",
+        "more/inner": "a link to /data/more/deep, which is read under that name",
+        "more/deep/back": "a link to /data, which is read under that name",
+        "same.txt": "a link to /data/b.txt, which is read under that name",
+        "own/up": "a link to /data, a folder around it",
+        "own/top": "a link to , a folder around it",
+        "gone": "a link that leads nowhere (to nowhere)",
+        "gone.txt": "a link that leads nowhere (to nowhere.txt)",
+        "round": "a link that leads nowhere (to round)",
+    }
+
+
+def test_a_folder_that_is_a_link_or_holds_nothing_but_links_is_read(tmp_path):
+    make(tmp_path / "real" / "a.txt", b"one")
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "holder").mkdir()
+    (tmp_path / "holder" / "inner").symlink_to("../link")
+    assert texts(tmp_path / "link") == texts(tmp_path / "holder") == ["one"]
+    # two links, the first of which leads to a part of what the second leads to
+    make(tmp_path / "real" / "part" / "b.txt", b"two")
+    (tmp_path / "holder" / "first").symlink_to("../real/part")
+    assert sorted(texts(tmp_path / "holder")) == ["one", "two"]
 
 
 def test_identity_changes_with_the_file(tmp_path):
