@@ -4,21 +4,26 @@ A .txt .md .py file is one document; a .jsonl, .parquet or hub row is one docume
 that a UTF-8 byte order mark at a file's start is dropped.
 """
 
+import codecs
 import gzip
 import io
 import json
 import lzma
 import shutil
+import sys
 import tempfile
 import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 from swat_lm.data.cutting import LONGEST, Cuts, Cutter
 from swat_lm.data.sources import DataError, HubSource, Source, SourceFile, naming
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 BLOCK = 1 << 20
 
@@ -128,29 +133,33 @@ def read_python(source: SourceFile, on_bytes: Callable[[int], None]) -> str:
 
 def read_jsonl(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     """The text field of each line."""
-    for place, row in read_rows(source, f"a JSON object with field {field!r}", on_bytes):
+    for place, row in read_rows(source, f"a JSON object with field {field!r}", on_bytes, field):
         if field not in row:
             raise missing_field(place, field, list(row))
         yield checked_text(row[field], place, field)
 
 
 def read_rows(
-    source: SourceFile, expected: str = "a JSON object", on_bytes: Callable[[int], None] = lambda count: None
+    source: SourceFile,
+    expected: str = "a JSON object",
+    on_bytes: Callable[[int], None] = lambda count: None,
+    once: str | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line of a .jsonl file with its place, `path:line`; `expected` says in errors what a line should be."""
+    """Each line of a .jsonl file with its place, `path:line`.
+
+    `expected` says in errors what a line should be; the field `once` must not be there twice.
+    """
     rows = 0
     with opened(source, on_bytes) as stream:
         for number, line in enumerate(stream, 1):
+            if number == 1:
+                check_mark(source, line)
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             rows += 1
             place = f"{source.path}:{number}"
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8 text (byte {error.start} of the line)") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not a JSON object: {error.msg} at column {error.colno}") from None
+            row = parsed_line(line, place, once)
             if not isinstance(row, dict):
                 raise DataError(f"{place}: expected {expected}; got {type(row).__name__}")
             yield place, row
@@ -158,10 +167,41 @@ def read_rows(
         raise DataError(f"{source.path}: the file is empty")
 
 
+def parsed_line(line: bytes, place: str, once: str | None) -> Any:
+    """The value of one line of JSON; DataError that names the place."""
+    twice: dict[str, Any] | None = None
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal twice
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            # objects end from the inside out: the last one seen is the row itself
+            twice = row if [name for name, _ in pairs].count(once or "") > 1 else None
+        return row
+
+    if (zero := line.find(0)) >= 0:
+        raise DataError(f"{place}: a zero byte (byte {zero} of the line): not UTF-8 text, or a binary file")
+    try:
+        # bytes would be taken for UTF-16 or UTF-32 where they look like it
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=as_object)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 text (byte {error.start} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not a JSON object: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise DataError(f"{place}: nested too deeply to be read; leave the field that is out of the file") from None
+    except ValueError:
+        # nothing else is converted while parsing
+        digits = sys.get_int_max_str_digits()
+        raise DataError(f"{place}: a number of more than {digits:,} digits; write it as text") from None
+    if twice is not None and twice is row:
+        raise DataError(f"{place}: field {once!r} is there twice")
+    return row
+
+
 def read_parquet(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     """The text column, some rows at a time."""
     import pyarrow
-    import pyarrow.parquet
 
     with opened(source, on_bytes) as stream, tempfile.TemporaryFile() as plain:
         seekable = stream
@@ -169,21 +209,34 @@ def read_parquet(source: SourceFile, field: str, on_bytes: Callable[[int], None]
             shutil.copyfileobj(stream, plain, BLOCK)
             seekable = plain
         try:
-            table = pyarrow.parquet.ParquetFile(seekable)
-            if field not in table.schema_arrow.names:
-                raise missing_field(str(source.path), field, table.schema_arrow.names)
-            row = 0
+            table, row = table_with(source, seekable, field), 0
             for batch in table.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield checked_text(value, f"{source.path}, row {row}", field)
+                for value in batch.column(0):
+                    yield checked_value(value.as_py, f"{source.path}, row {row}", field)
                     row += 1
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             raise DataError(f"{source.path}: not a readable parquet file: {reason}") from error
     if not row and source.named:
         raise DataError(f"{source.path}: the file holds no rows")
+
+
+def table_with(source: SourceFile, stream: IO[bytes], field: str) -> "ParquetFile":
+    """An opened parquet file that has one column of this name."""
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        table = ParquetFile(stream)
+        names = table.schema_arrow.names
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source.path}: the name of a column is not UTF-8 text: {error.object!r}") from None
+    if field not in names:
+        raise missing_field(str(source.path), field, names)
+    if names.count(field) > 1:
+        raise DataError(f"{source.path}: {names.count(field)} columns are called {field!r}")
+    return table
 
 
 def read_hub(source: HubSource, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
@@ -191,11 +244,21 @@ def read_hub(source: HubSource, field: str, on_bytes: Callable[[int], None]) -> 
     dataset, row = source.dataset, 0
     if field not in dataset.column_names:
         raise missing_field(str(source), field, dataset.column_names)
-    for batch in dataset.select_columns([field]).iter(256):
+    column = dataset.select_columns([field]).with_format("arrow")
+    for batch in column.iter(256):
         for value in batch[field]:
-            yield checked_text(value, f"{source}, row {row}", field)
+            yield checked_value(value.as_py, f"{source}, row {row}", field)
             row += 1
         on_bytes(source.size * row // dataset.num_rows)
+
+
+def checked_value(read: Callable[[], Any], place: str, field: str) -> str:
+    """The value of a table, which may hold bytes where it says text."""
+    try:
+        value = read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: field {field!r} is not UTF-8 text (byte {error.start} of its text)") from None
+    return checked_text(value, place, field)
 
 
 def checked_text(value: Any, place: str, field: str) -> str:
@@ -215,16 +278,21 @@ def checked_text(value: Any, place: str, field: str) -> str:
 
 def missing_field(place: str, field: str, found: list[str]) -> DataError:
     """The error for a row or table without the text field."""
-    return DataError(
-        f"{place}: no field {field!r}; it has {', '.join(map(str, found)) or 'none'} "
-        "(set data.text_field or --text-field)"
-    )
+    # names may hold what no terminal can show
+    names = ", ".join(str(name).encode("utf-8", "backslashreplace").decode() for name in found)
+    return DataError(f"{place}: no field {field!r}; it has {names or 'none'} (set data.text_field or --text-field)")
+
+
+def check_mark(source: SourceFile, beginning: bytes) -> None:
+    """Refuse text that begins with UTF-16's byte order mark."""
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{source.path}: UTF-16 text; convert it to UTF-8 (iconv -f utf-16 -t utf-8)")
 
 
 def check_text(source: SourceFile, block: bytes, offset: int) -> None:
     """Refuse binary content."""
-    if offset == 0 and block.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{source.path}: UTF-16 text; convert it to UTF-8 (iconv -f utf-16 -t utf-8)")
+    if offset == 0:
+        check_mark(source, block)
     if (place := block.find(0)) >= 0:
         raise DataError(f"{source.path}: a binary file (zero byte at byte {offset + place}); expected UTF-8 text")
 

@@ -131,6 +131,15 @@ def test_standard_library_is_there_and_decodes():
         ("a.jsonl", b'{"text": 3}\n', ["a.jsonl:1", "must be text; got int"]),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', ["a.jsonl:1", "surrogate", "character 1"]),
         ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl:1", "UTF-8"]),
+        ("a.jsonl", b'{"text": "a", "x": ' + b"[" * 3000 + b"]" * 3000 + b"}\n", ["a.jsonl:1", "nested too deeply"]),
+        ("a.jsonl", b'\n{"text": "a", "x": {"y": ' + b"1" * 5000 + b"}}\n", ["a.jsonl:2", "more than 4,300 digits"]),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n', ["a.jsonl:1", "field 'text' is there twice"]),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), ["a.jsonl: UTF-16", "iconv"]),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-32-be"), ["a.jsonl:1", "zero byte"]),
+        ("a.jsonl", b'{"text": "a"}\n\xef\xbb\xbf{"text": "a"}\n', ["a.jsonl:2", "BOM"]),
+        ("a.jsonl", b'{"\\ud800": 1}\n', ["a.jsonl:1", "it has \\ud800"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b', ["a.jsonl:2", "Unterminated string"]),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xc3', ["a.jsonl:2", "not UTF-8 text (byte 10 of the line)"]),
         ("a.parquet", b"nonsense, and long enough", ["a.parquet", "not a readable parquet"]),
         ("a.doc", b"x", ["a.doc", "unknown kind", ".jsonl"]),
         ("a.gz", b"x", ["a.gz", "unknown kind"]),
@@ -142,6 +151,33 @@ def test_bad_content_is_named(tmp_path, name, content, parts):
         read(path)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_what_json_allows_is_read(tmp_path):
+    rows = [
+        b'\xef\xbb\xbf{"text": "a", "x": NaN, "y": -Infinity, "z": "\\ud800"}', b"  ", b'{"text": "\\ud83d\\ude00"}',
+        b'{"x": 1, "x": 2, "text": "c", "y": {"text": 1, "text": 2}}', b'{"text": "end"}',
+    ]  # fmt: skip
+    assert texts(make(tmp_path / "a.jsonl", b"\n".join(rows))) == ["a", "\U0001f600", "c", "end"]
+
+
+def test_bad_text_in_a_table_is_named_with_its_row(tmp_path):
+    whole = pyarrow.array([b"ok"] * 400 + [b"ab\xff"] + [b"ok"] * 99, pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(500, *whole.buffers()[1:])
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), path, row_group_size=150)
+    with pytest.raises(DataError, match=r"a\.parquet, row 400: field 'text' is not UTF-8 text \(byte 2 of its text\)"):
+        texts(path)
+    for values, reason in (([b"a"], "must be text; got bytes"), (["a", None], "row 1: .* must be text; got null")):
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
+        with pytest.raises(DataError, match=reason):
+            texts(path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"a\.parquet: 2 columns are called 'text'"):
+        texts(path)
+    path.write_bytes(path.read_bytes().replace(b"text", b"te\xfft"))
+    with pytest.raises(DataError, match=r"a\.parquet: the name of a column is not UTF-8 text"):
+        texts(path)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
