@@ -101,7 +101,7 @@ def decoded_blocks(source: SourceFile, on_bytes: Callable[[int], None]) -> Itera
                 text, carried = block.decode("utf-8"), b""
             except UnicodeDecodeError as error:
                 if error.end < len(block) or error.reason != "unexpected end of data":
-                    raise not_utf8(source, offset, error) from None
+                    raise not_text_of("utf-8", source, offset, error) from None
                 text, carried = block[: error.start].decode("utf-8"), block[error.start :]
             yield text.removeprefix("\ufeff") if offset == 0 else text
             offset += len(block) - len(carried)
@@ -116,19 +116,43 @@ def read_python(source: SourceFile, on_bytes: Callable[[int], None]) -> str:
     if not content and source.named:
         raise DataError(f"{source.path}: the file is empty")
     check_text(source, content, 0)
+    declared = declared_encoding(content.removeprefix(codecs.BOM_UTF8).decode("latin-1"))
+    encoding, reason = "utf-8", None
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise not_utf8(source, 0, error) from None
     except SyntaxError as error:
-        # detect_encoding's way to say that the declared encoding does not exist, or that undeclared UTF-8 is not UTF-8
-        reason = error.msg
+        # its way to say that the declared encoding does not exist, or that undeclared UTF-8 is not UTF-8
+        is_marked = content.startswith(codecs.BOM_UTF8)
+        reason = "it begins with the byte order mark of UTF-8" if is_marked else error.msg
     try:
-        content.decode("utf-8")
+        text = content.decode(encoding)
+        text.encode("utf-8")
     except UnicodeDecodeError as error:
-        raise not_utf8(source, 0, error) from None
-    raise DataError(f"{source.path}: {reason}")
+        name = encoding if reason else declared or encoding
+        # a byte order mark is not among the bytes that the error counts
+        raise not_text_of(name, source, len(content) - len(error.object), error) from None
+    except UnicodeEncodeError as error:
+        reason = f"half a surrogate pair at character {error.start}"
+    except UnicodeError as error:
+        # what some encodings raise for bytes that are not theirs
+        reason = str(error)
+    except LookupError:
+        reason = "it is known, but not an encoding of text"
+    else:
+        if reason is None:
+            if declared_encoding(text) == declared:
+                return text
+            reason = "the declaration itself reads otherwise in it"
+    raise DataError(
+        f"{source.path}: declares the encoding {(declared or encoding)[:40]}, in which it cannot be read "
+        f"({reason[:200]}); convert it to UTF-8 and declare that, or nothing"
+    )
+
+
+def declared_encoding(text: str) -> str | None:
+    """The encoding that the first two lines of a Python source declare, if any."""
+    found = map(tokenize.cookie_re.match, text.split("\n", 2)[:2])
+    return next((one[1] for one in found if one), None)
 
 
 def read_jsonl(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
@@ -297,11 +321,11 @@ def check_text(source: SourceFile, block: bytes, offset: int) -> None:
         raise DataError(f"{source.path}: a binary file (zero byte at byte {offset + place}); expected UTF-8 text")
 
 
-def not_utf8(source: SourceFile, offset: int, error: UnicodeDecodeError) -> DataError:
-    """The error for bytes that are not UTF-8."""
+def not_text_of(encoding: str, source: SourceFile, offset: int, error: UnicodeDecodeError) -> DataError:
+    """The error for bytes that are not of this encoding."""
     value = error.object[error.start]
     place = offset + error.start
-    return DataError(f"{source.path}: not {error.encoding.upper()} text: byte 0x{value:02x} at byte {place}")
+    return DataError(f"{source.path}: not {encoding.upper()[:40]} text: byte 0x{value:02x} at byte {place}")
 
 
 @contextmanager

@@ -124,6 +124,25 @@ def test_standard_library_is_there_and_decodes():
         ("a.txt", "text".encode("utf-16"), ["UTF-16", "iconv"]),
         ("a.py", b"x = '\xff'", ["a.py", "UTF-8", "byte 5"]),
         ("a.py", b"# coding: nonsense\n", ["a.py", "unknown encoding"]),
+        *[
+            ("a.py", f"# coding: {name}\nx = 'plain'\n".encode(), ["a.py: declares the encoding", name, reason])
+            for name, reason in (
+                ("rot13", "not an encoding of text"),
+                ("hex", "not an encoding of text"),
+                ("base64", "not an encoding of text"),
+                ("zlib", "not an encoding of text"),
+                ("punycode", "Invalid extended code point"),
+                ("undefined", "undefined encoding"),
+                ("cp037", "the declaration itself reads otherwise"),
+            )
+        ],
+        ("a.py", b"# coding: unicode_escape\n'\\x'\n", ["a.py: not UNICODE_ESCAPE text", "byte 26"]),
+        ("a.py", b"# coding: raw_unicode_escape\n'\\ud800'\n", ["a.py", "raw_unicode_escape", "half a surrogate pair"]),
+        ("a.py", b"# coding: utf-7\n'+2AA-'\n", ["a.py", "utf-7", "half a surrogate pair"]),
+        ("a.py", b"# coding: cp1252\n'\x81'\n", ["a.py: not CP1252 text: byte 0x81 at byte 18"]),
+        ("a.py", b"\xef\xbb\xbfx = '\xff'", ["a.py: not UTF-8", "byte 0xff at byte 8"]),
+        ("a.py", b"\xef\xbb\xbf# coding: latin-1\n", ["a.py", "latin-1", "begins with the byte order mark of UTF-8"]),
+        ("a.py", b"# coding: hex\nx = '\x00'\n", ["a.py", "binary", "byte 19"]),
         ("a.jsonl", b'{"text": "a"}\n{"body": 1, "id": 2}\n', ["a.jsonl:2", "'text'", "body, id", "data.text_field"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl:2", "not a JSON object"]),
         ("a.jsonl", b"[1]\n", ["a.jsonl:1", "list"]),
@@ -151,6 +170,19 @@ def test_bad_content_is_named(tmp_path, name, content, parts):
         read(path)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_other_encodings_of_text_are_read(tmp_path):
+    for name, content, expected in (
+        ("koi8-r", "\u0436".encode("koi8-r"), "\u0436"),
+        ("utf-7", b"+BDY-", "\u0436"),
+        ("unicode_escape", b"\\u0436", "\u0436"),
+        ("utf-8", "\u0436".encode(), "\u0436"),
+    ):
+        path = make(tmp_path / "a.py", f"#!python\n# vim: set fileencoding={name} :\n".encode() + content)
+        assert texts(path)[0].endswith(f":\n{expected}")
+    assert texts(make(path, b"\xef\xbb\xbf# coding: utf-8\nx")) == ["# coding: utf-8\nx"]
+    assert texts(make(path, b"x = 1\ny = 2\n# coding: hex\n")) == ["x = 1\ny = 2\n# coding: hex\n"]
 
 
 def test_what_json_allows_is_read(tmp_path):
