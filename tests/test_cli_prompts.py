@@ -2,13 +2,22 @@
 
 import io
 import json
+import os
+import signal
+import threading
+import time
+import types
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
-from swat_lm.cli.generation import text_pieces
-from swat_lm.data import load_tokenizer
+from swat_lm.cli.generation import SavingInterruption, arriving, prompt_pieces, read_some
+from swat_lm.data.cutting import Cutter
+from swat_lm.data.tokenizer import EOS, wrap
 
+from .data.trained import trained
 from .test_cli import files_of
 
 
@@ -84,46 +93,84 @@ class Arriving(io.BytesIO):
         return self.left.pop(0) if self.left else b""
 
 
-def test_text_pieces_keep_every_character():
+def test_text_that_arrives_keeps_every_character():
     text = "na\u00efve \u20ac\n" * 5000 + "no end"
     source = io.BufferedReader(io.BytesIO(text.encode()), 64)
-    pieces = list(text_pieces(source, whole=False))
-    assert "".join(pieces) == text
-    assert all(piece.endswith("\n") for piece in pieces[:-1])
-    assert len(pieces) > 1
-    assert max(map(len, pieces)) <= 1 << 17
-    assert list(text_pieces(io.BufferedReader(io.BytesIO(b"a\nb")), whole=True)) == ["a\nb"]
+    assert "".join(arriving(lambda: read_some(source))) == text
+    for bits in ([b"a\xe2", b"\x82", b"("], [b"a\xe2\x82("], [b"a", b"\xe2\x82"]):
+        with pytest.raises(ValueError, match=r"stdin is not UTF-8 text \(byte 1\)"):
+            list(arriving(Arriving(bits).read1))
 
 
-def test_how_a_prompt_arrives_does_not_change_its_pieces_without_line_breaks():
-    text = ("x" * 37 + "\n\n" + "y" * 12 + "\nz z\n  w") * 40
-    cut = {}
-    for size in (1, 7, 50, len(text)):
-        arriving = Arriving([text[at : at + size].encode() for at in range(0, len(text), size)])
-        pieces = list(text_pieces(arriving, whole=False, longest=10))
-        assert "".join(pieces) == text
-        assert max(map(len, pieces)) <= 10
-        at = 0
-        forced = []
-        for piece in pieces[:-1]:
-            at += len(piece)
-            if not (text[at - 1] == "\n" and text[at - 2].strip() and text[at].strip()):
-                forced.append(at)
-        cut[size] = forced
-    assert cut[1]
-    assert cut[1] == cut[7] == cut[50] == cut[len(text)]
+def prompt_tokens(tokens, text: str | list[bytes], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The token ids of a prompt given whole or, as bytes, by a pipe."""
+    with SavingInterruption(active=False) as interruption:
+        if isinstance(text, str):
+            return list(prompt_pieces(tokens, text, True, interruption))
+        monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=Arriving(text)))
+        return list(prompt_pieces(tokens, "-", True, interruption))
 
 
-def test_how_a_prompt_arrives_does_not_change_its_tokens(cli, here: Path):
-    (here / "code.py").write_text(
-        "def f(x):\n    if x:\n        return 1\n\n    return 2\n\n\nclass A:\n    y = 1\n" * 9
-    )
-    assert cli("tokenizer", "code.py", "--vocab-size", 320, "--out", "made").code == 0
-    tokens = load_tokenizer("made")
-    text = (here / "code.py").read_text()
-    expected = tokens.encode(text, add_special_tokens=False)
-    lines = [line.encode() for line in text.splitlines(keepends=True)]
-    for arriving in (lines, [text.encode()], [bytes([one]) for one in text.encode()]):
-        pieces = list(text_pieces(Arriving(arriving), whole=False))
-        assert [token for piece in pieces for token in tokens.encode(piece, add_special_tokens=False)] == expected
-    assert len(list(text_pieces(Arriving(lines), whole=False))) == 9
+def test_how_a_prompt_arrives_does_not_change_its_tokens(monkeypatch, capfd):
+    text = "".join(f"/api/v1/items/{number}: ok.\n" for number in range(30)) + "the end<|eos|>"
+    for form, is_cut in (("ByteLevel", True), ("o200k", True), ("no regex", False), ("Metaspace", False)):
+        tokens = wrap(trained(form, text), eos_token=EOS)
+        whole = tokens.encode(text)
+        assert whole[-1] == tokens.eos_token_id
+        lines = [line.encode() for line in text.splitlines(keepends=True)]
+        bits = [bytes([one]) for one in text.encode()]
+        capfd.readouterr()
+        most = 0
+        for given in (text, [text.encode()], lines, bits):
+            pieces = prompt_tokens(tokens, given, monkeypatch)
+            assert [*chain(*pieces)] == whole, (form, given)
+            most = max(most, len(pieces))
+        assert (most > 1) == is_cut
+        said = "this tokenizer must see a text whole: the prompt is read to its end first" in capfd.readouterr().err
+        assert said != is_cut
+
+
+def test_a_long_prompt_without_a_place_to_cut_is_cut_alike_however_it_arrives(monkeypatch):
+    monkeypatch.setattr(Cutter.__init__, "__defaults__", (50, False))
+    tokens = wrap(trained("ByteLevel", "ACGTACCGT" * 40), eos_token=EOS)
+    text = "ACCGTACG" * 30 + "\nx\n" + "TTAC" * 30
+    expected = prompt_tokens(tokens, text, monkeypatch)
+    assert max(map(len, expected)) <= 50
+    for size in (1, 7, 60):
+        bits = [text[at : at + size].encode() for at in range(0, len(text), size)]
+        assert [*chain(*prompt_tokens(tokens, bits, monkeypatch))] == [*chain(*expected)]
+
+
+def test_a_prompt_is_not_closed_but_keeps_the_end_it_has(monkeypatch):
+    backend = trained("ByteLevel", "some text")
+    plain = wrap(backend, eos_token=EOS)
+    (end,) = plain.encode(EOS)
+    assert prompt_tokens(plain, "text" + EOS, monkeypatch) == [[*plain.encode("text"), end]]
+    backend.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, end)])
+    closing = wrap(backend, eos_token=EOS)
+    assert closing.encode("text") == [*plain.encode("text"), end]
+    assert prompt_tokens(closing, "text", monkeypatch) == [plain.encode("text")]
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_long_text_that_is_tokenised_hears_an_interruption(monkeypatch, saving: bool):
+    tokens = wrap(trained("no regex", "some text"), eos_token=EOS)
+
+    def endless(*_: object, **__: object) -> list[int]:
+        time.sleep(60)
+        return [0]
+
+    monkeypatch.setattr(tokens, "encode", endless)
+    # sent to the process, as a terminal does
+    signals = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    signals.start()
+    with SavingInterruption(active=saving) as interruption:
+        pieces = prompt_pieces(tokens, "x" * (1 << 17), True, interruption)
+        if saving:
+            assert list(pieces) == []
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                list(pieces)
+    assert interruption.requested == saving
+    assert time.monotonic() - began < 10

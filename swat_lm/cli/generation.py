@@ -5,9 +5,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self, TypeVar
 
 import typer
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
     from transformers import PreTrainedTokenizerFast
 
+    from swat_lm.data.cutting import Cuts
     from swat_lm.model.modeling import SwatForCausalLM
     from swat_lm.model.state import StreamState
     from swat_lm.serve.sampling import Sampling
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 PIECE_BYTES = 1 << 16
-# more than a command line can carry in one argument (128 KiB on Linux), so that a pipe equals --prompt there
-LONGEST_PIECE = 1 << 18
+# characters that may take longer to tokenise than anybody waits after Ctrl-C
+LONG_TEXT = 1 << 16
+Result = TypeVar("Result")
 
 
 def generate(
@@ -166,13 +170,13 @@ def save(model: "SwatForCausalLM", state: "StreamState", logits: "Tensor", last:
 class SavingInterruption:
     """While entered and active, a first Ctrl-C sets `requested`, so that the state can be saved; a second one kills.
 
-    Where a pipe is waited for (`reading`), the wait ends at once.
+    Where something is waited for (`waiting`), the wait ends at once.
     """
 
     def __init__(self, active: bool = True) -> None:
         self.requested = False
         self._active = active and threading.current_thread() is threading.main_thread()
-        self._reading = False
+        self._waiting = False
         self._previous: Any = None
 
     def __enter__(self) -> Self:
@@ -184,22 +188,22 @@ class SavingInterruption:
         if self._active:
             signal.signal(signal.SIGINT, self._previous)
 
-    def read(self, source: BinaryIO) -> bytes | None:
-        """What has come of a pipe, b"" at its end; None once an interruption is requested."""
+    def waiting(self, call: Callable[[], Result]) -> Result | None:
+        """What a call gives that an interruption may end; None once one is requested."""
         if not self._active:
-            return read_some(source)
+            return call()
         try:
-            self._reading = True
-            return None if self.requested else read_some(source)
+            self._waiting = True
+            return None if self.requested else call()
         except KeyboardInterrupt:
             return None
         finally:
-            self._reading = False
+            self._waiting = False
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._reading:
+        if self._waiting:
             raise KeyboardInterrupt
 
 
@@ -241,16 +245,25 @@ def in_chunks(pieces: Iterable[list[int]], size: int, interruption: SavingInterr
 def prompt_pieces(
     tokens: "PreTrainedTokenizerFast", prompt: str, fresh: bool, interruption: SavingInterruption
 ) -> Iterator[list[int]]:
-    """Token ids of the prompt, piece by piece; an empty prompt of a fresh stream is the start of a new text."""
-    if prompt == "-":
-        texts = text_pieces(sys.stdin.buffer, whole=not pieces_are_exact(tokens), read=interruption.read)
-    else:
-        texts = iter([prompt] if prompt else [])
+    """Token ids of the prompt, piece by piece; an empty prompt of a fresh stream is the start of a new text.
+
+    The pieces are cut where the tokenizer leaves the tokens as they are, so they do not depend on how the text comes.
+    """
+    from swat_lm.data.cutting import find_cuts
+
+    cuts = find_cuts(tokens.backend_tokenizer.to_str())
+    if prompt == "-" and cuts is None:
+        messages().print("note: this tokenizer must see a text whole: the prompt is read to its end first")
+    piped = arriving(lambda: interruption.waiting(partial(read_some, sys.stdin.buffer)))
     end, first, any_text = end_token(tokens), fresh, False
-    for text in texts:
-        ids = tokens.encode(text, add_special_tokens=first)
-        if first and len(ids) > 1 and ids[-1] == end:
-            # some tokenizers close what they encode; this text goes on
+    for text in text_pieces(piped if prompt == "-" else [prompt], cuts):
+        call = partial(tokens.encode, text, add_special_tokens=first)
+        # what was read before an interruption still counts, and a short text is quicker than a thread
+        ids = call() if interruption.requested or len(text) < LONG_TEXT else interruption.waiting(partial(heard, call))
+        if ids is None:
+            return
+        if first and closes(tokens, end):
+            # this text goes on
             ids = ids[:-1]
         any_text, first = any_text or bool(ids), False
         yield ids
@@ -259,16 +272,22 @@ def prompt_pieces(
         yield [end]
 
 
+def heard(call: Callable[[], Result]) -> Result:
+    """A long call of a library that would not hear Ctrl-C: it runs in a thread, and this one waits and does."""
+    # its threads end with the process, and leaving it does not wait for them
+    with ThreadPool(1) as pool:
+        return pool.apply_async(call).get()
+
+
+def closes(tokens: "PreTrainedTokenizerFast", end: int | None) -> bool:
+    """Whether a tokenizer puts the end token behind what it encodes."""
+    plain, whole = (tokens.encode("a", add_special_tokens=added) for added in (False, True))
+    return whole[-1:] == [end] != plain[-1:]
+
+
 def end_token(tokens: "PreTrainedTokenizerFast") -> int | None:
     """The id of the end-of-text token, if there is one."""
     return None if tokens.eos_token is None else tokens.get_vocab().get(str(tokens.eos_token))
-
-
-def pieces_are_exact(tokens: "PreTrainedTokenizerFast") -> bool:
-    """Whether text may be cut at `SAFE_CUT`: byte-level tokenizers add nothing at the start of a piece."""
-    from swat_lm.data.tokenizer import is_byte_level
-
-    return is_byte_level(tokens.backend_tokenizer.to_str())
 
 
 def read_some(source: BinaryIO) -> bytes | None:
@@ -276,51 +295,34 @@ def read_some(source: BinaryIO) -> bytes | None:
     return source.read1(PIECE_BYTES)  # type: ignore[attr-defined]
 
 
-def text_pieces(
-    source: BinaryIO,
-    whole: bool,
-    longest: int = LONGEST_PIECE,
-    read: Callable[[BinaryIO], bytes | None] = read_some,
-) -> Iterator[str]:
-    """UTF-8 text from a pipe as it comes, cut where a line break stands between two visible characters.
+def text_pieces(texts: Iterable[str], cuts: "Cuts | None") -> Iterator[str]:
+    """A text that comes bit by bit in pieces, each as early as it is certain; without `cuts` as one."""
+    from swat_lm.data.cutting import Cutter
 
-    Byte-level tokens end there, so that neither the cuts nor the way the text arrives change them; without such a place
-    in `longest` characters it is cut anyway, always at the same one. `whole` reads to the end first, for tokenizers
-    that must see all. Where `read` gives None, the text ends there, maybe within a character. Raises ValueError for
-    what is not text.
+    cutter = Cutter(cuts, "the prompt", eager=True)
+    for text in texts:
+        yield from cutter.push(text)
+    yield from cutter.finish()
+
+
+def arriving(read: Callable[[], bytes | None]) -> Iterator[str]:
+    """UTF-8 text from a pipe as it comes, b"" at its end.
+
+    Where `read` gives None, the text ends there, maybe within a character. Raises ValueError for what is not text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    held, looked_at, at = "", 0, 0
+    at = 0
     while True:
-        new = read(source)
+        new = read()
         if new is None:
-            break
+            return
+        # of a character that has begun the decoder holds the first bytes
+        begun = len(decoder.getstate()[0])
         try:
-            held += decoder.decode(new, final=not new)
+            text = decoder.decode(new, final=not new)
         except UnicodeDecodeError as error:
-            raise ValueError(f"stdin is not UTF-8 text (byte {at + error.start})") from None
+            raise ValueError(f"stdin is not UTF-8 text (byte {at - begun + error.start})") from None
+        yield text
         at += len(new)
         if not new:
-            break
-        if whole:
-            continue
-        start = 0
-        while cut := piece_end(held, start, looked_at, longest):
-            yield held[start:cut]
-            start = looked_at = cut
-        held = held[start:]
-        looked_at = len(held)
-    if held:
-        yield held
-
-
-def piece_end(text: str, start: int, looked_at: int, longest: int) -> int:
-    """Where the piece that begins at `start` ends, 0 if that is still open; there is no cut before `looked_at`."""
-    from swat_lm.data.readers import SAFE_CUT
-
-    # the character after a cut must be there, hence one more; both before it belong to this piece
-    end = min(len(text), start + longest + 1)
-    cuts = [found.start() for found in SAFE_CUT.finditer(text, max(start + 2, looked_at), end)]
-    if cuts:
-        return cuts[-1]
-    return start + longest if end == start + longest + 1 else 0
+            return

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from swat_lm.data.preparation import Progress, default_cache, prepare
     from swat_lm.data.sources import DataError, resolve_sources
     from swat_lm.data.store import Documents, TokenStore
-    from swat_lm.data.tokenizer import load_tokenizer, token_bytes, train_tokenizer, vocabulary_size
+    from swat_lm.data.tokenizer import load_tokenizer, token_bytes, vocabulary_size
+    from swat_lm.data.tokenizer_training import train_tokenizer
 
 __all__ = [
     "Batch",
@@ -31,7 +32,8 @@ PLACES = {
     "preparation": ("Progress", "default_cache", "prepare"),
     "sources": ("DataError", "resolve_sources"),
     "store": ("Documents", "TokenStore"),
-    "tokenizer": ("load_tokenizer", "token_bytes", "train_tokenizer", "vocabulary_size"),
+    "tokenizer": ("load_tokenizer", "token_bytes", "vocabulary_size"),
+    "tokenizer_training": ("train_tokenizer",),
 }
 
 

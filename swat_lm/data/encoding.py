@@ -45,7 +45,8 @@ def encode_parallel(
     Batches go to the workers in turn and come back in turn, so the order never depends on their number. A worker holds
     at most one batch, which bounds memory and means that neither side ever waits for the other to read.
     """
-    with started(workers) as processes:
+    # each worker is one thread: parallelism is ours, over processes
+    with started(workers, "worker.py", parallel=False) as processes:
         for process in processes:
             send(process, (tokenizer_json, dtype.str))
         waiting: deque[tuple[subprocess.Popen, Batch]] = deque()
@@ -60,11 +61,13 @@ def encode_parallel(
 
 
 @contextmanager
-def started(workers: int) -> Iterator[list[subprocess.Popen]]:
-    """The worker processes; ended on the way out, at once when it is by an error."""
-    # each worker is one thread: parallelism is ours, over processes
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
+def started(workers: int, script: str, parallel: bool) -> Iterator[list[subprocess.Popen]]:
+    """Processes that run a script of this folder, each with the library's threads or as one.
+
+    They are ended on the way out, at once when it is by an error.
+    """
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": str(parallel).lower()}
+    command = [sys.executable, "-P", str(Path(__file__).with_name(script))]
     processes: list[subprocess.Popen] = []
     try:
         for _ in range(workers):
@@ -101,8 +104,6 @@ def receive(process: subprocess.Popen, batch: Batch) -> Iterator[tuple[Piece, np
     return zip(batch, encoded, strict=True)
 
 
-def ended(process: subprocess.Popen) -> RuntimeError:
+def ended(process: subprocess.Popen, advice: str = "set data.workers=1 if memory is short") -> RuntimeError:
     """The error for a worker that is gone; what it had to say stands on standard error."""
-    return RuntimeError(
-        f"a tokenising process ended with status {process.wait()}; set data.workers=1 if memory is short"
-    )
+    return RuntimeError(f"a tokenising process ended with status {process.wait()}; {advice}")

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from swat_lm.data.cutting import LONGEST, Cuts
 from swat_lm.data.encoding import encode_bytes, encode_parallel
 from swat_lm.data.passages import PassageSample
 from swat_lm.data.readers import Piece, read_pieces
@@ -26,9 +27,6 @@ from swat_lm.data.sources import DataError, Source, naming, resolve_sources
 from swat_lm.data.store import DOCUMENTS, INDEX, PASSAGES, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore, damaged
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
 from swat_lm.recipe import DataRecipe
-
-# characters handed to a tokenizer at once; longer documents are cut where that does not change their tokens
-PIECE_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,8 @@ def request_key(data: DataRecipe, sources: list[Source], facts: TokenizerFacts) 
         "tokenizer": facts.fingerprint,
         "separators": [data.add_bos, data.add_eos],
     }
+    if facts.tokenizer_json is not None:
+        parts["cuts"] = [facts.cuts.places, LONGEST] if facts.cuts else None
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -134,7 +134,7 @@ def write_store(
 ) -> None:
     """Read, tokenise and write everything into an empty folder."""
     dtype = np.dtype(np.uint16 if facts.vocab_size <= 1 << 16 else np.uint32)
-    reading = Reading(sources, data.text_field, PIECE_CHARACTERS if facts.byte_level else None)
+    reading = Reading(sources, data.text_field, facts.cuts)
     encoded = (
         encode_bytes(reading.pieces())
         if facts.tokenizer_json is None
@@ -186,10 +186,10 @@ def write_index(folder: Path, data: DataRecipe, facts: TokenizerFacts, writer: "
 class Reading:
     """All pieces of all sources, counting the bytes read."""
 
-    def __init__(self, sources: list[Source], text_field: str, limit: int | None) -> None:
+    def __init__(self, sources: list[Source], text_field: str, cuts: Cuts | None) -> None:
         self.sources = sources
         self.text_field = text_field
-        self.limit = limit
+        self.cuts = cuts
         self.total = sum(source.size for source in sources)
         self.before = 0
         self.current = 0
@@ -202,7 +202,7 @@ class Reading:
     def pieces(self) -> Iterator[Piece]:
         """In order."""
         for source in self.sources:
-            yield from read_pieces(source, self.text_field, self.limit, self.on_bytes)
+            yield from read_pieces(source, self.text_field, self.cuts, self.on_bytes)
             self.before, self.current = self.before + source.size, 0
 
     def on_bytes(self, count: int) -> None:

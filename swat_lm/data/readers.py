@@ -4,25 +4,28 @@ A .txt .md .py file is one document; a .jsonl, .parquet or hub row is one docume
 that a UTF-8 byte order mark at a file's start is dropped.
 """
 
+import codecs
 import gzip
 import io
 import json
 import lzma
-import re
 import shutil
+import sys
 import tempfile
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
+from swat_lm.data.cutting import LONGEST, Cuts, Cutter
 from swat_lm.data.sources import DataError, HubSource, Source, SourceFile, naming
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
 BLOCK = 1 << 20
-# a line break between two visible characters: byte-level tokenizers give the same tokens when cut there
-SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 class Piece(NamedTuple):
@@ -34,12 +37,16 @@ class Piece(NamedTuple):
 
 
 def read_pieces(
-    source: Source, text_field: str, limit: int | None, on_bytes: Callable[[int], None] = lambda count: None
+    source: Source,
+    text_field: str,
+    cuts: Cuts | None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    longest: int = LONGEST,
 ) -> Iterator[Piece]:
-    """The non-empty documents of a source in order, cut into pieces of about `limit` characters (None: not cut).
+    """The non-empty documents of a source in order, cut into pieces of at most `longest` characters (see `Cutter`).
 
-    `on_bytes` is told, now and then, how many of `source.size` bytes have been read. Raises DataError for content that
-    is not what the suffix says, naming the file and the line, row or byte.
+    Without `cuts` every document is one piece. `on_bytes` is told, now and then, how many of `source.size` bytes have
+    been read. Raises DataError for content that is not what the suffix says, naming the file and the line, row or byte.
     """
     if isinstance(source, HubSource):
         texts = read_hub(source, text_field, on_bytes)
@@ -50,48 +57,36 @@ def read_pieces(
     elif source.kind == ".py":
         texts = iter([read_python(source, on_bytes)])
     else:
-        yield from read_text(source, limit, on_bytes)
+        yield from read_text(source, cuts, on_bytes, longest)
         return
+    name = str(source if isinstance(source, HubSource) else source.path)
     for text in texts:
-        yield from cut(text, limit)
+        yield from as_pieces(cut([text], Cutter(cuts, name, longest)))
 
 
-def cut(text: str, limit: int | None) -> Iterator[Piece]:
-    """Cut one document at line breaks where byte-level tokens end.
-
-    Without such a place in 8 times the limit it is cut anyway: nothing is lost, but the tokens around the cut may be
-    others than without it.
-    """
-    start, opens = 0, True
-    while limit is not None and len(text) - start > limit:
-        found = SAFE_CUT.search(text, start + limit, start + 8 * limit)
-        if found is None and len(text) - start <= 8 * limit:
-            break
-        end = found.start() if found else start + 8 * limit
-        yield Piece(text[start:end], opens)
-        start, opens = end, False
-    if start < len(text):
-        yield Piece(text[start:] if start else text, opens)
+def cut(texts: Iterable[str], cutter: Cutter) -> Iterator[str]:
+    """The pieces of one text that comes bit by bit."""
+    for text in texts:
+        yield from cutter.push(text)
+    yield from cutter.finish()
 
 
-def read_text(source: SourceFile, limit: int | None, on_bytes: Callable[[int], None]) -> Iterator[Piece]:
+def as_pieces(texts: Iterable[str]) -> Iterator[Piece]:
+    """The pieces of one document."""
+    for number, text in enumerate(texts):
+        yield Piece(text, not number)
+
+
+def read_text(source: SourceFile, cuts: Cuts | None, on_bytes: Callable[[int], None], longest: int) -> Iterator[Piece]:
     """A text file as one document, read block by block.
 
-    Memory holds a few times `limit`, or the whole file if nothing may be cut: a tokenizer that is not byte-level may
-    normalise text, or put something before it, so that no cut is known to leave its tokens as they are.
+    Memory holds a few times `longest` characters, or the whole file if the tokenizer must see it whole.
     """
-    waiting, opens = "", True
-    blocks = decoded_blocks(source, on_bytes)
-    for text in ["".join(blocks)] if limit is None else blocks:
-        waiting += text
-        *complete, last = [*cut(waiting, limit)] or [Piece("", True)]
-        for piece in complete:
-            yield Piece(piece.text, opens)
-            opens = False
-        waiting = last.text
-    if waiting:
-        yield Piece(waiting, opens)
-    elif opens and source.named:
+    empty = True
+    for piece in as_pieces(cut(decoded_blocks(source, on_bytes), Cutter(cuts, str(source.path), longest))):
+        empty = False
+        yield piece
+    if empty and source.named:
         raise DataError(f"{source.path}: the file is empty")
 
 
@@ -106,7 +101,7 @@ def decoded_blocks(source: SourceFile, on_bytes: Callable[[int], None]) -> Itera
                 text, carried = block.decode("utf-8"), b""
             except UnicodeDecodeError as error:
                 if error.end < len(block) or error.reason != "unexpected end of data":
-                    raise not_utf8(source, offset, error) from None
+                    raise not_text_of("utf-8", source, offset, error) from None
                 text, carried = block[: error.start].decode("utf-8"), block[error.start :]
             yield text.removeprefix("\ufeff") if offset == 0 else text
             offset += len(block) - len(carried)
@@ -121,46 +116,74 @@ def read_python(source: SourceFile, on_bytes: Callable[[int], None]) -> str:
     if not content and source.named:
         raise DataError(f"{source.path}: the file is empty")
     check_text(source, content, 0)
+    declared = declared_encoding(content.removeprefix(codecs.BOM_UTF8).decode("latin-1"))
+    encoding, reason = "utf-8", None
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise not_utf8(source, 0, error) from None
     except SyntaxError as error:
-        # detect_encoding's way to say that the declared encoding does not exist, or that undeclared UTF-8 is not UTF-8
-        reason = error.msg
+        # its way to say that the declared encoding does not exist, or that undeclared UTF-8 is not UTF-8
+        is_marked = content.startswith(codecs.BOM_UTF8)
+        reason = "it begins with the byte order mark of UTF-8" if is_marked else error.msg
     try:
-        content.decode("utf-8")
+        text = content.decode(encoding)
+        text.encode("utf-8")
     except UnicodeDecodeError as error:
-        raise not_utf8(source, 0, error) from None
-    raise DataError(f"{source.path}: {reason}")
+        name = encoding if reason else declared or encoding
+        # a byte order mark is not among the bytes that the error counts
+        raise not_text_of(name, source, len(content) - len(error.object), error) from None
+    except UnicodeEncodeError as error:
+        reason = f"half a surrogate pair at character {error.start}"
+    except UnicodeError as error:
+        # what some encodings raise for bytes that are not theirs
+        reason = str(error)
+    except LookupError:
+        reason = "it is known, but not an encoding of text"
+    else:
+        if reason is None:
+            if declared_encoding(text) == declared:
+                return text
+            reason = "the declaration itself reads otherwise in it"
+    raise DataError(
+        f"{source.path}: declares the encoding {(declared or encoding)[:40]}, in which it cannot be read "
+        f"({reason[:200]}); convert it to UTF-8 and declare that, or nothing"
+    )
+
+
+def declared_encoding(text: str) -> str | None:
+    """The encoding that the first two lines of a Python source declare, if any."""
+    found = map(tokenize.cookie_re.match, text.split("\n", 2)[:2])
+    return next((one[1] for one in found if one), None)
 
 
 def read_jsonl(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     """The text field of each line."""
-    for place, row in read_rows(source, f"a JSON object with field {field!r}", on_bytes):
+    for place, row in read_rows(source, f"a JSON object with field {field!r}", on_bytes, field):
         if field not in row:
             raise missing_field(place, field, list(row))
         yield checked_text(row[field], place, field)
 
 
 def read_rows(
-    source: SourceFile, expected: str = "a JSON object", on_bytes: Callable[[int], None] = lambda count: None
+    source: SourceFile,
+    expected: str = "a JSON object",
+    on_bytes: Callable[[int], None] = lambda count: None,
+    once: str | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line of a .jsonl file with its place, `path:line`; `expected` says in errors what a line should be."""
+    """Each line of a .jsonl file with its place, `path:line`.
+
+    `expected` says in errors what a line should be; the field `once` must not be there twice.
+    """
     rows = 0
     with opened(source, on_bytes) as stream:
         for number, line in enumerate(stream, 1):
+            if number == 1:
+                check_mark(source, line)
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             rows += 1
             place = f"{source.path}:{number}"
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8 text (byte {error.start} of the line)") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not a JSON object: {error.msg} at column {error.colno}") from None
+            row = parsed_line(line, place, once)
             if not isinstance(row, dict):
                 raise DataError(f"{place}: expected {expected}; got {type(row).__name__}")
             yield place, row
@@ -168,10 +191,41 @@ def read_rows(
         raise DataError(f"{source.path}: the file is empty")
 
 
+def parsed_line(line: bytes, place: str, once: str | None) -> Any:
+    """The value of one line of JSON; DataError that names the place."""
+    twice: dict[str, Any] | None = None
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal twice
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            # objects end from the inside out: the last one seen is the row itself
+            twice = row if [name for name, _ in pairs].count(once or "") > 1 else None
+        return row
+
+    if (zero := line.find(0)) >= 0:
+        raise DataError(f"{place}: a zero byte (byte {zero} of the line): not UTF-8 text, or a binary file")
+    try:
+        # bytes would be taken for UTF-16 or UTF-32 where they look like it
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=as_object)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 text (byte {error.start} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not a JSON object: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise DataError(f"{place}: nested too deeply to be read; leave the field that is out of the file") from None
+    except ValueError:
+        # nothing else is converted while parsing
+        digits = sys.get_int_max_str_digits()
+        raise DataError(f"{place}: a number of more than {digits:,} digits; write it as text") from None
+    if twice is not None and twice is row:
+        raise DataError(f"{place}: field {once!r} is there twice")
+    return row
+
+
 def read_parquet(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     """The text column, some rows at a time."""
     import pyarrow
-    import pyarrow.parquet
 
     with opened(source, on_bytes) as stream, tempfile.TemporaryFile() as plain:
         seekable = stream
@@ -179,21 +233,34 @@ def read_parquet(source: SourceFile, field: str, on_bytes: Callable[[int], None]
             shutil.copyfileobj(stream, plain, BLOCK)
             seekable = plain
         try:
-            table = pyarrow.parquet.ParquetFile(seekable)
-            if field not in table.schema_arrow.names:
-                raise missing_field(str(source.path), field, table.schema_arrow.names)
-            row = 0
+            table, row = table_with(source, seekable, field), 0
             for batch in table.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield checked_text(value, f"{source.path}, row {row}", field)
+                for value in batch.column(0):
+                    yield checked_value(value.as_py, f"{source.path}, row {row}", field)
                     row += 1
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             raise DataError(f"{source.path}: not a readable parquet file: {reason}") from error
     if not row and source.named:
         raise DataError(f"{source.path}: the file holds no rows")
+
+
+def table_with(source: SourceFile, stream: IO[bytes], field: str) -> "ParquetFile":
+    """An opened parquet file that has one column of this name."""
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        table = ParquetFile(stream)
+        names = table.schema_arrow.names
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source.path}: the name of a column is not UTF-8 text: {error.object!r}") from None
+    if field not in names:
+        raise missing_field(str(source.path), field, names)
+    if names.count(field) > 1:
+        raise DataError(f"{source.path}: {names.count(field)} columns are called {field!r}")
+    return table
 
 
 def read_hub(source: HubSource, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
@@ -201,11 +268,21 @@ def read_hub(source: HubSource, field: str, on_bytes: Callable[[int], None]) -> 
     dataset, row = source.dataset, 0
     if field not in dataset.column_names:
         raise missing_field(str(source), field, dataset.column_names)
-    for batch in dataset.select_columns([field]).iter(256):
+    column = dataset.select_columns([field]).with_format("arrow")
+    for batch in column.iter(256):
         for value in batch[field]:
-            yield checked_text(value, f"{source}, row {row}", field)
+            yield checked_value(value.as_py, f"{source}, row {row}", field)
             row += 1
         on_bytes(source.size * row // dataset.num_rows)
+
+
+def checked_value(read: Callable[[], Any], place: str, field: str) -> str:
+    """The value of a table, which may hold bytes where it says text."""
+    try:
+        value = read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: field {field!r} is not UTF-8 text (byte {error.start} of its text)") from None
+    return checked_text(value, place, field)
 
 
 def checked_text(value: Any, place: str, field: str) -> str:
@@ -225,25 +302,30 @@ def checked_text(value: Any, place: str, field: str) -> str:
 
 def missing_field(place: str, field: str, found: list[str]) -> DataError:
     """The error for a row or table without the text field."""
-    return DataError(
-        f"{place}: no field {field!r}; it has {', '.join(map(str, found)) or 'none'} "
-        "(set data.text_field or --text-field)"
-    )
+    # names may hold what no terminal can show
+    names = ", ".join(str(name).encode("utf-8", "backslashreplace").decode() for name in found)
+    return DataError(f"{place}: no field {field!r}; it has {names or 'none'} (set data.text_field or --text-field)")
+
+
+def check_mark(source: SourceFile, beginning: bytes) -> None:
+    """Refuse text that begins with UTF-16's byte order mark."""
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{source.path}: UTF-16 text; convert it to UTF-8 (iconv -f utf-16 -t utf-8)")
 
 
 def check_text(source: SourceFile, block: bytes, offset: int) -> None:
     """Refuse binary content."""
-    if offset == 0 and block.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{source.path}: UTF-16 text; convert it to UTF-8 (iconv -f utf-16 -t utf-8)")
+    if offset == 0:
+        check_mark(source, block)
     if (place := block.find(0)) >= 0:
         raise DataError(f"{source.path}: a binary file (zero byte at byte {offset + place}); expected UTF-8 text")
 
 
-def not_utf8(source: SourceFile, offset: int, error: UnicodeDecodeError) -> DataError:
-    """The error for bytes that are not UTF-8."""
+def not_text_of(encoding: str, source: SourceFile, offset: int, error: UnicodeDecodeError) -> DataError:
+    """The error for bytes that are not of this encoding."""
     value = error.object[error.start]
     place = offset + error.start
-    return DataError(f"{source.path}: not {error.encoding.upper()} text: byte 0x{value:02x} at byte {place}")
+    return DataError(f"{source.path}: not {encoding.upper()[:40]} text: byte 0x{value:02x} at byte {place}")
 
 
 @contextmanager

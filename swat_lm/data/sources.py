@@ -7,13 +7,14 @@ Names are resolved to an ordered list of sources, each with an identity that cha
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from swat_lm.data.folders import walk, walk_with_links
 from swat_lm.hub import nearest_name
 
 KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
@@ -145,10 +146,8 @@ def hub_source(name: str) -> HubSource:
 
 
 def folder_files(folder: Path) -> list[Source]:
-    """Every readable file below a folder, sorted by path; names that begin with a dot are skipped."""
-    files = sorted(
-        one for one in walk(folder, lambda name: name.startswith(".")) if one.is_file() and is_readable_kind(one)
-    )
+    """Every readable file below a folder and its links, sorted by path; names that begin with a dot are skipped."""
+    files = walk_with_links(folder, lambda name: name.startswith("."), is_readable_kind)
     if not files:
         raise DataError(f"{folder}: the folder holds no file to read; {accepted()}")
     return [source_file(one, named=False) for one in files]
@@ -161,18 +160,6 @@ def standard_library() -> list[Source]:
     if not files:
         raise DataError(f"{STANDARD_LIBRARY}: no sources at {folder}; this Python ships without them")
     return [source_file(one, named=False) for one in files]
-
-
-def walk(folder: Path, skipped: Callable[[str], bool]) -> Iterator[Path]:
-    """Paths of the files below a folder; `skipped(name)` prunes; links to folders are not followed."""
-    for parent, folders, files in os.walk(folder, onerror=raise_error):
-        folders[:] = [name for name in folders if not skipped(name)]
-        yield from (Path(parent, name) for name in files if not skipped(name))
-
-
-def raise_error(error: OSError) -> None:
-    """For os.walk, which otherwise passes over a folder it cannot read."""
-    raise error
 
 
 def source_file(path: Path, named: bool = True) -> SourceFile:

@@ -1,4 +1,4 @@
-"""Tokenizers: our byte-level one, byte-level BPE trained on the user's text, and any that Hugging Face loads.
+"""Tokenizers: our byte-level one, and any that Hugging Face loads, with what preparing data needs to know of them.
 
 All are Hugging Face fast tokenizers, so that `save_pretrained` and `AutoTokenizer` work with each.
 """
@@ -6,19 +6,15 @@ All are Hugging Face fast tokenizers, so that `save_pretrained` and `AutoTokeniz
 import hashlib
 import importlib.util
 import json
-import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from swat_lm.data.readers import read_pieces
-from swat_lm.data.sources import DataError, resolve_sources
+from swat_lm.data.cutting import BYTE_CUTS, Cuts, find_cuts
+from swat_lm.data.sources import DataError
 from swat_lm.hub import hub_answers, is_path, nearest_name
 
 if TYPE_CHECKING:
@@ -31,8 +27,6 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 KNOWN_EOS = (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 KNOWN_BOS = (BOS, "<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 KNOWN_PAD = (PAD, "<|padding|>", "<pad>", "<|endoftext|>")
-
-logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
@@ -130,73 +124,6 @@ def load_pretrained(name: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def train_tokenizer(
-    sources: Iterable[str],
-    vocab_size: int,
-    out: str | Path,
-    text_field: str = "text",
-    progress: Callable[[int, int], None] | None = None,
-) -> "PreTrainedTokenizerFast":
-    """Train byte-level BPE on the sources and save it as the new folder `out`; lossless for any text.
-
-    `vocab_size` counts everything: 256 bytes, three special tokens, the rest merges. `progress(bytes read, bytes in
-    all)` is called while the text is read. Raises DataError, and FileExistsError if `out` exists.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    smallest = 256 + len((BOS, EOS, PAD))
-    if vocab_size < smallest:
-        raise DataError(f"vocab_size must be at least {smallest} (256 bytes and 3 special tokens); got {vocab_size}")
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; name another folder, or remove it first")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts(sources, text_field, progress), trainer)
-    if backend.get_vocab_size() < vocab_size:
-        logger.warning("the text supports a vocabulary of %d, not %d", backend.get_vocab_size(), vocab_size)
-    tokenizer = wrap(backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        beside.chmod(0o755)
-        tokenizer.save_pretrained(beside)
-        beside.rename(out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    return tokenizer
-
-
-def texts(sources: Iterable[str], text_field: str, progress: Callable[[int, int], None] | None) -> Iterator[str]:
-    """Every piece of text of the sources, reporting bytes read."""
-    found = resolve_sources(sources)
-    total, before = sum(source.size for source in found), 0
-    any_text = False
-    for source in found:
-        read = 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal read
-            read = count
-
-        for piece in read_pieces(source, text_field, 1 << 16, on_bytes):
-            any_text = True
-            yield piece.text
-            if progress:
-                progress(before + read, total)
-        before += source.size
-    if not any_text:
-        raise DataError(f"no text in {', '.join(map(str, sources))}")
-
-
 def byte_backend() -> "Backend":
     """A tokenizer whose ids 0..255 are the bytes of the UTF-8 text; no merges, no pre-tokenisation."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -235,7 +162,7 @@ def known_specials(backend: "Backend") -> dict[str, str]:
 
 
 def is_byte_level(tokenizer_json: str) -> bool:
-    """Whether ids depend on the text's bytes only, so that text may be cut between words (no prefix space added)."""
+    """Whether tokens are strings of the text's bytes, with nothing normalised or put before."""
     content: dict[str, Any] = json.loads(tokenizer_json)
     steps = content.get("pre_tokenizer") or {}
     parts = [steps, *steps.get("pretokenizers", ())]
@@ -259,8 +186,8 @@ class TokenizerFacts:
     vocab_size: int
     bos: int | None
     eos: int | None
-    byte_level: bool
-    """Whether text may be cut between words without changing its tokens."""
+    cuts: Cuts | None
+    """Where text may be cut without changing its tokens; None if documents must be seen whole."""
     token_bytes: np.ndarray | None
     """See `token_bytes`."""
 
@@ -268,7 +195,7 @@ class TokenizerFacts:
 def byte_facts() -> TokenizerFacts:
     """Of the byte tokenizer, known without loading it."""
     counts = np.r_[np.ones(256, dtype=np.int64), np.zeros(3, dtype=np.int64)]
-    return TokenizerFacts(None, BYTES, 259, bos=256, eos=257, byte_level=True, token_bytes=counts)
+    return TokenizerFacts(None, BYTES, 259, bos=256, eos=257, cuts=BYTE_CUTS, token_bytes=counts)
 
 
 def tokenizer_facts(tokenizer: "PreTrainedTokenizerFast") -> TokenizerFacts:
@@ -280,7 +207,7 @@ def tokenizer_facts(tokenizer: "PreTrainedTokenizerFast") -> TokenizerFacts:
     fingerprint = hashlib.sha256(f"{bos} {eos} {tokenizer_json}".encode()).hexdigest()
     counts = token_bytes(tokenizer)
     return TokenizerFacts(
-        tokenizer_json, fingerprint, vocabulary_size(tokenizer), bos, eos, is_byte_level(tokenizer_json), counts
+        tokenizer_json, fingerprint, vocabulary_size(tokenizer), bos, eos, find_cuts(tokenizer_json), counts
     )
 
 

@@ -17,7 +17,7 @@ import torch
 
 from swat_lm.data import TokenStore, prepare, resolve_sources
 from swat_lm.data.readers import read_pieces
-from swat_lm.data.tokenizer import train_tokenizer
+from swat_lm.data.tokenizer_training import train_tokenizer
 from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.length import segments
 from swat_lm.experiments.demo_budget import MOST_THREADS, usable_cores

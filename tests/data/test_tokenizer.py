@@ -1,18 +1,24 @@
 import json
 import logging
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from swat_lm.data import load_tokenizer, token_bytes, train_tokenizer, vocabulary_size
+from swat_lm.data import load_tokenizer, token_bytes, tokenizer_training, train_tokenizer, vocabulary_size
 from swat_lm.data.sources import DataError
 from swat_lm.data.tokenizer import byte_facts, is_byte_level, tokenizer_facts
 
 BYTES = load_tokenizer("bytes")
+BYTES_AND_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +146,52 @@ def test_only_byte_level_text_may_be_cut():
     assert not is_byte_level(json.dumps({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}))
     assert not is_byte_level(json.dumps({"pre_tokenizer": {"type": "Metaspace"}}))
     assert not is_byte_level(json.dumps({"pre_tokenizer": {"type": "ByteLevel"}, "normalizer": {"type": "NFC"}}))
+
+
+@pytest.mark.parametrize("kind", ["ACGT", "\u6f22\u5b57", "ab12", "=", "\u0e01\u0e31\u0301", "\n ", "{[(,)]}"])
+def test_training_takes_no_longer_words_than_it_says(kind: str, monkeypatch, caplog):
+    monkeypatch.setattr(tokenizer_training, "LONGEST_WORD", 40)
+    draw = random.Random(0)
+    pieces = ["some words ", "".join(draw.choices(kind, k=1000)), " and a word of " + kind[0] * 30 + " letters"]
+    with caplog.at_level(logging.INFO):
+        parts = list(tokenizer_training.short_words(pieces))
+    assert ["".join(one) for one in parts] == pieces
+    assert (len(parts[0]), len(parts[2])) == (1, 1)
+    split = BYTES_AND_WORDS.pre_tokenize_str
+    # and the space before it
+    assert max(end - start for part in parts[1] for _, (start, end) in split(part)) <= 41
+    if len(parts[1]) > 1:
+        assert caplog.messages == [
+            "a run of letters and digits, of signs or of white space is learnt from in parts of 40 characters"
+        ]
+
+
+def test_training_on_text_without_white_space_takes_linear_time(tmp_path):
+    draw = random.Random(0)
+    (tmp_path / "dna.txt").write_text("".join(draw.choices("ACGT", k=200_000)))
+    began = time.monotonic()
+    tokenizer = train_tokenizer([str(tmp_path / "dna.txt")], 300, tmp_path / "made")
+    # as words of 65,536 characters it would be a minute
+    assert time.monotonic() - began < 15
+    assert len(tokenizer.encode("ACGT" * 100)) < 300
+
+
+def test_training_that_is_interrupted_leaves_nothing(tmp_path):
+    (tmp_path / "dna.txt").write_text("".join(random.Random(0).choices("ACGT", k=3_000_000)))
+    program = (
+        "import sys; from swat_lm.cli.application import run_application;"
+        "sys.exit(run_application(['tokenizer', 'dna.txt', '--vocab-size', '9000', '--out', 'new/made']))"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "learnt from in parts" in process.stderr.readline()
+    # the library counts and merges, which takes a minute
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert process.stderr.read() == "interrupted\n"
+    assert process.wait() == 130
+    assert time.monotonic() - began < 3
+    process.stderr.close()
+    assert [one.name for one in tmp_path.iterdir()] == ["dna.txt"]
