@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,8 @@ from swat_lm.cli import (
     tuning,
 )
 from swat_lm.cli.console import messages
-from swat_lm.cli.failures import INTERRUPTED, USER_ERROR, quiet_broken_pipe, report_failure
+from swat_lm.cli.failures import INTERRUPTED, USER_ERROR, describe_os_error, report_failure
+from swat_lm.cli.streams import Outlet, lasting_streams, remark
 
 __all__ = ["application", "run_application"]
 
@@ -89,16 +90,40 @@ def options(
 
 
 def run_application(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 an error to act on, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line and return its exit code: 0 done, 2 an error to act on, 130 interrupted.
+
+    A reader of the output that goes away is no error. One that could not take it all is, after the work is done.
+    """
+    with lasting_streams() as out:
+        code = run_command(list(sys.argv[1:] if arguments is None else arguments))
+        return code or check_written(out)
+
+
+def check_written(out: Outlet) -> int:
+    """Say what of the results could not be written, or not as it is; returns the exit code."""
+    out.flush()
+    note = remark(out)
+    if note is not None:
+        messages().print(f"note: {note}", markup=False)
+    if out.failure is None:
+        return 0
+    messages().print(f"error: cannot write to stdout: {describe_os_error(out.failure)}", markup=False)
+    return USER_ERROR
+
+
+def run_command(given: list[str]) -> int:
+    """Run the command line on open streams and return its exit code."""
     # accepted anywhere: whoever adds it does so after a failure, at the end of the line
     debug = "--debug" in given
     given = [one for one in given if one != "--debug"]
     set_up_output(debug)
     try:
         code = application(given, standalone_mode=False, prog_name="swat-lm")
-    except BrokenPipeError:
-        return quiet_broken_pipe()
+    except SystemExit as left:
+        if not isinstance(left.__context__, OSError):
+            raise
+        # so typer leaves, without a word, where a pipe broke that is none of the standard streams
+        return report_failure(left.__context__, debug)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except USAGE_ERROR as error:
@@ -124,11 +149,20 @@ def set_up_output(debug: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     logger = logging.getLogger("swat_lm")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = MessageHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     warnings.showwarning = show_warning
+
+
+class MessageHandler(logging.StreamHandler[Any]):
+    """Writes to whatever stderr is by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

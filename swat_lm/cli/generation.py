@@ -1,6 +1,7 @@
 """`swat-lm generate`: continue a text, streamed to stdout, in memory that does not grow with it."""
 
 import codecs
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from swat_lm.cli.checkpoints import load_checkpoint
 from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.outputs import check_new_file
+from swat_lm.cli.streams import reader_is_gone
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
+# Ctrl-C, a wish to end, and the end of a terminal, which Windows does not have
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PIECE_BYTES = 1 << 16
 # more than a command line can carry in one argument (128 KiB on Linux), so that a pipe equals --prompt there
 LONGEST_PIECE = 1 << 18
@@ -54,7 +58,7 @@ def generate(
 
     The prompt is read in pieces and forgotten; all that is kept of it is the model's state, whose size goes to stderr.
     For a window model it is constant, so the prompt may be a pipe that never ends. With --save-state, Ctrl-C saves the
-    state first; with --load-state, a prompt is optional.
+    state first, and so does a reader of the text that goes away; with --load-state, a prompt is optional.
 
     \b
     Examples:
@@ -68,7 +72,7 @@ def generate(
     from swat_lm.serve.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
-    check_text(prompt, "--prompt")
+    prompt = whole_text(prompt, "--prompt")
     if save_to is not None:
         check_new_file(save_to, "--save-state")
     model, tokens = load_checkpoint(checkpoint, tokenizer, device)
@@ -87,6 +91,8 @@ def generate(
         if save_to is not None:
             save(model, state, logits, last, save_to)
     report_state(state, read, before)
+    if save_to is not None and reader_is_gone() and not interruption.requested:
+        messages().print(f"nobody reads on; state saved: --load-state {save_to} goes on after it", markup=False)
     if interruption.requested:
         messages().print(f"state saved: --load-state {save_to} goes on after it", markup=False)
         raise typer.Exit(INTERRUPTED)
@@ -138,7 +144,7 @@ def write_text(
 ) -> int | None:
     """Draw tokens and write their text as it comes; returns the last one, which the state has not read yet.
 
-    None, and no text, where an interruption was requested before.
+    None, and no text, where an interruption was requested before. Ends early where nobody reads the text any more.
     """
     from swat_lm.serve.stream import TextAssembler, generate_tokens
 
@@ -147,7 +153,7 @@ def write_text(
     count = 0 if interruption.requested else count
     for last in generate_tokens(model, logits, state, sampling, count, generator, stop):
         write(assembler.push(last))
-        if interruption.requested:
+        if interruption.requested or reader_is_gone():
             break
     write(assembler.finish() + "\n")
     return last
@@ -166,23 +172,26 @@ def save(model: "SwatForCausalLM", state: "StreamState", logits: "Tensor", last:
 class SavingInterruption:
     """While entered and active, a first Ctrl-C sets `requested`, so that the state can be saved; a second one kills.
 
-    Where a pipe is waited for (`reading`), the wait ends at once.
+    SIGTERM and, unless it is ignored, SIGHUP, which comes where a terminal is closed, do the same. Where a pipe is
+    waited for (`reading`), the wait ends at once.
     """
 
     def __init__(self, active: bool = True) -> None:
         self.requested = False
         self._active = active and threading.current_thread() is threading.main_thread()
         self._reading = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if self._active:
-            self._previous = signal.signal(signal.SIGINT, self._request)
+            for number in SIGNALS:
+                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._active:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def read(self, source: BinaryIO) -> bytes | None:
         """What has come of a pipe, b"" at its end; None once an interruption is requested."""
@@ -220,13 +229,19 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def check_text(text: str, option: str) -> None:
-    """Raise ValueError for an argument whose bytes are not UTF-8, which Python keeps as lone surrogates."""
+def whole_text(text: str, option: str) -> str:
+    """An argument as the UTF-8 text that its bytes are; in a locale of ASCII alone Python keeps them as surrogates.
+
+    Raises ValueError for bytes that are not UTF-8.
+    """
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        at = len(text[: error.start].encode())
-        raise ValueError(f"{option} is not UTF-8 text (byte {at})") from None
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{option} is not UTF-8 text (byte {error.start})") from None
+    return text
 
 
 def in_chunks(pieces: Iterable[list[int]], size: int, interruption: SavingInterruption) -> Iterator[list[int]]:
@@ -243,6 +258,8 @@ def prompt_pieces(
 ) -> Iterator[list[int]]:
     """Token ids of the prompt, piece by piece; an empty prompt of a fresh stream is the start of a new text."""
     if prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt -: stdin is closed; pipe a text into it, or give one by --prompt TEXT")
         texts = text_pieces(sys.stdin.buffer, whole=not pieces_are_exact(tokens), read=interruption.read)
     else:
         texts = iter([prompt] if prompt else [])
