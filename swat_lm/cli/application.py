@@ -1,11 +1,13 @@
 """The `swat-lm` application: global options, the list of commands, and how each of them may end."""
 
+import functools
 import importlib.metadata
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,8 +30,27 @@ from swat_lm.cli import (
 from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED, USER_ERROR, describe_os_error, report_failure
 from swat_lm.cli.streams import Outlet, lasting_streams, remark
+from swat_lm.paths import local_path
 
 __all__ = ["application", "run_application"]
+
+
+def located(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose paths may begin with `~`, which shells leave as it is in `--out=~/x` or between quotes.
+
+    Raises FileNotFoundError where the current directory was removed, in which libraries end the process when loaded.
+    """
+
+    @functools.wraps(command)
+    def call(**options: Any) -> None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise FileNotFoundError("the current directory was removed: change to another one") from None
+        command(**{name: local_path(one) if isinstance(one, Path) else one for name, one in options.items()})
+
+    return call
+
 
 application = typer.Typer(
     name="swat-lm",
@@ -41,22 +62,22 @@ application = typer.Typer(
 )
 measurements = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-application.command(name="demo")(demonstration.demo)
-application.command(name="train")(training.train)
-application.command(name="tokenizer")(preparation.tokenizer)
-application.command(name="prepare")(preparation.prepare)
-application.command(name="generate")(generation.generate)
+application.command(name="demo")(located(demonstration.demo))
+application.command(name="train")(located(training.train))
+application.command(name="tokenizer")(located(preparation.tokenizer))
+application.command(name="prepare")(located(preparation.prepare))
+application.command(name="generate")(located(generation.generate))
 application.add_typer(measurements, name="evaluate")
-measurements.command(name="length")(evaluation.length)
-measurements.command(name="recall")(recall.recall)
-measurements.command(name="reach")(recall.reach)
-measurements.command(name="diagnose")(diagnosis.diagnose)
-measurements.command(name="tasks")(benchmarks.tasks)
-application.command(name="reproduce")(reproduction.reproduce)
-application.command(name="report")(comparison.report)
-application.command(name="info")(information.info)
-application.command(name="convert")(conversion.convert)
-application.command(name="tune")(tuning.tune)
+measurements.command(name="length")(located(evaluation.length))
+measurements.command(name="recall")(located(recall.recall))
+measurements.command(name="reach")(located(recall.reach))
+measurements.command(name="diagnose")(located(diagnosis.diagnose))
+measurements.command(name="tasks")(located(benchmarks.tasks))
+application.command(name="reproduce")(located(reproduction.reproduce))
+application.command(name="report")(located(comparison.report))
+application.command(name="info")(located(information.info))
+application.command(name="convert")(located(conversion.convert))
+application.command(name="tune")(located(tuning.tune))
 
 # the base of every usage error; typer carries its own copy of click in newer versions
 USAGE_ERROR: type[Exception] = next(

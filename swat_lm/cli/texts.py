@@ -1,12 +1,12 @@
 """Text to evaluate on: which of its documents, and their tokens."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
 
 import typer
 
 from swat_lm.cli.console import messages
 from swat_lm.cli.progress import Counter
+from swat_lm.paths import local_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ def choose_split(checkpoint: str, data: list[str], held_out: float | None) -> Sp
     """The split asked for, or the one of the run behind the checkpoint where it was trained on this very text."""
     from swat_lm.recipe import load_recipe
 
-    folder = Path(checkpoint)
+    folder = local_path(checkpoint)
     recipes = [path for path in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if path.is_file()]
     trained = load_recipe(recipes[0]).data if recipes else None
     if trained is None or {real_path(one) for one in trained.sources} != {real_path(one) for one in data}:
@@ -53,7 +53,8 @@ def choose_split(checkpoint: str, data: list[str], held_out: float | None) -> Sp
 
 def real_path(source: str) -> str:
     """A source's absolute path; names of data sets as they are."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
+    path = local_path(source)
+    return str(path.resolve()) if path.exists() else source
 
 
 def read_documents(

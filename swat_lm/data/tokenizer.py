@@ -20,6 +20,7 @@ import numpy as np
 from swat_lm.data.readers import read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
 from swat_lm.hub import hub_answers, is_path, nearest_name
+from swat_lm.paths import local_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -43,7 +44,7 @@ def load_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     """
     if spec == BYTES:
         return wrap(byte_backend(), bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     if path.is_file():
         return load_file(path)
     if path.is_dir():
@@ -147,7 +148,7 @@ def train_tokenizer(
     smallest = 256 + len((BOS, EOS, PAD))
     if vocab_size < smallest:
         raise DataError(f"vocab_size must be at least {smallest} (256 bytes and 3 special tokens); got {vocab_size}")
-    out = Path(out)
+    out = local_path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; name another folder, or remove it first")
     backend = Tokenizer(models.BPE())
