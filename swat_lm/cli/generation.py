@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self
@@ -47,7 +47,7 @@ def generate(
         float, typer.Option(help="Choose among the most likely tokens that sum to this probability.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes the draws repeatable.")] = None,
-    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end-of-text token.")] = False,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after a token that ends a text.")] = False,
     load_from: Annotated[Path | None, typer.Option("--load-state", help="Go on with a stream saved before.")] = None,
     save_to: Annotated[Path | None, typer.Option("--save-state", help="Save the stream's state at the end.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")] = None,
@@ -58,7 +58,9 @@ def generate(
 
     The prompt is read in pieces and forgotten; all that is kept of it is the model's state, whose size goes to stderr.
     For a window model it is constant, so the prompt may be a pipe that never ends. With --save-state, Ctrl-C saves the
-    state first, and so does a reader of the text that goes away; with --load-state, a prompt is optional.
+    state first, and so does a reader of the text that goes away; with --load-state, a prompt is optional. It ends where
+    the model's own generate() does: at any end token of generation_config.json, else of config.json, else the
+    tokenizer's.
 
     \b
     Examples:
@@ -86,8 +88,8 @@ def generate(
         pieces = in_chunks(prompt_pieces(tokens, prompt, load_from is None, interruption), chunk, interruption)
         logits = first_logits(model, pieces, state, load_from, interruption)
         before, read = state.num_bytes, int(state.position)
-        end = None if ignore_end else end_token(tokens)
-        last = write_text(model, tokens, logits, state, sampling, max_new_tokens, generator, end, interruption)
+        stop = frozenset[int]() if ignore_end else end_tokens(model, tokens)
+        last = write_text(model, tokens, logits, state, sampling, max_new_tokens, generator, stop, interruption)
         if save_to is not None:
             save(model, state, logits, last, save_to)
     report_state(state, read, before)
@@ -139,7 +141,7 @@ def write_text(
     sampling: "Sampling",
     count: int,
     generator: "Generator",
-    end: int | None,
+    stop: Collection[int],
     interruption: "SavingInterruption",
 ) -> int | None:
     """Draw tokens and write their text as it comes; returns the last one, which the state has not read yet.
@@ -149,7 +151,6 @@ def write_text(
     from swat_lm.serve.stream import TextAssembler, generate_tokens
 
     assembler, last = TextAssembler(tokens), None
-    stop = () if end is None else (end,)
     count = 0 if interruption.requested else count
     for last in generate_tokens(model, logits, state, sampling, count, generator, stop):
         write(assembler.push(last))
@@ -279,6 +280,17 @@ def prompt_pieces(
 def end_token(tokens: "PreTrainedTokenizerFast") -> int | None:
     """The id of the end-of-text token, if there is one."""
     return None if tokens.eos_token is None else tokens.get_vocab().get(str(tokens.eos_token))
+
+
+def end_tokens(model: "SwatForCausalLM", tokens: "PreTrainedTokenizerFast") -> frozenset[int]:
+    """The ids that end a text: those of the model's generation settings, else its configuration's, else the tokenizer's.
+
+    The first two may name several.
+    """
+    for named in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, end_token(tokens)):
+        if named is not None:
+            return frozenset(named if isinstance(named, list | tuple) else [named])
+    return frozenset()
 
 
 def pieces_are_exact(tokens: "PreTrainedTokenizerFast") -> bool:
