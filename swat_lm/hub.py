@@ -12,6 +12,8 @@ import urllib.request
 from functools import cache
 from pathlib import Path
 
+from swat_lm.paths import local_path
+
 __all__ = ["hub_answers", "is_path", "nearest_name", "stored_folder"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
@@ -23,7 +25,7 @@ def is_path(name: str) -> bool:
 
     It is no valid name on the hub, or its parent folder exists.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     return HUB_NAME.fullmatch(name) is None or ("/" in name and path.parent.is_dir())
 
 

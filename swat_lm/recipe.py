@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from swat_lm.paths import check_name, local_path
 from swat_lm.strict import OVERRIDE, Origin, RecipeError, build, check_fields, describe, number, shown
 
 __all__ = ["DataRecipe", "Recipe", "RecipeError", "TrainRecipe", "describe", "dump_recipe", "load_recipe"]
@@ -130,6 +131,7 @@ class TrainRecipe:
             )
         if self.replicas > 1 and self.sharding != "hybrid":
             raise RecipeError(f"train.replicas ({self.replicas}) needs train.sharding=hybrid; got {self.sharding}")
+        object.__setattr__(self, "resume", without_tilde(self.resume, "train.resume"))
         if not self.resume:
             raise RecipeError("train.resume is empty: use auto, never or a checkpoint's path")
 
@@ -155,6 +157,20 @@ class Recipe:
         check_fields(self)
         if not self.name.strip() or not self.out.strip():
             raise RecipeError("name and out must not be empty")
+        object.__setattr__(self, "out", without_tilde(self.out, "out"))
+        for key in ("name", "out"):
+            try:
+                check_name(getattr(self, key), key)
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
+
+
+def without_tilde(name: str, key: str) -> str:
+    """A path with its home folder written out; raises RecipeError where there is none."""
+    try:
+        return str(local_path(name)) if name.startswith("~") else name
+    except ValueError as error:
+        raise RecipeError(f"{key}: {error}") from None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -163,7 +179,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     `inherits: OTHER.yaml` (relative to the file) starts from another recipe; mappings are merged, lists replaced.
     Raises RecipeError, which names the file and line, or the override, at fault.
     """
-    path = Path(path)
+    path = local_path(path)
     places: dict[str, str] = {}
     values = read_file(path, places, ())
     for override in overrides:
@@ -224,7 +240,7 @@ def read_file(path: Path, places: dict[str, str], children: tuple[Path, ...]) ->
         return values
     if not isinstance(parent, str):
         raise RecipeError(f"{found['inherits']}: inherits must be a file name; got {shown(parent)}")
-    inherited = read_file(path.parent / parent, places, (*children, path.resolve()))
+    inherited = read_file(path.parent / local_path(parent), places, (*children, path.resolve()))
     places.update(found)
     return merge(inherited, values)
 

@@ -121,12 +121,12 @@ def test_an_interruption_of_reading_saves_the_state(cli, windowed: Path, tmp_pat
 
 
 def test_an_interruption_of_writing_saves_the_state(cli, windowed: Path, tmp_path: Path, monkeypatch):
-    written = []
+    written, number = [], signal.SIGINT
 
     def write(text: str) -> None:
         written.append(text)
         if len(written) == 3:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     monkeypatch.setattr("swat_lm.cli.generation.write", write)
     code, _, err = cli(
@@ -135,7 +135,13 @@ def test_an_interruption_of_writing_saves_the_state(cli, windowed: Path, tmp_pat
     assert code == 130, err
     assert "state saved" in err
     assert int(load_state(tmp_path / "x.state").position) == 2 + 3
+    # a terminal that is closed, too
     written.clear()
+    number = getattr(signal, "SIGHUP", signal.SIGTERM)
+    assert cli("generate", windowed, "-p", "a", "--ignore-end", "-n", 10**7, "--save-state", "h.state")[0] == 130
+    assert (tmp_path / "h.state").exists()
+    written.clear()
+    number = signal.SIGINT
     # nobody asked for the state: as before
     code, _, err = cli("generate", windowed, "--prompt", "ab", "--ignore-end", "-n", 10_000_000)
     assert (code, last_line(err)) == (130, "interrupted")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -11,8 +12,10 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import processors
 
+from swat_lm import SwatForCausalLM
 from swat_lm.cli.generation import SavingInterruption, arriving, prompt_pieces, read_some
 from swat_lm.data.cutting import Cutter
 from swat_lm.data.tokenizer import EOS, wrap
@@ -174,3 +177,45 @@ def test_a_long_text_that_is_tokenised_hears_an_interruption(monkeypatch, saving
                 list(pieces)
     assert interruption.requested == saving
     assert time.monotonic() - began < 10
+
+
+def with_ends(source: Path, folder: Path, **ends: object) -> Path:
+    """A copy of a model whose files name these end tokens: `config` or `generation_config`."""
+    shutil.copytree(source, folder)
+    for name in ("config", "generation_config"):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ends.get(name)}))
+    return folder
+
+
+def test_a_text_ends_at_every_end_token_of_the_model(cli, here: Path, exported: Path):
+    """As the model's own `generate` does, where that stops at all."""
+    torch.manual_seed(0)
+    greedy = ("-p", "abc", "-n", 40, "--temperature", 0)
+    model = SwatForCausalLM.from_pretrained(exported)
+    prompt = torch.tensor([list(b"abc")])
+    drawn = model.generate(prompt, max_new_tokens=40, do_sample=False)[0, 3:].tolist()
+    # untrained models soon repeat themselves; these are the first places of two of their tokens
+    first, second = drawn[2], drawn[4]
+    both = [257, second, first]
+    of_each = {
+        "generation": ({"generation_config": both}, both),
+        "one": ({"generation_config": second, "config": both}, [second]),
+        "configuration": ({"config": both}, both),
+        "neither": ({}, [257]),
+    }
+    for name, (ends, stop) in of_each.items():
+        folder = with_ends(exported, here / name, **ends)
+        ran = cli("generate", folder, *greedy)
+        expected = next((at + 1 for at, one in enumerate(drawn) if one in stop), 40)
+        assert ran.code == 0, ran.err
+        assert f"after {3 + expected - 1} (constant)" in ran.err, name
+        if "generation_config" in ends:
+            made = SwatForCausalLM.from_pretrained(folder).generate(prompt, max_new_tokens=40, do_sample=False)
+            assert made.shape[1] == 3 + expected
+    # a stream goes on after its end, and an end within a prompt ends nothing
+    assert cli("generate", here / "generation", *greedy, "--save-state", "s").code == 0
+    assert cli("generate", here / "generation", "-n", 3, "--load-state", "s", "--ignore-end").code == 0
+    ran = cli("generate", here / "generation", "-p", "abc" + chr(46) * 3, "-n", 1)
+    assert (ran.code, "6 tokens read" in ran.err) == (0, True)
+    assert "after 42 (constant)" in cli("generate", here / "generation", *greedy, "--ignore-end").err

@@ -18,8 +18,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:
             raise
-        sys.stderr.write(
-            f"error: the command line needs {error.name}, which is not installed: pip install 'swat-lm[train]'\n"
-        )
+        if sys.stderr is not None:
+            sys.stderr.write(
+                f"error: the command line needs {error.name}, which is not installed: pip install 'swat-lm[train]'\n"
+            )
         raise SystemExit(2) from None
     raise SystemExit(run_application())

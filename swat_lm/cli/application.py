@@ -1,12 +1,14 @@
 """The `swat-lm` application: global options, the list of commands, and how each of them may end."""
 
+import functools
 import importlib.metadata
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -26,9 +28,29 @@ from swat_lm.cli import (
     tuning,
 )
 from swat_lm.cli.console import messages
-from swat_lm.cli.failures import INTERRUPTED, USER_ERROR, quiet_broken_pipe, report_failure
+from swat_lm.cli.failures import INTERRUPTED, USER_ERROR, describe_os_error, report_failure
+from swat_lm.cli.streams import Outlet, lasting_streams, remark
+from swat_lm.paths import local_path
 
 __all__ = ["application", "run_application"]
+
+
+def located(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose paths may begin with `~`, which shells leave as it is in `--out=~/x` or between quotes.
+
+    Raises FileNotFoundError where the current directory was removed, in which libraries end the process when loaded.
+    """
+
+    @functools.wraps(command)
+    def call(**options: Any) -> None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise FileNotFoundError("the current directory was removed: change to another one") from None
+        command(**{name: local_path(one) if isinstance(one, Path) else one for name, one in options.items()})
+
+    return call
+
 
 application = typer.Typer(
     name="swat-lm",
@@ -40,22 +62,22 @@ application = typer.Typer(
 )
 measurements = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-application.command(name="demo")(demonstration.demo)
-application.command(name="train")(training.train)
-application.command(name="tokenizer")(preparation.tokenizer)
-application.command(name="prepare")(preparation.prepare)
-application.command(name="generate")(generation.generate)
+application.command(name="demo")(located(demonstration.demo))
+application.command(name="train")(located(training.train))
+application.command(name="tokenizer")(located(preparation.tokenizer))
+application.command(name="prepare")(located(preparation.prepare))
+application.command(name="generate")(located(generation.generate))
 application.add_typer(measurements, name="evaluate")
-measurements.command(name="length")(evaluation.length)
-measurements.command(name="recall")(recall.recall)
-measurements.command(name="reach")(recall.reach)
-measurements.command(name="diagnose")(diagnosis.diagnose)
-measurements.command(name="tasks")(benchmarks.tasks)
-application.command(name="reproduce")(reproduction.reproduce)
-application.command(name="report")(comparison.report)
-application.command(name="info")(information.info)
-application.command(name="convert")(conversion.convert)
-application.command(name="tune")(tuning.tune)
+measurements.command(name="length")(located(evaluation.length))
+measurements.command(name="recall")(located(recall.recall))
+measurements.command(name="reach")(located(recall.reach))
+measurements.command(name="diagnose")(located(diagnosis.diagnose))
+measurements.command(name="tasks")(located(benchmarks.tasks))
+application.command(name="reproduce")(located(reproduction.reproduce))
+application.command(name="report")(located(comparison.report))
+application.command(name="info")(located(information.info))
+application.command(name="convert")(located(conversion.convert))
+application.command(name="tune")(located(tuning.tune))
 
 # the base of every usage error; typer carries its own copy of click in newer versions
 USAGE_ERROR: type[Exception] = next(
@@ -89,16 +111,40 @@ def options(
 
 
 def run_application(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 an error to act on, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line and return its exit code: 0 done, 2 an error to act on, 130 interrupted.
+
+    A reader of the output that goes away is no error. One that could not take it all is, after the work is done.
+    """
+    with lasting_streams() as out:
+        code = run_command(list(sys.argv[1:] if arguments is None else arguments))
+        return code or check_written(out)
+
+
+def check_written(out: Outlet) -> int:
+    """Say what of the results could not be written, or not as it is; returns the exit code."""
+    out.flush()
+    note = remark(out)
+    if note is not None:
+        messages().print(f"note: {note}", markup=False)
+    if out.failure is None:
+        return 0
+    messages().print(f"error: cannot write to stdout: {describe_os_error(out.failure)}", markup=False)
+    return USER_ERROR
+
+
+def run_command(given: list[str]) -> int:
+    """Run the command line on open streams and return its exit code."""
     # accepted anywhere: whoever adds it does so after a failure, at the end of the line
     debug = "--debug" in given
     given = [one for one in given if one != "--debug"]
     set_up_output(debug)
     try:
         code = application(given, standalone_mode=False, prog_name="swat-lm")
-    except BrokenPipeError:
-        return quiet_broken_pipe()
+    except SystemExit as left:
+        if not isinstance(left.__context__, OSError):
+            raise
+        # so typer leaves, without a word, where a pipe broke that is none of the standard streams
+        return report_failure(left.__context__, debug)
     except KeyboardInterrupt:
         code = INTERRUPTED
     except USAGE_ERROR as error:
@@ -124,11 +170,20 @@ def set_up_output(debug: bool) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     logger = logging.getLogger("swat_lm")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = MessageHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     warnings.showwarning = show_warning
+
+
+class MessageHandler(logging.StreamHandler[Any]):
+    """Writes to whatever stderr is by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from swat_lm.cli.console import print_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import RunProgress, clock
+from swat_lm.paths import local_path
 
 if TYPE_CHECKING:
     from swat_lm.evaluate.harness import HarnessModel
@@ -120,8 +121,8 @@ def label_checkpoints(given: Sequence[str]) -> dict[str, str]:
     """
     chosen: dict[str, str] = {}
     for one in given:
-        found = None if Path(one).exists() else NAMED.fullmatch(one)
-        path = Path(one)
+        found = None if local_path(one).exists() else NAMED.fullmatch(one)
+        path = local_path(one)
         label, name = (found["label"], found["name"]) if found else (path.name, one)
         if not found and path.name == "export":
             label = path.absolute().parent.name

@@ -88,10 +88,3 @@ def came_from_main(error: BaseException) -> bool:
         chain.append(one)
         one = one.__cause__ or one.__context__
     return any(getattr(one, "from_main_process", False) for one in chain)
-
-
-def quiet_broken_pipe() -> int:
-    """The reader of our output went away (`| head`): stop without a word, as other tools do."""
-    # Python flushes stdout once more at exit; let that go nowhere
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0

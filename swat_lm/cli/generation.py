@@ -1,10 +1,11 @@
 """`swat-lm generate`: continue a text, streamed to stdout, in memory that does not grow with it."""
 
 import codecs
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -17,6 +18,7 @@ from swat_lm.cli.checkpoints import load_checkpoint
 from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.outputs import check_new_file
+from swat_lm.cli.streams import reader_is_gone
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["generate"]
 
+# Ctrl-C, a wish to end, and the end of a terminal, which Windows does not have
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PIECE_BYTES = 1 << 16
 # characters that may take longer to tokenise than anybody waits after Ctrl-C
 LONG_TEXT = 1 << 16
@@ -47,7 +51,7 @@ def generate(
         float, typer.Option(help="Choose among the most likely tokens that sum to this probability.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes the draws repeatable.")] = None,
-    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end-of-text token.")] = False,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after a token that ends a text.")] = False,
     load_from: Annotated[Path | None, typer.Option("--load-state", help="Go on with a stream saved before.")] = None,
     save_to: Annotated[Path | None, typer.Option("--save-state", help="Save the stream's state at the end.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")] = None,
@@ -58,7 +62,9 @@ def generate(
 
     The prompt is read in pieces and forgotten; all that is kept of it is the model's state, whose size goes to stderr.
     For a window model it is constant, so the prompt may be a pipe that never ends. With --save-state, Ctrl-C saves the
-    state first; with --load-state, a prompt is optional.
+    state first, and so does a reader of the text that goes away; with --load-state, a prompt is optional. It ends where
+    the model's own generate() does: at any end token of generation_config.json, else of config.json, else the
+    tokenizer's.
 
     \b
     Examples:
@@ -72,7 +78,7 @@ def generate(
     from swat_lm.serve.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
-    check_text(prompt, "--prompt")
+    prompt = whole_text(prompt, "--prompt")
     if save_to is not None:
         check_new_file(save_to, "--save-state")
     model, tokens = load_checkpoint(checkpoint, tokenizer, device)
@@ -86,11 +92,13 @@ def generate(
         pieces = in_chunks(prompt_pieces(tokens, prompt, load_from is None, interruption), chunk, interruption)
         logits = first_logits(model, pieces, state, load_from, interruption)
         before, read = state.num_bytes, int(state.position)
-        end = None if ignore_end else end_token(tokens)
-        last = write_text(model, tokens, logits, state, sampling, max_new_tokens, generator, end, interruption)
+        stop = frozenset[int]() if ignore_end else end_tokens(model, tokens)
+        last = write_text(model, tokens, logits, state, sampling, max_new_tokens, generator, stop, interruption)
         if save_to is not None:
             save(model, state, logits, last, save_to)
     report_state(state, read, before)
+    if save_to is not None and reader_is_gone() and not interruption.requested:
+        messages().print(f"nobody reads on; state saved: --load-state {save_to} goes on after it", markup=False)
     if interruption.requested:
         messages().print(f"state saved: --load-state {save_to} goes on after it", markup=False)
         raise typer.Exit(INTERRUPTED)
@@ -137,21 +145,20 @@ def write_text(
     sampling: "Sampling",
     count: int,
     generator: "Generator",
-    end: int | None,
+    stop: Collection[int],
     interruption: "SavingInterruption",
 ) -> int | None:
     """Draw tokens and write their text as it comes; returns the last one, which the state has not read yet.
 
-    None, and no text, where an interruption was requested before.
+    None, and no text, where an interruption was requested before. Ends early where nobody reads the text any more.
     """
     from swat_lm.serve.stream import TextAssembler, generate_tokens
 
     assembler, last = TextAssembler(tokens), None
-    stop = () if end is None else (end,)
     count = 0 if interruption.requested else count
     for last in generate_tokens(model, logits, state, sampling, count, generator, stop):
         write(assembler.push(last))
-        if interruption.requested:
+        if interruption.requested or reader_is_gone():
             break
     write(assembler.finish() + "\n")
     return last
@@ -170,23 +177,26 @@ def save(model: "SwatForCausalLM", state: "StreamState", logits: "Tensor", last:
 class SavingInterruption:
     """While entered and active, a first Ctrl-C sets `requested`, so that the state can be saved; a second one kills.
 
-    Where something is waited for (`waiting`), the wait ends at once.
+    SIGTERM and, unless it is ignored, SIGHUP, which comes where a terminal is closed, do the same. Where something is
+    waited for (`waiting`), the wait ends at once.
     """
 
     def __init__(self, active: bool = True) -> None:
         self.requested = False
         self._active = active and threading.current_thread() is threading.main_thread()
         self._waiting = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if self._active:
-            self._previous = signal.signal(signal.SIGINT, self._request)
+            for number in SIGNALS:
+                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._active:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def waiting(self, call: Callable[[], Result]) -> Result | None:
         """What a call gives that an interruption may end; None once one is requested."""
@@ -224,13 +234,19 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def check_text(text: str, option: str) -> None:
-    """Raise ValueError for an argument whose bytes are not UTF-8, which Python keeps as lone surrogates."""
+def whole_text(text: str, option: str) -> str:
+    """An argument as the UTF-8 text that its bytes are; in a locale of ASCII alone Python keeps them as surrogates.
+
+    Raises ValueError for bytes that are not UTF-8.
+    """
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        at = len(text[: error.start].encode())
-        raise ValueError(f"{option} is not UTF-8 text (byte {at})") from None
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{option} is not UTF-8 text (byte {error.start})") from None
+    return text
 
 
 def in_chunks(pieces: Iterable[list[int]], size: int, interruption: SavingInterruption) -> Iterator[list[int]]:
@@ -251,6 +267,8 @@ def prompt_pieces(
     """
     from swat_lm.data.cutting import find_cuts
 
+    if prompt == "-" and sys.stdin is None:
+        raise ValueError("--prompt -: stdin is closed; pipe a text into it, or give one by --prompt TEXT")
     cuts = find_cuts(tokens.backend_tokenizer.to_str())
     if prompt == "-" and cuts is None:
         messages().print("note: this tokenizer must see a text whole: the prompt is read to its end first")
@@ -288,6 +306,17 @@ def closes(tokens: "PreTrainedTokenizerFast", end: int | None) -> bool:
 def end_token(tokens: "PreTrainedTokenizerFast") -> int | None:
     """The id of the end-of-text token, if there is one."""
     return None if tokens.eos_token is None else tokens.get_vocab().get(str(tokens.eos_token))
+
+
+def end_tokens(model: "SwatForCausalLM", tokens: "PreTrainedTokenizerFast") -> frozenset[int]:
+    """The ids that end a text: those of the model's generation settings, else its configuration's, else the tokenizer's.
+
+    The first two may name several.
+    """
+    for named in (getattr(model.generation_config, "eos_token_id", None), model.config.eos_token_id, end_token(tokens)):
+        if named is not None:
+            return frozenset(named if isinstance(named, list | tuple) else [named])
+    return frozenset()
 
 
 def read_some(source: BinaryIO) -> bytes | None:

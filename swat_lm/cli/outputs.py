@@ -3,6 +3,8 @@
 from contextlib import suppress
 from pathlib import Path
 
+from swat_lm.paths import check_name
+
 __all__ = ["check_file", "check_folder", "check_new_file"]
 
 
@@ -27,6 +29,7 @@ def check_folder(path: Path, option: str) -> None:
 
 def try_writing(path: Path, option: str, folder: bool) -> None:
     """Make what `path` needs, write a file there and take all of it away again."""
+    check_name(path, option)
     holding = path if folder else path.parent
     missing = [one for one in (holding, *holding.parents) if not one.exists()]
     # as long as the name of the file beside, since its length may be what is refused

@@ -1,6 +1,5 @@
 """Text to evaluate on: which of its documents, and their tokens."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -8,6 +7,7 @@ import typer
 from swat_lm.cli.console import counted, messages
 from swat_lm.cli.progress import Counter
 from swat_lm.model.loading import find_model_folder
+from swat_lm.paths import local_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,7 @@ def trained_text_of(checkpoint: str) -> "TrainedText | None":
     from swat_lm.data import DataError
     from swat_lm.train.trained_text import find_trained_text
 
-    folder = Path(find_model_folder(checkpoint))
+    folder = local_path(find_model_folder(checkpoint))
     try:
         trained = find_trained_text(folder) if folder.exists() else None
     except DataError as error:

@@ -26,6 +26,7 @@ from swat_lm.data.readers import Piece, read_pieces
 from swat_lm.data.sources import DataError, Source, naming, resolve_sources
 from swat_lm.data.store import DOCUMENTS, INDEX, PASSAGES, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore, damaged
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
+from swat_lm.paths import local_path
 from swat_lm.recipe import DataRecipe
 
 
@@ -52,7 +53,7 @@ def prepare(data: DataRecipe, progress: Callable[[Progress], None] | None = None
         if wanted and token is None:
             raise DataError(f"tokenizer {data.tokenizer!r} has no {name} token: set data.add_{name}=false")
     key = request_key(data, sources, facts)
-    cache = Path(data.cache).expanduser() if data.cache else default_cache()
+    cache = local_path(data.cache) if data.cache else default_cache()
     folder = cache / f"{Path(data.sources[0]).name.partition('.')[0].replace(':', '-') or 'data'}-{key[:16]}"
     if cache.exists() and not cache.is_dir():
         raise DataError(f"{cache} is a file: expected a folder for prepared tokens (data.cache, or --cache)")
@@ -67,8 +68,14 @@ def prepare(data: DataRecipe, progress: Callable[[Progress], None] | None = None
 
 
 def default_cache() -> Path:
-    """`swat-lm/tokens` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swat-lm" / "tokens"
+    """`swat-lm/tokens` in the user's cache folder; raises DataError where the user has no home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swat-lm" / "tokens"
+    except RuntimeError:
+        raise DataError(
+            "nowhere to keep prepared tokens: HOME is not set and this user has no home folder; name a folder by "
+            "data.cache (prepare: --cache), or set XDG_CACHE_HOME"
+        ) from None
 
 
 def request_key(data: DataRecipe, sources: list[Source], facts: TokenizerFacts) -> str:

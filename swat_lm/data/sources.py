@@ -16,6 +16,7 @@ from typing import Any
 
 from swat_lm.data.folders import walk, walk_with_links
 from swat_lm.hub import nearest_name
+from swat_lm.paths import local_path
 
 KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz")
@@ -111,7 +112,7 @@ def resolve_sources(names: Iterable[str]) -> list[Source]:
     """
     found: list[Source] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = local_path(name)
         if name == STANDARD_LIBRARY:
             found += standard_library()
         elif name.startswith("python:"):

@@ -16,6 +16,7 @@ import numpy as np
 from swat_lm.data.cutting import BYTE_CUTS, Cuts, find_cuts
 from swat_lm.data.sources import DataError
 from swat_lm.hub import hub_answers, is_path, nearest_name
+from swat_lm.paths import local_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -37,7 +38,7 @@ def load_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     """
     if spec == BYTES:
         return wrap(byte_backend(), bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     if path.is_file():
         return load_file(path)
     if path.is_dir():

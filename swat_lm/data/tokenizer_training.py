@@ -18,6 +18,7 @@ from swat_lm.data.encoding import ended, send, started
 from swat_lm.data.readers import read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
 from swat_lm.data.tokenizer import BOS, EOS, PAD, wrap
+from swat_lm.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +50,7 @@ def train_tokenizer(
     smallest = 256 + len((BOS, EOS, PAD))
     if vocab_size < smallest:
         raise DataError(f"vocab_size must be at least {smallest} (256 bytes and 3 special tokens); got {vocab_size}")
-    out = Path(out)
+    out = local_path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; name another folder, or remove it first")
     backend = Tokenizer.from_str(trained_json(short_words(texts(sources, text_field, progress)), vocab_size))

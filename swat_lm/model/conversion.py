@@ -15,6 +15,7 @@ from swat_lm.hub import nearest_name
 from swat_lm.model.configuration import RECIPE_KEYS, ROPE_TYPES, SwatConfig, check_fields
 from swat_lm.model.loading import find_model_folder
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.paths import local_path
 
 SOURCES = ("llama", "mistral")
 SIZES = (
@@ -133,7 +134,7 @@ def convert_folder(
         ValueError: what `convert` refuses, or an `out` that holds something.
         OSError: a folder that cannot be read or written.
     """
-    folder, out = _existing_folder(source), Path(out)
+    folder, out = _existing_folder(source), local_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and is not an empty folder; choose another one or remove it")
     model = convert(folder, window, **changes)
@@ -153,8 +154,8 @@ def convert_folder(
 
 
 def _existing_folder(source: str | Path) -> Path:
-    if not Path(source).expanduser().exists():
-        raise ValueError(f"source: {source} is not a checkpoint folder{nearest_name(Path(source).expanduser())}")
+    if not local_path(source).exists():
+        raise ValueError(f"source: {source} is not a checkpoint folder{nearest_name(local_path(source))}")
     return Path(find_model_folder(str(source)))
 
 

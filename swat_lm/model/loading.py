@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swat_lm.hub import hub_answers, is_path, nearest_name, stored_folder
+from swat_lm.paths import check_name, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,13 +22,14 @@ def find_model_folder(name: str) -> str:
 
     Raises ValueError that says what the folder is instead.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.exists():
         if is_path(name):
             raise ValueError(
                 f"no checkpoint at {name}: expected a run's folder or its `export` folder{nearest_name(path)}"
             )
         return name
+    check_name(path, "the checkpoint's folder")
     if path.is_file():
         raise ValueError(f"{name} is a file: expected the folder that holds config.json and the weights")
     if (path / "config.json").exists():

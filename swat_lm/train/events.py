@@ -59,4 +59,4 @@ class RunResult:
     export: Path | None
     """The `save_pretrained` folder, if the recipe asks for it."""
     interrupted: bool
-    """Whether SIGINT or SIGTERM ended the run early; the same call again continues it."""
+    """Whether SIGINT, SIGTERM or SIGHUP ended the run early; the same call again continues it."""

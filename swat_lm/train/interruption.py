@@ -1,4 +1,4 @@
-"""Turns Ctrl-C and SIGTERM into a request that the loop grants after the current step."""
+"""Turns Ctrl-C, SIGTERM and the end of a terminal into a request that the loop grants after the current step."""
 
 import signal
 import threading
@@ -7,11 +7,15 @@ from typing import Any, Self
 
 __all__ = ["Interruption"]
 
+# the last comes where a terminal is closed or a connection to one ends; Windows has none
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; a second SIGINT raises KeyboardInterrupt at once.
+    """While entered, the first of `SIGNALS` sets `requested`; a second SIGINT raises KeyboardInterrupt at once.
 
-    Outside the main thread (where Python delivers no signals) it never becomes requested.
+    A SIGHUP that is ignored, as under `nohup`, stays so. Outside the main thread (where Python delivers no signals) it
+    never becomes requested.
     """
 
     def __init__(self) -> None:
@@ -20,8 +24,9 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
+            for number in SIGNALS:
+                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -36,7 +36,7 @@ __all__ = ["Run", "run"]
 def run(recipe: Recipe, on_event: Callable[[Event], None] | None = None) -> RunResult:
     """Train as the recipe says, continuing what its `out` folder holds; under torchrun, every process calls it.
 
-    SIGINT and SIGTERM end it after the current step with a checkpoint and `RunResult.interrupted`.
+    SIGINT, SIGTERM and SIGHUP end it after the current step with a checkpoint and `RunResult.interrupted`.
     Raises ValueError for a recipe, data or checkpoint that cannot be used, OSError for a folder that cannot be
     written, DivergedError for a loss that is not finite. None of them harms what the folder held.
     """

@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
-from swat_lm.train.interruption import Interruption
+from swat_lm.train.interruption import SIGNALS, Interruption
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_first_signal_is_a_request_and_handlers_return(number):
     before = signal.getsignal(number)
     with Interruption() as interruption:
@@ -15,6 +15,17 @@ def test_first_signal_is_a_request_and_handlers_return(number):
         os.kill(os.getpid(), number)
         assert interruption.requested
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal")
+def test_a_terminal_that_is_closed_is_nothing_to_a_run_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_second_control_c_quits_at_once():
