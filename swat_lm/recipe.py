@@ -102,7 +102,7 @@ class TrainRecipe:
     save_every: int = number(500, at_least=0)
     """Steps between checkpoints; 0: only the last step and an interruption save."""
     keep: int = number(3, at_least=1)
-    """Checkpoints kept; older ones are removed."""
+    """Checkpoints kept; older ones that the run wrote are removed."""
     export: bool = True
     """Write a `save_pretrained` folder with the tokenizer at the end."""
     resume: str = "auto"
@@ -143,7 +143,7 @@ class Recipe:
     seed: int = number(0, at_least=0, below=2**63)
     """Draws the first weights, the order of rows and everything else random in the run."""
     out: str
-    """Folder of the run's results; `runs/NAME` if not given."""
+    """Folder of the run's results, new, empty or a run's; `runs/NAME` if not given."""
     model: dict[str, Any]
     """Fields of SwatConfig, and `preset: NAME` to start from a preset; `swat-lm info` lists them."""
     data: DataRecipe
