@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swat_lm.mixers.protocol import RingMemory, StateTensor
+from swat_lm.model.weight_files import check_readable, give_usual_permissions
 from swat_lm.ops.ring import empty_ring
 
 FIRST_CAPACITY = 64
@@ -134,6 +135,7 @@ def save_state(state: StreamState, path: str | Path) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({**tensors, "position": state.position}, beside, metadata)
+        give_usual_permissions(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -146,6 +148,7 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> StreamSt
         ValueError: not such a file, or a damaged one.
         OSError: the file cannot be read.
     """
+    check_readable(Path(path))
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}

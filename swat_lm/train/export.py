@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from swat_lm.model.architectures import exported_class
+from swat_lm.model.weight_files import give_usual_permissions
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import discard_if_possible, replace_folder
 from swat_lm.train.engine import Engine
@@ -65,6 +66,7 @@ def export_model(
         try:
             with progress_bars_off():
                 plain_copy(model, weights).save_pretrained(beside)
+            give_usual_permissions(beside)
             tokenizer.save_pretrained(beside)
             held_out = "" if held_out_loss is None else f", held-out loss {held_out_loss:.4f} nats per token"
             card = CARD_TEXT.format(
