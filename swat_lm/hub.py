@@ -4,6 +4,7 @@ Knows neither models nor tokenizers; no torch and no transformers here.
 """
 
 import difflib
+import os
 import re
 import socket
 import ssl
@@ -12,10 +13,16 @@ import urllib.request
 from functools import cache
 from pathlib import Path
 
-__all__ = ["hub_answers", "is_path", "nearest_name", "stored_folder"]
+__all__ = ["expanded", "hub_answers", "is_path", "nearest_name", "stored_folder"]
 
 HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 SECONDS = 5.0
+
+
+def expanded(name: str | Path) -> Path:
+    """The path behind a name: `~` is the home folder, and `~user` a user's where there is such a user."""
+    # pathlib's own raises where there is none
+    return Path(os.path.expanduser(name))
 
 
 def is_path(name: str) -> bool:
@@ -23,7 +30,7 @@ def is_path(name: str) -> bool:
 
     It is no valid name on the hub, or its parent folder exists.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     return HUB_NAME.fullmatch(name) is None or ("/" in name and path.parent.is_dir())
 
 

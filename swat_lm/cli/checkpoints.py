@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from swat_lm.hub import nearest_name
+from swat_lm.hub import expanded, nearest_name
 from swat_lm.model.loading import find_model_folder, load_causal_lm, model_type
 
 if TYPE_CHECKING:
@@ -19,10 +19,9 @@ def find_export(name: str) -> str:
 
     Raises ValueError that says what the folder is instead.
     """
-    if not Path(name).expanduser().exists() and name.count("/") != 1:
+    if not expanded(name).exists() and name.count("/") != 1:
         raise ValueError(
-            f"no checkpoint at {name}: expected a run's folder or its `export` folder"
-            f"{nearest_name(Path(name).expanduser())}"
+            f"no checkpoint at {name}: expected a run's folder or its `export` folder{nearest_name(expanded(name))}"
         )
     folder = find_model_folder(name)
     if Path(folder).exists():

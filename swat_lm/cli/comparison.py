@@ -8,6 +8,7 @@ import typer
 
 from swat_lm.cli.console import results
 from swat_lm.cli.outputs import check_folder
+from swat_lm.hub import expanded
 
 __all__ = ["report"]
 
@@ -34,7 +35,7 @@ def report(
     found = []
     for one in runs:
         named = NAMED.fullmatch(one)
-        folder = Path(named["folder"] if named else one).expanduser()
+        folder = expanded(named["folder"] if named else one)
         if not folder.is_dir():
             raise ValueError(f"no folder {folder}: expected a run's folder, as `swat-lm train` writes it")
         found.append(read_run(folder, named["name"] if named else None))

@@ -24,6 +24,7 @@ from swat_lm.data.readers import Piece, read_pieces
 from swat_lm.data.sources import DataError, Source, naming, resolve_sources
 from swat_lm.data.store import DOCUMENTS, INDEX, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore, damaged
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
+from swat_lm.hub import expanded
 from swat_lm.recipe import DataRecipe
 
 # characters handed to a tokenizer at once; longer documents are cut where that does not change their tokens
@@ -53,7 +54,7 @@ def prepare(data: DataRecipe, progress: Callable[[Progress], None] | None = None
         if wanted and token is None:
             raise DataError(f"tokenizer {data.tokenizer!r} has no {name} token: set data.add_{name}=false")
     key = request_key(data, sources, facts)
-    cache = Path(data.cache).expanduser() if data.cache else default_cache()
+    cache = expanded(data.cache) if data.cache else default_cache()
     folder = cache / f"{Path(data.sources[0]).name.partition('.')[0].replace(':', '-') or 'data'}-{key[:16]}"
     if cache.exists() and not cache.is_dir():
         raise DataError(f"{cache} is a file: expected a folder for prepared tokens (data.cache, or --cache)")

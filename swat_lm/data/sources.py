@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swat_lm.hub import nearest_name
+from swat_lm.hub import expanded, nearest_name
 
 KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz")
@@ -110,7 +110,7 @@ def resolve_sources(names: Iterable[str]) -> list[Source]:
     """
     found: list[Source] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = expanded(name)
         if name == STANDARD_LIBRARY:
             found += standard_library()
         elif name.startswith("python:"):

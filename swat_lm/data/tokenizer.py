@@ -18,7 +18,7 @@ import numpy as np
 
 from swat_lm.data.readers import read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
-from swat_lm.hub import hub_answers, is_path, nearest_name
+from swat_lm.hub import expanded, hub_answers, is_path, nearest_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -42,7 +42,7 @@ def load_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
     """
     if spec == BYTES:
         return wrap(byte_backend(), bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.is_file():
         return load_file(path)
     if path.is_dir():

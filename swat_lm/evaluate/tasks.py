@@ -13,6 +13,7 @@ from typing import Any
 from swat_lm.data.sources import DataError
 from swat_lm.evaluate.benchmark_files import find_files, is_plain_text, read_documents, read_pages
 from swat_lm.evaluate.benchmarks import BENCHMARKS, PAGES, Benchmark, Doc
+from swat_lm.hub import expanded
 
 __all__ = ["HUB", "STREAMED", "LoadedTask", "check_harness", "load_tasks", "task_names"]
 
@@ -74,7 +75,7 @@ def load_tasks(names: Sequence[str], data: str) -> list[LoadedTask]:
     """
     check_harness()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folder = None if data == HUB else Path(data).expanduser()
+    folder = None if data == HUB else expanded(data)
     if folder is not None:
         if not folder.is_dir():
             raise DataError(f"no folder {data}: expected one with the benchmarks' files, or `hub`")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from swat_lm.hub import nearest_name
+from swat_lm.hub import expanded, nearest_name
 from swat_lm.model.configuration import RECIPE_KEYS, ROPE_TYPES, SwatConfig, check_fields
 from swat_lm.model.loading import find_model_folder
 from swat_lm.model.modeling import SwatForCausalLM
@@ -152,8 +152,8 @@ def convert_folder(
 
 
 def _existing_folder(source: str | Path) -> Path:
-    if not Path(source).expanduser().exists():
-        raise ValueError(f"source: {source} is not a checkpoint folder{nearest_name(Path(source).expanduser())}")
+    if not expanded(source).exists():
+        raise ValueError(f"source: {source} is not a checkpoint folder{nearest_name(expanded(source))}")
     return Path(find_model_folder(str(source)))
 
 

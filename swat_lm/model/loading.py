@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swat_lm.hub import hub_answers, is_path, nearest_name, stored_folder
+from swat_lm.hub import expanded, hub_answers, is_path, nearest_name, stored_folder
 from swat_lm.model.weight_files import check_readable
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def find_model_folder(name: str) -> str:
 
     Raises ValueError that says what the folder is instead.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.exists():
         if is_path(name):
             raise ValueError(

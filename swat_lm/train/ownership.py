@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from swat_lm.hub import expanded
 from swat_lm.train.checkpoint import PARTIAL_CHECKPOINT, discard, find_checkpoints, manifest_step
 
 __all__ = ["LOCK", "MARK", "check_export", "check_run_folder", "mark_run", "remove_leftovers"]
@@ -53,7 +54,7 @@ def is_of_a_start(path: Path) -> bool:
 
 def holds(path: Path, cache: str | None) -> bool:
     """Whether the folder of prepared tokens is this one, or inside it."""
-    return cache is not None and Path(cache).expanduser().resolve().is_relative_to(path.resolve())
+    return cache is not None and expanded(cache).resolve().is_relative_to(path.resolve())
 
 
 def mark_run(out: Path) -> None:
