@@ -8,14 +8,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
 from swat_lm.paths import check_name, local_path
-from swat_lm.strict import OVERRIDE, Origin, RecipeError, build, check_fields, describe, number, shown
+from swat_lm.strict import OVERRIDE, Origin, RecipeError, build, check_fields, describe, hint_at, number, shown
 
-__all__ = ["DataRecipe", "Recipe", "RecipeError", "TrainRecipe", "describe", "dump_recipe", "load_recipe"]
+__all__ = ["DataRecipe", "Recipe", "RecipeError", "TrainRecipe", "describe", "dump_recipe", "load_recipe", "read_value"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class TrainRecipe:
     save_every: int = number(500, at_least=0)
     """Steps between checkpoints; 0: only the last step and an interruption save."""
     keep: int = number(3, at_least=1)
-    """Checkpoints kept; older ones are removed."""
+    """Checkpoints kept; older ones that the run wrote are removed."""
     export: bool = True
     """Write a `save_pretrained` folder with the tokenizer at the end."""
     resume: str = "auto"
@@ -145,7 +146,7 @@ class Recipe:
     seed: int = number(0, at_least=0, below=2**63)
     """Draws the first weights, the order of rows and everything else random in the run."""
     out: str
-    """Folder of the run's results; `runs/NAME` if not given."""
+    """Folder of the run's results, new, empty or a run's; `runs/NAME` if not given."""
     model: dict[str, Any]
     """Fields of SwatConfig, and `preset: NAME` to start from a preset; `swat-lm info` lists them."""
     data: DataRecipe
@@ -174,8 +175,10 @@ def without_tilde(name: str, key: str) -> str:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as `train.steps=100`, whose values are YAML.
+    """Read a recipe and apply overrides such as `train.steps=100`.
 
+    The value of a text (a name, a path) is taken as it stands, whatever YAML makes of it, `null` being none where a
+    text may be none, and `[A, B]` several where there may be several. Other values are YAML without comments.
     `inherits: OTHER.yaml` (relative to the file) starts from another recipe; mappings are merged, lists replaced.
     Raises RecipeError, which names the file and line, or the override, at fault.
     """
@@ -202,8 +205,27 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(plain(asdict(recipe)), Dumper=Dumper, sort_keys=False, width=120)
 
 
+# as whole scalars: with a colon, digits after a zero, dates
+UNMEANT = re.compile(r".*[0-9]:[0-9].*|[-+]?0[0-9_]+|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*", re.DOTALL)
+
+
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader that reads `1e-3` as a number (YAML 1.2) instead of text."""
+
+
+class ValueLoader(Loader):
+    """Reads a value on the command line: no dates, numbers to the base 60 (`8:4`) or 8 (`010`), which nobody means."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """The tag of a scalar; text where YAML 1.1 alone sees something else in it."""
+        tag = super().resolve(kind, value, implicit)
+        if kind is yaml.ScalarNode and implicit[0] and UNMEANT.fullmatch(value):
+            return "tag:yaml.org,2002:str"
+        return tag
+
+
+class TextLoader(yaml.BaseLoader):
+    """Reads lists and texts only: nothing is a number."""
 
 
 class Dumper(yaml.SafeDumper):
@@ -245,10 +267,10 @@ def read_file(path: Path, places: dict[str, str], children: tuple[Path, ...]) ->
     return merge(inherited, values)
 
 
-def parse(text: str, origin: str, places: dict[str, str]) -> Any:
+def parse(text: str, origin: str, places: dict[str, str], kind: type[Any] = Loader) -> Any:
     """YAML to plain values; records `origin:line` of each key and refuses a key written twice."""
     try:
-        loader = Loader(text)
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -290,7 +312,7 @@ def apply_override(values: dict[str, Any], override: str, places: dict[str, str]
     if not equals or not all(part.strip() for part in key.split(".")):
         raise RecipeError(f"{origin}: write key=value, for example train.steps=100")
     key = key.strip()
-    value = parse(text, origin, {})
+    value = read_typed(text, hint_at(Recipe, key), origin)
     *parents, last = key.split(".")
     target = values
     for depth, parent in enumerate(parents):
@@ -303,6 +325,29 @@ def apply_override(values: dict[str, Any], override: str, places: dict[str, str]
             raise RecipeError(f"{origin}: {dotted} is not a mapping in this recipe")
     target[last] = value
     places[key] = origin
+
+
+def read_typed(text: str, hint: Any, origin: str) -> Any:
+    """What a text on the command line stands for where a recipe has this annotation (None: any plain value)."""
+    choices = get_args(hint)
+    if hint is str or choices == (str, NoneType):
+        if not text.strip():
+            raise RecipeError(f"{origin}: a text is expected, and none came")
+        return None if text == "null" and hint is not str else text
+    if get_origin(hint) is tuple and choices[-1] is Ellipsis:
+        is_list = text.strip().startswith("[") and text.strip().endswith("]")
+        return read_value(text, origin, TextLoader) if is_list else text
+    return read_value(text, origin)
+
+
+def read_value(text: str, origin: str, kind: type[Any] = ValueLoader) -> Any:
+    """A value on the command line as YAML; raises RecipeError, also for a comment, which would drop what was typed."""
+    value = parse(text, origin, {}, kind)
+    if "#" in text:
+        spans = [range(token.start_mark.index, token.end_mark.index) for token in yaml.scan(text)]
+        if any(sign == "#" and not any(at in span for span in spans) for at, sign in enumerate(text)):
+            raise RecipeError(f"{origin}: what follows # would be a comment, and dropped; put the text in quotes")
+    return value
 
 
 def nearest_file(path: Path) -> str:

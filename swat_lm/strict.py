@@ -104,6 +104,14 @@ def build(kind: type[Built], values: Any, at: str = "", place: Origin = NOWHERE)
         raise RecipeError(f"{place.at_fault(at, str(error))}{error}") from None
 
 
+def hint_at(kind: type, key: str) -> Any:
+    """The annotation of a dotted key below a dataclass; None where it declares none, as inside a plain mapping."""
+    hint: Any = kind
+    for name in key.split("."):
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    return hint
+
+
 def convert(value: Any, hint: Any, key: str, place: Origin) -> Any:
     """Return `value` as the annotated type `hint`, or raise RecipeError naming the key, the type and what came."""
     origin, arguments = get_origin(hint), get_args(hint)

@@ -10,6 +10,25 @@ def test_a_share_nobody_asked_for_is_not_reported(cli, here: Path):
     assert "1 document (data.held_out is 0.02)" in cli("prepare", "run.yaml").out.replace("  ", "")
 
 
+@pytest.mark.parametrize("folder", ["my cache #1", "007", "null", "~x", "yes "])
+def test_options_beside_a_recipe_arrive_as_typed(cli, here: Path, folder: str):
+    ran = cli("prepare", "run.yaml", "--cache", folder, "--workers", 1)
+    assert ran.code == 0, ran.err
+    assert [path.parent.parent.name for path in here.glob("*/*/index.json")] == [folder]
+
+
+def test_a_source_with_a_hash_is_read_and_a_run_lies_where_it_was_sent(cli, here: Path):
+    (here / "text #2").mkdir()
+    (here / "text #2" / "0.txt").write_text("the other text\n" * 40)
+    ran = cli(
+        "train", "run.yaml", "data.sources=text #2/", "out=try #2", "name=007", "train.steps=2", "data.held_out=0"
+    )
+    assert ran.code == 0, ran.err
+    assert sorted(path.name for path in here.iterdir()) == ["run.yaml", "text", "text #2", "tokens", "try #2"]
+    assert [path.name.partition("-")[0] for path in (here / "tokens").iterdir()] == ["text #2"]
+    assert cli("train", here / "try #2" / "recipe.yaml").code == 0
+
+
 def test_a_store_without_its_index_is_to_be_removed(cli, here: Path):
     assert cli("prepare", "text", "--cache", "tokens").code == 0
     (store,) = (here / "tokens").iterdir()

@@ -55,6 +55,38 @@ def test_overrides_are_yaml_and_reach_into_the_model(write):
     assert recipe.out == "runs/other"
 
 
+# what YAML reads otherwise than it stands: comments, numbers, dates, none, yes and no, quotes, blanks, its own signs
+AS_TYPED = (
+    "runs/try #2", "#2", "notes #2/", "007", "1e3", "1_000", "0x10", "12:30", "2024-01-01", "~", "yes", "no", "on",
+    "off", "true", "a: b", "a:", "*x", "&x", "!x", "@x", "%x", "`x", "- x", "? x", "> x", "| x", "{x}", "[x", "x]",
+    "[x] y", "'x'", '"x"', "'x", " x", "x ", "x\ty", "x\ny", "a, b", "a\\nb", "x=y", "---", "...", "<<", ".nan", "=",
+    "auto ", "\udcff", "\u4f60",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AS_TYPED)
+def test_a_name_or_path_arrives_as_typed(write, text: str):
+    keys = ("name", "out", "data.sources", "data.tokenizer", "data.text_field", "data.cache", "train.resume")
+    recipe = load_recipe(write(MINIMAL), [f"{key}={text}" for key in keys])
+    data, train = recipe.data, recipe.train
+    found = (recipe.name, recipe.out, *data.sources, data.tokenizer, data.text_field, data.cache, train.resume)
+    assert found == (text,) * len(keys)
+    # and is written so that it is read as the same
+    again = load_recipe(write(dump_recipe(recipe), "again.yaml"))
+    assert again == recipe
+    if not any(sign in text for sign in "#[]{},*&!@%`'\":-?>|\t\n \udcff=.<"):
+        assert load_recipe(write(MINIMAL), [f"data.sources=[{text}, b]"]).data.sources == (text, "b")
+
+
+def test_what_texts_may_be_instead(write):
+    with pytest.raises(RecipeError, match="what follows # would be a comment"):
+        load_recipe(write(MINIMAL), ["data.sources=[a, #1\n b]"])
+    recipe = load_recipe(write(MINIMAL), ["data.cache=null", "data.sources=['a, b', \"c #1\", d#2]", "name=null"])
+    assert (recipe.data.cache, recipe.data.sources, recipe.name) == (None, ("a, b", "c #1", "d#2"), "null")
+    recipe = load_recipe(write(MINIMAL), ["model.slopes=8:4", "model.rope={base: 1e4}", "model.note='a #1'"])
+    assert recipe.model == {"hidden_size": 64, "slopes": "8:4", "rope": {"base": 1e4}, "note": "a #1"}
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
@@ -84,8 +116,20 @@ def test_overrides_are_yaml_and_reach_into_the_model(write):
         (f"data.split_seed={10**25}", ["data.split_seed must be at least 0 and below 9223372036854775808"]),
         ("data.sequence_length=1", ["data.sequence_length must be at least 2"]),
         ("data.sources=[]", ["data.sources is empty"]),
-        ("data.sources=[a, 3]", ["data.sources[1] must be text; got 3"]),
-        ("name=2024", ["name must be text; got 2024 (whole number); put it in quotes"]),
+        ("data.sources=[a, [3]]", ["data.sources[1] must be text; got ['3']"]),
+        ("data.sources=[a #1, b]", ["not valid YAML"]),
+        ("data.sources=", ["data.sources holds an empty name"]),
+        ("data.tokenizer=", ["a text is expected, and none came"]),
+        ("data.cache= ", ["a text is expected, and none came"]),
+        ("train.steps=100 # or more", ["what follows # would be a comment"]),
+        ("train.schedule=cosine #2", ["what follows # would be a comment"]),
+        ("train={steps: 200} # longer", ["what follows # would be a comment"]),
+        ("model.score_function=softmax #2", ["what follows # would be a comment"]),
+        ("model.slopes=#2", ["what follows # would be a comment"]),
+        # in YAML 1.1 these are 64, 3,600 and a day
+        ("train.steps=0100", ["train.steps must be a whole number; got '0100' (text)"]),
+        ("train.steps=1:00:00", ["train.steps must be a whole number; got '1:00:00' (text)"]),
+        ("train.steps=2024-01-01", ["train.steps must be a whole number; got '2024-01-01' (text)"]),
         ("model=3", ["model must be a mapping"]),
         ("train=3", ["train must be a mapping"]),
         ("train.steps.x=3", ["train.steps.x"]),

@@ -31,7 +31,7 @@ def convert(
       swat-lm convert models/Llama-3.2-1B models/llama-as-swat
       swat-lm convert models/Mistral-7B windowed --window 1024 --set score_function=sigmoid --set slopes=balanced
     """
-    import yaml
+    from swat_lm.recipe import read_value
 
     changes = {}
     for one in setting or []:
@@ -40,10 +40,7 @@ def convert(
             raise ValueError(f"--set {one}: write field=value, for example score_function=sigmoid")
         if name.strip() in ("window", "sliding_window"):
             raise ValueError(f"--set {one}: give the window by --window")
-        try:
-            changes[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {one}: {value!r} is no YAML value; quote it") from None
+        changes[name.strip()] = read_value(value, f"--set {one}")
     wanted = parse_window(window)
 
     from swat_lm.model.conversion import convert_folder

@@ -74,7 +74,7 @@ def generate(
     import torch
 
     from swat_lm.data import vocabulary_size
-    from swat_lm.model.state import load_state
+    from swat_lm.model.fingerprint import fingerprint
     from swat_lm.serve.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
@@ -82,10 +82,13 @@ def generate(
     if save_to is not None:
         check_new_file(save_to, "--save-state")
     model, tokens = load_checkpoint(checkpoint, tokenizer, device)
+    state = model.init_state() if load_from is None else read_state(model, load_from)
+    if save_to is not None:
+        # goes with the state, and is formed faster while the weights lie in rows
+        fingerprint(model)
     if model.device.type == "cpu":
         model.arrange_for_decoding()
     sampling = Sampling(temperature, top_k, top_p, vocab_size=vocabulary_size(tokens))
-    state = model.init_state() if load_from is None else load_state(load_from, model.device)
     generator = torch.Generator(model.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     with SavingInterruption(active=save_to is not None) as interruption:
@@ -104,6 +107,20 @@ def generate(
         raise typer.Exit(INTERRUPTED)
 
 
+def read_state(model: "SwatForCausalLM", path: Path) -> "StreamState":
+    """The state of one stream that this very model made; raises ValueError naming the file."""
+    from swat_lm.model.state import load_state
+
+    state = load_state(path, model.device)
+    if state.batch_size != 1:
+        raise ValueError(f"{path}: holds {state.batch_size} streams, expected one")
+    try:
+        model.check_state(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return state
+
+
 def first_logits(
     model: "SwatForCausalLM",
     pieces: Iterator[list[int]],
@@ -117,8 +134,6 @@ def first_logits(
     """
     from swat_lm.serve.stream import read_prompt
 
-    if state.batch_size != 1:
-        raise ValueError(f"{load_from}: holds {state.batch_size} streams, expected one")
     logits = read_prompt(model, pieces, state)
     if logits is not None:
         return logits
@@ -309,7 +324,7 @@ def end_token(tokens: "PreTrainedTokenizerFast") -> int | None:
 
 
 def end_tokens(model: "SwatForCausalLM", tokens: "PreTrainedTokenizerFast") -> frozenset[int]:
-    """The ids that end a text: those of the model's generation settings, else its configuration's, else the tokenizer's.
+    """The ids that end a text: of the model's generation settings, else of its configuration, else of the tokenizer.
 
     The first two may name several.
     """

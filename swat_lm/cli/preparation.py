@@ -1,5 +1,6 @@
 """`swat-lm tokenizer` and `swat-lm prepare`: from text to a tokenizer, and to tokens on disk."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,8 +104,7 @@ def data_settings(
     given = {name: value for name, value in given.items() if value is not None}
     if not is_recipe(sources[0]):
         return DataRecipe(sources=tuple(sources), **given)  # type: ignore[arg-type]
-    overrides = [f"data.{name}={value}" for name, value in given.items()]
-    return load_recipe(sources[0], [*sources[1:], *overrides]).data
+    return replace(load_recipe(sources[0], sources[1:]).data, **given)  # type: ignore[arg-type]
 
 
 def is_recipe(source: str) -> bool:

@@ -13,7 +13,10 @@ __all__ = ["train"]
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file, see recipes/.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's, for example train.steps=100."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings that replace the recipe's, for example train.steps=100; names and paths as typed.",
+    ),
 ]
 
 

@@ -5,10 +5,10 @@ or of white space counts as several words, which changes nothing for text that h
 """
 
 import logging
+import os
 import pickle
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,9 +58,10 @@ def train_tokenizer(
         logger.warning("the text supports a vocabulary of %d, not %d", backend.get_vocab_size(), vocab_size)
     tokenizer = wrap(backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    # made as any folder is: the umask says who may read it
+    beside = out.with_name(f".{out.name}-{os.getpid()}")
+    beside.mkdir()
     try:
-        beside.chmod(0o755)
         tokenizer.save_pretrained(beside)
         beside.rename(out)
     except BaseException:

@@ -15,6 +15,7 @@ from swat_lm.hub import nearest_name
 from swat_lm.model.configuration import RECIPE_KEYS, ROPE_TYPES, SwatConfig, check_fields
 from swat_lm.model.loading import find_model_folder
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.model.weight_files import check_readable, give_usual_permissions
 from swat_lm.paths import local_path
 
 SOURCES = ("llama", "mistral")
@@ -83,6 +84,7 @@ def convert(
         return model
     folder = _existing_folder(source)
     config = convert_config(AutoConfig.from_pretrained(folder), window, **changes)
+    check_readable(folder)
     try:
         loaded: Any = SwatForCausalLM.from_pretrained(folder, config=config, dtype="auto", output_loading_info=True)
     except (SafetensorError, RuntimeError) as error:
@@ -142,6 +144,7 @@ def convert_folder(
     try:
         beside.mkdir(parents=True)
         model.save_pretrained(beside)
+        give_usual_permissions(beside)
         for name in FILES_BESIDE:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, beside / name)

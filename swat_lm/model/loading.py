@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swat_lm.hub import hub_answers, is_path, nearest_name, stored_folder
+from swat_lm.model.weight_files import check_readable
 from swat_lm.paths import check_name, local_path
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def load_causal_lm(name: str, device: str | None = None) -> "PreTrainedModel":
     Raises:
         ValueError: no model there, another kind of model, a device that is not there, damaged weights, or weights that
             are missing or have another shape than the configuration says.
+        OSError: weights that may not be read.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -78,6 +80,7 @@ def load_causal_lm(name: str, device: str | None = None) -> "PreTrainedModel":
     is_local = Path(folder).exists()
     if is_local:
         know_library_of(model_type(Path(folder)), folder)
+        check_readable(Path(folder))
     try:
         if not is_local and not hub_answers():
             # the folder itself: by a name, the library would still ask for adapters, again and again

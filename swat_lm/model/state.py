@@ -5,6 +5,7 @@ Constant in size where every layer has a window. Legend: B sequences, T tokens, 
 
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swat_lm.mixers.protocol import RingMemory, StateTensor
+from swat_lm.model.fingerprint import fingerprint
+from swat_lm.model.weight_files import check_readable, give_usual_permissions
 from swat_lm.ops.ring import empty_ring
 
 FIRST_CAPACITY = 64
 FORMAT = "swat-lm stream state 1"
+UNBOUND = "this state does not say which model made it, so one of other weights but the same shape would go on with it"
 
 
 @dataclass
@@ -42,7 +46,9 @@ class StreamState:
     logits: Tensor | None = None
     """`[B, V]` after the last token, where whoever stopped put them; gone as soon as the state reads another."""
     fits: "ReferenceType[Any] | None" = None
-    """The model whose decoding step has found the rings to be its own."""
+    """The model that made the state, or has found it to be its own."""
+    fingerprint: str | None = None
+    """Of the model that made a state read from a file (swat_lm/model/fingerprint.py); None where that is not known."""
     _memories: list[RingMemory] = field(default_factory=list)
 
     @property
@@ -55,6 +61,11 @@ class StreamState:
     def grows(self) -> bool:
         """Whether any layer keeps everything, so that the state grows with the stream (in blocks)."""
         return None in self.windows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rings."""
+        return next(tensor for layer in self.rings for tensor in layer.values()).dtype
 
     @property
     def batch_size(self) -> int:
@@ -116,8 +127,18 @@ def empty_rings(
     return [{tensor.name: _zeros(batch_size, _capacity(tensor), like) for tensor in spec} for spec in specs]
 
 
+def made_by(state: StreamState) -> str | None:
+    """The fingerprint of the model that made a state, as its weights are now; None where that is not known."""
+    model = None if state.fits is None else state.fits()
+    return state.fingerprint if model is None else fingerprint(model)
+
+
 def save_state(state: StreamState, path: str | Path) -> None:
-    """Write a state as one safetensors file, beside and then renamed."""
+    """Write a state as one safetensors file, beside and then renamed.
+
+    With it goes the fingerprint of its model, so that no other one goes on with it; a warning says where that model is
+    gone already.
+    """
     path = Path(path)
     tensors = {
         f"layers.{i}.{name}": ring.contiguous() for i, layer in enumerate(state.rings) for name, ring in layer.items()
@@ -128,24 +149,33 @@ def save_state(state: StreamState, path: str | Path) -> None:
         "num_columns": str(state.num_columns),
         "ragged": json.dumps(state.ragged),
     }
+    maker = made_by(state)
+    if maker is None:
+        warnings.warn(f"{path}: {UNBOUND}: save a state while its model is there", stacklevel=2)
+    else:
+        metadata["fingerprint"] = maker
     if state.logits is not None:
         # files of before lack them, and a stream that goes on with a text does not need them
         tensors["logits"] = state.logits.contiguous()
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({**tensors, "position": state.position}, beside, metadata)
+        give_usual_permissions(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
 def load_state(path: str | Path, device: torch.device | str = "cpu") -> StreamState:
-    """Read a state that `save_state` wrote; the stream continues bit for bit.
+    """Read a state that `save_state` wrote; with the model that made it, the stream continues bit for bit.
+
+    Any other model refuses it. Files of before do not say which model that was: a warning says so.
 
     Raises:
         ValueError: not such a file, or a damaged one.
         OSError: the file cannot be read.
     """
+    check_readable(Path(path))
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
@@ -161,7 +191,13 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> StreamSt
         _, index, short = name.split(".")
         # in the layout of a new state, so that the same kernels run and the stream continues bit for bit
         rings[int(index)][short] = _zeros(tensor.shape[0], tuple(tensor.shape[1:]), tensor).copy_(tensor)
-    return StreamState(rings, windows, position, int(metadata["num_columns"]), json.loads(metadata["ragged"]), logits)
+    maker = metadata.get("fingerprint")
+    if maker is None:
+        warnings.warn(f"{path}: {UNBOUND}", stacklevel=2)
+    return StreamState(
+        rings, windows, position, int(metadata["num_columns"]), json.loads(metadata["ragged"]), logits,
+        fingerprint=maker,
+    )  # fmt: skip
 
 
 def _zeros(batch_size: int, shape: tuple[int, ...], like: Tensor) -> Tensor:

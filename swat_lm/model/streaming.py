@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from swat_lm.mixers.protocol import FARTHEST, CarryMemory, Visible
 from swat_lm.model.decoding import DecodingPlan, arrange, contiguous_state_dict
-from swat_lm.model.state import StreamState, empty_rings
+from swat_lm.model.fingerprint import fingerprint
+from swat_lm.model.state import StreamState, empty_rings, made_by
 from swat_lm.ops.visibility import from_attention_mask, from_document_ids
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Streaming:
 
     _decoding_plan: DecodingPlan | None = None
     _is_arranged = False
+    _known_fingerprint: tuple[bytes, str] | None = None
 
     if TYPE_CHECKING:
         model: SwatModel
@@ -77,7 +79,7 @@ class Streaming:
             rings = empty_rings(specs, batch_size, dtype, device)
             position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         windows = tuple(self.config.window(index) for index in range(self.config.num_hidden_layers))
-        return StreamState(rings, windows, position)
+        return StreamState(rings, windows, position, fits=ref(self))
 
     def arrange_for_decoding(self) -> None:
         """Lay the weights out in memory as decoding on a CPU reads them fastest: most by input channel, and joined.
@@ -108,9 +110,10 @@ class Streaming:
             attention_mask: `[B, T]`, left padding, allowed for streams that have not begun.
 
         Raises:
-            ValueError: a batch that is not the state's, right padding, or padding in a stream that has begun.
+            ValueError: a batch that is not the state's, right padding, padding in a stream that has begun, or a state
+                that `check_state` refuses.
         """
-        self._check_state(input_ids, state)
+        self._check_rows(input_ids, state)
         state.logits = None
         num_tokens = input_ids.shape[1]
         num_real = _left_padding(attention_mask, input_ids, state)
@@ -171,9 +174,7 @@ class Streaming:
         """
         if token.shape != (state.batch_size, 1):
             raise ValueError(f"token: expected [{state.batch_size}, 1], one per stream; got {list(token.shape)}")
-        if state.fits is None or state.fits() is not self:
-            self._check_state(token, state)
-            state.fits = ref(self)
+        self._check_rows(token, state)
         state.logits = None
         model, plan = self.model, self._decoding_plan
         if plan is not None and not plan.describes_the_model():
@@ -235,17 +236,59 @@ class Streaming:
         num_tokens = carry.num_tokens + input_ids.shape[1]
         return self.model.norm(hidden), Carry(carry.mode, tuple(memories), num_tokens, document, length)
 
-    def _check_state(self, input_ids: Tensor, state: StreamState) -> None:
-        if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size:
-            raise ValueError(f"input_ids: expected [{state.batch_size}, tokens], got {list(input_ids.shape)}")
+    def check_state(self, state: StreamState) -> None:
+        """Raise ValueError unless this model can go on with the state: one of its shape, dtype, device and weights.
+
+        Every call that takes a state does so when it first meets it; a state that has read nothing has no weights yet.
+        """
+        if len(state.rings) != len(self.model.stack):
+            raise ValueError(
+                f"state: expected {len(self.model.stack)} layers, it holds {len(state.rings)}; it belongs to another "
+                "model"
+            )
         for index, (layer, rings) in enumerate(zip(self.model.stack, state.rings, strict=True)):
             for tensor in layer.self_attn.state_spec():
-                held = tuple(rings[tensor.name].shape[1:])
-                if any(want not in (None, have) for want, have in zip(tensor.shape, held, strict=True)):
+                held = tuple(rings[tensor.name].shape[1:]) if tensor.name in rings else None
+                if held is None or any(want not in (None, have) for want, have in zip(tensor.shape, held, strict=True)):
                     raise ValueError(
                         f"state: layer {index} keeps {tensor.name} as {list(tensor.shape)}, the state holds "
-                        f"{list(held)}; it belongs to another model"
+                        f"{'none' if held is None else list(held)}; it belongs to another model"
                     )
+        self._check_kind(state)
+        if state.num_columns:
+            maker, own = made_by(state), fingerprint(self)  # type: ignore[arg-type]
+            if maker not in (None, own):
+                raise ValueError(
+                    f"state: it was made by other weights of the same shape (fingerprint {maker}, here {own}): go on "
+                    "with the very weights that made it (training on, merging an adapter and casting make others), or "
+                    "read its text again with these"
+                )
+        state.fits = ref(self)
+
+    def _check_kind(self, state: StreamState) -> None:
+        weight = self.model.embed_tokens.weight
+        held, device = state.dtype, state.position.device
+        if device != weight.device:
+            raise ValueError(
+                f"state: it is on {device}, the model on {weight.device}: load it there (load_state(path, device)), "
+                "or move the model"
+            )
+        # under autocast the keys are not of the weights' dtype, and either serves
+        if held != weight.dtype and not torch.is_autocast_enabled(device.type):
+            short, own = (str(dtype).removeprefix("torch.") for dtype in (held, weight.dtype))
+            raise ValueError(
+                f"state: it holds {short}, the model's weights are {own}: go on with the model in {short}, as it made "
+                f"the state, or read the text again in {own}"
+            )
+
+    def _check_rows(self, input_ids: Tensor, state: StreamState) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size:
+            raise ValueError(f"input_ids: expected [{state.batch_size}, tokens], got {list(input_ids.shape)}")
+        if state.fits is None or state.fits() is not self:
+            self.check_state(state)
+        else:
+            # the model may have been cast or moved meanwhile
+            self._check_kind(state)
 
 
 def _is_reentrant(layer: nn.Module) -> bool:

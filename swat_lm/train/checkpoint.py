@@ -1,15 +1,19 @@
 """Checkpoint folders: written beside and renamed, checked by size and checksum, the newest few kept.
 
 A folder `checkpoints/step-00000100` holds DCP's files and `checkpoint.json`, the manifest. It exists under that name
-only once it is whole; whatever a crash leaves is named `.tmp-*` and removed by the next run.
+only once it is whole; whatever a crash leaves is named `.tmp-step-*` and removed by the next run. Folders of other
+names, and what others put into these, are nobody's: neither read nor removed.
 """
 
 import errno
 import json
 import os
+import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,9 @@ __all__ = ["Checkpoint", "CheckpointError", "find_checkpoints", "newest_checkpoi
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
+NAME = re.compile(r"step-([0-9]+)")
+PARTIAL_CHECKPOINT = re.compile(rf"\.tmp-(old-)?{NAME.pattern}")
+OWN_FILE = re.compile(rf"{re.escape(MANIFEST)}|\.metadata|__[0-9]+_[0-9]+\.distcp")
 
 
 class CheckpointError(ValueError):
@@ -68,17 +75,31 @@ def save_checkpoint(
         engine.on_main(lambda: publish(beside, checkpoint))
     except OSError as error:
         if engine.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
+            discard_if_possible(beside)
         reason = error.strerror or str(error)
         number = errno.EIO if error.errno is None else error.errno
         raise OSError(number, f"cannot write checkpoint {folder} ({reason}); older ones are intact") from error
-    engine.on_main(lambda: remove_old(folder.parent, keep))
+    engine.on_main(lambda: remove_old(folder.parent.parent, checkpoint.step, keep))
 
 
 def make_empty(folder: Path) -> None:
     """An empty folder at this place, whatever was there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    discard_if_possible(folder)
     folder.mkdir(parents=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a folder with all in it, or a link; what a link points to stays. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def discard_if_possible(path: Path) -> None:
+    """The same where something is there; what cannot be removed stays, and is met again by whoever writes there."""
+    with suppress(OSError):
+        discard(path)
 
 
 def publish(beside: Path, checkpoint: Checkpoint) -> None:
@@ -91,18 +112,41 @@ def publish(beside: Path, checkpoint: Checkpoint) -> None:
         file.flush()
         os.fsync(file.fileno())
     synchronise(beside)
+    if os.path.lexists(checkpoint.folder) and not is_replaceable(checkpoint.folder, checkpoint.step):
+        set_aside(checkpoint.folder)
     replace_folder(beside, checkpoint.folder)
 
 
+def is_replaceable(folder: Path, step: int) -> bool:
+    """Whether a run wrote all that stands here for this step, be it whole or damaged; a link may go as such."""
+    return folder.is_symlink() or (folder.is_dir() and has_own_files(folder) and manifest_step(folder) in (None, step))
+
+
+def has_own_files(folder: Path) -> bool:
+    """Whether a folder holds nothing but what checkpoints consist of."""
+    return all(OWN_FILE.fullmatch(path.name) for path in folder.iterdir())
+
+
+def set_aside(path: Path) -> None:
+    """Give another name to what somebody else put where a checkpoint goes, and say so."""
+    names = (f"{path.name}-other{number or ''}" for number in range(10_000))
+    aside = next(one for one in map(path.with_name, names) if not os.path.lexists(one))
+    path.rename(aside)
+    warnings.warn(f"{path} was no checkpoint of that step written by this run: it is now {aside}", stacklevel=2)
+
+
 def replace_folder(beside: Path, folder: Path) -> None:
-    """Rename a finished folder into place; one already there goes only after the new one stands."""
+    """Rename a finished folder into place; one already there goes only after the new one stands.
+
+    Of a folder that was moved elsewhere and linked back, only the link goes.
+    """
     old = folder.with_name(f".tmp-old-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    discard_if_possible(old)
+    if os.path.lexists(folder):
         folder.rename(old)
     beside.rename(folder)
     synchronise(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    discard_if_possible(old)
 
 
 def synchronise(folder: Path) -> None:
@@ -126,25 +170,51 @@ def file_identity(path: Path) -> dict[str, int]:
 
 
 def find_checkpoints(out: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, whole or damaged."""
-    return sorted(path for path in (out / "checkpoints").glob("step-*") if path.is_dir())
+    """Checkpoint folders of a run, whole or damaged, by the step that their manifests state, the oldest first.
+
+    Only names of `step-` and digits count; where one cannot be read (also a link whose disk is gone), its name tells.
+    """
+    found = []
+    for folder in (out / "checkpoints").glob("step-*"):
+        named = NAME.fullmatch(folder.name)
+        if named and (folder.is_dir() or folder.is_symlink()):
+            stated = manifest_step(folder)
+            step = int(named[1]) if stated is None else stated
+            # of two of one step, the one that a run named is preferred
+            found.append((step, folder == checkpoint_folder(out, step), folder))
+    return [folder for *_, folder in sorted(found)]
 
 
-def remove_old(checkpoints: Path, keep: int) -> None:
-    """Keep the newest `keep`; the others lose their name first, so that none is ever found half removed."""
-    for folder in find_checkpoints(checkpoints.parent)[:-keep]:
+def find_renamed(out: Path) -> list[Path]:
+    """Checkpoints under names that no run gives, such as `step-best`: they are the user's."""
+    folders = sorted((out / "checkpoints").glob("*"))
+    return [one for one in folders if not NAME.fullmatch(one.name) and manifest_step(one) is not None]
+
+
+def manifest_step(folder: Path) -> int | None:
+    """The step that a checkpoint's manifest states; None where there is no manifest to be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        step, _ = manifest["step"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if type(step) is int else None
+
+
+def remove_old(out: Path, step: int, keep: int) -> None:
+    """Keep the newest `keep` up to that of `step`; the others lose their name first: none is ever found half removed.
+
+    Only what a run wrote goes: no folder renamed or without a manifest, and none to which something was added. Those of
+    later steps, which were damaged when the run began, are replaced when it gets there.
+    """
+    steps = [(manifest_step(folder), folder) for folder in find_checkpoints(out)]
+    own = [folder for at, folder in steps if at is not None and at <= step and folder == checkpoint_folder(out, at)]
+    for folder in own[:-keep]:
+        if not has_own_files(folder):
+            continue
         unnamed = folder.with_name(f".tmp-old-{folder.name}")
         folder.rename(unnamed)
-        shutil.rmtree(unnamed)
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove what a killed run was writing."""
-    for path in [*out.glob(".tmp-*"), *(out / "checkpoints").glob(".tmp-*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        discard(unnamed)
 
 
 def read_manifest(folder: Path) -> Checkpoint:
@@ -155,7 +225,7 @@ def read_manifest(folder: Path) -> Checkpoint:
         form = manifest.pop("format")
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error})") from None
     if form != FORMAT:
         raise CheckpointError(f"checkpoint {folder} has format {form}; this version of swat-lm reads format {FORMAT}")
@@ -170,7 +240,10 @@ def read_manifest(folder: Path) -> Checkpoint:
             )
         if found != expected:
             raise CheckpointError(f"checkpoint {folder} is damaged: the content of {name} has changed")
-    return Checkpoint(folder=folder, **manifest)
+    try:
+        return Checkpoint(folder=folder, **manifest)
+    except TypeError as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} has other entries ({error})") from None
 
 
 def newest_checkpoint(out: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -11,21 +11,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from swat_lm.model.architectures import exported_class
+from swat_lm.model.weight_files import give_usual_permissions
 from swat_lm.recipe import Recipe, dump_recipe
-from swat_lm.train.checkpoint import replace_folder
+from swat_lm.train.checkpoint import discard_if_possible, replace_folder
 from swat_lm.train.engine import Engine
+from swat_lm.train.ownership import CARD, CARD_MARK, check_export
 from swat_lm.train.trained_text import RECORD
 
 __all__ = ["export_model"]
 
-CARD = """---
+CARD_TEXT = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [swat-lm]
 ---
 # {name}
 
-Trained with swat-lm: {step} optimizer steps, {tokens:,} target tokens{held_out}.
+{mark} {step} optimizer steps, {tokens:,} target tokens{held_out}.
 
 ```python
 import swat_lm  # registers the architecture
@@ -53,28 +55,32 @@ def export_model(
 ) -> Path:
     """Write `OUT/export` (weights in fp32, configuration, tokenizer, model card) in one piece; all processes call it.
 
-    Raises OSError; then an export that was there before is as it was.
+    Raises OSError, and ValueError where something else lies there; then what was there before is as it was.
     """
     folder = Path(recipe.out, "export")
     weights = engine.whole_weights(model)
 
     def write() -> None:
         beside = folder.with_name(".tmp-export")
-        shutil.rmtree(beside, ignore_errors=True)
+        discard_if_possible(beside)
+        # looked at before the run began, but that may be long ago
+        check_export(folder)
         try:
             with progress_bars_off():
                 plain_copy(model, weights).save_pretrained(beside)
+            give_usual_permissions(beside)
             tokenizer.save_pretrained(beside)
             if (folder.parent / RECORD).is_file():
                 shutil.copyfile(folder.parent / RECORD, beside / RECORD)
             held_out = "" if held_out_loss is None else f", held-out loss {held_out_loss:.4f} nats per token"
-            card = CARD.format(
-                name=recipe.name, step=step, tokens=tokens, held_out=held_out, recipe=dump_recipe(recipe)
-            )
-            (beside / "README.md").write_text(card, encoding="utf-8")
+            card = CARD_TEXT.format(
+                name=recipe.name, mark=CARD_MARK, step=step, tokens=tokens, held_out=held_out,
+                recipe=dump_recipe(recipe),
+            )  # fmt: skip
+            (beside / CARD).write_text(card, encoding="utf-8")
             replace_folder(beside, folder)
         except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            discard_if_possible(beside)
             raise OSError(error.errno, f"cannot write {folder} ({error.strerror or error})") from error
 
     engine.on_main(write)

@@ -48,7 +48,7 @@ def run(recipe: Recipe, on_event: Callable[[Event], None] | None = None) -> RunR
     with ExitStack() as stack:
         engine = Engine(recipe.train)
         check_beforehand(engine, recipe)
-        lock = engine.on_main_only(lambda: hold_folder(Path(recipe.out)))
+        lock = engine.on_main_only(lambda: hold_folder(Path(recipe.out), recipe.data.cache))
         if lock is not None:
             stack.callback(lock.release)
         training = set_up(engine, recipe, on_progress)

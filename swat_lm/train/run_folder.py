@@ -13,14 +13,13 @@ from swat_lm.train.checkpoint import (
     Checkpoint,
     CheckpointError,
     find_checkpoints,
+    find_renamed,
     newest_checkpoint,
     read_manifest,
-    remove_leftovers,
 )
+from swat_lm.train.ownership import LOCK, MARK, check_run_folder, mark_run, remove_leftovers
 
 __all__ = ["CHANGEABLE", "check_continuation", "check_model", "choose_start", "hold_folder", "write_recipe"]
-
-LOCK = ".lock"
 
 CHANGEABLE = frozenset(
     {
@@ -51,9 +50,11 @@ class HeldFolder:
 
     def release(self) -> None:
         """Let other runs in; where this one wrote nothing, the folders made for it go again."""
-        if [path.name for path in self.out.iterdir()] != [LOCK]:
+        if not {path.name for path in self.out.iterdir()} <= {LOCK, MARK}:
             self.lock.release()
             return
+        # before the lock, so that whoever comes after has its own
+        (self.out / MARK).unlink(missing_ok=True)
         if os.name == "nt":
             # an open file cannot be removed there
             self.lock.release()
@@ -63,11 +64,13 @@ class HeldFolder:
         remove_empty(self.made)
 
 
-def hold_folder(out: Path) -> HeldFolder:
+def hold_folder(out: Path, cache: str | None = None) -> HeldFolder:
     """Make the folder, write into it, so that a run fails in its first second, and keep other runs out of it.
 
-    Raises OSError, also where another process holds it.
+    `cache`: the recipe's folder for prepared tokens. Raises ValueError for a folder that holds something and is no run,
+    OSError for one that cannot be written, also where another process holds it.
     """
+    check_run_folder(out, cache)
     probe = out / ".tmp-probe"
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
@@ -86,6 +89,7 @@ def hold_folder(out: Path) -> HeldFolder:
         raise BlockingIOError(
             f"another run is writing to {out}: wait for it, stop it, or choose another `out`"
         ) from None
+    mark_run(out)
     remove_leftovers(out)
     return HeldFolder(out, made, lock)
 
@@ -113,10 +117,18 @@ def choose_start(out: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
     `auto`: the newest whole one in `out`. `never`: none, and `out` must hold none. A path: that checkpoint, or the
     newest of that run folder; but if `out` already holds a run that began there, the newest in `out`, so that the
     same command goes on after an interruption.
-    Raises CheckpointError if the named one or all are damaged, ValueError if `out` holds another run.
+    Raises CheckpointError if the named one or all are damaged, ValueError if `out` holds another run, or checkpoints
+    under other names only.
     """
     if resume == "auto":
-        return newest_checkpoint(out)
+        newest, damaged = newest_checkpoint(out)
+        renamed = find_renamed(out)
+        if newest is None and renamed:
+            raise ValueError(
+                f"{out} holds no checkpoint but {renamed[-1].name}, a name that no run gives, and so would start anew: "
+                f"give train.resume={renamed[-1]} to start from it, or choose another `out`"
+            )
+        return newest, damaged
     own = find_checkpoints(out)
     if own and resume != "never":
         newest, damaged = newest_checkpoint(out)

@@ -28,6 +28,7 @@ from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOut
 from swat_lm.train.metrics import check_loggers
 from swat_lm.train.optimizer import make_optimizer
+from swat_lm.train.ownership import check_export
 from swat_lm.train.run_folder import check_continuation, check_model, choose_start, describe_new_schedule, write_recipe
 from swat_lm.train.trained_text import write_trained_text
 
@@ -69,6 +70,8 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     `on_progress` hears how far tokenising is, on the main process. Raises ValueError or OSError.
     """
     out = Path(recipe.out)
+    if recipe.train.export:
+        engine.on_main(lambda: check_export(out / "export"))
     start, damaged = engine.on_main(lambda: choose_start(out, recipe.train.resume))
     if damaged and engine.is_main:
         assert start is not None

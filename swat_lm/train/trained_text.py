@@ -11,6 +11,7 @@ from swat_lm.data.sources import naming
 from swat_lm.data.store import INDEX
 from swat_lm.data.synthetic import is_synthetic
 from swat_lm.data.trained import TrainedText, read_trained_text
+from swat_lm.paths import local_path
 from swat_lm.recipe import DataRecipe, load_recipe
 from swat_lm.train.checkpoint import MANIFEST, find_checkpoints
 
@@ -81,7 +82,7 @@ def find_store(data: DataRecipe, key: str | None) -> TokenStore | None:
     """The tokens with this identity: among those prepared, or made again from the recipe's sources; None if gone."""
     if key is None:
         return None
-    cache = Path(data.cache).expanduser() if data.cache else default_cache()
+    cache = local_path(data.cache) if data.cache else default_cache()
     for place in sorted({cache, default_cache()}):
         for index in sorted(place.glob(f"*/{INDEX}")):
             with suppress(OSError, ValueError, AttributeError):

@@ -2,6 +2,7 @@ import errno
 import json
 import pickle
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from swat_lm.train.checkpoint import (
     find_checkpoints,
     newest_checkpoint,
     read_manifest,
-    remove_leftovers,
     save_checkpoint,
 )
 from swat_lm.train.engine import Engine
 from swat_lm.train.optimizer import make_optimizer
+from swat_lm.train.ownership import remove_leftovers
 
 TRAIN = TrainRecipe(steps=10, warmup_steps=0)
 
@@ -93,6 +94,93 @@ def test_keeps_the_newest(tmp_path):
         save(tmp_path, step, keep=2)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-00000006", "step-00000010"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("copy", ["step-best", "step-00000010-backup", "step-99999999", "step-1", "best"])
+def test_a_copy_is_neither_counted_nor_removed_nor_preferred(tmp_path, copy):
+    shutil.copytree(save(tmp_path, 5), tmp_path / "checkpoints" / copy)
+    for step in (10, 20):
+        save(tmp_path, step, keep=1)
+        found, damaged = newest_checkpoint(tmp_path)
+        assert found is not None
+        assert (found.folder.name, damaged) == (f"step-{step:08d}", [])
+    assert names(tmp_path) == sorted(["step-00000020", copy])
+
+
+@pytest.mark.parametrize("name", ["step-notes", "step-00000001", "step-00000030", "step-٣"])
+def test_a_folder_without_a_manifest_is_neither_counted_nor_removed(tmp_path, name):
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    for step in (10, 20):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == sorted(["step-00000020", name])
+
+
+def test_a_checkpoint_to_which_something_was_added_is_kept(tmp_path):
+    (save(tmp_path, 5) / "notes.txt").write_text("the best")
+    for step in (10, 20):
+        save(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["step-00000005", "step-00000020"]
+
+
+def test_what_stands_where_a_checkpoint_goes_gets_another_name(tmp_path):
+    shutil.copytree(save(tmp_path, 5), tmp_path / "checkpoints" / "step-00000010")
+    (tmp_path / "checkpoints" / "step-00000020").mkdir()
+    (tmp_path / "checkpoints" / "step-00000020" / "notes.txt").write_text("notes")
+    (tmp_path / "checkpoints" / "step-00000030").write_text("a file")
+    for step in (10, 20, 30):
+        with pytest.warns(UserWarning, match=f"step-000000{step} was no checkpoint .* it is now .*{step}-other"):
+            save(tmp_path, step, keep=1)
+    assert names(tmp_path) == ["step-00000010-other", "step-00000020-other", "step-00000030", "step-00000030-other"]
+    assert (tmp_path / "checkpoints" / "step-00000020-other" / "notes.txt").read_text() == "notes"
+
+
+def test_the_checkpoint_just_written_stays_where_a_later_one_is_damaged(tmp_path):
+    save(tmp_path, 10)
+    damage(save(tmp_path, 30), "truncated")
+    save(tmp_path, 20, keep=1)
+    assert names(tmp_path) == ["step-00000020", "step-00000030"]
+    assert read_manifest(tmp_path / "checkpoints" / "step-00000020").step == 20
+
+
+def test_a_checkpoint_moved_and_linked_back_is_one_and_only_its_link_goes(tmp_path):
+    """By its age, by the run getting there again, and as what a killed run left."""
+    for step in (10, 20):
+        folder = save(tmp_path, step)
+        folder.rename(tmp_path / f"moved-{step}")
+        folder.symlink_to(tmp_path / f"moved-{step}")
+    found, _ = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 20
+    save(tmp_path, 20)
+    save(tmp_path, 30, keep=1)
+    (tmp_path / "checkpoints" / ".tmp-old-step-00000010").symlink_to(tmp_path / "moved-10")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["step-00000030"]
+    assert read_manifest(tmp_path / "moved-10").step == 10
+    assert read_manifest(tmp_path / "moved-20").step == 20
+
+
+def test_a_link_to_a_disk_that_is_gone_is_spoken_of(tmp_path):
+    save(tmp_path, 10)
+    (tmp_path / "checkpoints" / "step-00000020").symlink_to(tmp_path / "gone")
+    found, (said,) = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.step, "step-00000020" in said) == (10, True)
+    save(tmp_path, 20)
+    assert newest_checkpoint(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"files": {}, "format": 1, "step": 3, "mine": 1}'])
+def test_another_programs_manifest_is_no_checkpoint(tmp_path, text):
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").write_text(text)
+    with pytest.raises(CheckpointError, match="step-00000003"):
+        read_manifest(folder)
 
 
 def test_no_run_has_no_checkpoint(tmp_path):

@@ -104,6 +104,15 @@ def test_auto_takes_the_newest_or_nothing(tmp_path):
     assert found.step == 10
 
 
+def test_a_renamed_checkpoint_alone_is_no_reason_to_start_anew(tmp_path):
+    best = fake_checkpoint(tmp_path, 5).rename(tmp_path / "checkpoints" / "step-best")
+    with pytest.raises(ValueError, match=rf"no checkpoint but step-best.*train.resume={best}"):
+        choose_start(tmp_path, "auto")
+    found, _ = choose_start(tmp_path, str(best))
+    assert found is not None
+    assert found.step == 5
+
+
 def test_never_refuses_to_overwrite(tmp_path):
     assert choose_start(tmp_path, "never") == (None, [])
     fake_checkpoint(tmp_path, 5)
