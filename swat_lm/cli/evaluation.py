@@ -13,6 +13,7 @@ from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
 from swat_lm.cli.texts import HELD_OUT, choose_split, read_documents
 from swat_lm.model.loading import find_model_folder
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +93,7 @@ def length(
     made_for = extrapolates_beyond(model)
     # sinks count positions within what is kept
     if made_for is not None and max(sizes) > made_for and not sinks:
-        messages().print(f"note: this model was made for {made_for:,} tokens; its positions beyond are new to it")
+        messages().print(f"note: this model was made for {counted(made_for, 'token')}; positions beyond are new to it")
     measure = Measurement(streams, sizes, batch_size, chunk, out, sinks)
     # what a model cannot hold is said before the first one is measured
     for twin in twins.values() if not sinks else ():
@@ -103,7 +104,7 @@ def length(
             results().print(f"window {name}", markup=False)
         results().print(curve_table(curve))
     if out is not None:
-        title = Path(checkpoint).name + (f", window {window} and the first {sinks} tokens" if sinks else "")
+        title = Path(checkpoint).name + (f", window {window} and the first {counted(sinks, 'token')}" if sinks else "")
         if len(windows) > 1:
             save_matrix(WindowMatrix(tuple(windows), tuple(curves)), out, title)
         else:

@@ -17,6 +17,7 @@ from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.outputs import check_new_file
 from swat_lm.cli.streams import reader_is_gone
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -114,14 +115,14 @@ def first_logits(
     from swat_lm.serve.stream import read_prompt
 
     if state.batch_size != 1:
-        raise ValueError(f"{load_from}: holds {state.batch_size} streams, expected one")
+        raise ValueError(f"{load_from}: holds {counted(state.batch_size, 'stream')}, expected one")
     logits = read_prompt(model, pieces, state)
     if logits is not None:
         return logits
     if state.logits is not None:
         if state.logits.shape != (1, model.config.vocab_size):
             raise ValueError(
-                f"{load_from}: the state belongs to another model (of {state.logits.shape[1]:,} tokens, "
+                f"{load_from}: the state belongs to another model (of {counted(state.logits.shape[1], 'token')}, "
                 f"this one knows {model.config.vocab_size:,})"
             )
         return state.logits
@@ -218,8 +219,8 @@ def report_state(state: "StreamState", read: int, before: int) -> None:
     # not judged by the two sizes: what grows does so in blocks
     kind = "grows with every token: the model has full-attention layers" if state.grows else "constant"
     messages().print(
-        f"state: {before:,} bytes after {read:,} tokens read, {state.num_bytes:,} bytes after {int(state.position):,} "
-        f"({kind})",
+        f"state: {counted(before, 'byte')} after {counted(read, 'token')} read, "
+        f"{counted(state.num_bytes, 'byte')} after {int(state.position):,} ({kind})",
         markup=False,
     )
 
@@ -283,7 +284,7 @@ def end_token(tokens: "PreTrainedTokenizerFast") -> int | None:
 
 
 def end_tokens(model: "SwatForCausalLM", tokens: "PreTrainedTokenizerFast") -> frozenset[int]:
-    """The ids that end a text: those of the model's generation settings, else its configuration's, else the tokenizer's.
+    """The ids that end a text: of the model's generation settings, else its configuration, else the tokenizer.
 
     The first two may name several.
     """

@@ -7,6 +7,7 @@ import typer
 from swat_lm.cli.console import messages
 from swat_lm.cli.progress import Counter
 from swat_lm.paths import local_path
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +74,8 @@ def read_documents(
         store = prepare(recipe, lambda at: counter(at.bytes_read, at.bytes_total))
     vocab_size = cast(int, model.config.get_text_config().vocab_size)
     if store.vocab_size > vocab_size:
-        raise ValueError(f"the text was tokenised with {store.vocab_size} ids, the model knows only {vocab_size}")
+        raise ValueError(
+            f"the text was tokenised with {counted(store.vocab_size, 'id')}, the model knows {vocab_size:,}"
+        )
     chosen = store.split("held_out" if split.held_out else "train")
     return [chosen[index] for index in range(len(chosen))]

@@ -17,6 +17,7 @@ from swat_lm.train.checkpoint import (
     read_manifest,
     remove_leftovers,
 )
+from swat_lm.wording import counted
 
 __all__ = ["CHANGEABLE", "check_continuation", "check_model", "choose_start", "hold_folder", "write_recipe"]
 
@@ -196,7 +197,7 @@ def describe_new_schedule(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
         return None
     return (
         f"train.{', train.'.join(changed)}: the learning rate of the steps done followed another {train.schedule} "
-        f"schedule, so the result is not that of a fresh run of {train.steps} steps"
+        f"schedule, so the result is not that of a fresh run of {counted(train.steps, 'step')}"
     )
 
 
