@@ -1,6 +1,6 @@
 """swat-lm: language models whose attention is a sliding window.
 
-Everything is imported on first use. The operator needs PyTorch alone, the model classes `pip install swat-lm[model]`;
+Everything is imported on first use. The operator needs PyTorch alone, the model classes `pip install -e '.[model]'`;
 Hugging Face's Auto classes know them as soon as `swat_lm` is imported.
 """
 
@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from swat_lm.model import registration as _registration
+from swat_lm.wording import install_extra as _install_extra
 
 if TYPE_CHECKING:
     from swat_lm.model.configuration import SwatConfig
@@ -49,7 +50,7 @@ def __getattr__(name: str) -> Any:
         if error.name is None or error.name.split(".")[0] not in _MODEL_PACKAGES:
             raise
         raise ImportError(
-            f"swat_lm.{name} needs the package {error.name!r}: pip install 'swat-lm[model]'", name=error.name
+            f"swat_lm.{name} needs the package {error.name!r}: {_install_extra('model')}", name=error.name
         ) from error
     return getattr(module, name)
 

@@ -71,7 +71,9 @@ def test_missing_packages_are_named():
     )  # fmt: skip
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert ran.stderr == "error: the command line needs typer, which is not installed: pip install 'swat-lm[train]'\n"
+    assert ran.stderr == "error: the command line needs typer, which is not installed: " + (
+        "pip install -e '.[train]' in the folder of swat-lm's clone\n"
+    )
     missing = failures.describe_failure(ModuleNotFoundError("no", name="pyarrow.parquet"))
     assert missing is not None
     assert "needs pyarrow" in missing

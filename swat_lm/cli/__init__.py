@@ -6,6 +6,8 @@ answers at once.
 
 import sys
 
+from swat_lm.wording import install_extra
+
 __all__ = ["main"]
 
 NEEDED = ("typer", "rich", "yaml")
@@ -20,7 +22,7 @@ def main() -> None:
             raise
         if sys.stderr is not None:
             sys.stderr.write(
-                f"error: the command line needs {error.name}, which is not installed: pip install 'swat-lm[train]'\n"
+                f"error: the command line needs {error.name}, which is not installed: {install_extra('train')}\n"
             )
         raise SystemExit(2) from None
     raise SystemExit(run_application())

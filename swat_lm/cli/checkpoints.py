@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 from swat_lm.hub import nearest_name
 from swat_lm.model.loading import find_model_folder, load_causal_lm, model_type
 from swat_lm.paths import local_path
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -86,6 +87,6 @@ def check_vocabulary(
     known, has = vocabulary_size(tokens), cast(int, config.get_text_config().vocab_size)
     if known > has:
         raise ValueError(
-            f"the tokenizer {tokenizer} has {known} ids, the model {folder} only {has}: "
+            f"the tokenizer {tokenizer} has {counted(known, 'id')}, the model {folder} only {has}: "
             "they do not belong together; give the model's own with --tokenizer"
         )

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["counted", "key_value_table", "messages", "on_main_process", "print_table", "results"]
+__all__ = ["key_value_table", "messages", "on_main_process", "print_table", "results"]
 
 
 def on_main_process() -> bool:
@@ -25,11 +25,6 @@ def results() -> Console:
 def messages() -> Console:
     """The console on stderr for progress and remarks."""
     return Console(stderr=True, quiet=not on_main_process(), highlight=False, soft_wrap=True)
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 document`, `1,200 documents`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def key_value_table(rows: list[tuple[str, str]], title: str | None = None) -> Table:

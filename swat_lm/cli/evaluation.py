@@ -11,6 +11,7 @@ from swat_lm.cli.console import messages, print_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
 from swat_lm.cli.texts import HELD_OUT, read_documents
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +91,7 @@ def length(
     made_for = extrapolates_beyond(model)
     # sinks count positions within what is kept
     if made_for is not None and max(sizes) > made_for and not sinks:
-        messages().print(f"note: this model was made for {made_for:,} tokens; its positions beyond are new to it")
+        messages().print(f"note: this model was made for {counted(made_for, 'token')}; positions beyond are new to it")
     measure = Measurement(streams, sizes, batch_size, chunk, out, sinks)
     # what a model cannot hold is said before the first one is measured
     for twin in twins.values() if not sinks else ():
@@ -111,7 +112,7 @@ def length(
             results().print(f"window {name}", markup=False)
         print_table(curve_table(curve))
     if out is not None:
-        title = Path(checkpoint).name + (f", window {window} and the first {sinks} tokens" if sinks else "")
+        title = Path(checkpoint).name + (f", window {window} and the first {counted(sinks, 'token')}" if sinks else "")
         if len(windows) > 1:
             draw_matrix(matrix, out, title)
         else:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from swat_lm.cli.console import on_main_process
+from swat_lm.wording import install_extra
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -31,7 +32,7 @@ def describe_failure(error: BaseException) -> str | None:
         name = (error.name or "").partition(".")[0]
         if not name or name == "swat_lm":
             return None
-        return f"this command needs {name}, which is not installed: pip install 'swat-lm[train]'"
+        return f"this command needs {name}, which is not installed: {install_extra('train')}"
     if isinstance(error, OSError):
         return one_line(describe_os_error(error))
     names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}

@@ -19,6 +19,7 @@ from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.outputs import check_new_file
 from swat_lm.cli.streams import reader_is_gone
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -140,7 +141,7 @@ def first_logits(
     if state.logits is not None:
         if state.logits.shape != (1, model.config.vocab_size):
             raise ValueError(
-                f"{load_from}: the state belongs to another model (of {state.logits.shape[1]:,} tokens, "
+                f"{load_from}: the state belongs to another model (of {counted(state.logits.shape[1], 'token')}, "
                 f"this one knows {model.config.vocab_size:,})"
             )
         return state.logits
@@ -237,8 +238,8 @@ def report_state(state: "StreamState", read: int, before: int) -> None:
     # not judged by the two sizes: what grows does so in blocks
     kind = "grows with every token: the model has full-attention layers" if state.grows else "constant"
     messages().print(
-        f"state: {before:,} bytes after {read:,} tokens read, {state.num_bytes:,} bytes after {int(state.position):,} "
-        f"({kind})",
+        f"state: {counted(before, 'byte')} after {counted(read, 'token')} read, "
+        f"{counted(state.num_bytes, 'byte')} after {int(state.position):,} ({kind})",
         markup=False,
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swat_lm.cli.console import key_value_table, messages, results
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -93,7 +94,8 @@ def size_of_vocabulary(recipe: "Recipe") -> int | None:
                 f"{error}; costs need only its size: give model.vocab_size=32000, say, or data.tokenizer=bytes"
             ) from error
         messages().print(
-            f"tokenizer {recipe.data.tokenizer} is not here: counted with the {known:,} tokens of the preset {preset}",
+            f"tokenizer {recipe.data.tokenizer} is not here: counted with the {counted(known, 'token')} of the preset "
+            f"{preset}",
             markup=False,
         )
         return None
@@ -136,17 +138,18 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
         f"{windows.count(window)} x {'full attention' if window is None else f'window {window:,}'}"
         for window in dict.fromkeys(windows)
     ]
+    tokens = counted(length, "token")
     state = cost.state_bytes(config, context=length, dtype_bytes=2)
-    grows = "" if None not in windows else f" after {length:,} tokens, growing"
+    grows = "" if None not in windows else f" after {tokens}, growing"
     return [
         ("parameters", f"{count.total:,} ({count.embedding:,} of them in the input embedding)"),
         ("layers", ", ".join(kinds)),
-        ("width", f"{config.hidden_size:,}, {config.num_attention_heads} heads of {config.head_dim}"),
+        ("width", f"{config.hidden_size:,}, {counted(config.num_attention_heads, 'head')} of {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size:,}"),
-        ("reach", "everything before" if reach is None else f"{reach:,} tokens"),
-        ("training", f"{cost.training_flops_per_token(config, length):.3g} FLOPs per token at {length:,} tokens"),
-        ("decoding", f"{cost.decoding_flops_per_token(config, length):.3g} FLOPs per token after {length:,} tokens"),
-        ("state", f"{state:,} bytes per stream in bf16{grows}"),
+        ("reach", "everything before" if reach is None else counted(reach, "token")),
+        ("training", f"{cost.training_flops_per_token(config, length):.3g} FLOPs per token at {tokens}"),
+        ("decoding", f"{cost.decoding_flops_per_token(config, length):.3g} FLOPs per token after {tokens}"),
+        ("state", f"{counted(state, 'byte')} per stream in bf16{grows}"),
     ]
 
 
@@ -155,12 +158,12 @@ def describe_library_model(config: "PreTrainedConfig", length: int) -> list[tupl
     from swat_lm.model.architectures import count_model_parameters, model_state_bytes, training_flops
 
     count, flops = count_model_parameters(config), training_flops(config, length)
-    state = model_state_bytes(config, length)
+    state, tokens = model_state_bytes(config, length), counted(length, "token")
     return [
         ("architecture", type(config).__name__.removesuffix("Config")),
         ("parameters", f"{count.total:,} ({count.embedding:,} of them in the input embedding)"),
-        ("width", f"{config.hidden_size:,} in {config.num_hidden_layers} layers"),
+        ("width", f"{config.hidden_size:,} in {counted(config.num_hidden_layers, 'layer')}"),
         ("vocabulary", f"{config.vocab_size:,}"),
-        ("training", f"{flops.per_token:.3g} FLOPs per token at {length:,} tokens ({flops.method})"),
-        ("state", "known only while it runs" if state is None else f"{state:,} bytes in bf16 after {length:,} tokens"),
+        ("training", f"{flops.per_token:.3g} FLOPs per token at {tokens} ({flops.method})"),
+        ("state", "known only while it runs" if state is None else f"{counted(state, 'byte')} in bf16 after {tokens}"),
     ]

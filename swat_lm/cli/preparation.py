@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swat_lm.cli.console import counted, key_value_table, results
+from swat_lm.cli.console import key_value_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     from swat_lm.recipe import DataRecipe
@@ -43,7 +44,7 @@ def tokenizer(
     # files that are read name themselves
     with naming(out), Counter("reading text", "bytes") as counter:
         trained = train_tokenizer(sources, vocab_size, out, text_field, counter)
-    results().print(f"{out}: {vocabulary_size(trained)} tokens", markup=False)
+    results().print(f"{out}: {counted(vocabulary_size(trained), 'token')}", markup=False)
 
 
 def prepare(
@@ -76,7 +77,7 @@ def prepare(
         ("folder", str(store.folder)),
         ("documents", f"{store.num_documents:,}"),
         ("tokens", f"{store.num_tokens:,} of {store.vocab_size:,} kinds"),
-        ("text", f"{store.num_bytes:,} bytes, {store.num_bytes / max(store.num_tokens, 1):.2f} per token"),
+        ("text", f"{counted(store.num_bytes, 'byte')}, {store.num_bytes / max(store.num_tokens, 1):.2f} per token"),
     ]
     # bare sources come without a share to hold out: the recipe that trains on them says it
     if is_recipe(sources[0]):

@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from swat_lm.cli.console import counted, messages
+from swat_lm.cli.console import messages
 from swat_lm.cli.progress import Counter
 from swat_lm.model.loading import find_model_folder
 from swat_lm.paths import local_path
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +56,9 @@ def read_documents(
         store = prepare(recipe, lambda at: counter(at.bytes_read, at.bytes_total))
     vocab_size = cast(int, model.config.get_text_config().vocab_size)
     if store.vocab_size > vocab_size:
-        raise ValueError(f"the text was tokenised with {store.vocab_size} ids, the model knows only {vocab_size}")
+        raise ValueError(
+            f"the text was tokenised with {counted(store.vocab_size, 'id')}, the model knows {vocab_size:,}"
+        )
     chosen = store.split("held_out" if held_out else "train")
     if trained is None:
         return [chosen[index] for index in range(len(chosen))]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import counted, messages, print_table, results
+from swat_lm.cli.console import messages, print_table, results
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.progress import RunProgress
 from swat_lm.cli.tuning_plan import (
@@ -23,6 +23,7 @@ from swat_lm.cli.tuning_plan import (
     plan_rounds,
     remarks,
 )
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     from swat_lm.ops.triton.autotune import Candidate, Trials
@@ -161,8 +162,9 @@ def show(found: "list[tuple[Round, list[Trials]]]", call: Call, out: Path) -> No
         attention = one.attention
         shared = "" if attention.num_heads == attention.num_kv_heads else f" over {attention.num_kv_heads}"
         console.print(
-            f"{attention.name}, {attention.num_heads} heads{shared} of {attention.head_dim}, "
-            f"{counted(len(one.layers), 'layer')}; {call.batch} x {call.length:,} tokens{', packed' * call.packed}, "
+            f"{attention.name}, {counted(attention.num_heads, 'head')}{shared} of {attention.head_dim}, "
+            f"{counted(len(one.layers), 'layer')}; {call.batch} x {counted(call.length, 'token')}"
+            f"{', packed' * call.packed}, "
             f"{str(call.dtype).removeprefix('torch.')}",
             markup=False,
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from swat_lm.cli.information import find_config
 from swat_lm.cli.outputs import check_file
+from swat_lm.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -174,10 +175,13 @@ def remarks(rounds: list[Round], call: Call) -> list[str]:
     for one in rounds:
         window = one.attention.window
         if window is None:
-            notes.append(f"full attention is measured, and kept, as a window of the {call.length:,} tokens of --length")
+            notes.append(
+                f"full attention is measured, and kept, as a window of the {counted(call.length, 'token')} of --length"
+            )
         elif window > call.length:
             notes.append(
-                f"window {window:,} is longer than a sequence of {call.length:,} tokens, which sees no more: measured, "
+                f"window {window:,} is longer than a sequence of {counted(call.length, 'token')}, which sees no more: "
+                "measured, "
                 f"and kept, as window {call.length:,}; for its own, raise --length"
             )
         others = {other.name for other in one.layers} - {one.attention.name}

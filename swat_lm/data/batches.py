@@ -11,6 +11,7 @@ from torch import Tensor
 from swat_lm.data.mixing import permute
 from swat_lm.data.sources import DataError
 from swat_lm.data.store import TokenStore
+from swat_lm.wording import counted
 
 IGNORED = -100
 # rows of a step that may come more than once, for trials on little text; far more are a slip that would fill the memory
@@ -93,14 +94,16 @@ class BatchSource:
             advice = "add text, lower data.sequence_length"
             advice += " or raise data.held_out (0 holds out none)" if split == "held_out" else ""
             raise DataError(
-                f"the {split} split has {self.num_tokens} tokens in {len(lengths)} documents; one row needs "
+                f"the {split} split has {counted(self.num_tokens, 'token')} in {counted(len(lengths), 'document')}; "
+                "one row needs "
                 f"{sequence_length}: {advice}"
             )
         # a row brings sequence_length - 1 targets
         self.num_rows = -(-(self.num_tokens - 1) // (sequence_length - 1))
         if split == "train" and batch_size > max(self.num_rows, MOST_REPEATED):
             raise DataError(
-                f"train.batch_size ({batch_size}) is more than the {self.num_rows} rows of {sequence_length} tokens "
+                f"train.batch_size ({batch_size}) is more than the {counted(self.num_rows, 'row')} of "
+                f"{counted(sequence_length, 'token')} "
                 f"that the data has per epoch, and more than {MOST_REPEATED}: lower it, or add text"
             )
         # neighbouring documents that are also neighbours on disk are copied as one

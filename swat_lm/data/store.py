@@ -17,6 +17,7 @@ import numpy as np
 from swat_lm.data.mixing import mix
 from swat_lm.data.passages import PASSAGE
 from swat_lm.data.sources import DataError
+from swat_lm.wording import counted
 
 TABLE = np.dtype([("token", np.int64), ("byte", np.int64), ("content", np.uint64)])
 TOKENS, DOCUMENTS, TOKEN_BYTES, INDEX = "tokens.bin", "documents.npy", "token_bytes.npy", "index.json"
@@ -90,7 +91,7 @@ class TokenStore:
         except FileNotFoundError:
             raise damaged(folder / TOKENS, "it is missing") from None
         if size != expected:
-            raise damaged(folder / TOKENS, f"{size} bytes, expected {expected}")
+            raise damaged(folder / TOKENS, f"{counted(size, 'byte')}, expected {expected:,}")
         return cls(folder, index, held_out, split_seed)
 
     @cached_property
@@ -223,7 +224,8 @@ def read_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     table = read_array(path)
     if table.dtype != TABLE or table.shape != (index["num_documents"] + 1,):
         raise damaged(
-            path, f"{table.dtype} {list(table.shape)}, expected {index['num_documents']} documents and an end"
+            path,
+            f"{table.dtype} {list(table.shape)}, expected {counted(index['num_documents'], 'document')} and an end",
         )
     for column, end in (("token", index["num_tokens"]), ("byte", index["num_bytes"])):
         places = table[column]

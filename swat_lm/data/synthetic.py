@@ -15,6 +15,7 @@ import torch
 
 from swat_lm.data.batches import IGNORED, Batch
 from swat_lm.data.sources import DataError
+from swat_lm.wording import counted
 
 __all__ = ["PREFIX", "Answer", "Row", "SyntheticSource", "SyntheticTask", "is_synthetic", "synthetic_task"]
 
@@ -228,7 +229,8 @@ class SyntheticSource:
         task.check_length(sequence_length)
         if task.num_ids > vocab_size:
             raise DataError(
-                f"{task}: needs {task.num_ids} token ids, the tokenizer has {vocab_size}: use fewer keys or values, or "
+                f"{task}: needs {counted(task.num_ids, 'token id')}, the tokenizer has {vocab_size:,}: use fewer keys "
+                "or values, or "
                 "another data.tokenizer"
             )
         if batch_size < 1:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from swat_lm.evaluate.limits import check_length, position_limit
 from swat_lm.evaluate.readings import Row
 from swat_lm.evaluate.scoring import Scorer
+from swat_lm.wording import counted
 
 __all__ = ["HarnessModel", "Rolling", "check_max_length"]
 
@@ -114,8 +115,8 @@ class HarnessModel(TemplateLM):
             if self.max_length is not None:
                 if len(continuation) > self.max_length:
                     raise ValueError(
-                        f"a continuation of {len(continuation)} tokens is longer than the {self.max_length} that the "
-                        "model may see"
+                        f"a continuation of {counted(len(continuation), 'token')} is longer than the "
+                        f"{self.max_length:,} that the model may see"
                     )
                 # one more than is read, since the last token is only predicted
                 before = before[max(0, len(before) + len(continuation) - self.max_length - 1) :]
@@ -176,7 +177,8 @@ class HarnessModel(TemplateLM):
         room = None if self.max_length is None else self.max_length - most
         if room is not None and room < 1:
             raise ValueError(
-                f"{most} tokens are to be generated, but the model sees only {self.max_length}: raise --max-length"
+                f"no room to generate {counted(most, 'token')}: the model sees only {self.max_length:,}; "
+                "raise --max-length"
             )
         # a context without tokens begins as a text does
         rows = [self.tok_encode(context)[-room if room else None :] or [self.prefix_token_id] for context in contexts]
@@ -208,7 +210,7 @@ def check_max_length(model: PreTrainedModel, max_length: int) -> None:
         raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
     positions = position_limit(model)
     if positions is not None and max_length > positions:
-        raise ValueError(f"max_length: {type(model).__name__} has {positions} positions, got {max_length}")
+        raise ValueError(f"max_length: {type(model).__name__} has {counted(positions, 'position')}, got {max_length}")
 
 
 def settings(request: Instance) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from swat_lm.evaluate.partial import PartialResults
 from swat_lm.evaluate.reader import Reader, evaluating, reader_for
 from swat_lm.evaluate.sinks import SinkReader
 from swat_lm.evaluate.windows import model_window, with_window
+from swat_lm.wording import counted
 
 __all__ = [
     "loss_by_length",
@@ -222,7 +223,7 @@ def segments(documents: Iterable[np.ndarray], length: int, most: int | None = No
     count = len(stream) // length
     if count == 0:
         raise ValueError(
-            f"the documents hold {len(stream)} tokens together, less than one piece of {length}: "
+            f"the documents hold {counted(len(stream), 'token')} together, less than one piece of {length}: "
             "evaluate at shorter lengths or on more text"
         )
     chosen = range(count) if most is None or most >= count else [i * count // most for i in range(most)]
@@ -240,8 +241,8 @@ def check_arguments(lengths: Iterable[int], documents: Sequence[Any], chunk: int
     longest = max((len(document) for document in documents), default=0)
     if longest < sizes[-1]:
         raise ValueError(
-            f"lengths: no document has {sizes[-1]} tokens; the longest of {len(documents)} has {longest}. Evaluate at "
-            "shorter lengths, or join short documents into long pieces"
+            f"lengths: no document has {counted(sizes[-1], 'token')}; the longest of {len(documents):,} has "
+            f"{longest:,}. Evaluate at shorter lengths, or join short documents into long pieces"
         )
     return sizes
 

@@ -12,6 +12,7 @@ from swat_lm.evaluate.reader import Reader, StateReader, probe
 from swat_lm.evaluate.sinks import SinkReader
 from swat_lm.evaluate.windows import theoretical_reach
 from swat_lm.model.cost import state_bytes
+from swat_lm.wording import counted
 
 __all__ = ["available_bytes", "check_length", "extrapolates_beyond", "position_limit", "stream_bytes"]
 
@@ -33,7 +34,7 @@ def check_length(reader: Reader, length: int, batch_size: int) -> None:
     fits = free // each
     advice = f"read at most {fits} side by side (--batch-size)" if fits else "ask for less, or for a --window"
     raise ValueError(
-        f"{name} keeps {gibibytes(each)} of the past of each stream of {length:,} tokens, "
+        f"{name} keeps {gibibytes(each)} of the past of each stream of {counted(length, 'token')}, "
         f"{gibibytes(each * batch_size)} for {batch_size}; {gibibytes(free)} are free: {advice}"
     )
 

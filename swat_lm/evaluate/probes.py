@@ -15,6 +15,7 @@ from swat_lm.data.readers import read_rows
 from swat_lm.data.sources import source_file
 from swat_lm.data.synthetic import Answer, SyntheticTask
 from swat_lm.evaluate.recall import RecallItem
+from swat_lm.wording import counted
 
 __all__ = ["TEXT_TASKS", "check_name", "guessed_share", "read_items", "synthetic_items", "text_items"]
 
@@ -156,7 +157,9 @@ def filler(encode: Encode, count: int) -> list[int]:
 def gap_of(distance: int, needed: int, name: str) -> int:
     """Tokens of filler that make up a distance of which the text itself takes `needed`."""
     if distance < needed:
-        raise ValueError(f"{name}: with this tokenizer the distance is at least {needed} tokens; got {distance}")
+        raise ValueError(
+            f"{name}: with this tokenizer the distance is {counted(needed, 'token')} or more; got {distance}"
+        )
     return distance - needed
 
 

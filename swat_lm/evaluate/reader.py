@@ -18,6 +18,7 @@ from swat_lm.model.architectures import streaming_inputs
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.state import StreamState
+from swat_lm.wording import counted
 
 __all__ = ["CachedReader", "Reader", "StateReader", "evaluating", "reader_for"]
 
@@ -166,7 +167,7 @@ class CachedReader(HeadReader):
     def extend(self, tokens: Tensor, state: CacheState) -> Tensor:
         """Read `[B, T]` tokens, changing the state in place; returns hidden states (without a head, logits)."""
         if len(tokens) != state.batch_size:
-            raise ValueError(f"tokens: expected {state.batch_size} streams, got {len(tokens)}")
+            raise ValueError(f"tokens: expected {counted(state.batch_size, 'stream')}, got {len(tokens)}")
         size = tokens.shape[1]
         if self.head is None:
             size = max(1, LOGITS_AT_ONCE // (self.vocab_size * len(tokens)))

@@ -18,6 +18,7 @@ from swat_lm.evaluate.reader import reader_for, split_model
 from swat_lm.evaluate.readings import Family, Reading, Row, families, readings
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.wording import counted
 
 __all__ = ["Score", "Scorer"]
 
@@ -173,7 +174,7 @@ class Scorer:
                 "use a smaller --batch-size, or auto" if len(batch) > 1 else "shorten the texts, or use another device"
             )
             longest = max(family.num_shared + family.longest for family in batch)
-            raise ValueError(f"out of memory with {count} rows of {longest} tokens: {advice}")
+            raise ValueError(f"out of memory with {counted(count, 'row')} of {counted(longest, 'token')}: {advice}")
         self._budget = padded_tokens(batch, None) // 2
 
     def _one_pass(self, batch: Sequence[Family]) -> Iterator[Answer]:

@@ -10,6 +10,7 @@ from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.suite import TaskResult
 from swat_lm.evaluate.tasks import STREAMED
+from swat_lm.wording import counted
 
 __all__ = [
     "ACCURACIES",
@@ -174,7 +175,7 @@ def notes(results: Mapping[str, Mapping[str, TaskResult]], limit: int | None) ->
         "Errors are standard errors over documents. n: log-likelihoods divided by the choice's length in characters."
     ]
     if limit is not None:
-        found.append(f"Only the first {limit} documents of each task were asked.")
+        found.append(f"Of each task only the first {counted(limit, 'document')}.")
     found += sorted({result.remark for result in everything if result.remark})
     lengths = {
         label: next((r.window_length for r in one.values() if r.task == "wikitext"), None)

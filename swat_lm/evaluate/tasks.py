@@ -14,6 +14,7 @@ from swat_lm.data.sources import DataError
 from swat_lm.evaluate.benchmark_files import find_files, is_plain_text, read_documents, read_pages
 from swat_lm.evaluate.benchmarks import BENCHMARKS, PAGES, Benchmark, Doc
 from swat_lm.paths import local_path
+from swat_lm.wording import install_extra
 
 __all__ = ["HUB", "STREAMED", "LoadedTask", "check_harness", "load_tasks", "task_names"]
 
@@ -44,9 +45,7 @@ class LoadedTask:
 def check_harness() -> None:
     """Raise ValueError that says what to install where lm-evaluation-harness is missing."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(
-            "this command needs lm-evaluation-harness, which is not installed: pip install 'swat-lm[eval]'"
-        )
+        raise ValueError(f"this command needs lm-evaluation-harness, which is not installed: {install_extra('eval')}")
 
 
 def task_names(wanted: str | None) -> list[str]:

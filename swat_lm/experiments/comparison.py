@@ -24,6 +24,7 @@ from swat_lm.experiments.reproduction_pictures import plot_rows
 from swat_lm.model.architectures import count_model_parameters, model_state_bytes
 from swat_lm.recipe import Recipe, dump_recipe, load_recipe
 from swat_lm.train.metrics import read_metrics
+from swat_lm.wording import counted
 
 __all__ = ["RunFindings", "read_run", "report"]
 
@@ -210,7 +211,7 @@ def how_read(one: RunFindings, curve: LengthCurve) -> str:
     """What sets a curve apart from the run's model as it is: another window, first tokens kept."""
     own = None if one.config is None else widest_window(one.config)
     window = "" if curve.window == own else f", window {'none' if curve.window is None else f'{curve.window:,}'}"
-    return window + (f", first {curve.num_sinks} tokens kept" if curve.num_sinks else "")
+    return window + (f", first {counted(curve.num_sinks, 'token')} kept" if curve.num_sinks else "")
 
 
 def length_series(name: str, curve: LengthCurve) -> Series:

@@ -27,6 +27,7 @@ from swat_lm.recipe import Recipe, load_recipe
 from swat_lm.serve.sampling import Sampling
 from swat_lm.serve.stream import TextAssembler, generate_tokens, read_prompt
 from swat_lm.train import run
+from swat_lm.wording import counted
 
 __all__ = ["DemoSettings", "do_model", "run_demo"]
 
@@ -89,7 +90,9 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
     seconds = dict(plan["seconds"])
     missing = [name for name in MODELS if not Path(recipes[name].out, "length.json").exists()]
     if missing:
-        watcher.stage(f"training {' and '.join(missing)} side by side: {pace.steps:,} steps each, then evaluating")
+        watcher.stage(
+            f"training {' and '.join(missing)} side by side: {counted(pace.steps, 'step')} each, then evaluating"
+        )
         started = time.monotonic()
         try:
             run_workers(out, missing, pace.threads, watcher)
@@ -191,7 +194,7 @@ def load_trained(recipe: Recipe) -> SwatForCausalLM:
 
 def stream_one(recipe: Recipe, settings: DemoSettings, watcher: Watcher) -> dict[str, Any]:
     """Generate from the trained model and weigh its state after every token."""
-    watcher.stage(f"streaming {settings.new_tokens} tokens from {recipe.name}")
+    watcher.stage(f"streaming {counted(settings.new_tokens, 'token')} from {recipe.name}")
     model, tokenizer = load_trained(recipe), load_tokenizer(str(Path(recipe.out, "export")))
     state, sizes, parts = model.init_state(), [], []
     sampling = Sampling(temperature=0.7, top_p=0.95, vocab_size=vocabulary_size(tokenizer))

@@ -15,6 +15,7 @@ from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.cost import count_parameters, reach
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.metrics import read_metrics
+from swat_lm.wording import counted
 
 __all__ = ["TOLERANCE", "judge", "write_report"]
 
@@ -91,7 +92,7 @@ def judge(
         {
             "claim": "SWAT's stream keeps a state of constant size",
             "held": samples["swat"]["state_constant"],
-            "numbers": f"{first:,} bytes after the first generated token, {last:,} after the last",
+            "numbers": f"{counted(first, 'byte')} after the first generated token, {last:,} after the last",
         },
     ]
 

@@ -18,6 +18,7 @@ from swat_lm.experiments.page import machine, picture, table, with_error, write_
 from swat_lm.experiments.reproduction_pictures import draw
 from swat_lm.experiments.scales import Scale
 from swat_lm.experiments.variants import Experiment, Variant, budget_of, variants_of
+from swat_lm.wording import counted
 
 __all__ = ["write_results"]
 
@@ -124,8 +125,8 @@ def claims_part(verdicts: Sequence[Verdict]) -> str:
     lines = []
     for one in verdicts:
         numbers = "" if one.gap is None else (
-            f" Gap {with_error(one.gap, one.error, sign='+')} ({one.num_documents} documents, "
-            f"{one.num_seeds} seed{'s' if one.num_seeds != 1 else ''})."
+            f" Gap {with_error(one.gap, one.error, sign='+')} ({counted(one.num_documents, 'document')}, "
+            f"{counted(one.num_seeds, 'seed')})."
         )  # fmt: skip
         lines.append(
             f'<li class="{kinds.get(one.outcome, "open")}"><b>{one.outcome}</b>: {html.escape(one.says)}.{numbers} '
@@ -145,8 +146,8 @@ def caution(verdicts: Sequence[Verdict]) -> str:
         return "With one seed the error is over documents alone: it says nothing of what another seed would give."
     if seeds in BY_CHANCE:
         return (
-            f"An error from {seeds} seeds is itself uncertain: where seeds differ more than documents do, about "
-            f"{BY_CHANCE[seeds]} in 100 claims without anything to them would be decided."
+            f"An error from {counted(seeds, 'seed')} is itself uncertain: where seeds differ more than documents do, "
+            f"about {BY_CHANCE[seeds]} in 100 claims without anything to them would be decided."
         )
     return ""
 

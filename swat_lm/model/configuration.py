@@ -19,6 +19,7 @@ from swat_lm.model.misfits import explain_misfit
 from swat_lm.model.presets import preset_fields
 from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.slopes import slopes_for
+from swat_lm.wording import counted
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 INVERSE_WINDOW = "-log(window)"
@@ -206,7 +207,7 @@ class SwatConfig(PreTrainedConfig):
             )
         if self.head_dim is None and self.hidden_size % heads:
             raise ValueError(
-                f"num_attention_heads: {heads} heads do not divide hidden_size {self.hidden_size}; "
+                f"num_attention_heads: {counted(heads, 'head')} do not divide hidden_size {self.hidden_size}; "
                 "change one of them or give head_dim"
             )
         if self.head_dim is not None and self.head_dim < 1:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from swat_lm.hub import hub_answers, is_path, nearest_name, stored_folder
 from swat_lm.model.weight_files import check_readable
 from swat_lm.paths import check_name, local_path
+from swat_lm.wording import install_extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +126,7 @@ def know_library_of(kind: str, folder: str) -> None:
         import_module("fla")
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{folder} holds a {kind} model of flash-linear-attention: pip install 'swat-lm[fla]' (for CUDA)"
+            f"{folder} holds a {kind} model of flash-linear-attention: {install_extra('fla')} (for CUDA)"
         ) from error
 
 

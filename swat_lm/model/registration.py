@@ -14,6 +14,8 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
+from swat_lm.wording import install_extra
+
 # each of ours registers itself at its own end, so importing it is enough, also while it is being imported
 WAITED_FOR = {
     "transformers.models.auto.configuration_auto": "swat_lm.model.configuration",
@@ -39,7 +41,7 @@ def complaint() -> str | None:
     wanted = ".".join(str(number) for number in OLDEST)
     return (
         f"swat_lm's model classes need transformers {wanted} or newer, {found} is installed: "
-        "pip install 'swat-lm[model]'; the operator works without"
+        f"{install_extra('model')}; the operator works without"
     )
 
 

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from swat_lm.wording import counted
+
 BACKENDS = ("auto", "reference", "blocked", "triton")
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
 PRECISIONS = ("auto", "exact", "fast")
@@ -96,7 +98,8 @@ def check_visibility(query: Tensor, key: Tensor, first_visible: Tensor | None, l
             raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
     if last_visible is None and query.shape[1] > key.shape[1]:
         raise ValueError(
-            f"query: {query.shape[1]} queries over {key.shape[1]} keys; the queries are the last of the keys unless "
+            f"query: {counted(query.shape[1], 'query')} over {counted(key.shape[1], 'key')}; the "
+            "queries are the last of the keys unless "
             "last_visible says where each one stands"
         )
 
@@ -107,7 +110,8 @@ def check_rotary(query: Tensor, key: Tensor, last_visible: Tensor | None, rotary
         return
     if query.shape[1] != key.shape[1] or last_visible is not None:
         raise ValueError(
-            f"rotary: serves queries and keys of the same tokens, got {query.shape[1]} queries over {key.shape[1]} keys"
+            f"rotary: serves queries and keys of the same tokens, got {counted(query.shape[1], 'query')} "
+            f"over {counted(key.shape[1], 'key')}"
             f"{'' if last_visible is None else ' and last_visible'}; rotate both with apply_rotary before the call"
         )
     if query.shape[3] % 2:
@@ -132,8 +136,8 @@ def check_rings(
     """Refuse rings, slots and positions that do not fit one new token per sequence."""
     if query.shape[1] != 1 or key.shape[1] != 1:
         raise ValueError(
-            f"query: a step takes one token per sequence, got {query.shape[1]} queries and {key.shape[1]} keys; "
-            "use window_attention for chunks"
+            f"query: a step takes one token per sequence, got {counted(query.shape[1], 'query')} and "
+            f"{counted(key.shape[1], 'key')}; use window_attention for chunks"
         )
     for name, ring in (("key_ring", key_ring), ("value_ring", value_ring)):
         if ring.dim() != 4 or ring.shape[2:] != key.shape[2:] or ring.shape[1] < 1:
@@ -150,7 +154,9 @@ def check_rings(
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
     if query.shape[0] > key_ring.shape[0]:
-        raise ValueError(f"slot: {query.shape[0]} sequences cannot own {key_ring.shape[0]} rings, one each")
+        raise ValueError(
+            f"slot: {counted(query.shape[0], 'sequence')} cannot own {counted(key_ring.shape[0], 'ring')}, one each"
+        )
 
 
 def _shape(tensor: Tensor) -> str:

@@ -9,6 +9,8 @@ import re
 import torch
 from torch import Tensor
 
+from swat_lm.wording import counted
+
 SCHEDULES = ("swat", "alibi")
 KINDS = ("balanced", "negative", "positive", "none")
 
@@ -51,7 +53,7 @@ def split_heads(num_heads: int, kind: str) -> tuple[int, int]:
     negative, positive = int(match[1]), int(match[2])
     if negative + positive != num_heads:
         raise ValueError(
-            f"slopes: the split {kind!r} names {negative + positive} heads, the layer has {num_heads}; "
+            f"slopes: the split {kind!r} names {counted(negative + positive, 'head')}, the layer has {num_heads}; "
             f"make the two numbers add up to {num_heads}"
         )
     return negative, positive

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from swat_lm.train.engine import Engine
+from swat_lm.wording import counted
 
 __all__ = ["Checkpoint", "CheckpointError", "find_checkpoints", "newest_checkpoint", "read_manifest", "save_checkpoint"]
 
@@ -236,7 +237,8 @@ def read_manifest(folder: Path) -> Checkpoint:
         found = file_identity(path)
         if found["bytes"] != expected["bytes"]:
             raise CheckpointError(
-                f"checkpoint {folder} is damaged: {name} has {found['bytes']} bytes instead of {expected['bytes']}"
+                f"checkpoint {folder} is damaged: {name} has {counted(found['bytes'], 'byte')} instead "
+                f"of {expected['bytes']:,}"
             )
         if found != expected:
             raise CheckpointError(f"checkpoint {folder} is damaged: the content of {name} has changed")

@@ -18,6 +18,7 @@ from swat_lm.train.checkpoint import (
     read_manifest,
 )
 from swat_lm.train.ownership import LOCK, MARK, check_run_folder, mark_run, remove_leftovers
+from swat_lm.wording import counted
 
 __all__ = ["CHANGEABLE", "check_continuation", "check_model", "choose_start", "hold_folder", "write_recipe"]
 
@@ -208,7 +209,7 @@ def describe_new_schedule(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
         return None
     return (
         f"train.{', train.'.join(changed)}: the learning rate of the steps done followed another {train.schedule} "
-        f"schedule, so the result is not that of a fresh run of {train.steps} steps"
+        f"schedule, so the result is not that of a fresh run of {counted(train.steps, 'step')}"
     )
 
 

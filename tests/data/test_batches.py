@@ -11,6 +11,7 @@ from swat_lm.data import Batch, BatchSource, TokenStore, prepare
 from swat_lm.data.mixing import mix, permute
 from swat_lm.data.sources import DataError
 from swat_lm.recipe import DataRecipe
+from swat_lm.wording import counted as in_words
 
 EOS = 257
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -47,7 +48,7 @@ def test_every_token_is_a_target_exactly_once_per_epoch(tmp_path_factory, length
     stream = stream_of(store)
     if len(stream) < length:
         with pytest.raises(
-            DataError, match=f"has {len(stream)} tokens in {len(lengths)} documents; one row needs {length}"
+            DataError, match=f"has {in_words(len(stream), 'token')} in {in_words(len(lengths), 'document')}; one row"
         ):
             BatchSource(store, "train", length, mode, 0, batch_size=1)
         return

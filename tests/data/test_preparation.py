@@ -293,7 +293,7 @@ def test_damaged_stores_are_named(corpus, tmp_path):
     store = prepare(recipe(corpus, tmp_path))
     tokens = store.folder / "tokens.bin"
     tokens.write_bytes(tokens.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"tokens\.bin: damaged: \d+ bytes, expected \d+; remove the folder"):
+    with pytest.raises(DataError, match=r"tokens\.bin: damaged: [\d,]+ bytes, expected [\d,]+; remove the folder"):
         TokenStore.open(store.folder)
     (store.folder / "index.json").write_text('{"version": 0}')
     with pytest.raises(DataError, match="version 0, expected 1"):
@@ -319,7 +319,7 @@ INDEX = {"version": 1, "key": "k", "vocab_size": 259, "dtype": "uint16", "num_to
         ("documents.npy", b"PK\x03\x04 an archive", ""),
         ("documents.npy", b"\x93NUMPY\x01\x00\x08\x00{'descr(", ""),
         ("documents.npy", "cut", ""),
-        ("documents.npy", np.zeros(3), "float64 [3], expected 1201 documents and an end"),
+        ("documents.npy", np.zeros(3), "float64 [3], expected 1,201 documents and an end"),
         ("documents.npy", "unordered", "its documents are empty or not in order"),
         ("documents.npy", "shifted", "tokens from 1 to"),
         ("token_bytes.npy", b"", ""),

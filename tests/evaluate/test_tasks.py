@@ -152,7 +152,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         task_names("piqa, boolq,piqa")
     assert task_names(None) == list(BENCHMARKS)
     monkeypatch.setattr(tasks_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'swat-lm\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[eval\]'"):
         load_tasks(["piqa"], folder)
 
 

@@ -103,5 +103,5 @@ def test_devices(tmp_path):
 def test_models_of_a_library_that_is_not_there_name_it(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "gla"}')
     monkeypatch.setitem(sys.modules, "fla", None)
-    with pytest.raises(ValueError, match=r"a gla model of flash-linear-attention: pip install 'swat-lm\[fla\]'"):
+    with pytest.raises(ValueError, match=r"a gla model of flash-linear-attention: pip install -e '.\[fla\]'"):
         load_causal_lm(str(tmp_path))

@@ -66,7 +66,7 @@ print(seconds < 2)
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     shape, message, fast = ran.stdout.splitlines()
     assert shape == "(1, 4, 2, 8)", ran.stderr
-    assert "pip install 'swat-lm[model]'" in message
+    assert "pip install -e '.[model]'" in message
     assert fast == "True"
 
 
