@@ -50,12 +50,15 @@ def main() -> None:
     )
     parser.add_argument("--commit", metavar="HASH", help="of the code that trained what --record names")
     arguments = parser.parse_args()
-    if arguments.demo is not None:
-        take_over(arguments.demo)
     if arguments.record and not arguments.commit:
         parser.error("--record needs --commit: the code that trained the models")
-    for path in arguments.record:
-        record_experiment(path, arguments.commit)
+    try:
+        if arguments.demo is not None:
+            take_over(arguments.demo)
+        for path in arguments.record:
+            record_experiment(path, arguments.commit)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     for page, contents in blocks().items():
         text = page.read_text(encoding="utf-8")
         for name, content in contents.items():
@@ -84,18 +87,44 @@ def replace_block(text: str, name: str, content: str) -> str:
     """Put the content between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; ValueError if they are not there once."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"expected the markers {begin} and {end} once each")
+        raise ValueError(f"the page must have the markers {begin} and {end} once each")
     before, after = text.split(begin)[0], text.split(end)[1]
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def take_over(folder: Path) -> None:
-    """Copy a demo's result and plot into docs/."""
-    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    """Copy a demo's result and plot into docs/. ValueError, and nothing is changed, if that is no finished demo."""
+    result = read_json(folder / "results.json", "a folder that `swat-lm demo` finished")
+    try:
+        demo(result)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: not the result of a demo ({type(error).__name__}: {error})") from None
+    if not (folder / DEMO_PLOT.name).is_file():
+        raise ValueError(f"{folder}: has no {DEMO_PLOT.name}; expected a folder that `swat-lm demo` finished")
     DEMO_RESULT.parent.mkdir(parents=True, exist_ok=True)
     DEMO_PLOT.parent.mkdir(parents=True, exist_ok=True)
-    DEMO_RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(DEMO_RESULT, json.dumps(result, indent=1) + "\n")
     shutil.copyfile(folder / DEMO_PLOT.name, DEMO_PLOT)
+
+
+def read_json(path: Path, expected: str) -> dict[str, Any]:
+    """A JSON file that holds a mapping; ValueError, which says what was expected, for anything else."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; expected {expected}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); expected {expected}") from None
+    if not isinstance(result, dict):
+        raise ValueError(f"{path}: holds no mapping; expected {expected}")
+    return result
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def records() -> list[Path]:
@@ -104,19 +133,29 @@ def records() -> list[Path]:
 
 
 def record_experiment(path: Path, commit: str) -> None:
-    """Keep what an experiment found, without the places of its texts on one machine."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if "experiment" in result:
-        name = f"{result['experiment']}-{result['scale']}"
-        if path.with_suffix(".png").exists():
-            shutil.copyfile(path.with_suffix(".png"), DEMO_PLOT.with_name(f"{name}.png"))
-        del result["sources"]
-        result["machine"] |= {"commit": commit}
-    else:
-        name = "tasks"
-        ours = [row for row in result["rows"] if row["group"] in (MEASURED, GUESSING)]
-        result = {"commit": commit, **result, "rows": ours}
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Keep what an experiment found, without the places of its texts on one machine.
+
+    ValueError, and nothing is changed, if it is no result, or docs/experiments.md has no place for it.
+    """
+    expected = "what `swat-lm reproduce` or `swat-lm evaluate tasks` found"
+    result, picture = read_json(path, expected), None
+    try:
+        if "experiment" in result:
+            name, picture = f"{result['experiment']}-{result['scale']}", path.with_suffix(".png")
+            result = {key: value for key, value in result.items() if key != "sources"}
+            result["machine"] |= {"commit": commit}
+        else:
+            name = "tasks"
+            ours = [row for row in result["rows"] if row["group"] in (MEASURED, GUESSING)]
+            result = {"commit": commit, **result, "rows": ours}
+        block = recorded(result)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}; expected {expected}") from None
+    # without its markers the page could not show it, and the documents would be stale from then on
+    replace_block(EXPERIMENTS.read_text(encoding="utf-8"), name, block)
+    if picture is not None and picture.exists():
+        shutil.copyfile(picture, DEMO_PLOT.with_name(f"{name}.png"))
+    write(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def info(preset: str) -> str:

@@ -42,6 +42,7 @@ def load_generator() -> ModuleType:
 
 
 GENERATOR = load_generator()
+RECORDED_DEMO = GENERATOR.DEMO_RESULT.read_text(encoding="utf-8")
 
 
 # what the pages point to
@@ -71,7 +72,7 @@ def anchors(page: Path) -> set[str]:
 def test_files_named_exist(page: Path):
     text = page.read_text(encoding="utf-8")
     folders = "swat_lm|tests|docs|benchmarks|recipes"
-    for name in re.findall(rf"\b((?:{folders})/[\w./*-]*\w\.(?:py|md|yaml|json|png|html))\b", text):
+    for name in re.findall(rf"(?<!runs/)\b((?:{folders})/[\w./*-]*\w\.(?:py|md|yaml|json|png|html))\b", text):
         assert list(ROOT.glob(name)), f"{page.name} names {name}"
     for name in re.findall(r"python -m ((?:benchmarks|swat_lm)[\w.]*)", text):
         assert importlib.util.find_spec(name) is not None, f"{page.name} runs {name}"
@@ -152,15 +153,41 @@ def test_demo_block_shows_a_result_as_it_is():
 
 
 def test_a_finished_demo_is_taken_over(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(GENERATOR, "ROOT", tmp_path)
     monkeypatch.setattr(GENERATOR, "DEMO_RESULT", tmp_path / "docs" / "results" / "demo.json")
     monkeypatch.setattr(GENERATOR, "DEMO_PLOT", tmp_path / "docs" / "images" / "loss_by_length.png")
     finished = tmp_path / "demo"
     finished.mkdir()
-    (finished / "results.json").write_text('{"steps": 3}')
+    result = json.loads(RECORDED_DEMO)
+    # what is not a finished demo changes nothing
+    for text, named in ((None, "results.json: No such file"), ("{", "not JSON"), ('{"steps": 3}', "KeyError: 'models'"),
+                        (json.dumps(result), "has no loss_by_length.png")):  # fmt: skip
+        if text is not None:
+            (finished / "results.json").write_text(text)
+        with pytest.raises(ValueError, match=named):
+            GENERATOR.take_over(finished)
+    assert not (tmp_path / "docs").exists()
     (finished / "loss_by_length.png").write_bytes(b"picture")
     GENERATOR.take_over(finished)
-    assert json.loads(GENERATOR.DEMO_RESULT.read_text()) == {"steps": 3}
+    assert json.loads(GENERATOR.DEMO_RESULT.read_text()) == result
     assert GENERATOR.DEMO_PLOT.read_bytes() == b"picture"
+
+
+def test_an_experiment_is_recorded_where_the_page_has_a_place(tmp_path: Path, monkeypatch):
+    known = json.loads((GENERATOR.RESULTS / "figure2-tiny.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(GENERATOR, "RESULTS", tmp_path)
+    monkeypatch.setattr(GENERATOR, "DEMO_PLOT", tmp_path / "loss_by_length.png")
+    path = tmp_path / "found.txt"
+    for result, named in (([], "holds no mapping"), ({"rows": 3}, "TypeError"), ({**known, "scale": "x"}, "markers")):
+        path.write_text(json.dumps(result))
+        with pytest.raises(ValueError, match=named):
+            GENERATOR.record_experiment(path, "abc")
+    assert list(tmp_path.glob("*.json")) == []
+    path.write_text(json.dumps({**known, "sources": ["/home/of/someone"]}))
+    GENERATOR.record_experiment(path, "abc")
+    kept = json.loads((tmp_path / "figure2-tiny.json").read_text())
+    assert "sources" not in kept
+    assert kept["machine"]["commit"] == "abc"
 
 
 def test_recorded_demo_has_its_picture():
