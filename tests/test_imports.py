@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1] / "swat_lm"
 FILES = sorted(ROOT.rglob("*.py"))
 BELOW = {
     "strict": set(),
-    "recipe": {"strict"},
+    "named_recipes": set(),
+    "recipe": {"named_recipes", "strict"},
     "hub": set(),
     "ops": set(),
     "mixers": {"ops"},
@@ -22,7 +23,7 @@ BELOW = {
 BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data"}
 BELOW["serve"] = BELOW["model"] | {"model"}
 BELOW["experiments"] = BELOW["train"] | {"train", "evaluate", "serve"}
-BELOW["cli"] = BELOW["experiments"] | {"experiments"}
+BELOW["cli"] = BELOW["experiments"] | {"experiments", "named_recipes"}
 
 
 def imported(file: Path) -> set[str]:

@@ -21,6 +21,7 @@ from swat_lm.cli import (
     information,
     preparation,
     recall,
+    recipes,
     reproduction,
     training,
     tuning,
@@ -53,6 +54,7 @@ measurements.command(name="diagnose")(diagnosis.diagnose)
 measurements.command(name="tasks")(benchmarks.tasks)
 application.command(name="reproduce")(reproduction.reproduce)
 application.command(name="report")(comparison.report)
+application.command(name="recipes")(recipes.recipes)
 application.command(name="info")(information.info)
 application.command(name="convert")(conversion.convert)
 application.command(name="tune")(tuning.tune)

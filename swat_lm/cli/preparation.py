@@ -8,6 +8,7 @@ import typer
 from swat_lm.cli.console import counted, key_value_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
+from swat_lm.named_recipes import is_recipe
 
 if TYPE_CHECKING:
     from swat_lm.recipe import DataRecipe
@@ -63,7 +64,7 @@ def prepare(
 
     \b
     Examples:
-      swat-lm prepare recipes/own-text.yaml
+      swat-lm prepare own-text data.sources=notes/
       swat-lm prepare notes/ --tokenizer tokenizers/mine
     """
     from swat_lm.data import prepare as prepare_tokens
@@ -101,8 +102,3 @@ def data_settings(
         return DataRecipe(sources=tuple(sources), **given)  # type: ignore[arg-type]
     overrides = [f"data.{name}={value}" for name, value in given.items()]
     return load_recipe(sources[0], [*sources[1:], *overrides]).data
-
-
-def is_recipe(source: str) -> bool:
-    """Whether a first argument names a recipe rather than text."""
-    return source.endswith((".yaml", ".yml"))
