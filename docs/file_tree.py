@@ -9,6 +9,7 @@ from pathlib import Path
 READING_ORDER = ("ops", "mixers", "model", "data", "train", "evaluate", "serve", "experiments", "cli")
 FOLDERS = {
     "benchmarks": "speed beside named peers; results/ holds the figures as JSON",
+    "verification": "checks too heavy for the suite, and the record of their last run",
     "tests": "mirrors swat_lm/",
     "docs": "the mathematics, the architecture, what was measured and what failed",
 }

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:^|[|`(] ?)((?:swat-lm|torchrun) [^`|#\n]+)", re.MULTILINE)
 
 
-def load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def load_module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -46,7 +46,8 @@ def load_generator() -> ModuleType:
     return module
 
 
-GENERATOR = load_generator()
+GENERATOR = load_module("generate")
+SITE = load_module("site_pages")
 RECORDED_DEMO = GENERATOR.DEMO_RESULT.read_text(encoding="utf-8")
 
 
@@ -70,13 +71,48 @@ def test_links_resolve(page: Path):
 def anchors(page: Path) -> set[str]:
     """Anchors that GitHub gives a page's headings."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {SITE.forge_anchor(heading) for heading in headings}
+
+
+def test_the_site_has_every_page():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = [path for entry in site["nav"] for path in entry.values()]
+    assert sorted(named) == sorted(SITE.page_paths())
+    assert {str(page.relative_to(ROOT)) for page in PAGES} == {*named, "AGENTS.md"}
+    # a warning, as of a dead link, stops the build
+    assert site["strict"] is True
+    assert {*site["validation"]["links"].values()} == {"warn"}
+
+
+def test_links_to_sources_lead_to_their_pages():
+    assert SITE.source_of("docs/data.md", "../swat_lm/recipe.py") == "swat_lm/recipe.py"
+    assert SITE.source_of("README.md", "LICENSE") == "LICENSE"
+    # pages and images mkdocs knows; what is not there, or not ours, it reports
+    for target in (
+        "data.md#packing",
+        "../README.md",
+        "images/figure2-tiny.png",
+        "../gone.py",
+        "../../x",
+        "#a",
+        "http://a",
+    ):
+        assert SITE.source_of("docs/data.md", target) is None
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="docs/data.md"))
+    text = "[a](../swat_lm/recipe.py#x) [b](kernels.md)\n```\n[c](../LICENSE)\n```\n[d](../swat_lm/ops/triton)\n"
+    assert SITE.on_page_markdown(text, page) == (
+        "[a](../source/swat_lm/recipe.py.md) [b](kernels.md)\n```\n[c](../LICENSE)\n```\n"
+        "[d](../source/swat_lm/ops/triton.md)\n"
+    )
+    assert SITE.linked_sources({"docs/data.md": text}) >= {"swat_lm/recipe.py", "swat_lm/ops/triton/forward.py"}
+    assert SITE.source_text("LICENSE").endswith("\n```````\n")
+    assert "- [swat_lm/ops/triton/forward.py](triton/forward.py.md)\n" in SITE.source_text("swat_lm/ops/triton")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_exist(page: Path):
     text = page.read_text(encoding="utf-8")
-    folders = "swat_lm|tests|docs|benchmarks|recipes"
+    folders = "swat_lm|tests|docs|benchmarks|recipes|verification"
     for name in re.findall(rf"(?<!runs/)\b((?:{folders})/[\w./*-]*\w\.(?:py|md|yaml|json|png|html))\b", text):
         assert list(ROOT.glob(name)), f"{page.name} names {name}"
     for name in re.findall(r"python -m ((?:benchmarks|swat_lm)[\w.]*)", text):
