@@ -65,14 +65,14 @@ def run(name: str) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of the working tree, and whether it has changes on top."""
-    head, status = (
-        subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
-        for words in (
-            ["rev-parse", "--short=12", "HEAD"],
-            ["status", "--porcelain", "--", ":!verification/record.json"],
-        )
-    )
-    return head + ("+changes" if status else "")
+    head = git("rev-parse", "--short=12", "HEAD")
+    return head + ("+changes" if git("status", "--porcelain", "--", ":!verification/record.json") else "")
+
+
+def git(*words: str) -> str:
+    """What git says, or nothing where this is no clone."""
+    ran = subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return ran.stdout.strip()
 
 
 def write(path: Path, entries: dict[str, Any]) -> None:

@@ -29,9 +29,7 @@ def check(place: Workplace) -> dict[str, str]:
     require("[1, 9, 2, 8]" in place.run([python, "-c", OPERATOR]), "the operator gave another shape")
     said = place.run([swat_lm, "recipes"], expect=2)
     require("pip install 'swat-lm[train]'" in said, f"without extras the command line said {said!r}")
-    place.done(
-        "the wheel without extras, in an empty environment: the operator runs, the command line says what it needs"
-    )
+    place.done("the wheel alone in an empty environment: the operator runs, the command line says what it needs")
     place.run([python, "-m", "pip", "install", "-q", "--no-cache-dir", f"{wheel}[train]"])
     use(place, swat_lm)
     unpacked = unpack(place, sdist)
@@ -62,9 +60,7 @@ def compare(place: Workplace, wheel: Path, sdist: Path) -> None:
         held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     lacking = {name for name in tracked() if not name.startswith(ONLY_IN_THE_CLONE)} - held
     require(not lacking, f"the sdist lacks {sorted(lacking)}")
-    place.done(
-        f"the wheel holds all {len(package)} files of the package; the sdist also tests, documents and benchmarks"
-    )
+    place.done(f"the wheel holds the {len(package)} files of the package; the sdist also tests, documents, benchmarks")
 
 
 def use(place: Workplace, swat_lm: Path) -> None:
