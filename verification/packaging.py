@@ -68,7 +68,7 @@ def use(place: Workplace, swat_lm: Path) -> None:
     folder = place.folder / "elsewhere"
     (folder / "notes").mkdir(parents=True)
     for index in range(4):
-        (folder / "notes" / f"{index}.txt").write_text("words of my own\n" * 40)
+        (folder / "notes" / f"{index}.txt").write_text(f"words of my own, number {index}\n" * 40)
     require("own-text" in place.run([swat_lm, "recipes"], folder), "`swat-lm recipes` does not list own-text")
     require("window 128" in place.run([swat_lm, "info", "own-text"], folder), "`swat-lm info own-text` shows no window")
     place.run([swat_lm, "train", "own-text", *SMALL, "out=runs/one"], folder)
