@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu check lint docs setup clean
+.PHONY: demo test test-gpu check lint docs site verify setup clean
 
 # trains, evaluates and streams a small SWAT model and its full-attention twin; see README
 demo: $(VENV)/.installed
@@ -29,6 +29,15 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m benchmarks.table
 
+# the documents as a site in site/; a dead link or anchor is an error
+site: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# what is too heavy for the suite: builds, installs into empty environments, half a gigabyte of packages. Its report goes
+# to runs/verification.json; `$(BIN)/python -m verification --record` also writes the committed record
+verify: $(VENV)/.installed
+	$(BIN)/python -m verification
+
 setup: $(VENV)/.installed
 
 # a torch that is already in the environment is kept: its version replaces the pinned one
@@ -42,5 +51,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -1,6 +1,6 @@
 """The operator on a CPU beside its peers and beside what the machine's own products and sigmoids allow.
 
-    python -m benchmarks.attention_cpu [--quick]
+    python -m benchmarks.attention_cpu [--quick] [--record]
 
 Executed FLOPs count the pairs of every tile, useful ones the pairs inside the window. The roof is the time of the same
 batched products on the same tile shapes plus torch.sigmoid over the same scores, measured in turn with the operator.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import measure
+from benchmarks import measure, record
 from swat_lm.model import cost
 from swat_lm.ops import window_attention
 from swat_lm.ops.bands import Band
@@ -26,7 +26,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter sequences, fewer rounds; results are not saved")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--record", action="store_true", help=record.HELP)
     arguments = parser.parse_args()
+    if arguments.quick and arguments.record:
+        parser.error("--record goes without --quick, whose results are not saved")
     torch.set_num_threads(arguments.threads)
     measure.require_green_tests("tests/ops")
     length, rounds = (2048, 3) if arguments.quick else (8192, 7)
@@ -56,7 +59,7 @@ def main() -> None:
         sys.stdout.write(f"{'reached' if line['reached'] else 'MISSED '}  {line['goal']}: {line['measured']}\n")
     if not arguments.quick:
         settings = {"heads": HEADS, "head_dim": HEAD_DIM, "length": length, "rounds": rounds, "batch": 1}
-        sys.stdout.write(f"{measure.save('attention_cpu', rows, goals, settings)}\n")
+        sys.stdout.write(record.finish(record.save("attention_cpu", rows, goals, settings), arguments.record))
 
 
 def report(row: dict) -> None:

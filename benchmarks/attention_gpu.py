@@ -1,6 +1,6 @@
 """The operator on an NVIDIA GPU beside every peer that is installed, and beside the card's own rates.
 
-    python -m benchmarks.attention_gpu [--quick]
+    python -m benchmarks.attention_gpu [--quick] [--record]
 
 Milliseconds are medians of rounds in which all candidates take turns over rotating inputs. FLOPs are useful ones: pairs
 inside the window only. Products and memory are a large bfloat16 product and a large copy on the same card in the same
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, record
 from benchmarks.gpu import comparison, decoding, training, work
 from benchmarks.gpu.device import CudaDevice, Device, Roof, measure_roof, peak_flops
 from benchmarks.gpu.peers import OURS, OURS_SOFTMAX, PEERS, Peer, flex
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, judge the goals, save and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few shapes, no search for tiles, no test run, 8 minutes")
+    parser.add_argument("--record", action="store_true", help=record.HELP)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.stderr.write(f"{NEEDS}\n")
@@ -62,18 +63,19 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.quick:
         # a quick run trusts the verification of every candidate: the tests alone would take its time
         measure.require_green_tests("tests/ops", "-m", "gpu")
-    return run(CudaDevice(), QUICK if options.quick else FULL, deadline)
+    return run(CudaDevice(), QUICK if options.quick else FULL, deadline, options.record)
 
 
 def run(
     device: Device,
     plan: Plan,
     deadline: float | None = None,
+    to_record: bool = False,
     peers: Mapping[str, Peer] = PEERS,
     step_peers: Mapping[str, decoding.StepPeer] = decoding.STEP_PEERS,
     measure_training: Callable[..., Any] = training.compare_training,
 ) -> int:
-    """Measure a plan and record it; 1 where one of our kernels was wrong."""
+    """Measure a plan and save it; 1 where one of our kernels was wrong."""
     described = device.describe()
     roof, peak = measure_roof(device), peak_flops(described["name"])
     say(f"{described['name']}: product {roof.flops_per_second / 1e12:.0f} TFLOP/s, "
@@ -103,17 +105,17 @@ def run(
             device.free()
         longest[kind] = max(longest.get(kind, 0.0), time.monotonic() - begin)
         # after every part: a long run that is interrupted keeps what it has
-        record(report, plan, described, roof)
-    path = record(report, plan, described, roof)
+        save(report, plan, described, roof, finished=False)
+    path = save(report, plan, described, roof)
     for line in report.goals:
         say(f"{'reached' if line['reached'] else 'MISSED '}  {line['goal']}: {line['measured']}")
     for line in report.wrong:
         sys.stderr.write(f"no figures for {line}\n")
-    say(str(path))
+    say(record.finish(path, to_record).rstrip())
     return 1 if report.wrong else 0
 
 
-def record(report: Report, plan: Plan, described: dict[str, Any], roof: Roof) -> Path:
+def save(report: Report, plan: Plan, described: dict[str, Any], roof: Roof, finished: bool = True) -> Path:
     """Write what was found so far."""
     rows = [dict(row) for row in report.rows]
     fill_columns(rows)
@@ -127,8 +129,12 @@ def record(report: Report, plan: Plan, described: dict[str, Any], roof: Roof) ->
         "left out for want of time": "; ".join(report.left_out) or "nothing",
         "failed": "; ".join(report.wrong) or "nothing",
     }
-    more = {"gpu": described, "lines": True, "details": report.details}
-    return measure.save("attention_gpu", rows, report.goals, settings, **more)
+    if not finished:
+        settings["interrupted"] = True
+    more = {
+        "gpu": described, "lines": True, "details": report.details, "kind": "quick" if plan == QUICK else "",
+    }  # fmt: skip
+    return record.save("attention_gpu", rows, report.goals, settings, **more)
 
 
 def _attention(report: Report, shape: Shape, device: Device, roof: Roof, peers: Mapping[str, Peer], plan: Plan) -> None:

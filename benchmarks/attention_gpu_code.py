@@ -1,6 +1,6 @@
 """What the compiled kernels allow an H100 to reach at most: computed from machine code, no GPU is needed or used.
 
-    python -m benchmarks.attention_gpu_code
+    python -m benchmarks.attention_gpu_code [--record]
 
 For each shape and kernel the time that each part of the GPU needs at least, and the slowest of them: the floor.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import record
 from benchmarks.gpu.floors import H100, Floor, floor
 from benchmarks.gpu.machine_code import compile_attention
 from benchmarks.gpu.shapes import ANCHOR, Shape
@@ -20,9 +20,9 @@ SHAPES = (ANCHOR, *(Shape(8, 16, 16, 16384, window, size) for size in (64, 128) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile, compute, save and print; returns the exit code."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(arguments)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help=record.HELP)
+    options = parser.parse_args(arguments)
     rows = [row(shape, kernel) for shape in SHAPES for kernel in kernels(shape)]
     for found in rows:
         sys.stdout.write("  ".join(f"{key} {value}" for key, value in found.items()) + "\n")
@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{H100.bytes_per_second / 1e12} TB/s",
         "dtype": "bfloat16",
     }
-    sys.stdout.write(f"{measure.save('attention_gpu_code', rows, [], settings, lines=True)}\n")
+    path = record.save("attention_gpu_code", rows, [], settings, lines=True)
+    sys.stdout.write(record.finish(path, options.record))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Prefill and decoding beside Mistral's sliding cache, and decoding at 100M parameters beside the memory's bandwidth.
 
-    python -m benchmarks.decode_cpu [--quick]
+    python -m benchmarks.decode_cpu [--quick] [--record]
 
 Both sides read the prompt in chunks, each of the size that serves it best, then decode greedily token by token under
 inference_mode: ours by `decode_step`, Mistral by its forward with a DynamicCache, without `generate()` on either side.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, MistralForCausalLM
 
-from benchmarks import measure, models
+from benchmarks import measure, models, record
 from benchmarks.rows import Rows
 from swat_lm import SwatForCausalLM
 from swat_lm.mixers.protocol import RingMemory
@@ -123,7 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short prompts, fewer rounds; results are not saved")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--record", action="store_true", help=record.HELP)
     arguments = parser.parse_args()
+    if arguments.quick and arguments.record:
+        parser.error("--record goes without --quick, whose results are not saved")
     torch.set_num_threads(arguments.threads)
     measure.require_green_tests(
         "tests/ops/test_step.py", "tests/model/test_conversion.py", "tests/model/test_streaming.py"
@@ -165,9 +168,9 @@ def main() -> None:
     for line in goals:
         say(f"{'reached' if line['reached'] else 'MISSED '}  {line['goal']}: {line['measured']}")
     if kept is not None:
-        path = measure.save("decode_cpu", rows, goals, settings)
+        path = record.save("decode_cpu", rows, goals, settings)
         kept.forget()
-        say(str(path))
+        say(record.finish(path, arguments.record).rstrip())
 
 
 def say(line: str) -> None:

@@ -1,11 +1,9 @@
 """How every benchmark measures: candidates take turns in one run, medians of rounds, ratios round by round.
 
-Nothing is reported unless the operator's tests are green; results go to `benchmarks/results/NAME.json` with machine,
-versions and commit, and from there into docs/performance.md (`python -m benchmarks.table`).
+Nothing is reported unless the operator's tests are green. `benchmarks/record.py` says where results go.
 """
 
 import gc
-import json
 import os
 import platform
 import signal
@@ -160,22 +158,6 @@ def require_green_tests(*paths: str) -> None:
         raise SystemExit(f"no figures from red tests ({', '.join(paths)}):\n{run.stdout[-2000:]}")
 
 
-def save(
-    name: str, rows: list[dict[str, Any]], goals: list[dict[str, Any]], settings: dict[str, Any], **more: Any
-) -> Path:
-    """Write one benchmark's result; the last line a benchmark prints is this file's path.
-
-    `more` are further fields of the record: `gpu` describes the card, `details` is not shown in the documents.
-    """
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    record = {"benchmark": name, "machine": machine(), "settings": settings, "rows": rows, "goals": goals, **more}
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)
-    return path
-
-
 def goal(text: str, wanted: float, measured: float) -> dict[str, Any]:
     """One line of the list of goals, decided by the numbers."""
     return {"goal": text, "wanted": wanted, "measured": round(measured, 3), "reached": measured >= wanted}
@@ -183,7 +165,7 @@ def goal(text: str, wanted: float, measured: float) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Describe where and with what a figure was measured."""
-    # what an earlier benchmark of the same session recorded is no change of the code
+    # a new record is no change of the code
     measured = ["git", "status", "--porcelain", "--", "swat_lm", "benchmarks", ":!benchmarks/results"]
     status = subprocess.run(measured, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -1,11 +1,10 @@
 """Rows of a benchmark as they are measured, kept in a hidden file, so that an interrupted run goes on after them."""
 
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import measure, record
 
 
 class Rows:
@@ -16,24 +15,20 @@ class Rows:
     """
 
     def __init__(self, name: str, settings: dict[str, Any]) -> None:
-        self.path = measure.RESULTS / f".{name}.partial"
+        self.path = record.OWN / f".{name}.partial"
         # as it reads back from the file
         self.origin = json.loads(json.dumps({**measure.machine(), "date": None, "settings": settings}))
         self.rows: dict[str, dict[str, Any]] = {}
         if self.path.exists() and "+" not in self.origin["commit"]:
-            record = json.loads(self.path.read_text())
-            if record["origin"] == self.origin:
-                self.rows = record["rows"]
+            kept = json.loads(self.path.read_text())
+            if kept["origin"] == self.origin:
+                self.rows = kept["rows"]
 
     def measured(self, label: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of this label, measured unless it is there, and kept at once."""
         if label not in self.rows:
             self.rows[label] = run()
-            self.path.parent.mkdir(exist_ok=True)
-            # beside and renamed: the file is whole or not there
-            beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            beside.write_text(json.dumps({"origin": self.origin, "rows": self.rows}, indent=1) + "\n")
-            beside.replace(self.path)
+            record.write(self.path, json.dumps({"origin": self.origin, "rows": self.rows}, indent=1) + "\n")
         return self.rows[label]
 
     def forget(self) -> None:

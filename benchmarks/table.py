@@ -15,7 +15,7 @@ from benchmarks.measure import REPOSITORY, RESULTS
 
 PAGE = REPOSITORY / "docs" / "performance.md"
 BENCHMARKS = ("attention_cpu", "train_cpu", "decode_cpu", "attention_gpu", "attention_gpu_code")
-NOT_RECORDED = "Not recorded yet: `python -m benchmarks.{name}` measures it on this machine and records it here."
+NOT_RECORDED = "Not recorded yet: `python -m benchmarks.{name} --record` measures it and records it here."
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """A training step beside Hugging Face's Mistral with the same window and Llama with full attention: time and memory.
 
-    python -m benchmarks.train_cpu [--quick] [--lengths 4096]
+    python -m benchmarks.train_cpu [--quick] [--lengths 4096] [--record]
 
 A row is kept when it is measured, short lengths first, and an interrupted run goes on after it. A step is forward with
 labels, backward, a fused AdamW step and clearing the gradients, in fp32, batch 1, the same for all. Predicted ratios
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import measure, models
+from benchmarks import measure, models, record
 from benchmarks.rows import Rows
 from swat_lm.model import cost
 from swat_lm.model.conversion import convert_config
@@ -51,7 +51,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short length, fewer rounds; results are not saved")
     parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=LENGTHS, help="leave others out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--record", action="store_true", help=record.HELP)
     arguments = parser.parse_args()
+    if arguments.quick and arguments.record:
+        parser.error("--record goes without --quick, whose results are not saved")
     torch.set_num_threads(arguments.threads)
     measure.require_green_tests("tests/ops", "tests/model/test_conversion.py", "tests/model/test_cost.py")
     settings = {
@@ -83,7 +86,7 @@ def main() -> None:
     for line in goals:
         sys.stdout.write(f"{'reached' if line['reached'] else 'MISSED '}  {line['goal']}: {line['measured']}\n")
     if kept is not None:
-        sys.stdout.write(f"{measure.save('train_cpu', rows, goals, settings)}\n")
+        sys.stdout.write(record.finish(record.save("train_cpu", rows, goals, settings), arguments.record))
         if set(arguments.lengths) == set(LENGTHS):
             kept.forget()
 

@@ -10,14 +10,14 @@
 """
 
 import argparse
-import ast
 import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from file_tree import tree
 
 from swat_lm.cli.information import describe_model, find_config
 from swat_lm.evaluate.table1 import GUESSING, MEASURED
@@ -30,16 +30,6 @@ RESULTS = ROOT / "docs" / "results"
 DEMO_RESULT = RESULTS / "demo.json"
 DEMO_PLOT = ROOT / "docs" / "images" / "loss_by_length.png"
 
-# in the order in which the parts build on each other; what is not listed follows by name
-READING_ORDER = ("ops", "mixers", "model", "data", "train", "evaluate", "serve", "experiments", "cli")
-FOLDERS = {
-    "recipes": "runs as YAML files; each is validated by a test",
-    "benchmarks": "speed beside named peers; results/ holds the figures as JSON",
-    "tests": "mirrors swat_lm/",
-    "docs": "the mathematics, the architecture, what was measured and what failed",
-}
-WIDTH = 84
-
 
 def main() -> None:
     """Rewrite README and docs/architecture.md."""
@@ -50,12 +40,15 @@ def main() -> None:
     )
     parser.add_argument("--commit", metavar="HASH", help="of the code that trained what --record names")
     arguments = parser.parse_args()
-    if arguments.demo is not None:
-        take_over(arguments.demo)
     if arguments.record and not arguments.commit:
         parser.error("--record needs --commit: the code that trained the models")
-    for path in arguments.record:
-        record_experiment(path, arguments.commit)
+    try:
+        if arguments.demo is not None:
+            take_over(arguments.demo)
+        for path in arguments.record:
+            record_experiment(path, arguments.commit)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     for page, contents in blocks().items():
         text = page.read_text(encoding="utf-8")
         for name, content in contents.items():
@@ -84,18 +77,44 @@ def replace_block(text: str, name: str, content: str) -> str:
     """Put the content between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; ValueError if they are not there once."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"expected the markers {begin} and {end} once each")
+        raise ValueError(f"the page must have the markers {begin} and {end} once each")
     before, after = text.split(begin)[0], text.split(end)[1]
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def take_over(folder: Path) -> None:
-    """Copy a demo's result and plot into docs/."""
-    result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    """Copy a demo's result and plot into docs/. ValueError, and nothing is changed, if that is no finished demo."""
+    result = read_json(folder / "results.json", "a folder that `swat-lm demo` finished")
+    try:
+        demo(result)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: not the result of a demo ({type(error).__name__}: {error})") from None
+    if not (folder / DEMO_PLOT.name).is_file():
+        raise ValueError(f"{folder}: has no {DEMO_PLOT.name}; expected a folder that `swat-lm demo` finished")
     DEMO_RESULT.parent.mkdir(parents=True, exist_ok=True)
     DEMO_PLOT.parent.mkdir(parents=True, exist_ok=True)
-    DEMO_RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(DEMO_RESULT, json.dumps(result, indent=1) + "\n")
     shutil.copyfile(folder / DEMO_PLOT.name, DEMO_PLOT)
+
+
+def read_json(path: Path, expected: str) -> dict[str, Any]:
+    """A JSON file that holds a mapping; ValueError, which says what was expected, for anything else."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; expected {expected}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); expected {expected}") from None
+    if not isinstance(result, dict):
+        raise ValueError(f"{path}: holds no mapping; expected {expected}")
+    return result
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def records() -> list[Path]:
@@ -104,19 +123,29 @@ def records() -> list[Path]:
 
 
 def record_experiment(path: Path, commit: str) -> None:
-    """Keep what an experiment found, without the places of its texts on one machine."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if "experiment" in result:
-        name = f"{result['experiment']}-{result['scale']}"
-        if path.with_suffix(".png").exists():
-            shutil.copyfile(path.with_suffix(".png"), DEMO_PLOT.with_name(f"{name}.png"))
-        del result["sources"]
-        result["machine"] |= {"commit": commit}
-    else:
-        name = "tasks"
-        ours = [row for row in result["rows"] if row["group"] in (MEASURED, GUESSING)]
-        result = {"commit": commit, **result, "rows": ours}
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Keep what an experiment found, without the places of its texts on one machine.
+
+    ValueError, and nothing is changed, if it is no result, or docs/experiments.md has no place for it.
+    """
+    expected = "what `swat-lm reproduce` or `swat-lm evaluate tasks` found"
+    result, picture = read_json(path, expected), None
+    try:
+        if "experiment" in result:
+            name, picture = f"{result['experiment']}-{result['scale']}", path.with_suffix(".png")
+            result = {key: value for key, value in result.items() if key != "sources"}
+            result["machine"] |= {"commit": commit}
+        else:
+            name = "tasks"
+            ours = [row for row in result["rows"] if row["group"] in (MEASURED, GUESSING)]
+            result = {"commit": commit, **result, "rows": ours}
+        block = recorded(result)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}; expected {expected}") from None
+    # without its markers the page could not show it, and the documents would be stale from then on
+    replace_block(EXPERIMENTS.read_text(encoding="utf-8"), name, block)
+    if picture is not None and picture.exists():
+        shutil.copyfile(picture, DEMO_PLOT.with_name(f"{name}.png"))
+    write(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def info(preset: str) -> str:
@@ -145,77 +174,6 @@ def speed(results: list[Path]) -> str:
 def number(value: float) -> str:
     """Three significant digits; whole numbers from 100 on."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-# the file tree
-
-
-def tree(root: Path, folders_only: bool = False) -> str:
-    """The repository's files, or only its folders, with the first words of what each says about itself."""
-    rows = list(package_rows(root / "swat_lm", root, 0))
-    for name, caption in FOLDERS.items():
-        rows.append((f"{name}/", caption))
-        rows += [(f"  {path.name}", describe(path)) for path in listed_files(root / name)]
-    if folders_only:
-        rows = [row for row in rows if row[0].endswith("/")]
-    column = max(len(name) for name, _ in rows) + 2
-    return "".join(f"{name:<{column}}{text}".rstrip() + "\n" for name, text in rows)
-
-
-def package_rows(folder: Path, root: Path, depth: int) -> Iterator[tuple[str, str]]:
-    """A package's line, its own modules, then the packages inside it."""
-    yield "  " * depth + f"{folder.name}/", describe(folder / "__init__.py")
-    for path in sorted(folder.glob("*.py")):
-        if path.name not in ("__init__.py", "__main__.py"):
-            yield "  " * (depth + 1) + path.name, describe(path)
-    for suffix in (".yaml", ".html"):
-        names = sorted(path.stem for path in folder.glob(f"*{suffix}"))
-        if names:
-            yield "  " * (depth + 1) + f"*{suffix}", ", ".join(names)
-    inner = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.py"))]
-    known = {name: place for place, name in enumerate(READING_ORDER)}
-    for path in sorted(inner, key=lambda path: (known.get(path.name, len(known)), path.name)):
-        yield from package_rows(path, root, depth + 1)
-    data = [path for path in folder.iterdir() if path.is_dir() and path not in inner and any(path.glob("*.yaml"))]
-    for path in sorted(data):
-        names = sorted(one.stem for one in path.glob("*.yaml"))
-        yield "  " * (depth + 1) + f"{path.name}/", f"{names[0]} ... {names[-1]} ({len(names)} files)"
-
-
-def listed_files(folder: Path) -> list[Path]:
-    """Modules, recipes and pages of a folder beside the package; of the tests only the folder is named."""
-    if folder.name == "tests" or not folder.is_dir():
-        return []
-    return sorted(
-        path for path in folder.iterdir() if path.suffix in (".py", ".yaml", ".md") and path.name != "__init__.py"
-    )
-
-
-def describe(path: Path) -> str:
-    """The first words of a module's docstring, of a recipe's first comment, or of a page's first paragraph."""
-    if not path.exists():
-        return ""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
-        words = ast.get_docstring(ast.parse(text)) or ""
-    elif path.suffix == ".yaml":
-        words = re.sub(r"^# ?", "", text.split("\n\n")[0].partition("\n")[0]) if text.startswith("#") else ""
-    else:
-        words = next((part for part in text.split("\n\n")[1:] if not part.startswith(("#", "<", "|", "`"))), "")
-    return shorten(words.split("\n\n")[0])
-
-
-def shorten(text: str) -> str:
-    """The first sentence without its full stop, cut where a part of it ends if it is too long for a line."""
-    text = re.split(r"\.\s+(?=[A-Z])", " ".join(text.split()))[0].removesuffix(".")
-    if len(text) <= WIDTH:
-        return text
-    for marks in (r"[;:](?= )", r"(,(?= )| \()"):
-        ends = [place.start() for place in re.finditer(marks, text[: WIDTH + 1]) if place.start() > 20]
-        ends = [end for end in ends if text[:end].count("(") == text[:end].count(")")]
-        if ends:
-            return text[: ends[-1]]
-    return text[:WIDTH].rsplit(" ", 1)[0]
 
 
 # the demo's result

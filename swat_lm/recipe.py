@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from swat_lm.named_recipes import SUFFIXES, find_recipe, nearest_recipe, recipe_names
 from swat_lm.paths import check_name, local_path
 from swat_lm.strict import OVERRIDE, Origin, RecipeError, build, check_fields, describe, hint_at, number, shown
 
@@ -175,14 +176,15 @@ def without_tilde(name: str, key: str) -> str:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as `train.steps=100`.
+    """Read a recipe, a YAML file or the name of one of ours, and apply overrides such as `train.steps=100`.
 
     The value of a text (a name, a path) is taken as it stands, whatever YAML makes of it, `null` being none where a
     text may be none, and `[A, B]` several where there may be several. Other values are YAML without comments.
-    `inherits: OTHER.yaml` (relative to the file) starts from another recipe; mappings are merged, lists replaced.
+    `inherits: OTHER.yaml` (relative to the file) or `inherits: NAME` (one of ours) starts from another recipe; mappings
+    are merged, lists replaced, and its name stays its own.
     Raises RecipeError, which names the file and line, or the override, at fault.
     """
-    path = local_path(path)
+    path = find_recipe(local_path(path))
     places: dict[str, str] = {}
     values = read_file(path, places, ())
     for override in overrides:
@@ -262,7 +264,9 @@ def read_file(path: Path, places: dict[str, str], children: tuple[Path, ...]) ->
         return values
     if not isinstance(parent, str):
         raise RecipeError(f"{found['inherits']}: inherits must be a file name; got {shown(parent)}")
-    inherited = read_file(path.parent / local_path(parent), places, (*children, path.resolve()))
+    inherited = read_file(find_recipe(local_path(parent), path.parent), places, (*children, path.resolve()))
+    # two heirs of one recipe would otherwise be one run in one folder
+    inherited.pop("name", None)
     places.update(found)
     return merge(inherited, values)
 
@@ -351,14 +355,20 @@ def read_value(text: str, origin: str, kind: type[Any] = ValueLoader) -> Any:
 
 
 def nearest_file(path: Path) -> str:
-    """A hint naming what was meant: a recipe of ours or a preset of that name, or the nearest in the same folder."""
-    folder = path.parent
-    if path.suffix not in (".yaml", ".yml") and folder == Path():
-        ours = Path("recipes") / f"{path.name}.yaml"
-        if ours.is_file():
-            return f"; did you mean {ours}?"
-        if (Path(__file__).parent / "model" / "presets" / f"{path.name}.yaml").is_file():
-            return f"; {path.name} is a preset: give a recipe, a YAML file, and model.preset={path.name}"
-    names = [one.name for one in folder.iterdir() if one.suffix in (".yaml", ".yml")] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"; the nearest is {folder / near[0]}" if near else ""
+    """A hint naming what was meant: a recipe of that name, the nearest in the same folder, or of ours."""
+    if path.suffix in SUFFIXES and path.stem in recipe_names():
+        return f"; {path.stem} comes with swat-lm: give its name alone, without folder and suffix"
+    folder, is_file = path.parent, path.suffix in SUFFIXES
+    for own in () if is_file else (folder / f"{path.name}.yaml", Path("recipes") / f"{path.name}.yaml"):
+        if own.is_file():
+            return f"; did you mean {own}?"
+    ours = nearest_recipe(path.stem if is_file else path.name)
+    if ours and not is_file:
+        return f"; did you mean {ours}?"
+    files = {one.stem: one for one in folder.iterdir() if one.suffix in SUFFIXES} if folder.is_dir() else {}
+    near = difflib.get_close_matches(path.stem, files, n=1, cutoff=0.5)
+    if near:
+        return f"; the nearest is {files[near[0]]}"
+    if ours:
+        return f"; of those that come with swat-lm, which go by their names alone, did you mean {ours}?"
+    return "; `swat-lm recipes` lists those that come with swat-lm"

@@ -1,6 +1,7 @@
 """`swat-lm info` and `convert` as a stranger uses them: baselines of libraries, wrong names and wrong values."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers.models.gpt2 import GPT2Config
 from swat_lm import hub
 from swat_lm.cli.application import run_application
 from swat_lm.data import load_tokenizer
+from swat_lm.recipe import load_recipe
 
 RECIPE = """
 model: {hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2, sliding_window: 8}
@@ -148,7 +150,10 @@ def test_costs_need_no_tokenizer_where_the_preset_has_its_size(cli, here: Path):
         ),
         (["generate", "runs/ll", "--prompt", "a", "--device", "foo"], "holds a llama model"),
         (["train", "mine"], "no recipe at mine; did you mean recipes/mine.yaml?"),
-        (["train", "swat-340m"], "; swat-340m is a preset: give a recipe, a YAML file, and model.preset=swat-340m"),
+        (["train", "own-txt"], "no recipe at own-txt; did you mean own-text?"),
+        (["recipes", "own-txt"], "no recipe is called 'own-txt'; did you mean own-text? recipes: "),
+        (["info", "Own-Text"], "no recipe, checkpoint or preset 'Own-Text' (did you mean 'own-text'?)"),
+        (["info", "runs/ll", "model.sliding_window=8"], "a .yaml file, or a name that `swat-lm recipes` lists); got"),
     ],
 )
 def test_wrong_values_are_one_line_with_advice(cli, here: Path, arguments: list[str], message: str):
@@ -156,6 +161,29 @@ def test_wrong_values_are_one_line_with_advice(cli, here: Path, arguments: list[
     assert code == 2
     assert err.startswith("error: ")
     assert message in err
+
+
+def test_recipes_of_ours_go_by_name(cli, here: Path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = cli("recipes")
+    assert code == 0
+    assert re.search(r"^own-text +A small model of your own text", out, re.MULTILINE)
+    code, out, _ = cli("recipes", "own-text")
+    (here / "copied.yaml").write_text(out)
+    assert load_recipe("copied.yaml") == load_recipe("own-text")
+    assert "window 128" in cli("info", "own-text")[1]
+    assert "window 64" in cli("info", "own-text", "model.sliding_window=64")[1]
+    listed = cli("info")[1]
+    assert "presets: softmax-window-248m" in listed
+    assert "recipes: deltanet-340m" in listed
+    code, out, _ = cli("prepare", "own-text", "data.sources=text", "data.cache=tokens", "data.held_out=0")
+    assert code == 0
+    assert "held out" in out
+    # what lies on disk under that name goes first
+    (here / "own-text").mkdir()
+    (here / "own-text" / "one.txt").write_text("other words")
+    assert "1" in cli("prepare", "own-text", "--cache", "tokens")[1]
+    assert cli("info", "own-text")[0] == 2
 
 
 def test_devices_that_are_not_there(cli, here: Path, monkeypatch):

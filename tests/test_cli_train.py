@@ -36,5 +36,5 @@ def test_another_architecture_names_the_keys_to_drop(cli, here: Path):
     ran = cli(*other)
     assert ran.code == 2
     drop = "model.sliding_window=null model.slopes=null"
-    assert f"drop such keys with {drop}, or start from one of the baselines in recipes/" in ran.err
+    assert f"drop such keys with {drop}, or start from one of the baselines that `swat-lm recipes` lists" in ran.err
     assert cli(*other[:-1], *drop.split()).code == 0

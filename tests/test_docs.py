@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -32,16 +32,23 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:^|[|`(] ?)((?:swat-lm|torchrun) [^`|#\n]+)", re.MULTILINE)
 
 
-def load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def load_module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # as when it runs as a script: beside it lies what it imports
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
     return module
 
 
-GENERATOR = load_generator()
+GENERATOR = load_module("generate")
+SITE = load_module("site_pages")
+RECORDED_DEMO = GENERATOR.DEMO_RESULT.read_text(encoding="utf-8")
 
 
 # what the pages point to
@@ -64,14 +71,49 @@ def test_links_resolve(page: Path):
 def anchors(page: Path) -> set[str]:
     """Anchors that GitHub gives a page's headings."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {SITE.forge_anchor(heading) for heading in headings}
+
+
+def test_the_site_has_every_page():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = [path for entry in site["nav"] for path in entry.values()]
+    assert sorted(named) == sorted(SITE.page_paths())
+    assert {str(page.relative_to(ROOT)) for page in PAGES} == {*named, "AGENTS.md"}
+    # a warning, as of a dead link, stops the build
+    assert site["strict"] is True
+    assert {*site["validation"]["links"].values()} == {"warn"}
+
+
+def test_links_to_sources_lead_to_their_pages():
+    assert SITE.source_of("docs/data.md", "../swat_lm/recipe.py") == "swat_lm/recipe.py"
+    assert SITE.source_of("README.md", "LICENSE") == "LICENSE"
+    # pages and images mkdocs knows; what is not there, or not ours, it reports
+    for target in (
+        "data.md#packing",
+        "../README.md",
+        "images/figure2-tiny.png",
+        "../gone.py",
+        "../../x",
+        "#a",
+        "http://a",
+    ):
+        assert SITE.source_of("docs/data.md", target) is None
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="docs/data.md"))
+    text = "[a](../swat_lm/recipe.py#x) [b](kernels.md)\n```\n[c](../LICENSE)\n```\n[d](../swat_lm/ops/triton)\n"
+    assert SITE.on_page_markdown(text, page) == (
+        "[a](../source/swat_lm/recipe.py.md) [b](kernels.md)\n```\n[c](../LICENSE)\n```\n"
+        "[d](../source/swat_lm/ops/triton.md)\n"
+    )
+    assert SITE.linked_sources({"docs/data.md": text}) >= {"swat_lm/recipe.py", "swat_lm/ops/triton/forward.py"}
+    assert SITE.source_text("LICENSE").endswith("\n```````\n")
+    assert "- [swat_lm/ops/triton/forward.py](triton/forward.py.md)\n" in SITE.source_text("swat_lm/ops/triton")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_named_exist(page: Path):
     text = page.read_text(encoding="utf-8")
-    folders = "swat_lm|tests|docs|benchmarks|recipes"
-    for name in re.findall(rf"\b((?:{folders})/[\w./*-]*\w\.(?:py|md|yaml|json|png|html))\b", text):
+    folders = "swat_lm|tests|docs|benchmarks|recipes|verification"
+    for name in re.findall(rf"(?<!runs/)\b((?:{folders})/[\w./*-]*\w\.(?:py|md|yaml|json|png|html))\b", text):
         assert list(ROOT.glob(name)), f"{page.name} names {name}"
     for name in re.findall(r"python -m ((?:benchmarks|swat_lm)[\w.]*)", text):
         assert importlib.util.find_spec(name) is not None, f"{page.name} runs {name}"
@@ -152,15 +194,41 @@ def test_demo_block_shows_a_result_as_it_is():
 
 
 def test_a_finished_demo_is_taken_over(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(GENERATOR, "ROOT", tmp_path)
     monkeypatch.setattr(GENERATOR, "DEMO_RESULT", tmp_path / "docs" / "results" / "demo.json")
     monkeypatch.setattr(GENERATOR, "DEMO_PLOT", tmp_path / "docs" / "images" / "loss_by_length.png")
     finished = tmp_path / "demo"
     finished.mkdir()
-    (finished / "results.json").write_text('{"steps": 3}')
+    result = json.loads(RECORDED_DEMO)
+    # what is not a finished demo changes nothing
+    for text, named in ((None, "results.json: No such file"), ("{", "not JSON"), ('{"steps": 3}', "KeyError: 'models'"),
+                        (json.dumps(result), "has no loss_by_length.png")):  # fmt: skip
+        if text is not None:
+            (finished / "results.json").write_text(text)
+        with pytest.raises(ValueError, match=named):
+            GENERATOR.take_over(finished)
+    assert not (tmp_path / "docs").exists()
     (finished / "loss_by_length.png").write_bytes(b"picture")
     GENERATOR.take_over(finished)
-    assert json.loads(GENERATOR.DEMO_RESULT.read_text()) == {"steps": 3}
+    assert json.loads(GENERATOR.DEMO_RESULT.read_text()) == result
     assert GENERATOR.DEMO_PLOT.read_bytes() == b"picture"
+
+
+def test_an_experiment_is_recorded_where_the_page_has_a_place(tmp_path: Path, monkeypatch):
+    known = json.loads((GENERATOR.RESULTS / "figure2-tiny.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(GENERATOR, "RESULTS", tmp_path)
+    monkeypatch.setattr(GENERATOR, "DEMO_PLOT", tmp_path / "loss_by_length.png")
+    path = tmp_path / "found.txt"
+    for result, named in (([], "holds no mapping"), ({"rows": 3}, "TypeError"), ({**known, "scale": "x"}, "markers")):
+        path.write_text(json.dumps(result))
+        with pytest.raises(ValueError, match=named):
+            GENERATOR.record_experiment(path, "abc")
+    assert list(tmp_path.glob("*.json")) == []
+    path.write_text(json.dumps({**known, "sources": ["/home/of/someone"]}))
+    GENERATOR.record_experiment(path, "abc")
+    kept = json.loads((tmp_path / "figure2-tiny.json").read_text())
+    assert "sources" not in kept
+    assert kept["machine"]["commit"] == "abc"
 
 
 def test_recorded_demo_has_its_picture():
@@ -215,7 +283,7 @@ def test_commands_parse(line: str):
         name, command, arguments = command.resolve_command(context, arguments)
     if name == "train":
         recipe, overrides = context.params["recipe"], context.params["overrides"] or []
-        assert config_from_recipe(load_recipe(ROOT / recipe, overrides).model, 259).num_hidden_layers > 0
+        assert config_from_recipe(load_recipe(recipe, overrides).model, 259).num_hidden_layers > 0
 
 
 def test_info_prints_what_readme_shows(capfd, monkeypatch):

@@ -13,7 +13,8 @@ BELOW = {
     "strict": set(),
     "paths": set(),
     "wording": set(),
-    "recipe": {"paths", "strict"},
+    "named_recipes": set(),
+    "recipe": {"named_recipes", "paths", "strict"},
     "hub": {"paths"},
     "ops": set(),
     "mixers": {"ops"},
@@ -24,7 +25,7 @@ BELOW = {
 BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data"}
 BELOW["serve"] = BELOW["model"] | {"model"}
 BELOW["experiments"] = BELOW["train"] | {"train", "evaluate", "serve"}
-BELOW["cli"] = BELOW["experiments"] | {"experiments"}
+BELOW["cli"] = BELOW["experiments"] | {"experiments", "named_recipes"}
 for allowed in BELOW.values():
     # words alone
     allowed.add("wording")

@@ -201,6 +201,50 @@ def test_inherits_merges_mappings_and_replaces_lists(write):
         load_recipe(child)
 
 
+def test_recipes_of_ours_go_by_name(write, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours = load_recipe("own-text")
+    assert (ours.name, ours.model["hidden_size"]) == ("own-text", 192)
+    # heirs of one recipe are runs of their own; a file of the user's with the same name is no circle
+    for name in ("mine.yaml", "own-text.yaml"):
+        heir = load_recipe(write("inherits: own-text\nmodel: {hidden_size: 96}\n", name))
+        assert (heir.name, heir.out) == (name.removesuffix(".yaml"), f"runs/{name.removesuffix('.yaml')}")
+        assert (heir.model["hidden_size"], heir.data) == (96, ours.data)
+    # a folder is no recipe, a file is
+    (tmp_path / "own-text").mkdir()
+    assert load_recipe("own-text").model["hidden_size"] == 192
+    write(MINIMAL, "swat-340m")
+    assert load_recipe("swat-340m").model["hidden_size"] == 64
+    assert load_recipe(write("inherits: swat-340m\n", "heir.yaml")).model["hidden_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("named", "hint"),
+    [
+        ("own-txt", "no recipe at own-txt; did you mean own-text?"),
+        ("Own-Text", "did you mean own-text?"),
+        ("swat-430m", "did you mean swat-340m, swat-760m or swat-248m?"),
+        ("mine", "did you mean mine.yaml?"),
+        ("other", "did you mean recipes/other.yaml?"),
+        ("zzz", "; `swat-lm recipes` lists those that come with swat-lm"),
+        ("recipes/own-text.yaml", "; own-text comes with swat-lm: give its name alone, without folder and suffix"),
+        ("own-text.yaml", "; own-text comes with swat-lm: give its name alone, without folder and suffix"),
+        ("recipes/swat-340.yaml", "which go by their names alone, did you mean swat-340m,"),
+        ("nmie.yaml", "; the nearest is mine.yaml"),
+        ("heir.yaml", "; did you mean own-text?"),
+    ],
+)
+def test_a_mistyped_recipe_names_the_nearest(write, tmp_path: Path, monkeypatch, named: str, hint: str):
+    monkeypatch.chdir(tmp_path)
+    write(MINIMAL, "mine.yaml")
+    write("inherits: own-txet\n", "heir.yaml")
+    (tmp_path / "recipes").mkdir()
+    write(MINIMAL, "recipes/other.yaml")
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(named)
+    assert hint in str(raised.value)
+
+
 def test_python_made_recipes_are_checked_too():
     with pytest.raises(RecipeError, match="steps must be at least 1"):
         TrainRecipe(steps=0)

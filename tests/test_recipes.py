@@ -18,12 +18,32 @@ from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.cost import count_parameters
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.presets import preset_names
+from swat_lm.named_recipes import recipe_names, recipe_path, recipe_summary
 from swat_lm.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "swat_lm" / "experiments").glob("*.yaml")])
+OURS = ROOT / "swat_lm" / "recipes"
+RECIPES = sorted([*OURS.glob("*.yaml"), *(ROOT / "swat_lm" / "experiments").glob("*.yaml")])
 # vocabularies of the tokenizers that recipes name; tests have no network
 VOCABULARIES = {"bytes": 259, "NousResearch/Llama-2-7b-hf": 32_000, "openai-community/gpt2": 50_257}
+
+
+def test_every_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_names() == sorted(path.stem for path in OURS.glob("*.yaml"))
+    for name in recipe_names():
+        assert load_recipe(name) == load_recipe(OURS / f"{name}.yaml")
+        assert load_recipe(name).name == name
+        assert not recipe_summary(name).startswith(("#", "name", "inherits"))
+        assert len(recipe_summary(name)) > 10
+    with pytest.raises(ValueError, match=r"no recipe is called 'own-txt'; did you mean own-text\? recipes: deltanet"):
+        recipe_path("own-txt")
+    # `swat-lm info NAME` need not say which of the two it read
+    for name in preset_names():
+        recipe = load_recipe(name)
+        assert configure_model(recipe.model, VOCABULARIES[recipe.data.tokenizer]) == config_from_recipe(
+            {"preset": name}
+        )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -59,7 +79,7 @@ BASELINES = ("llama", "mistral", "mamba2", "gated-deltanet", "retnet", "gla", "d
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_have_the_size_of_swat(name: str):
-    swat, recipe = (load_recipe(ROOT / "recipes" / f"{one}-340m.yaml") for one in ("swat", name))
+    swat, recipe = (load_recipe(f"{one}-340m") for one in ("swat", name))
     assert (recipe.data, recipe.train, recipe.seed) == (swat.data, swat.train, swat.seed)
     assert recipe.data.documents == "concatenate"
     if needs_fla(recipe):
@@ -76,7 +96,7 @@ def test_paper_runs_are_all_there():
 
 @pytest.mark.parametrize(("size", "billions"), [("340m", 15.0), ("760m", 30.0), ("248m", 19.7)])
 def test_twins_differ_in_attention_only(size: str, billions: float):
-    swat, *twins = (load_recipe(ROOT / "recipes" / f"{kind}-{size}.yaml") for kind in KINDS)
+    swat, *twins = (load_recipe(f"{kind}-{size}") for kind in KINDS)
     tokens = swat.train.steps * swat.train.batch_size * swat.data.sequence_length
     assert round(tokens / 1e9, 1) == billions
     for twin in twins:
@@ -95,7 +115,7 @@ KINDS = ("swat", "transformer", "softmax-window")
 def test_signs_of_table_one():
     expected = {"swat-340m": (True, True), "swat-340m-negative": (True, False), "swat-340m-positive": (False, True)}
     for name, (any_negative, any_positive) in expected.items():
-        config = config_from_recipe(load_recipe(ROOT / "recipes" / f"{name}.yaml").model)
+        config = config_from_recipe(load_recipe(name).model)
         with torch.device("meta"):
             model = SwatForCausalLM(config)
         slopes = model.model.layers[0].self_attn._slopes

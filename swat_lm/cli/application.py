@@ -23,6 +23,7 @@ from swat_lm.cli import (
     information,
     preparation,
     recall,
+    recipes,
     reproduction,
     training,
     tuning,
@@ -75,6 +76,7 @@ measurements.command(name="diagnose")(located(diagnosis.diagnose))
 measurements.command(name="tasks")(located(benchmarks.tasks))
 application.command(name="reproduce")(located(reproduction.reproduce))
 application.command(name="report")(located(comparison.report))
+application.command(name="recipes")(located(recipes.recipes))
 application.command(name="info")(located(information.info))
 application.command(name="convert")(located(conversion.convert))
 application.command(name="tune")(located(tuning.tune))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swat_lm.cli.console import key_value_table, messages, results
+from swat_lm.named_recipes import is_recipe, recipe_names
 from swat_lm.wording import counted
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ DEFAULT_LENGTH = 2048
 
 def info(
     target: Annotated[
-        str | None, typer.Argument(metavar="RECIPE|CHECKPOINT|PRESET", help="Leave out to list the presets.")
+        str | None, typer.Argument(metavar="RECIPE|CHECKPOINT|PRESET", help="Leave out to list presets and recipes.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For a recipe: settings that replace its own.")
@@ -38,13 +39,14 @@ def info(
     \b
     Examples:
       swat-lm info swat-340m
-      swat-lm info recipes/own-text.yaml model.sliding_window=256
+      swat-lm info own-text model.sliding_window=256
       swat-lm info runs/mine --length 100000
     """
     if target is None:
         from swat_lm.model.presets import preset_names
 
         results().print("presets: " + ", ".join(preset_names()), markup=False)
+        results().print("recipes: " + ", ".join(recipe_names()), markup=False)
         return
     config, trained_length = find_config(target, overrides or [])
     from swat_lm.model.configuration import SwatConfig
@@ -59,24 +61,38 @@ def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, i
     from swat_lm.model.configuration import config_from_recipe
     from swat_lm.model.presets import preset_names
 
-    if target.endswith((".yaml", ".yml")):
+    if reads_recipe(target, overrides):
         from swat_lm.recipe import load_recipe
 
         recipe = load_recipe(target, overrides)
         size = None if "vocab_size" in recipe.model else size_of_vocabulary(recipe)
         return configure_model(recipe.model, size), recipe.data.sequence_length
     if overrides:
-        raise ValueError(f"settings such as {overrides[0]!r} only go with a recipe (a .yaml file); got {target}")
+        raise ValueError(
+            f"settings such as {overrides[0]!r} only go with a recipe (a .yaml file, or a name that `swat-lm recipes` "
+            f"lists); got {target}"
+        )
     if target in preset_names():
         config = config_from_recipe({"preset": target})
     elif not Path(target).exists() and "/" not in target:
-        nearest = difflib.get_close_matches(target, preset_names(), n=1, cutoff=0.4)
+        names = sorted({*preset_names(), *recipe_names()})
+        nearest = difflib.get_close_matches(target.lower(), names, n=1, cutoff=0.4)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        raise ValueError(f"no recipe, checkpoint or preset {target!r}{hint}; presets: {', '.join(preset_names())}")
+        raise ValueError(
+            f"no recipe, checkpoint or preset {target!r}{hint}; presets: {', '.join(preset_names())}; "
+            "`swat-lm recipes` lists the recipes"
+        )
     else:
         config = load_config(target)
     # models with a recurrent state name no length
     return config, getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+
+
+def reads_recipe(target: str, overrides: list[str]) -> bool:
+    """Whether a target is read as a recipe; what a preset and a recipe of ours are both called costs the same."""
+    from swat_lm.model.presets import preset_names
+
+    return is_recipe(target) and (bool(overrides) or target not in preset_names())
 
 
 def size_of_vocabulary(recipe: "Recipe") -> int | None:

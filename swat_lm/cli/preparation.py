@@ -9,6 +9,7 @@ import typer
 from swat_lm.cli.console import key_value_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
+from swat_lm.named_recipes import is_recipe
 from swat_lm.wording import counted
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def prepare(
 
     \b
     Examples:
-      swat-lm prepare recipes/own-text.yaml
+      swat-lm prepare own-text data.sources=notes/
       swat-lm prepare notes/ --tokenizer tokenizers/mine
     """
     from swat_lm.data import prepare as prepare_tokens
@@ -106,8 +107,3 @@ def data_settings(
     if not is_recipe(sources[0]):
         return DataRecipe(sources=tuple(sources), **given)  # type: ignore[arg-type]
     return replace(load_recipe(sources[0], sources[1:]).data, **given)  # type: ignore[arg-type]
-
-
-def is_recipe(source: str) -> bool:
-    """Whether a first argument names a recipe rather than text."""
-    return source.endswith((".yaml", ".yml"))

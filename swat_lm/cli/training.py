@@ -10,7 +10,7 @@ from swat_lm.cli.progress import RunProgress
 
 __all__ = ["train"]
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file, see recipes/.")]
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name in `swat-lm recipes`.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -29,9 +29,9 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     \b
     Examples:
-      swat-lm train recipes/own-text.yaml data.sources=notes/ out=runs/mine
-      swat-lm train recipes/swat-340m.yaml train.micro_batch_size=4
-      torchrun --nproc-per-node 8 -m swat_lm.cli train recipes/swat-760m.yaml
+      swat-lm train own-text data.sources=notes/ out=runs/mine
+      swat-lm train swat-340m train.micro_batch_size=4
+      torchrun --nproc-per-node 8 -m swat_lm.cli train swat-760m
     """
     from swat_lm.recipe import load_recipe
 

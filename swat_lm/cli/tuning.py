@@ -86,7 +86,7 @@ def tune(
     \b
     Examples:
       swat-lm tune runs/mine --out tiles.json
-      swat-lm tune recipes/swat-340m.yaml --batch 4 --out tiles.json
+      swat-lm tune own-text --batch 4 --out tiles.json
       swat-lm tune --window 1024 --head-dim 64 --heads 16 --kv-heads 4 --out tiles.json
     """
     from swat_lm.ops.triton.autotune import BACKWARD, check_gpu

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from swat_lm.cli.information import find_config
+from swat_lm.cli.information import find_config, reads_recipe
 from swat_lm.cli.outputs import check_file
 from swat_lm.wording import counted
 
@@ -140,8 +140,8 @@ def from_source(source: str, overrides: list[str], described: Described) -> Mode
             f"{source}: no layer has a window, so there is nothing to tune; describe a call of your own by --window, "
             "--head-dim and --heads"
         )
-    is_recipe = source.endswith((".yaml", ".yml"))
-    return Model(layers, length, is_recipe and load_recipe(source, overrides).data.documents == "separate")
+    is_packed = reads_recipe(source, overrides) and load_recipe(source, overrides).data.documents == "separate"
+    return Model(layers, length, is_packed)
 
 
 def plan_rounds(layers: list[Attention], call: Call) -> list[Round]:

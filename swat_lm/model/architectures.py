@@ -147,7 +147,7 @@ def check_keys(name: str, kind: type, values: Mapping[str, Any]) -> None:
         drop = " ".join(f"model.{key}=null" for key in ours)
         raise ValueError(
             f"model: {name} has no key {ours[0]!r}, which is one of swat's: drop such keys with {drop}, or start from "
-            "one of the baselines in recipes/"
+            "one of the baselines that `swat-lm recipes` lists"
         )
     for key in values:
         if key not in known:

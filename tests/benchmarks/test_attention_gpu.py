@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention_gpu, measure, table
+from benchmarks import attention_gpu, measure, record, table
 from benchmarks.gpu import comparison, decoding, device, peers, training
 from benchmarks.gpu.candidates import Inputs, Rotation
 from benchmarks.gpu.shapes import Plan, Shape
@@ -78,7 +78,8 @@ def test_training_step_of_every_model():
 
 
 def run(tmp_path, monkeypatch, peer=None, **more):
-    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record, "OWN", tmp_path / "results")
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "record")
     plan = Plan((SHAPE, Shape(1, 2, 2, 64, 16, 8, torch.float32)), (RINGS,), ((1, 16),), rounds=2, thorough=False)
     monkeypatch.setattr(attention_gpu, "measure_roof", lambda fake: ROOF)
 
@@ -100,18 +101,18 @@ def named(step):
     return decoding.StepCandidate(peers.OURS, step.step, step.score_function, step.has_slopes)
 
 
-def test_a_run_is_recorded_and_shown(tmp_path, monkeypatch, capsys):
+def test_a_run_is_saved_and_shown(tmp_path, monkeypatch, capsys):
     assert run(tmp_path, monkeypatch) == 0
     out = capsys.readouterr().out
     assert "without fla: not installed" in out
-    record = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
-    tasks = [(row["task"], row["ms"]) for row in record["rows"] if "task" in row]
+    result = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
+    tasks = [(row["task"], row["ms"]) for row in result["rows"] if "task" in row]
     assert [task for task, _ in tasks] == ["forward", "backward", "decode", "forward", "backward"]
-    assert record["gpu"] == {"name": "Fake H100", "driver_version": "1.2"}
-    assert record["settings"]["left out for want of time"] == record["settings"]["failed"] == "nothing"
-    assert record["details"][0]["settings"] == {"swat-lm sigmoid": "", "SDPA with a mask": ""}
+    assert result["gpu"] == {"name": "Fake H100", "driver_version": "1.2"}
+    assert result["settings"]["left out for want of time"] == result["settings"]["failed"] == "nothing"
+    assert result["details"][0]["settings"] == {"swat-lm sigmoid": "", "SDPA with a mask": ""}
     # a window of at most 256 is judged by memory, a step of 64 streams too
-    assert [line["goal"].split(":")[1] for line in record["goals"]] == [" share of memory"] * 5
+    assert [line["goal"].split(":")[1] for line in result["goals"]] == [" share of memory"] * 5
     page = tmp_path / "page.md"
     page.write_text("<!-- attention_gpu:begin -->\n<!-- attention_gpu:end -->\n")
     assert table.main(["--page", str(page), "--results", str(tmp_path / "results")]) == 0
@@ -123,8 +124,8 @@ def test_a_run_is_recorded_and_shown(tmp_path, monkeypatch, capsys):
 
 def test_a_wrong_kernel_has_no_figures(tmp_path, monkeypatch, capsys):
     assert run(tmp_path, monkeypatch, wrapped(DEFECTS["the gradient of the value is wrong"])) == 1
-    record = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
-    rows = [row for row in record["rows"] if row.get("task") in ("forward", "backward")]
+    result = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
+    rows = [row for row in result["rows"] if row.get("task") in ("forward", "backward")]
     assert len(rows) == 4
     for row in rows:
         # nor has a peer beside it
@@ -135,9 +136,9 @@ def test_a_wrong_kernel_has_no_figures(tmp_path, monkeypatch, capsys):
 
 def test_a_run_out_of_time_says_what_it_left_out(tmp_path, monkeypatch):
     assert run(tmp_path, monkeypatch, deadline=0.0) == 0
-    record = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
-    assert record["rows"] == []
-    left_out = record["settings"]["left out for want of time"]
+    result = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
+    assert result["rows"] == []
+    left_out = result["settings"]["left out for want of time"]
     assert left_out.startswith(f"attention {SHAPE}; decode {RINGS}; training step (1, 16); attention ")
 
 
@@ -146,10 +147,10 @@ def test_a_part_that_would_not_end_in_time_is_not_begun(tmp_path, monkeypatch):
     ticks = iter(range(0, 1000, 10))
     monkeypatch.setattr(attention_gpu.time, "monotonic", lambda: next(ticks))
     assert run(tmp_path, monkeypatch, deadline=65.0) == 0
-    record = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
+    result = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
     # the second attention shape would begin at 60 and end at 70
-    assert record["settings"]["left out for want of time"] == "attention B1 H2 K2 T64 D8 W16"
-    assert [row.get("task") for row in record["rows"]] == ["forward", "backward", "decode", None]
+    assert result["settings"]["left out for want of time"] == "attention B1 H2 K2 T64 D8 W16"
+    assert [row.get("task") for row in result["rows"]] == ["forward", "backward", "decode", None]
 
 
 def test_a_part_that_does_not_fit_takes_no_other_with_it(tmp_path, monkeypatch, capsys):
@@ -160,10 +161,10 @@ def test_a_part_that_does_not_fit_takes_no_other_with_it(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(comparison, "Inputs", draw)
     assert run(tmp_path, monkeypatch) == 1
-    record = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
+    result = json.loads((tmp_path / "results" / "attention_gpu.json").read_text())
     reason = f"attention {SHAPE}: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB."
-    assert record["settings"]["failed"] == reason
-    assert [row.get("task") for row in record["rows"]] == ["decode", None, "forward", "backward"]
+    assert result["settings"]["failed"] == reason
+    assert [row.get("task") for row in result["rows"]] == ["decode", None, "forward", "backward"]
     assert reason in capsys.readouterr().err
 
 
@@ -235,7 +236,7 @@ def test_roof_and_peak():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "OWN", tmp_path)
     shape = Shape(1, 4, 2, 512, 128, 64)
     plan = Plan((shape,), (Shape(8, 4, 2, 512, 128, 64),), (), rounds=2, thorough=False)
     assert attention_gpu.run(device.CudaDevice(), plan) == 0

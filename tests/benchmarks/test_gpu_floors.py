@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import attention_gpu_code, measure, table
+from benchmarks import attention_gpu_code, record, table
 from benchmarks.gpu.floors import H100, block_bytes, floor, kernel_bytes
 from benchmarks.gpu.machine_code import Compiled
 from benchmarks.gpu.shapes import Shape
@@ -76,14 +76,14 @@ def test_bytes():
 
 
 def test_the_record(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "OWN", tmp_path)
     monkeypatch.setattr(attention_gpu_code, "SHAPES", (Shape(1, 1, 1, 4096, 1024, 64), Shape(1, 1, 1, 4096, 128, 128)))
     monkeypatch.delenv("SWAT_LM_BACKWARD", raising=False)
     assert attention_gpu_code.main([]) == 0
-    record = json.loads((tmp_path / "attention_gpu_code.json").read_text())
-    kernels = [row["kernel"] for row in record["rows"]]
+    result = json.loads((tmp_path / "attention_gpu_code.json").read_text())
+    kernels = [row["kernel"] for row in result["rows"]]
     assert kernels == ["forward", "backward key, five products", "forward", "backward query", "backward key"]
-    for row in record["rows"]:
+    for row in result["rows"]:
         parts = [row[key] for key in ("ms of products", "of tanh", "of issuing", "of the cache", "of memory")]
         assert row["floor ms"] == max(parts)
         assert min(parts) > 0

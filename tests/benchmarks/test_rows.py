@@ -2,14 +2,14 @@
 
 import pytest
 
-from benchmarks import measure
+from benchmarks import measure, record
 from benchmarks.rows import Rows
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     described = {"commit": "abc", "date": "2026-01-01"}
-    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record, "OWN", tmp_path / "results")
     monkeypatch.setattr(measure, "machine", lambda: dict(described))
     return described
 
@@ -27,9 +27,9 @@ def test_an_interrupted_run_goes_on(machine):
     again = Rows("some", {"sizes": (1, 2)})
     assert again.measured("first", not_again) == {"a": 0.1}
     assert again.measured("second", lambda: {"b": 2}) == {"b": 2}
-    assert [path.name for path in measure.RESULTS.iterdir()] == [".some.partial"]
+    assert [path.name for path in record.OWN.iterdir()] == [".some.partial"]
     again.forget()
-    assert list(measure.RESULTS.iterdir()) == []
+    assert list(record.OWN.iterdir()) == []
 
 
 @pytest.mark.parametrize("change", ["settings", "commit", "changes on top"])

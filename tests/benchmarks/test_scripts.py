@@ -1,17 +1,19 @@
 """The benchmarks on models so small that they take seconds: that they run and judge, not how fast anything is."""
 
 import importlib
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import decode_cpu, measure, models, table, train_cpu
+from benchmarks import attention_cpu, decode_cpu, measure, models, record, table, train_cpu
 
 WIDTH, VOCABULARY = 64, 97
 
 
-@pytest.mark.parametrize("name", [*table.BENCHMARKS, "table"])
+@pytest.mark.parametrize("name", [*table.BENCHMARKS, "table", "record"])
 def test_help(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as left:
@@ -107,16 +109,19 @@ def test_same_weights_give_the_same_function():
     models.check_same_function(WIDTH, VOCABULARY)
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "1"], ["--threads", "1", "--quick"]])
-def test_runs_judge_their_rows_and_only_full_ones_are_saved(arguments, monkeypatch, capsys, tmp_path):
-    saved = []
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+@pytest.mark.parametrize("option", ["", "--quick", "--record"])
+def test_runs_judge_their_rows_and_only_full_ones_are_saved(option, monkeypatch, capsys, tmp_path):
+    own, committed = tmp_path / "own", tmp_path / "record"
+    monkeypatch.setattr(record, "OWN", own)
+    monkeypatch.setattr(measure, "RESULTS", committed)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--threads", "1", *([option] if option else [])])
     monkeypatch.setattr(measure, "require_green_tests", lambda *paths: None)
-    monkeypatch.setattr(
-        measure, "save", lambda name, rows, goals, settings: saved.append((name, len(rows), len(goals)))
-    )
     monkeypatch.setattr(models, "check_same_function", lambda *sizes: None)
+    share = {"forward_share": 0.9, "backward_share": 0.7}
+    monkeypatch.setattr(attention_cpu, "against_the_roof", lambda length, window, rounds: {"window": window, **share})
+    monkeypatch.setattr(attention_cpu, "against_flex", lambda *sizes: {})
+    monkeypatch.setattr(attention_cpu, "against_masks", lambda *sizes: {"times_sdpa": 50.0})
+    monkeypatch.setattr(attention_cpu, "memory_by_length", lambda lengths: {})
     shares = {"swat share / mistral": 0.9, "swat share / llama": 0.7}
     monkeypatch.setattr(
         train_cpu,
@@ -129,14 +134,33 @@ def test_runs_judge_their_rows_and_only_full_ones_are_saved(arguments, monkeypat
     )
     monkeypatch.setattr(decode_cpu, "against_bandwidth", lambda *sizes: {"share of bandwidth": 0.5})
     threads = torch.get_num_threads()
-    train_cpu.main()
-    decode_cpu.main()
+    for script in (attention_cpu, train_cpu, decode_cpu):
+        script.main()
     torch.set_num_threads(threads)
     out = capsys.readouterr().out
+    assert "MISSED   backward, W 128: share of its roof: 0.7" in out
     assert "MISSED   T 4096, width 512" in out or "MISSED   T 2048, width 512" in out
     assert "reached  batch 16, vocabulary 8192: times Mistral's tokens/s: 2.5" in out
     assert "MISSED   batch 1, vocabulary 256: times Mistral's prefill: 0.9" in out
     assert "MISSED   100M parameters: share of the read bandwidth: 0.5" in out
-    assert saved == ([] if "--quick" in arguments else [("train_cpu", 8, 16), ("decode_cpu", 5, 9)])
-    # what is kept for an interrupted run is gone
-    assert list(tmp_path.iterdir()) == []
+    # whole: what is kept for an interrupted run is gone; the record changes on request alone
+    saved = {"attention_cpu.json": (4, 7), "train_cpu.json": (8, 16), "decode_cpu.json": (5, 9)}
+    assert sizes(own) == ({} if option == "--quick" else saved)
+    assert sizes(committed) == (saved if option == "--record" else {})
+    if not option:
+        assert f"python -m benchmarks.record {own / 'train_cpu.json'}    makes this the record" in out
+
+
+def sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Of every file its rows and goals."""
+    results = {path.name: json.loads(path.read_text()) for path in folder.glob("*")}
+    return {name: (len(result["rows"]), len(result["goals"])) for name, result in results.items()}
+
+
+def test_a_quick_run_is_no_record(monkeypatch, capsys):
+    for script in (attention_cpu, train_cpu, decode_cpu):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--quick", "--record"])
+        with pytest.raises(SystemExit) as left:
+            script.main()
+        assert left.value.code == 2
+        assert "--record goes without --quick" in capsys.readouterr().err

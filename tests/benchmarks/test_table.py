@@ -65,7 +65,7 @@ def test_check_fails_when_stale_and_changes_nothing(places, capsys):
 
 def test_what_is_not_recorded_says_so(places):
     assert run(places) == 0
-    assert "Not recorded yet: `python -m benchmarks.train_cpu`" in places[0].read_text()
+    assert "Not recorded yet: `python -m benchmarks.train_cpu --record`" in places[0].read_text()
 
 
 def test_a_result_needs_its_markers(places):

@@ -1,0 +1,93 @@
+"""Runs the heavy checks and writes that they ran, when, on what, and how each ended.
+
+    python -m verification [NAME ...] [--record]
+
+The report goes to `runs/verification.json`, which git ignores. With `--record` it also becomes the committed
+`verification/record.json`; a check that was not named keeps its entry there.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from verification import packaging, site
+from verification.workplace import REPOSITORY, CheckFailedError, Workplace
+
+CHECKS = {"packaging": packaging.check, "site": site.check}
+OWN = REPOSITORY / "runs" / "verification.json"
+RECORD = REPOSITORY / "verification" / "record.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run checks; returns 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="*", metavar="NAME", help=f"of {', '.join(CHECKS)}; all when none is named")
+    parser.add_argument("--record", action="store_true", help="also write verification/record.json, which is committed")
+    options = parser.parse_args(arguments)
+    for name in options.checks:
+        if name not in CHECKS:
+            parser.error(f"no check is called {name!r}; expected {', '.join(CHECKS)}")
+    found = {name: run(name) for name in options.checks or CHECKS}
+    write(OWN, found)
+    sys.stdout.write(f"{OWN}\n")
+    if options.record:
+        before = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+        write(RECORD, {**before, **found})
+        sys.stdout.write(f"{RECORD}\n")
+    else:
+        sys.stdout.write("The committed record is as it was; --record writes it too\n")
+    return 0 if all(entry["outcome"] == "passed" for entry in found.values()) else 1
+
+
+def run(name: str) -> dict[str, Any]:
+    """One check's entry: when, of which commit, on what, how it ended, and what it did."""
+    begin = time.monotonic()
+    entry: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "python": platform.python_version()}
+    with tempfile.TemporaryDirectory(prefix=f"verify-{name}-") as folder:
+        place = Workplace(Path(folder), lambda line: say(f"{name}: {line}"))
+        try:
+            entry["versions"] = CHECKS[name](place)
+            entry["outcome"] = "passed"
+        except CheckFailedError as error:
+            entry["outcome"] = "failed"
+            sys.stderr.write(f"{name} failed: {error}\n")
+        entry["did"] = place.did
+    entry["seconds"] = round(time.monotonic() - begin)
+    say(f"{name}: {entry['outcome']} after {entry['seconds']} s")
+    return entry
+
+
+def commit() -> str:
+    """The commit of the working tree, and whether it has changes on top."""
+    head = git("rev-parse", "--short=12", "HEAD")
+    return head + ("+changes" if git("status", "--porcelain", "--", ":!verification/record.json") else "")
+
+
+def git(*words: str) -> str:
+    """What git says, or nothing where this is no clone."""
+    ran = subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return ran.stdout.strip()
+
+
+def write(path: Path, entries: dict[str, Any]) -> None:
+    """Write beside the place and rename."""
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
