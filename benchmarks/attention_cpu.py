@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure, record
-from swat_lm.model import cost
 from swat_lm.ops import window_attention
 from swat_lm.ops.bands import Band
+from swat_lm.ops.flops import attention_flops
 
 HEADS, HEAD_DIM = 8, 64
 
@@ -98,7 +98,7 @@ def against_the_roof(length: int, window: int, rounds: int) -> dict:
     timings = measure.take_turns(
         {"forward": forward, "backward": backward, "forward roof": roof.forward, "backward roof": roof.backward}, rounds
     )
-    useful = cost.attention_flops(HEADS, HEAD_DIM, length, window)
+    useful = attention_flops(HEADS, HEAD_DIM, length, window)
     seconds = timings["forward"].median
     return {
         "window": window,

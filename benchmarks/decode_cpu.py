@@ -23,7 +23,7 @@ from transformers import DynamicCache, MistralForCausalLM
 from benchmarks import measure, models, record
 from benchmarks.rows import Rows
 from swat_lm import SwatForCausalLM
-from swat_lm.mixers.protocol import RingMemory
+from swat_lm.layers.base import InPlace
 from swat_lm.model import cost
 
 WIDTH, VOCABULARIES, BATCHES = 256, (256, 8192), (1, 16)
@@ -227,7 +227,7 @@ def against_mistral(batch: int, vocabulary: int, sizes: Sizes, width: int = WIDT
         name: partial(decode, stream, tokens[:, -1:], sizes.steps) for name, stream in streams.items()
     }
     stepping["products"] = products(ours.model, batch, sizes.steps)
-    stepping["products and rings"] = products(ours.model, batch, sizes.steps, ours.state.step_memories())
+    stepping["products and rings"] = products(ours.model, batch, sizes.steps, ours.state.step_pasts())
     decodes = measure.take_turns(stepping, sizes.rounds)
     row: dict = {"batch": batch, "vocabulary": vocabulary, "prompt": sizes.prompt}
     shown = {"swat": ("swat", "swat"), "softmax window": ("softmax window", "softmax window")}
@@ -329,19 +329,23 @@ def against_bandwidth(
 
 
 def products(
-    model: SwatForCausalLM, batch: int = 1, steps: int = 1, memories: Sequence[RingMemory] = ()
+    model: SwatForCausalLM, batch: int = 1, steps: int = 1, pasts: Sequence[InPlace] = ()
 ) -> Callable[[], None]:
     """Every weight matrix times B vectors as `decode_step` does it, and nothing else, for a number of tokens.
 
-    With the layers' memories also the two products of a query with its ring's keys and of weights with its values.
+    With the layers' pasts also the two products of a query with its ring's keys and of weights with its values.
     """
     plan = model._decoding_plan
     assert plan is not None
-    matrices = [matrix for layer in plan.layers for matrix in layer.matrices()] + [plan.head]
+    assert plan.head is not None
+    matrices = [matrix for layer in plan.layers if layer is not None for matrix in layer.matrices()] + [plan.head]
     vectors = {size: torch.randn(batch, size) for size in {matrix.whole.shape[0] for matrix in matrices}}
     rings = [
-        (memory.key_ring.transpose(1, 2).flatten(0, 1).transpose(1, 2), memory.value_ring.transpose(1, 2).flatten(0, 1))
-        for memory in memories
+        (
+            past.kept["key"].transpose(1, 2).flatten(0, 1).transpose(1, 2),
+            past.kept["value"].transpose(1, 2).flatten(0, 1),
+        )
+        for past in pasts
     ]
     queries = [torch.randn(values.shape[0], 1, values.shape[2]) for _, values in rings]
 

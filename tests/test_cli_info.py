@@ -63,14 +63,41 @@ def test_a_run_that_trained_a_baseline(cli, here: Path):
     assert cli("generate", "converted", "--prompt", "a", "-n", 2)[0] == 0
 
 
+def test_the_plan_is_printed_once_per_kind_of_layer(cli, here: Path):
+    layers = "[{kind: mamba2, ssm_head_dim: 16, repeat: 2}, attention]"
+    code, out, err = cli(
+        "info", "run.yaml", "data.tokenizer=bytes", "model.num_hidden_layers=12", f"model.layers={layers}"
+    )
+    assert code == 0, err
+    assert "8 x mamba2, 4 x window 8" in out
+    assert [line.split("  ")[0] for line in out.splitlines() if line.startswith("layers ")] == [
+        "layers",
+        "layers 0 to 1, 3 to 4, 6 to 7, 9 to 10",
+        "layers 2, 5, 8, 11",
+    ]
+    assert cli("info", "run.yaml", "data.tokenizer=bytes", "model.layers=mamba2")[2] == (
+        "error: model: layers must be null or a list; got 'mamba2'"
+    )
+
+
 def test_other_architectures(cli, here: Path):
     config = Mamba2Config(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=8, n_groups=1
+        vocab_size=259, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=8, n_groups=1
     )
     Mamba2ForCausalLM(config).save_pretrained("mamba")
     code, out, err = cli("info", "mamba")
     assert code == 0, err
     assert "at 2,048 tokens (estimate" in out
+    load_tokenizer("bytes").save_pretrained("mamba")
+    assert "convert it first with `swat-lm convert mamba OUT`" in cli("generate", "mamba", "--prompt", "a")[2]
+    assert cli("convert", "mamba", "out", "--window", "8")[2] == (
+        "error: window is a setting of attention, of which a Mamba-2 model has no layer; leave it out"
+    )
+    code, _, err = cli("convert", "mamba", "out")
+    assert code == 0, err
+    assert "1 x mamba2" in cli("info", "out")[1]
+    code, out, err = cli("generate", "out", "--prompt", "a", "-n", 2)
+    assert code == 0, err
     GPT2Config().save_pretrained("gpt2")
     code, _, err = cli("info", "gpt2/")
     assert code == 2

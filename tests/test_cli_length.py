@@ -42,8 +42,8 @@ def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch)
     assert [one.num_sinks for one in curves] == [0, 2]
     assert "num_sinks" not in json.loads((here / "bare" / "length.json").read_text())
     assert curves[0].at(64).mean_loss != curves[1].at(64).mean_loss
-    # three places of the window and two tokens; the bare one keeps a ring of four places and its position
-    assert curves[1].at(64).state_bytes == (curves[0].at(64).state_bytes - 8) * 5 // 4
+    # four places of the window, two tokens and the position
+    assert curves[1].at(64).state_bytes == (curves[0].at(64).state_bytes - 8) * 6 // 4 + 8
 
     several = cli(*asked, "--window", "4,8", "--sinks", 2, "--out", "several")
     assert several.code == 0, several.err

@@ -164,6 +164,13 @@ def test_every_kind_of_attention_of_a_recipe(cli, here: Path, card: Card):
     assert not any(call["packed"] for call in card.calls[3:])
 
 
+def test_layers_of_other_kinds_are_passed_over(cli, here: Path, card: Card):
+    layers = "model.layers=[{kind: mamba2, ssm_head_dim: 16}, attention]"
+    ran = cli("tune", "run.yaml", layers, "--kernels", "forward", "--out", "tiles.json")
+    assert ran.code == 0, ran.err
+    assert len(card.calls) == 1
+
+
 def test_a_checkpoint(cli, here: Path, card: Card, exported: Path):
     assert cli("tune", exported, "--kernels", "forward", "--out", "tiles.json").code == 0
     assert card.calls[0]["problem"].window == 8
@@ -221,7 +228,8 @@ def test_a_full_card_keeps_what_is_finished(cli, here: Path, card: Card):
         (["runs/none"], "no folder runs/none"),
         (["run.yaml", "model.sliding_windows=3"], "sliding_window"),
         (["run.yaml", "model.sliding_window=null"], "run.yaml: no layer has a window, so there is nothing to tune"),
-        (["llama.yaml"], "llama.yaml: a llama of a library, whose attention these kernels do not serve; Llama and"),
+        (["run.yaml", "model.layers=[mamba2]"], "run.yaml: no layer has a window, so there is nothing to tune"),
+        (["llama.yaml"], "llama.yaml: a llama of a library, whose layers these kernels do not serve; llama, mist"),
         (["swat-340m", "--window", "8"], "--window describes attention without a source, and swat-340m has its own"),
         (["swat-340m", "--kv-heads", "8"], "--kv-heads describes attention without a source"),
         ([*OPTIONS, "--kv-heads", "3"], "--kv-heads: 8 query heads cannot be shared evenly by 3 key/value heads"),

@@ -21,7 +21,9 @@ from swat_lm.model import cost
 from swat_lm.model.configuration import config_from_recipe
 from swat_lm.ops.bands import Band
 from swat_lm.ops.reference import distances
+from swat_lm.ops.segments import documents_of
 from swat_lm.ops.slopes import slopes_for
+from swat_lm.ops.state_space import state_space_scan
 from swat_lm.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -374,6 +376,30 @@ def test_drawn_rings():
         columns.append([*rows, "distance   " + " ".join(far)])
     lines = "".join(f"    {a:<32}{b}\n" for a, b in zip(*columns, strict=True))
     assert lines in MATHEMATICS
+
+
+def test_drawn_decays():
+    pictures = []
+    logs = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    ones = torch.ones_like(logs)
+    for segments in (None, torch.tensor([[0, 0, 1, 1]])):
+        # what entered at token s is the s-th number of a value
+        output, _ = state_space_scan(
+            ones.view(1, 4, 1, 1), ones.view(1, 4, 1, 1), torch.eye(4, dtype=torch.float64)[None, :, None],
+            logs.view(1, 4, 1), ones.view(1, 4, 1), segments=segments,
+        )  # fmt: skip
+        exponents = output[0, :, 0].log()
+        pictures.append([" ".join(f"{x:2.0f}" if x > -math.inf else " ." for x in row.tolist()) for row in exponents])
+    assert beside(*[[row.replace("-0", " 0") for row in picture] for picture in pictures], gap=8) in MATHEMATICS
+
+
+def test_drawn_segments():
+    rows = [re.search(rf"^    {name} +(.+)$", MATHEMATICS, re.MULTILINE) for name in ("segments", "real", "document")]
+    examples = zip(*(re.split(r"  +", row[1]) for row in rows if row is not None), strict=True)
+    for segments, real, document in (
+        [torch.tensor([[int(one) for one in text.split()]]) for text in example] for example in examples
+    ):
+        assert torch.equal(documents_of(segments, real != 0), document)
 
 
 @pytest.mark.parametrize("num_heads", [2, 3, 4, 8, 12])

@@ -17,10 +17,10 @@ BELOW = {
     "recipe": {"named_recipes", "paths", "strict"},
     "hub": {"paths"},
     "ops": set(),
-    "mixers": {"ops"},
-    "model": {"hub", "mixers", "ops", "paths", "recipe"},
+    "layers": {"ops"},
+    "model": {"hub", "layers", "ops", "paths", "recipe"},
     "data": {"hub", "paths", "recipe"},
-    "": {"ops", "model", "mixers"},  # the package itself; the model lazily
+    "": {"ops", "model", "layers"},  # the package itself; the model lazily
 }
 BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data"}
 BELOW["serve"] = BELOW["model"] | {"model"}

@@ -5,7 +5,7 @@ products, the scores' recomputation among them (`swat_lm.model.cost` counts a mo
 """
 
 from benchmarks.gpu.shapes import Shape
-from swat_lm.model.cost import attention_flops
+from swat_lm.ops.flops import attention_flops
 
 BACKWARD_PRODUCTS = 5
 

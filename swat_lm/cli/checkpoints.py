@@ -33,12 +33,14 @@ def find_export(name: str) -> str:
 
 def check_architecture(folder: Path) -> None:
     """Raise ValueError unless the folder's config.json describes a SWAT model."""
+    from swat_lm.model.families import FAMILIES, family_words
+
     kind = model_type(folder)
-    if kind in ("llama", "mistral"):
+    if kind in FAMILIES:
         raise ValueError(f"{folder} holds a {kind} model: convert it first with `swat-lm convert {folder} OUT`")
     if kind != "swat":
         raise ValueError(
-            f"{folder} holds a model of type {kind!r}: expected swat (or llama and mistral, to convert); "
+            f"{folder} holds a model of type {kind!r}: expected swat (or {family_words('and')}, to convert); "
             "transformers' own generate() runs the others"
         )
 

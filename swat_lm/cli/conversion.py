@@ -1,4 +1,4 @@
-"""`swat-lm convert`: Llama and Mistral weights as a SWAT model."""
+"""`swat-lm convert`: Llama, Mistral and Mamba-2 weights as a SWAT model."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ __all__ = ["convert"]
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder of a Llama or Mistral model, or of a run that trained one.")],
+    source: Annotated[str, typer.Argument(help="Folder of a Llama, Mistral or Mamba-2 model, or of a run.")],
     out: Annotated[Path, typer.Argument(help="New folder for the SWAT model.")],
     window: Annotated[
         str, typer.Option(help="`keep` the source's own, `none` for full attention, or a number of tokens.")
@@ -21,14 +21,15 @@ def convert(
         typer.Option("--set", help="A configuration field to change, such as score_function=sigmoid; repeatable."),
     ] = None,
 ) -> None:
-    """Take over a Llama or Mistral model.
+    """Take over a Llama, Mistral or Mamba-2 model.
 
     The result is the same function, or a windowed model to train on. With `--window keep` and no --set the result
-    computes what the source computes.
+    computes what the source computes. A change that has no meaning for the source is refused.
 
     \b
     Examples:
       swat-lm convert models/Llama-3.2-1B models/llama-as-swat
+      swat-lm convert models/mamba2-130m models/mamba2-as-swat
       swat-lm convert models/Mistral-7B windowed --window 1024 --set score_function=sigmoid --set slopes=balanced
     """
     from swat_lm.recipe import read_value

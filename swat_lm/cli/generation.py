@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from swat_lm.data.cutting import Cuts
     from swat_lm.model.modeling import SwatForCausalLM
-    from swat_lm.model.state import StreamState
+    from swat_lm.model.slots import Slots
     from swat_lm.serve.sampling import Sampling
 
 __all__ = ["generate"]
@@ -108,7 +108,7 @@ def generate(
         raise typer.Exit(INTERRUPTED)
 
 
-def read_state(model: "SwatForCausalLM", path: Path) -> "StreamState":
+def read_state(model: "SwatForCausalLM", path: Path) -> "Slots":
     """The state of one stream that this very model made; raises ValueError naming the file."""
     from swat_lm.model.state import load_state
 
@@ -125,7 +125,7 @@ def read_state(model: "SwatForCausalLM", path: Path) -> "StreamState":
 def first_logits(
     model: "SwatForCausalLM",
     pieces: Iterator[list[int]],
-    state: "StreamState",
+    state: "Slots",
     load_from: Path | None,
     interruption: "SavingInterruption",
 ) -> "Tensor":
@@ -157,7 +157,7 @@ def write_text(
     model: "SwatForCausalLM",
     tokens: "PreTrainedTokenizerFast",
     logits: "Tensor",
-    state: "StreamState",
+    state: "Slots",
     sampling: "Sampling",
     count: int,
     generator: "Generator",
@@ -180,7 +180,7 @@ def write_text(
     return last
 
 
-def save(model: "SwatForCausalLM", state: "StreamState", logits: "Tensor", last: int | None, path: Path) -> None:
+def save(model: "SwatForCausalLM", state: "Slots", logits: "Tensor", last: int | None, path: Path) -> None:
     """Save the state so that the stream goes on after its last token, as if it had never been stopped."""
     from swat_lm.model.state import save_state
     from swat_lm.serve.stream import next_logits
@@ -233,7 +233,7 @@ class SavingInterruption:
             raise KeyboardInterrupt
 
 
-def report_state(state: "StreamState", read: int, before: int) -> None:
+def report_state(state: "Slots", read: int, before: int) -> None:
     """The size of the state after the prompt, `before`, and now."""
     # not judged by the two sizes: what grows does so in blocks
     kind = "grows with every token: the model has full-attention layers" if state.grows else "constant"

@@ -1,6 +1,8 @@
 """`swat-lm info`: what a model costs, from its configuration alone."""
 
 import difflib
+import itertools
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from swat_lm.model.configuration import SwatConfig
+    from swat_lm.model.cost import LayerCost
     from swat_lm.recipe import Recipe
 
 __all__ = ["info"]
@@ -149,24 +152,49 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
 
     count = cost.count_parameters(config)
     reach = cost.reach(config)
-    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
-    kinds = [
-        f"{windows.count(window)} x {'full attention' if window is None else f'window {window:,}'}"
-        for window in dict.fromkeys(windows)
-    ]
     tokens = counted(length, "token")
     state = cost.state_bytes(config, context=length, dtype_bytes=2)
-    grows = "" if None not in windows else f" after {tokens}, growing"
+    grows = f" after {tokens}, growing" if cost.grows(config) else ""
+    plan = cost.plan_costs(config, length)
     return [
         ("parameters", f"{count.total:,} ({count.embedding:,} of them in the input embedding)"),
-        ("layers", ", ".join(kinds)),
+        ("layers", ", ".join(f"{count} x {words}" for words, count in Counter(one.words for one in plan).items())),
         ("width", f"{config.hidden_size:,}, {counted(config.num_attention_heads, 'head')} of {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("reach", "everything before" if reach is None else counted(reach, "token")),
         ("training", f"{cost.training_flops_per_token(config, length):.3g} FLOPs per token at {tokens}"),
         ("decoding", f"{cost.decoding_flops_per_token(config, length):.3g} FLOPs per token after {tokens}"),
         ("state", f"{counted(state, 'byte')} per stream in bf16{grows}"),
+        *describe_plan(plan, length),
     ]
+
+
+def describe_plan(plan: "list[LayerCost]", length: int) -> list[tuple[str, str]]:
+    """A line for all layers that are equal, where not all are."""
+    alike: dict[LayerCost, list[int]] = {}
+    for one in plan:
+        alike.setdefault(one._replace(index=0), []).append(one.index)
+    if len(alike) == 1:
+        return []
+    lines = []
+    for one, indices in alike.items():
+        reach = "everything before" if one.reach is None else f"{one.reach:,} tokens"
+        figures = (
+            f"{one.words}: {one.parameters:,} parameters, {one.state_bytes:,} bytes of state after {length:,} tokens, "
+            f"reach {reach}, {one.flops_per_token:.3g} FLOPs per token"
+        )
+        lines.append((f"layer {indices[0]}" if len(indices) == 1 else f"layers {index_words(indices)}", figures))
+    return lines
+
+
+def index_words(indices: list[int]) -> str:
+    """`0 to 5, 7, 9`; of many, the first three and the last."""
+    runs = [
+        [index for _, index in run]
+        for _, run in itertools.groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
+    ]
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return ", ".join(parts if len(parts) <= 4 else [*parts[:3], "...", parts[-1]])
 
 
 def describe_library_model(config: "PreTrainedConfig", length: int) -> list[tuple[str, str]]:

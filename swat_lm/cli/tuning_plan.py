@@ -121,16 +121,20 @@ def from_source(source: str, overrides: list[str], described: Described) -> Mode
         option = f"--{extra[0].replace('_', '-')}"
         raise ValueError(f"{option} describes attention without a source, and {source} has its own: drop one of them")
     config, length = find_config(source, overrides)
+    from swat_lm.layers import AttentionLayer
     from swat_lm.model.configuration import SwatConfig
+    from swat_lm.model.families import family_words
     from swat_lm.recipe import load_recipe
 
     if not isinstance(config, SwatConfig):
         raise ValueError(
-            f"{source}: a {config.model_type} of a library, whose attention these kernels do not serve; "
-            "Llama and Mistral weights become a SWAT model by `swat-lm convert`"
+            f"{source}: a {config.model_type} of a library, whose layers these kernels do not serve; "
+            f"{family_words('and')} weights become a SWAT model by `swat-lm convert`"
         )
     layers = []
-    for index in range(config.num_hidden_layers):
+    for index, entry in enumerate(config.plan()):
+        if not issubclass(entry.kind, AttentionLayer):
+            continue
         one = config.attention_settings(index)
         heads = one.head_dim, one.num_heads, one.num_kv_heads
         is_rotary = config.rotary(index) is not None

@@ -21,7 +21,8 @@ from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.limits import position_limit
 from swat_lm.evaluate.reader import evaluating
 from swat_lm.evaluate.windows import layer_windows
-from swat_lm.mixers.attention import WindowAttention
+from swat_lm.layers import WindowAttention
+from swat_lm.layers.chunk import Chunk
 from swat_lm.ops.reference import distances
 from swat_lm.ops.rotary import apply_rotary
 
@@ -139,14 +140,15 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def attention_weights(attention: WindowAttention, hidden: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) -> Tensor:
     """The weights `[B, H, T, T]` of one of our layers for `[B, T, M]` without a past; SWAT, Eq. 5, in float32.
 
     With a learned sink its share is missing from the rows' sums.
     """
     settings = attention.settings
-    query, key, _ = attention._project(hidden)
-    if angles is not None:
+    query, key, _ = attention.project(hidden)
+    if attention.rotary is not None:
+        angles = chunk.angles(attention.rotary, hidden.dtype)
         query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
     key = key.repeat_interleave(settings.num_heads // settings.num_kv_heads, dim=2)
     count = hidden.shape[1]

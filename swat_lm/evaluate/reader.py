@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from swat_lm.model.architectures import streaming_inputs
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
-from swat_lm.model.state import StreamState
+from swat_lm.model.slots import Slots
 from swat_lm.wording import counted
 
 __all__ = ["CachedReader", "Reader", "StateReader", "evaluating", "reader_for"]
@@ -111,22 +111,22 @@ class HeadReader:
 
 
 class StateReader(HeadReader):
-    """Reads with one of our models and its `StreamState`."""
+    """Reads with one of our models and its `Slots`."""
 
     def __init__(self, model: SwatForCausalLM) -> None:
         super().__init__(model, model.lm_head)
         self._model = model
 
-    def start(self, batch_size: int) -> StreamState:
+    def start(self, batch_size: int) -> Slots:
         """What B streams keep before their first token."""
         return self._model.init_state(batch_size)
 
     @torch.inference_mode()
-    def extend(self, tokens: Tensor, state: StreamState) -> Tensor:
+    def extend(self, tokens: Tensor, state: Slots) -> Tensor:
         """Read `[B, T]` tokens, changing the state in place; returns hidden states `[B, T, M]`."""
         return self._model.extend(tokens.to(self.device), state)
 
-    def state_bytes(self, state: StreamState) -> int:
+    def state_bytes(self, state: Slots) -> int:
         """Bytes that one stream keeps of its past."""
         return state.num_bytes // state.batch_size
 

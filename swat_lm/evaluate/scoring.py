@@ -75,11 +75,11 @@ class Scorer:
 
     @property
     def is_endless(self) -> bool:
-        """Whether reading on costs no more memory, however long the text: one of our models, with windows only."""
+        """Whether reading on costs no more memory, however long the text: one of our models, where no layer grows."""
         model = self.model
         if not isinstance(model, SwatForCausalLM):
             return False
-        return None not in [model.config.window(layer) for layer in range(model.config.num_hidden_layers)]
+        return all(one.kind != "growing" for layer in model.model.stack for one in layer.state_spec())
 
     def can_stream(self) -> bool:
         """Whether the model reads in chunks as in one pass; some recurrent models of transformers do not."""

@@ -2,101 +2,65 @@
 
 StreamingLLM (arXiv 2309.17453): of the past only n first tokens and the last W are seen, and positions count within
 what is kept, so that no query is farther from a sink than n + W - 1. The two key sets are attended to apart and joined
-by their log-sum-exp. Legend: B streams, T tokens of a chunk, M model width.
+by their log-sum-exp. Legend: B streams, T tokens of a chunk, n sinks, K key/value heads, D head size.
 """
 
-from dataclasses import dataclass, field
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.reader import HeadReader
+from swat_lm.evaluate.reader import StateReader
 from swat_lm.evaluate.windows import with_window
-from swat_lm.mixers.attention import WindowAttention
+from swat_lm.layers import AttentionLayer, WindowAttention
+from swat_lm.layers.base import InPlace, Output, Past, StateTensor
+from swat_lm.layers.chunk import Chunk
 from swat_lm.ops import window_attention
 from swat_lm.ops.rotary import apply_rotary
 
-__all__ = ["SinkReader", "SinkState"]
+__all__ = ["SinkAttention", "SinkReader"]
 
 
-@dataclass
-class SinkState:
-    """Per layer, keys and values `[B, n, K, D]`: those of the window, rotated, and those of the sinks."""
+class SinkAttention(WindowAttention):
+    """Softmax attention over the window and the first n tokens of the stream."""
 
-    tokens_read: int = 0
-    window: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    sinks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    def __init__(self, attention: WindowAttention, num_sinks: int) -> None:
+        """Takes the modules of `attention` over, not copied."""
+        with torch.device("meta"):
+            super().__init__(attention.settings, attention.rotary, attention.index)
+        for name, module in attention.named_children():
+            setattr(self, name, module)
+        self.sink = attention.sink
+        self.num_sinks = num_sinks
 
+    def state_spec(self) -> tuple[StateTensor, ...]:
+        """Beside the window, rotated keys and values of the sinks."""
+        shape = (self.num_sinks, self.settings.num_kv_heads, self.settings.head_dim)
+        sinks = StateTensor("sink_key", shape, "summary"), StateTensor("sink_value", shape, "summary")
+        return *super().state_spec(), *sinks
 
-class SinkReader(HeadReader):
-    """Reads streams with `num_sinks` first tokens kept beside a window; constant memory."""
-
-    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int) -> None:
-        """Llama, Mistral and softmax models of ours; raises ValueError for any other, and for numbers below 1."""
-        if num_sinks < 1 or window < 1:
-            raise ValueError(f"expected at least 1 sink and a window of at least 1; got {num_sinks} and {window}")
-        windowed = with_window(model, window)
-        settings = [windowed.config.attention_settings(i) for i in range(windowed.config.num_hidden_layers)]
-        if any(one.score_function != "softmax" or one.slopes != "none" for one in settings):
-            raise ValueError(
-                "sinks are kept for softmax attention without slopes only: sigmoid weights do not compete, and a slope "
-                "has no distance to a token that left the window"
-            )
-        super().__init__(windowed, windowed.lm_head)
-        self._model, self.num_sinks, self.window = windowed, num_sinks, window
-
-    def start(self, batch_size: int) -> SinkState:
-        """An empty past."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        return SinkState()
-
-    @torch.inference_mode()
-    def extend(self, tokens: Tensor, state: SinkState) -> Tensor:
-        """Read `[B, T]` tokens, changing the state in place; returns hidden states `[B, T, M]`."""
-        body, start = self._model.model, state.tokens_read
-        places = torch.arange(start, start + tokens.shape[1], device=self.device).unsqueeze(0)
-        hidden = body.embed_tokens(tokens.to(self.device))
-        # what is kept holds at most n + W tokens, and the query is the last of them
-        own = body.rotary.angles(places, hidden.dtype)
-        kept = body.rotary.angles(places.clamp(max=self.num_sinks + self.window - 1), hidden.dtype)
-        for index, layer in enumerate(body.stack):
-            attention = layer.self_attn
-            assert isinstance(attention, WindowAttention)
-            mixed = self._attend(attention, layer.input_layernorm(hidden), index, (own[index], kept[index]), state)
-            hidden = hidden + attention.o_proj(mixed)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        state.tokens_read += tokens.shape[1]
-        return body.norm(hidden)
-
-    def state_bytes(self, state: SinkState) -> int:
-        """Bytes that one stream keeps of its past."""
-        held = [one for part in (state.window, state.sinks) for pair in part.values() for one in pair]
-        return sum(one[0].numel() * one.element_size() for one in held)
-
-    def _attend(
-        self,
-        attention: WindowAttention,
-        hidden: Tensor,
-        index: int,
-        angles: tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None],
-        state: SinkState,
-    ) -> Tensor:
-        query, key, value = attention._project(hidden)
-        near, far = (query if one is None else apply_rotary(query, *one) for one in angles)
-        key = key if angles[0] is None else apply_rotary(key, *angles[0])
-        if index in state.window:
-            key, value = (torch.cat(pair, dim=1) for pair in zip(state.window[index], (key, value), strict=True))
-        num_tokens, start = hidden.shape[1], state.tokens_read
-        self._keep_sinks(index, key[:, -num_tokens:], value[:, -num_tokens:], start, state)
+    def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
+        """Mix a chunk of streams that stand together, `[B, T, M]`."""
+        if past is None or chunk.first is not None or chunk.hidden is not None:
+            raise ValueError("sinks are kept of streams that stand together, read by their state; without padding")
+        assert self.settings.window is not None
+        query, key, value = self.project(hidden)
+        near = far = query
+        if self.rotary is not None:
+            # what is kept holds at most n + W tokens, and the query is the last of them
+            kept = chunk.positions.clamp(max=self.num_sinks + self.settings.window - 1)
+            own = chunk.angles(self.rotary, hidden.dtype)
+            near, key = apply_rotary(query, *own), apply_rotary(key, *own)
+            far = apply_rotary(query, *self.rotary.angles(kept, hidden.dtype))
+        sink_key, sink_value = self._sinks(key, value, chunk, past)
+        items, _ = past.extend(key=key, value=value)
         first, lse = window_attention(
-            near, key, value, window=self.window, score_function="softmax", slopes=None, return_lse=True
-        )
-        sink_key, sink_value = state.sinks[index]
+            near, items["key"], items["value"], window=self.settings.window, score_function="softmax", slopes=None,
+            return_lse=True,
+        )  # fmt: skip
         # sinks that still stand in the window are seen there
-        last = torch.arange(start, start + num_tokens, device=key.device) - self.window
-        last = last.clamp(min=-1, max=sink_key.shape[1] - 1).to(torch.int32).expand(len(key), -1).contiguous()
+        last = chunk.positions - self.settings.window
+        last = last.clamp(min=-1, max=self.num_sinks - 1).to(torch.int32).expand(len(key), -1).contiguous()
         second, sink_lse = window_attention(
             far, sink_key, sink_value, window=None, score_function="softmax", slopes=None, last_visible=last,
             return_lse=True,
@@ -104,14 +68,46 @@ class SinkReader(HeadReader):
         # rows that see no sink have a log-sum-exp of minus infinity
         share = torch.sigmoid(lse - sink_lse).unsqueeze(-1)
         joined = share.to(first.dtype) * first + (1 - share).to(first.dtype) * second
-        past = slice(max(0, key.shape[1] - (self.window - 1)), None)
-        state.window[index] = key[:, past], value[:, past]
         # a learned sink takes its share of all that is seen
-        return attention.heads_output(joined if attention.sink is None else (joined, torch.logaddexp(lse, sink_lse)))
+        result = joined if self.sink is None else (joined, torch.logaddexp(lse, sink_lse))
+        return Output(self.o_proj(self.heads_output(result)), past.after())
 
-    def _keep_sinks(self, index: int, key: Tensor, value: Tensor, start: int, state: SinkState) -> None:
-        if start >= self.num_sinks:
-            return
-        new = key[:, : self.num_sinks - start], value[:, : self.num_sinks - start]
-        held = state.sinks.get(index)
-        state.sinks[index] = new if held is None else (torch.cat((held[0], new[0]), 1), torch.cat((held[1], new[1]), 1))
+    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
+        """One token is a chunk too."""
+        return self.forward(hidden, chunk, past).hidden
+
+    def _sinks(self, key: Tensor, value: Tensor, chunk: Chunk, past: Past) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, n, K, D]` of the sinks after this chunk: its tokens of positions below n are some."""
+        # [B or 1, T, n]: which token is which sink
+        chosen = F.one_hot(chunk.positions.clamp(max=self.num_sinks), self.num_sinks + 1)[..., : self.num_sinks]
+        chosen = chosen.to(key.dtype).expand(len(key), -1, -1)
+        is_new = chosen.sum(dim=1)[:, :, None, None]
+        found = []
+        for name, tensor in (("sink_key", key), ("sink_value", value)):
+            new = torch.einsum("btn,btkd->bnkd", chosen, tensor)
+            found.append((1 - is_new) * past.fold(name, 1 - is_new, new) + new)
+        return found[0], found[1]
+
+
+class SinkReader(StateReader):
+    """Reads streams with `num_sinks` first tokens kept beside a window; constant memory."""
+
+    def __init__(self, model: PreTrainedModel, num_sinks: int, window: int) -> None:
+        """Llama, Mistral and softmax models of ours; raises ValueError for any other, and for numbers below 1."""
+        if num_sinks < 1 or window < 1:
+            raise ValueError(f"expected at least 1 sink and a window of at least 1; got {num_sinks} and {window}")
+        windowed = with_window(model, window)
+        # layers of other kinds keep what they keep
+        attending = [layer for layer in windowed.model.stack if isinstance(layer, AttentionLayer)]
+        settings = [entry.settings for entry in windowed.config.plan() if issubclass(entry.kind, AttentionLayer)]
+        if any(one.score_function != "softmax" or one.slopes != "none" for one in settings):
+            raise ValueError(
+                "sinks are kept for softmax attention without slopes only: sigmoid weights do not compete, and a slope "
+                "has no distance to a token that left the window"
+            )
+        for layer in attending:
+            attention = layer.self_attn
+            assert isinstance(attention, WindowAttention)
+            layer.self_attn = SinkAttention(attention, num_sinks)
+        super().__init__(windowed)
+        self.num_sinks, self.window = num_sinks, window

@@ -1,14 +1,18 @@
 """Which window a model sees through, how far its layers reach together, and the same weights with another window."""
 
 import copy
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from swat_lm.layers import AttentionLayer
 from swat_lm.model.configuration import SwatConfig
-from swat_lm.model.conversion import SOURCES, convert_config
+from swat_lm.model.conversion import convert_config
+from swat_lm.model.families import FAMILIES
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.model.plan import LayerEntry
 
 __all__ = ["layer_windows", "model_window", "theoretical_reach", "widest_window", "with_window"]
 
@@ -26,7 +30,7 @@ def config_windows(outer: PreTrainedConfig) -> list[int | None] | None:
     """As `layer_windows`, of a configuration."""
     config = cast(Any, outer.get_text_config())
     if isinstance(config, SwatConfig):
-        return [config.window(layer) for layer in range(config.num_hidden_layers)]
+        return [getattr(entry.settings, "sliding_window", None) for entry in config.plan()]
     count = getattr(config, "num_hidden_layers", None)
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
@@ -62,19 +66,21 @@ def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
     that was derived from the trained window keeps its value.
 
     Raises:
-        ValueError: a window below 1, an architecture without a counterpart here, or layers that rotate differently
-            because they have a window or none.
+        ValueError: a window below 1, an architecture without a counterpart here, a model without attention, or layers
+            that rotate differently because they have a window or none.
     """
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 (a token counts itself), got {window}")
     if isinstance(model, SwatForCausalLM):
+        if not any(issubclass(entry.kind, AttentionLayer) for entry in model.config.plan()):
+            raise ValueError("window: the model has no layer of attention whose window could be another")
         config = changed_config(model.config, window)
-    elif model.config.model_type in SOURCES:
+    elif model.config.model_type in FAMILIES:
         config = convert_config(model.config, window)
     else:
         raise ValueError(
-            f"window: a {model.config.model_type} model cannot be run with another window, only swat, "
-            f"{' and '.join(SOURCES)} models can"
+            f"window: a {model.config.model_type} model cannot be run with another window, only swat models and those "
+            "that can be taken over as such, with attention, can"
         )
     with torch.device("meta"):
         windowed = SwatForCausalLM(config)
@@ -85,12 +91,24 @@ def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
 
 
 def changed_config(old: SwatConfig, window: int | None) -> SwatConfig:
-    """A copy with one window in every layer."""
+    """A copy with one window in every layer of attention; layers of other kinds stay as they are."""
     config = cast(SwatConfig, copy.deepcopy(old))
-    layers = range(old.num_hidden_layers)
+    layers, plan = range(old.num_hidden_layers), old.plan()
+    if old.layers is not None:
+        config.layers = [entry_with_window(entry, window) for entry in plan]
+        config.layer_types = [kind.layer_type(settings) for kind, settings in config.plan()]
+        return config
     if len({str(old.rotary(layer)) for layer in layers}) > 1 and not isinstance(old.rope_theta, list):
         raise ValueError("window: this model rotates differently in layers with a window and without: it has no twin")
     config.score_bias = [old.attention_settings(layer).score_bias for layer in layers]
     config.sliding_window = window
     config.layer_types = ["full_attention" if window is None else "sliding_attention"] * len(layers)
     return config
+
+
+def entry_with_window(entry: LayerEntry, window: int | None) -> dict[str, Any]:
+    """An entry of `SwatConfig.layers` with all its settings, and this window if it is attention."""
+    values = {"kind": entry.kind.name, **asdict(entry.settings)}
+    if isinstance(entry.settings, AttentionLayer.Settings):
+        values |= {"sliding_window": window, "score_bias": entry.settings.bias()}
+    return values

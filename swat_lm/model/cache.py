@@ -1,6 +1,7 @@
-"""Caches for generation: an adapter to Hugging Face's own, and rings of constant size and address.
+"""The cache of `generate()`: Hugging Face's view on slots, for every plan of layers.
 
-`RingCache` is what `generate()` uses where every layer has a window; the library's caches serve the rest.
+To whoever looks in it has `transformers`' layout: keys and values `[B, K, tokens, D]`, oldest first.
+Legend: B sequences, T tokens, K key/value heads, D head size.
 """
 
 from typing import Any
@@ -9,231 +10,212 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from swat_lm.mixers.protocol import FARTHEST, Memory, RingMemory, Visible
-from swat_lm.model.chunk import ChunkPlan
+from swat_lm.layers.base import StateTensor
+from swat_lm.layers.chunk import FARTHEST, Chunk
 from swat_lm.model.configuration import SwatConfig
-from swat_lm.ops.ring import empty_ring
+from swat_lm.model.kept import check_kept
+from swat_lm.model.pasts import Rows, SlotPast
+from swat_lm.model.slots import Slots
 
 
-class StockMemory:
-    """One layer of any Hugging Face cache as the mixers' memory."""
+class SlotCacheLayer(CacheLayerMixin):
+    """One layer of a `SlotCache`, as Hugging Face's tools look at it."""
 
-    def __init__(self, cache: Cache, layer_index: int, num_columns: int) -> None:
-        self._cache = cache
-        self._layer_index = layer_index
-        self._before = num_columns
+    supports_early_init = False
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Update the cache with `[B, T, K, D]`; it answers with what its layer still holds, chunk included."""
-        num_tokens = key.shape[1]
-        num_columns, first_column = self._cache.get_mask_sizes(num_tokens, self._layer_index)
-        keys, values = self._cache.update(key.transpose(1, 2), value.transpose(1, 2), self._layer_index)
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        # a sliding layer of window 1 announces no past but returns all of it; what came back decides
-        num_past = self._before - first_column if keys.shape[1] == num_columns else keys.shape[1] - num_tokens
-        return keys, values, num_past
+    def __init__(self, cache: "SlotCache", index: int, window: int | None, keeps_keys: bool) -> None:
+        self._cache, self._index = cache, index
+        self.window, self.keeps_keys = window, keeps_keys
+        self.is_sliding = window is not None
+        self.num_updated = 0
+        """Tokens that came by `update`."""
 
-    def after(self, key: Tensor, value: Tensor) -> "StockMemory":
-        """The same cache: it was changed in place."""
-        return self
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether any token came."""
+        return self._cache.slots is not None
 
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether tokens can be taken back."""
+        return self.keeps_keys
 
-class RingLayer(CacheLayerMixin):
-    """Keys and values of one windowed layer in rings `[B, W, K, D]`: constant memory at a constant address."""
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """`[B, K, tokens, D]` of what is still held, oldest first; None before the first token."""
+        return self._in_order("key")
 
-    is_sliding = True
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """As `keys`."""
+        return self._in_order("value")
 
-    def __init__(self, window: int) -> None:
-        super().__init__()
-        self.window = window
-        self.cumulative_length = 0
+    def _in_order(self, name: str) -> Tensor | None:
+        slots = self._cache.slots
+        if slots is None or not self.keeps_keys:
+            return None
+        kept = slots.layers[self._index][name]
+        rows = Rows(slots._order, slots.position, 0, slots.fullest)
+        held = kept[rows.past_places(kept.shape[1], min(slots.num_columns, kept.shape[1]))]
+        return held.transpose(1, 2)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for states `[B, K, T, D]` (Hugging Face's layout)."""
-        batch, heads, _, size = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = empty_ring(batch, self.window, heads, size, key_states)
-        self.values = empty_ring(batch, self.window, heads, size, value_states)
-        self.is_initialized = True
-
-    def grow(self, size: int) -> None:
-        """More places for a ring that has not wrapped yet, where a place is a position."""
-        old, self.window = self.window, size
-        if self.is_initialized and size > old:
-            self.keys, self.values = (enlarged(ring, size) for ring in (self.keys, self.values))  # type: ignore[arg-type]
+        """Nothing to do: the model makes the slots, or `update` does."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hugging Face's entry, for batches without padding: returns the last W - 1 keys and the new ones, in order."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        batch = key_states.shape[0]
-        position = torch.full((batch,), self.cumulative_length, device=key_states.device)
-        slot = torch.arange(batch, device=key_states.device)
-        past = min(self.cumulative_length, self.window - 1)
-        memory = RingMemory(self.keys, self.values, slot, position, reach_back=past)  # type: ignore[arg-type]
-        keys, values, _ = memory.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
-        self.cumulative_length += key_states.shape[-2]
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        """Hugging Face's entry, for batches without padding: returns the last W - 1 keys and the new ones, in order.
+
+        Raises:
+            ValueError: the layer keeps something else than keys and values.
+        """
+        if not self.keeps_keys:
+            raise ValueError(f"layer {self._index} keeps no keys and values; its model fills this cache")
+        key, value = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        slots = self._cache.prepare(self._cache.specs_like(self._index, key), key.shape[0], key.dtype, key.device)
+        new = key.shape[1]
+        slots.reserve(max(0, self.num_updated + new - slots.num_columns))
+        rows = Rows(slots._order, torch.full_like(slots.position, self.num_updated), new, self.num_updated)
+        past = SlotPast(slots.layers[self._index], slots.specs[self._index], rows)
+        items, _ = past.extend(key=key, value=value)
+        self.num_updated += new
+        self._cache.note_update()
+        return items["key"].transpose(1, 2), items["value"].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and first column of what `update` returns."""
-        past = min(self.cumulative_length, self.window - 1)
-        return past + query_length, self.cumulative_length - past
+        seen = self.get_seq_length()
+        past = seen if self.window is None else min(seen, self.window - 1)
+        return past + query_length, seen - past
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included."""
-        return self.cumulative_length
+        slots = self._cache.slots
+        return max(self.num_updated, 0 if slots is None else slots.num_columns)
 
     def get_max_length(self) -> int:
-        """The window: more is never held."""
-        return self.window
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence, for beams and several samples per prompt."""
-        if self.is_initialized:
-            self.keys, self.values = (ring.repeat_interleave(repeats, dim=0) for ring in (self.keys, self.values))  # type: ignore[union-attr]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the chosen sequences."""
-        if self.is_initialized:
-            self.keys, self.values = self.keys[indices], self.values[indices]  # type: ignore[index]
+        """The window: more is never held; -1: all is held, or a summary."""
+        return -1 if self.window is None else self.window
 
 
-class RingCache(Cache):
-    """Rings for every layer of a model whose layers all have windows, each sequence at its own position.
+class SlotCache(Cache):
+    """What every layer of a model keeps, each sequence at its own position; left padding is not kept.
 
-    Left padding is never stored: place `position % W` belongs to the real token of that position. It cannot be
-    rolled back, so assisted generation uses the library's cache.
+    Tokens can be taken back (`crop`) once `activate_past_recording` was called, unless a layer keeps a summary.
     """
 
-    layers: list[RingLayer]
+    layers: list[SlotCacheLayer]
 
     def __init__(self, config: SwatConfig, max_length: int | None = None) -> None:
-        """Prepare empty rings, at first no longer than `max_length` tokens; they grow up to the window if more come.
-
-        Raises:
-            ValueError: a layer without a window.
-        """
-        windows = [config.window(index) for index in range(config.num_hidden_layers)]
-        sizes = []
-        for index, window in enumerate(windows):
-            if window is None:
-                raise ValueError(f"layer {index} has full attention: use transformers' DynamicCache(config=config)")
-            sizes.append(window if max_length is None else min(window, max(max_length, 1)))
-        super().__init__(layers=[RingLayer(size) for size in sizes])  # type: ignore[arg-type]
-        self._windows: list[int] = windows  # type: ignore[assignment]
-        assert config.num_key_value_heads is not None
-        assert config.head_dim is not None
-        self._heads, self._head_dim = config.num_key_value_heads, config.head_dim
+        """An empty cache, at first no longer than `max_length` tokens; it grows, up to the windows, if more come."""
+        entries = config.plan()
+        layers = []
+        for index, entry in enumerate(entries):
+            window = getattr(entry.settings, "sliding_window", None)
+            layers.append(SlotCacheLayer(self, index, window, entry.layer_type != "linear_attention"))
+        super().__init__(layers=layers)  # type: ignore[arg-type]
         self.max_length = max_length
-        self.position: Tensor | None = None
-        """int64 `[B]`: real tokens of each sequence so far."""
-        self._slot: Tensor | None = None
-        self._ragged = False
+        self.slots: Slots | None = None
+        """Where everything is kept; made with the first tokens."""
+        self._records = False
+        self._fits: list[tuple[StateTensor, ...]] | None = None
 
-    def memories(self, plan: ChunkPlan, num_tokens: int, like: Tensor) -> list[Memory]:
-        """The layers' memories for a chunk of hidden states like `[B, T, M]`; allocates the rings on first use.
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that are held at most, where every layer has a window; else -1."""
+        lengths = [layer.get_max_length() for layer in self.layers]
+        return -1 if -1 in lengths else max(lengths)
 
-        Raises:
-            ValueError: right padding (names the row), or packed documents.
-        """
-        if plan.packed:
-            raise ValueError("packed documents cannot be decoded from: pass use_cache=False, or one document a row")
-        seen = self.get_seq_length()
-        if self.max_length is not None and seen + num_tokens > self.max_length:
-            self.max_length = max(2 * self.max_length, seen + num_tokens)
-            for layer, window in zip(self.layers, self._windows, strict=True):
-                layer.grow(min(window, self.max_length))
-        if plan.num_real is not None:
-            _refuse_right_padding(plan, num_tokens)
-        if self.position is None or self._slot is None:
-            self.position = torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
-            self._slot = torch.arange(like.shape[0], device=like.device)
-        for layer in self.layers:
-            if not layer.is_initialized:
-                empty = like.new_empty(like.shape[0], self._heads, 0, self._head_dim)
-                layer.lazy_initialization(empty, empty)
-        num_real = self._num_real(plan, num_tokens)
-        self._ragged = self._ragged or num_real is not None
+    def prepare(
+        self, specs: list[tuple[StateTensor, ...]], batch: int, dtype: torch.dtype, device: torch.device
+    ) -> Slots:
+        """The slots for B sequences, made on first use; raises ValueError where they are another model's."""
+        if self.slots is None:
+            self.slots = Slots(specs, batch, dtype, device, length=self.max_length)
+            if self._records:
+                self.slots.record()
+        elif self._fits != specs:
+            check_kept(self.slots.specs, specs, "past_key_values")
+        self._fits = specs
+        return self.slots
+
+    def specs_like(self, index: int, key: Tensor) -> list[tuple[StateTensor, ...]]:
+        """What layers keep where keys and values come from outside, like `[B, T, K, D]`."""
+        shape = tuple(key.shape[2:])
         return [
-            RingMemory(
-                layer.keys,  # type: ignore[arg-type]
-                layer.values,  # type: ignore[arg-type]
-                self._slot,
-                self.position,
-                num_real,
-                reach_back=min(seen, layer.window - 1),
-            )
-            for layer in self.layers
-        ]
+            tuple(StateTensor(name, shape, "growing" if one.window is None else "window", one.window)
+                  for name in ("key", "value"))
+            for one in self.layers
+        ]  # fmt: skip
 
-    def visible(self, plan: ChunkPlan, num_tokens: int) -> Visible:
-        """What the chunk may see in the rings, where real tokens stand at their own positions."""
-        if not self._ragged or num_tokens == 1:
-            return Visible()
-        assert self.position is not None
-        num_real = self._num_real(plan, num_tokens)
-        padding = 0 if num_real is None else num_tokens - num_real
-        first = (padding - self.position).clamp(min=FARTHEST).to(torch.int32).unsqueeze(1)
-        return Visible(first.expand(-1, num_tokens).contiguous())
+    def note_update(self) -> None:
+        """Count what came by `update` once every layer has it."""
+        assert self.slots is not None
+        seen = min(layer.num_updated for layer in self.layers)
+        if seen > self.slots.num_columns:
+            self.slots.position += seen - self.slots.num_columns
+            self.slots.count(seen - self.slots.num_columns)
 
-    @staticmethod
-    def _num_real(plan: ChunkPlan, num_tokens: int) -> Tensor | None:
-        if plan.num_real is None or bool((plan.num_real == num_tokens).all()):
-            return None
-        return plan.num_real
+    def begin(self, chunk: Chunk, num_tokens: int, attention_mask: Tensor | None) -> Rows:
+        """The rows of a chunk that the model is about to process; what padding there is moves tokens, not positions."""
+        slots = self.slots
+        assert slots is not None
+        begin = None
+        if attention_mask is not None and chunk.first is not None:
+            # only what stands before a row's first real token is not kept
+            begun = (attention_mask != 0).cumsum(dim=1) > 0
+            padding = (~begun[:, -num_tokens:]).sum(dim=1)
+            if bool(padding.any()):
+                begin, slots.ragged = padding, True
+        rows = slots.rows(num_tokens, begin=begin)
+        if slots.ragged:
+            # columns of the mask become places in the slots: padding is not kept there
+            first = (0 if begin is None else begin) - rows.position
+            chunk.first = first.clamp(min=FARTHEST).to(torch.int32)[:, None].expand(-1, num_tokens).contiguous()
+        return rows
 
-    def advance(self, plan: ChunkPlan, num_tokens: int) -> None:
-        """Count a chunk that went through all layers."""
-        assert self.position is not None
-        self.position = self.position + (num_tokens if plan.num_real is None else plan.num_real)
-        for layer in self.layers:
-            layer.cumulative_length += num_tokens
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far, padding included."""
+        return self.layers[layer_idx].get_seq_length()
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what taking tokens back needs. Raises ValueError where a layer keeps a summary."""
+        for index, layer in enumerate(self.layers):
+            if not layer.keeps_keys:
+                raise ValueError(
+                    f"layer {index} keeps a summary of its past, which cannot be taken back: "
+                    "generate without drafts (assistant_model, prompt_lookup_num_tokens)"
+                )
+        self._records = True
+        if self.slots is not None:
+            self.slots.record()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens back. Raises ValueError for more than was recorded."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: expected minus the number of tokens to take back, got {tokens_to_remove}")
+        if self.slots is not None:
+            self.slots.crop(-tokens_to_remove)
+            for layer in self.layers:
+                layer.num_updated = min(layer.num_updated, self.slots.num_columns)
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
-        super().reset()
-        self.position = self._slot = None
-        self._ragged = False
+        if self.slots is not None:
+            self.slots.reset()
+        for layer in self.layers:
+            layer.num_updated = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        if self.position is not None:
-            self.position = self.position.index_select(0, beam_idx.to(self.position.device))
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        super().batch_repeat_interleave(repeats)
-        if self.position is not None:
-            self.position = self.position.repeat_interleave(repeats)
-            self._slot = torch.arange(self.position.shape[0], device=self.position.device)
+        """Repeat every sequence, for beams and several samples per prompt."""
+        if self.slots is not None:
+            order = torch.arange(self.slots.num_slots, device=self.slots.position.device)
+            self.slots.select(order.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the chosen sequences."""
-        super().batch_select_indices(indices)
-        if self.position is not None:
-            self.position = self.position[indices]
-            self._slot = torch.arange(self.position.shape[0], device=self.position.device)
-
-
-def enlarged(ring: Tensor, size: int) -> Tensor:
-    """A ring `[B, W, K, D]` with more places, the new ones zero."""
-    larger = empty_ring(ring.shape[0], size, ring.shape[2], ring.shape[3], ring)
-    larger[:, : ring.shape[1]] = ring
-    return larger
-
-
-def _refuse_right_padding(plan: ChunkPlan, num_tokens: int) -> None:
-    assert plan.num_real is not None
-    assert plan.past_real is not None
-    assert plan.visible.first is not None
-    # a row that has real tokens must end with one: otherwise the padding stands on the right
-    ends_padded = plan.visible.first[:, -1] >= num_tokens
-    started = (plan.past_real + plan.num_real) > 0
-    rows = (ends_padded & started).nonzero()
-    if rows.numel():
-        raise ValueError(
-            f"attention_mask: row {int(rows[0])} is padded on the right, which cannot be followed by decoding; "
-            "pad on the left (tokenizer.padding_side = 'left')"
-        )
+        """Keep the chosen sequences, in this order."""
+        if self.slots is not None:
+            self.slots.select(indices.to(self.slots.position.device))

@@ -1,10 +1,10 @@
-"""SwatConfig: one configuration for SWAT, softmax windows, interleaved plans and full attention.
+"""SwatConfig: one configuration for SWAT, softmax windows, interleaved plans of any layers and full attention.
 
-Every per-layer setting is one value for all layers or a list with one value per layer.
+`layers` says what each layer is; flat fields are the defaults of every layer that has a setting of that name. The
+settings of attention may be lists with one value per layer, which is all that models of attention alone need.
 """
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
@@ -14,17 +14,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from swat_lm.mixers import MIXERS, AttentionSettings
+from swat_lm.layers import AttentionLayer, AttentionSettings
 from swat_lm.model.misfits import explain_misfit
+from swat_lm.model.plan import LayerEntry, kinds_with, resolve_plan
 from swat_lm.model.presets import preset_fields
-from swat_lm.ops.checks import BACKENDS
-from swat_lm.ops.slopes import slopes_for
-from swat_lm.wording import counted
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-INVERSE_WINDOW = "-log(window)"
-# kernels count positions in 32 bits, and differences of two of them must fit as well
-LARGEST_WINDOW = 2**30
+PER_LAYER = ("sliding_window", "score_function", "slopes", "score_bias", "use_rotary", "rope_theta")
+"""Fields that may be a list with one value per layer."""
 
 
 class LayerView:
@@ -33,9 +30,9 @@ class LayerView:
     Hugging Face's caches read `config.per_layer_config[i].sliding_window`, so per-layer windows work in them.
     """
 
-    def __init__(self, config: "SwatConfig", layer_index: int) -> None:
+    def __init__(self, config: "SwatConfig", entry: LayerEntry) -> None:
         self._config = config
-        self.sliding_window = config.window(layer_index)
+        self.sliding_window = getattr(entry.settings, "sliding_window", None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._config, name)
@@ -45,7 +42,7 @@ class LayerViews(Sequence[LayerView]):
     """The views of all layers, by index."""
 
     def __init__(self, config: "SwatConfig") -> None:
-        self._views = [LayerView(config, index) for index in range(config.num_hidden_layers)]
+        self._views = [LayerView(config, entry) for entry in config.plan()]
 
     def __len__(self) -> int:
         return len(self._views)
@@ -65,7 +62,8 @@ class SwatConfig(PreTrainedConfig):
         sliding_window: keys a query sees, itself included; None = full causal attention; or one per layer.
         layer_types: Hugging Face's names, "sliding_attention" or "full_attention"; derived from the windows when None.
             Given beside a single window, it says which layers have that window and which see everything.
-        mixers: names from `swat_lm.mixers.MIXERS`; "attention" everywhere when None.
+        layers: kinds of `swat_lm.layers.LAYERS`, a pattern that is cycled over the layers: words, or mappings with
+            `kind`, settings of that kind, and `repeat`; attention everywhere when None.
         score_function: "sigmoid" or "softmax"; or one per layer.
         slopes: "balanced", "negative", "positive", "none" or a split such as "8:4"; or one per layer.
         slope_schedule: "swat" (2**-k) or "alibi" (standard ALiBi magnitudes).
@@ -111,7 +109,7 @@ class SwatConfig(PreTrainedConfig):
     use_rotary: bool | list[bool] = True
     sliding_window: int | list[int | None] | None = 1024
     layer_types: list[str] | None = None
-    mixers: str | list[str] | None = None
+    layers: list[Any] | None = None
     score_function: str | list[str] = "sigmoid"
     slopes: str | list[str] = "balanced"
     slope_schedule: Literal["swat", "alibi"] = "swat"
@@ -123,17 +121,24 @@ class SwatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill what was left open, check everything, then let Hugging Face do its part."""
+        # what configurations were called that knew attention alone
+        kinds = kwargs.pop("mixers", None)
+        if self.layers is not None and kinds is not None:
+            raise ValueError(f"mixers: layers says what each layer is, mixers {kinds!r} too; drop mixers")
+        if kinds is not None:
+            self.layers = [kinds] if isinstance(kinds, str) else list(kinds)
+            self.layers = None if set(self.layers) <= {AttentionLayer.name} else self.layers
         _check_extra(kwargs)
+        self._check_sizes()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self._check_sizes()
-        if self.head_dim is None:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        mixers = self.mixers
-        self.mixers = mixers if isinstance(mixers, list) else [mixers or "attention"] * self.num_hidden_layers
         self._settle_windows()
         self._settle_rotary(kwargs)
-        self._check_layers()
+        plan = self.plan()
+        if self.layers is not None:
+            self.layer_types = [entry.layer_type for entry in plan]
         super().__post_init__(**kwargs)
 
     @property
@@ -141,49 +146,34 @@ class SwatConfig(PreTrainedConfig):
         """One view per layer, as Hugging Face's caches read them."""
         return LayerViews(self)
 
+    def plan(self) -> list[LayerEntry]:
+        """Every layer: its kind and all its settings. Raises ValueError for a plan that cannot be."""
+        names = [name for name in RECIPE_KEYS if name != "layers"]
+        values = {name: getattr(self, name) for name in names}
+        lists = {name: self._per_layer(name) for name in PER_LAYER}
+        flat = []
+        for index in range(self.num_hidden_layers):
+            own = {name: per_layer[index] for name, per_layer in lists.items()}
+            if self.layers is None and self.layer_types is not None and self.layer_types[index] == "full_attention":
+                own["sliding_window"] = None
+            flat.append({**values, **own})
+        return resolve_plan(self.layers, self.num_hidden_layers, self.hidden_size, flat)
+
     def window(self, layer_index: int) -> int | None:
-        """Keys a query of this layer sees, itself included; None = all."""
-        if self.layer_types is not None and self.layer_types[layer_index] == "full_attention":
-            return None
-        return self._per_layer("sliding_window")[layer_index]
+        """Keys a query of this layer sees, itself included; None = all, or no attention that a window limits."""
+        return getattr(self.plan()[layer_index].settings, "sliding_window", None)
 
     def rotary(self, layer_index: int) -> dict[str, Any] | None:
         """Rotary parameters of this layer (rope_theta, rope_type, ...), or None where rotary is off."""
-        if not self._per_layer("use_rotary")[layer_index]:
-            return None
-        assert self.rope_parameters is not None
-        assert self.layer_types is not None
-        parameters = self.rope_parameters.get(self.layer_types[layer_index], self.rope_parameters)
-        if isinstance(self.rope_theta, list):
-            parameters = {**parameters, "rope_theta": self.rope_theta[layer_index]}
-        return parameters
+        settings = self.plan()[layer_index].settings
+        return settings.rope_parameters if getattr(settings, "use_rotary", False) else None
 
     def attention_settings(self, layer_index: int) -> AttentionSettings:
-        """What defines the attention of one layer."""
-        assert self.head_dim is not None
-        assert self.num_key_value_heads is not None
-        window = self.window(layer_index)
-        bias = self._per_layer("score_bias")[layer_index]
-        if isinstance(bias, str):
-            assert window is not None
-            bias = -math.log(window)
-        return AttentionSettings(
-            hidden_size=self.hidden_size,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            window=window,
-            score_function=self._per_layer("score_function")[layer_index],
-            slopes=self._per_layer("slopes")[layer_index],
-            slope_schedule=self.slope_schedule,
-            score_bias=float(bias),
-            qk_norm=self.qk_norm,
-            output_norm=self.output_norm,
-            learned_sink=self.learned_sink,
-            bias=self.attention_bias,
-            norm_eps=self.rms_norm_eps,
-            backend=self.attention_backend,
-        )
+        """What defines the attention of one layer. Raises ValueError for a layer of another kind."""
+        kind, settings = self.plan()[layer_index]
+        if not issubclass(kind, AttentionLayer):
+            raise ValueError(f"layer {layer_index} is {kind.name}, expected {AttentionLayer.name}")
+        return settings.attention(self.hidden_size, self.rms_norm_eps)
 
     def _per_layer(self, name: str) -> list[Any]:
         value = getattr(self, name)
@@ -199,39 +189,23 @@ class SwatConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        assert kv_heads is not None
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(
-                f"num_key_value_heads: expected a divisor of num_attention_heads ({heads}), got {kv_heads}"
-            )
-        if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(
-                f"num_attention_heads: {counted(heads, 'head')} do not divide hidden_size {self.hidden_size}; "
-                "change one of them or give head_dim"
-            )
-        if self.head_dim is not None and self.head_dim < 1:
-            raise ValueError(f"head_dim: expected at least 1, got {self.head_dim}")
 
     def _settle_windows(self) -> None:
         windows = self._per_layer("sliding_window")
         for window in windows:
-            if window is not None and (isinstance(window, bool) or window < 1):
-                raise ValueError(
-                    f"sliding_window: expected at least 1 (a query counts itself) or None for full attention, "
-                    f"got {window}"
-                )
-            if window is not None and window > LARGEST_WINDOW:
-                raise ValueError(
-                    f"sliding_window: expected at most {LARGEST_WINDOW} (or None for full attention), got {window}"
-                )
+            if isinstance(window, bool):
+                raise ValueError(f"sliding_window: expected at least 1 or None for full attention, got {window}")
+        if self.layers is not None:
+            # what each entry says decides; the flat field is no more than its default
+            return
         given = self.layer_types
         if given is None:
             self.layer_types = ["full_attention" if window is None else "sliding_attention" for window in windows]
         else:
             self._check_layer_types(given, windows)
         # Hugging Face's tools understand a single integer: keep the list only where windows really differ
-        different = {self.window(index) for index in range(self.num_hidden_layers)} - {None}
+        assert self.layer_types is not None
+        different = {one for one, kind in zip(windows, self.layer_types, strict=True) if kind == "sliding_attention"}
         if len(different) <= 1:
             self.sliding_window = different.pop() if different else None
 
@@ -275,35 +249,6 @@ class SwatConfig(PreTrainedConfig):
         self.rope_parameters = parameters
         if not isinstance(theta, list):
             self.rope_theta = None
-        if any(self._per_layer("use_rotary")) and self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
-
-    def _check_layers(self) -> None:
-        mixers = self._per_layer("mixers")
-        functions, slopes, biases = (self._per_layer(name) for name in ("score_function", "slopes", "score_bias"))
-        for index in range(self.num_hidden_layers):
-            if mixers[index] not in MIXERS:
-                raise ValueError(f"mixers: layer {index} is {mixers[index]!r}; expected one of {', '.join(MIXERS)}")
-            if functions[index] not in ("sigmoid", "softmax"):
-                raise ValueError(f"score_function: expected 'sigmoid' or 'softmax', got {functions[index]!r}")
-            slopes_for(self.num_attention_heads, slopes[index], self.slope_schedule)
-            bias = biases[index]
-            if isinstance(bias, str):
-                if bias != INVERSE_WINDOW:
-                    raise ValueError(f"score_bias: expected a number or {INVERSE_WINDOW!r}, got {bias!r}")
-                if self.window(index) is None:
-                    raise ValueError(
-                        f"score_bias: layer {index} has no window, so {INVERSE_WINDOW!r} has no meaning; "
-                        "set score_bias=0 or another number, or a list with one entry per layer"
-                    )
-            elif not math.isfinite(bias):
-                raise ValueError(f"score_bias: expected a finite number, got {bias}")
-            if self.learned_sink and functions[index] != "softmax":
-                raise ValueError(
-                    "learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it"
-                )
-        if self.attention_backend not in BACKENDS:
-            raise ValueError(f"attention_backend: expected {', '.join(BACKENDS)}, got {self.attention_backend!r}")
 
 
 RECIPE_KEYS = tuple(field.name for field in fields(SwatConfig) if field.name in SwatConfig.__annotations__)  # type: ignore[arg-type]
@@ -318,7 +263,7 @@ ALIASES = {
     "depth": "num_hidden_layers", "width": "hidden_size", "d_model": "hidden_size", "dim": "hidden_size",
     "n_embd": "hidden_size", "ffn_dim": "intermediate_size", "head_size": "head_dim", "vocabulary": "vocab_size",
     "attn_bias": "attention_bias", "rotary": "use_rotary", "rope": "use_rotary", "sink": "learned_sink",
-    "bias": "score_bias", "backend": "attention_backend", "mixer": "mixers", "alibi": "slopes",
+    "bias": "score_bias", "backend": "attention_backend", "mixer": "layers", "alibi": "slopes", "layer": "layers",
 }  # fmt: skip
 
 
@@ -326,13 +271,21 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
     # Hugging Face keeps any unknown argument as an attribute; one that nearly is a setting of ours is a slip
     for key in extra:
         nearest = [ALIASES[key]] if key in ALIASES else difflib.get_close_matches(key, RECIPE_KEYS, n=1, cutoff=0.8)
+        if owners := kinds_with(key):
+            raise ValueError(f"SwatConfig has no argument {key!r}; {_in_layers(key, owners)}")
         if nearest:
             raise ValueError(f"SwatConfig has no argument {key!r}; did you mean {nearest[0]!r}?")
+
+
+def _in_layers(key: str, owners: list[str]) -> str:
+    return f"it is a setting of {' and '.join(owners)}: write it in layers, {{kind: {owners[0]}, {key}: ...}}"
 
 
 def check_fields(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
     """Raise ValueError, naming the nearest valid one, for a key of `what` that is not among `known`."""
     for key in values:
+        if key not in known and key not in RECIPE_KEYS and (owners := kinds_with(str(key))):
+            raise ValueError(f"{what}: unknown key {key!r}; {_in_layers(key, owners)}")
         if key not in known:
             nearest = [ALIASES[key]] if key in ALIASES else difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(known)}"
@@ -355,7 +308,7 @@ def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) 
             smaller than the tokenizer's.
     """
     values = dict(model)
-    check_fields(values, (*RECIPE_KEYS, "preset"), "model")
+    check_fields({name: one for name, one in values.items() if name != "mixers"}, (*RECIPE_KEYS, "preset"), "model")
     preset = values.pop("preset", None)
     if vocab_size is not None:
         if values.get("vocab_size", vocab_size) < vocab_size:

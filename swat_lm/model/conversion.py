@@ -1,25 +1,30 @@
-"""Llama and Mistral checkpoints as SWAT models: the same function, or a windowed one to train on.
+"""Checkpoints of other architectures as SWAT models: the same function, or a windowed one to train on.
 
-Names and shapes of the parameters are Llama's already, so weights are taken over unchanged.
+Which architectures, and what theirs is called here, is in families.py.
 """
 
+import copy
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from swat_lm.hub import nearest_name
-from swat_lm.model.configuration import RECIPE_KEYS, ROPE_TYPES, SwatConfig, check_fields
+from swat_lm.model.building import layers_without_weights
+from swat_lm.model.configuration import RECIPE_KEYS, SwatConfig, check_fields
+from swat_lm.model.families import Family, family_of
 from swat_lm.model.loading import find_model_folder
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.model.plan import kinds_with
 from swat_lm.model.weight_files import check_readable, give_usual_permissions
 from swat_lm.paths import local_path
 
-SOURCES = ("llama", "mistral")
-SIZES = (
+WEIGHT_SHAPES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -27,18 +32,10 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-)
-TAKEN_OVER = (
-    *SIZES,
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
     "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
 )
-WEIGHT_SHAPES = (*SIZES, "tie_word_embeddings", "attention_bias", "mlp_bias")
 # parameters that options of ours add to the source's
 ADDED = (".q_norm.", ".k_norm.", ".output_norm.", ".sink")
 # of the tokenizer, and the record of the text that the weights were trained on
@@ -59,9 +56,9 @@ FILES_BESIDE = (
 def convert(
     source: str | Path | PreTrainedModel, window: int | Literal["keep"] | None = "keep", **changes: Any
 ) -> SwatForCausalLM:
-    """Take a Llama or Mistral model over.
+    """Take a Llama, Mistral or Mamba-2 model over.
 
-    Without further arguments the result computes the same function: softmax, no slopes, the source's window.
+    Without further arguments the result computes the same function: for Llama softmax, no slopes, the source's window.
 
     Args:
         source: a folder with `config.json` and safetensors weights, a run's folder that holds such an `export`, or a
@@ -71,54 +68,112 @@ def convert(
             score_bias="-log(window)"` for a model to train on.
 
     Raises:
-        ValueError: another architecture, something that cannot be taken over exactly (the message names it), or a
-            checkpoint whose parameters do not fit.
+        ValueError: another architecture, something that cannot be taken over exactly (the message names it), a change
+            that has no meaning for the source, or a checkpoint whose parameters do not fit.
         OSError: the folder cannot be read.
     """
     if isinstance(source, PreTrainedModel):
         config = convert_config(source.config, window, **changes)
+        family = family_of(source.config.model_type)
         model = SwatForCausalLM(config).to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
-        missing, unexpected = model.load_state_dict(source.state_dict(), strict=False)
+        state = {family.rename(name): one for name, one in source.state_dict().items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
         _check_keys(missing, unexpected, config)
-        model.generation_config = source.generation_config  # type: ignore[assignment]
+        model.generation_config = copy.deepcopy(source.generation_config)  # type: ignore[assignment]
         return model
     folder = _existing_folder(source)
-    config = convert_config(AutoConfig.from_pretrained(folder), window, **changes)
+    theirs = AutoConfig.from_pretrained(folder)
+    config, family = convert_config(theirs, window, **changes), family_of(theirs.model_type)
     check_readable(folder)
-    try:
-        loaded: Any = SwatForCausalLM.from_pretrained(folder, config=config, dtype="auto", output_loading_info=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder}: the weights cannot be read or do not fit config.json: {error}") from error
-    model, report = loaded
+    return _read_renamed(folder, config, family) if family.names else _read(folder, config)
+
+
+def _read(folder: Path, config: SwatConfig) -> SwatForCausalLM:
+    """Weights whose names are ours already."""
+    model, report = _loaded(SwatForCausalLM, folder, config=config)
     _check_keys(report["missing_keys"], report["unexpected_keys"], config)
     return model
+
+
+def _read_renamed(folder: Path, config: SwatConfig, family: Family) -> SwatForCausalLM:
+    """Weights under their own names, in their own model, which then lends them to ours."""
+    # with `key_mapping`, transformers would write ours under the source's names again
+    source, report = _loaded(AutoModelForCausalLM, folder)
+    _check_keys(report["missing_keys"], report["unexpected_keys"], config)
+    with torch.device("meta"):
+        model = SwatForCausalLM(config)
+    state = {family.rename(name): one for name, one in source.state_dict().items()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    _check_keys(missing, unexpected, config)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    model.generation_config = source.generation_config
+    return model.eval()
+
+
+def _loaded(kind: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of a folder in the dtype of its weights, and transformers' report of what did not fit."""
+    try:
+        return kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder}: the weights cannot be read or do not fit config.json: {error}") from error
 
 
 def convert_config(
     source: PreTrainedConfig, window: int | Literal["keep"] | None = "keep", **changes: Any
 ) -> SwatConfig:
-    """The SwatConfig of a Llama or Mistral configuration; arguments and errors as in `convert`."""
-    if source.model_type not in SOURCES:
-        raise ValueError(f"source: expected a {' or '.join(SOURCES)} model, got {source.model_type!r}")
+    """The SwatConfig of a Llama, Mistral or Mamba-2 configuration; arguments and errors as in `convert`."""
+    family = family_of(source.model_type)
     check_fields(changes, [name for name in RECIPE_KEYS if name != "sliding_window"], "changes")
-    _refuse_what_differs(source)
-    fields = {name: getattr(source, name, None) for name in TAKEN_OVER}
-    fields.update(
-        attention_bias=getattr(source, "attention_bias", False),
-        mlp_bias=getattr(source, "mlp_bias", False),
-        rope_parameters=dict(source.rope_parameters),
-        sliding_window=getattr(source, "sliding_window", None) if window == "keep" else window,
-        score_function="softmax",
-        slopes="none",
-    )
-    of_weights = [name for name in WEIGHT_SHAPES if changes.get(name, fields[name]) != fields[name]]
+    family.refuse(source)
+    ours = family.fields(source)
+    same = SwatConfig(**ours, dtype=source.dtype)
+    _refuse_meaningless([*changes] if window == "keep" else ["window", *changes], same, family)
+    of_weights = [name for name in WEIGHT_SHAPES if name in changes and changes[name] != ours.get(name)]
     if of_weights:
         name = of_weights[0]
         raise ValueError(
             f"changes: {', '.join(of_weights)} would change the shapes of the weights, which are taken over as they "
-            f"are; leave {name} at the source's {fields[name]}"
+            f"are; leave {name} at the source's {ours.get(name)}"
         )
-    return SwatConfig(**{**fields, **changes}, dtype=source.dtype)
+    windowed = {} if window == "keep" else {"sliding_window": window}
+    config = SwatConfig(**{**ours, **windowed, **changes}, dtype=source.dtype)
+    if "layers" in changes:
+        _check_layers(config, same)
+    return config
+
+
+def _refuse_meaningless(names: Iterable[str], config: SwatConfig, family: Family) -> None:
+    """Settings of kinds of which the source has no layer."""
+    kinds = {entry.kind.name for entry in config.plan()}
+    for name in names:
+        setting = "sliding_window" if name == "window" else name
+        owners = kinds_with(setting)
+        if owners and not kinds & set(owners):
+            where = name if name == "window" else f"changes: {name}"
+            raise ValueError(
+                f"{where} is a setting of {' and '.join(owners)}, of which a {family.title} model has no layer; "
+                "leave it out"
+            )
+
+
+def _check_layers(config: SwatConfig, same: SwatConfig) -> None:
+    """Raise ValueError where a plan of layers has other weights than the source."""
+    for index, (ours, theirs) in enumerate(zip(config.plan(), same.plan(), strict=True)):
+        if ours.kind is not theirs.kind:
+            raise ValueError(
+                f"changes: layers makes layer {index} {ours.kind.name}, the source's is {theirs.kind.name}; "
+                "its weights are taken over as they are"
+            )
+    pairs = zip(layers_without_weights(config), layers_without_weights(same), strict=True)
+    for index, (ours, theirs) in enumerate(pairs):
+        known = dict(theirs.named_parameters())
+        for name, one in ours.named_parameters():
+            if name in known and one.shape != known[name].shape:
+                raise ValueError(
+                    f"changes: layers makes {name} of layer {index} {list(one.shape)}, the source's is "
+                    f"{list(known[name].shape)}; its weights are taken over as they are"
+                )
 
 
 def convert_folder(
@@ -160,24 +215,6 @@ def _existing_folder(source: str | Path) -> Path:
     if not local_path(source).exists():
         raise ValueError(f"source: {source} is not a checkpoint folder{nearest_name(local_path(source))}")
     return Path(find_model_folder(str(source)))
-
-
-def _refuse_what_differs(source: PreTrainedConfig) -> None:
-    """What our model has no counterpart for, so that the result would compute something else."""
-    activation = getattr(source, "hidden_act", "silu")
-    if activation != "silu":
-        raise ValueError(f"source: hidden_act {activation!r} is not supported, only 'silu'")
-    dropout = getattr(source, "attention_dropout", 0.0)
-    if dropout:
-        raise ValueError(f"source: attention_dropout {dropout} has no counterpart; set it to 0 in the source's config")
-    rope = source.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(
-            f"source: rotary of type {rope['rope_type']!r} changes with the sequence's length: not taken over; "
-            f"supported are {', '.join(ROPE_TYPES)}"
-        )
-    if getattr(source, "pretraining_tp", 1) not in (None, 1):
-        raise ValueError("source: pretraining_tp other than 1 is not supported")
 
 
 def _check_keys(missing: Any, unexpected: Any, config: SwatConfig) -> None:

@@ -5,13 +5,17 @@ the backward pass, norms, rotary and activations.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import torch
-from torch.utils.flop_counter import register_flop_formula
-
-from swat_lm.mixers import MIXERS
+from swat_lm.layers.base import Layer, StateTensor
+from swat_lm.model.building import layers_without_weights
 from swat_lm.model.configuration import SwatConfig
+from swat_lm.ops.flops import visible_pairs
+
+__all__ = [
+    "LayerCost", "Parameters", "count_parameters", "decoding_bytes_per_token", "decoding_flops_per_token",
+    "forward_flops", "grows", "plan_costs", "reach", "state_bytes", "training_flops_per_token", "visible_pairs",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,42 +38,56 @@ class Parameters:
 
 def count_parameters(config: SwatConfig) -> Parameters:
     """Parameters of SwatForCausalLM with this configuration."""
-    width, head_dim = config.hidden_size, _head_dim(config)
-    layers = 0
-    for index in range(config.num_hidden_layers):
-        settings = config.attention_settings(index)
-        layers += _layer_matrices(config, index) + 2 * width
-        layers += (_biases(config) if config.attention_bias else 0) + head_dim * (2 * settings.qk_norm)
-        layers += head_dim * settings.output_norm + settings.num_heads * settings.learned_sink
-        layers += (2 * config.intermediate_size + width) if config.mlp_bias else 0
-    embedding = config.vocab_size * width
+    layers = sum(map(layer_parameters, layers_without_weights(config)))
+    embedding = config.vocab_size * config.hidden_size
     output = 0 if config.tie_word_embeddings else embedding
-    return Parameters(embedding + output + layers + width, embedding, output, layers + width)
+    rest = layers + config.hidden_size
+    return Parameters(embedding + output + rest, embedding, output, rest)
 
 
-def visible_pairs(num_queries: int, window: int | None, num_past: int = 0) -> int:
-    """Query-key pairs that T causal queries see after `num_past` tokens: the sum of `min(past + t + 1, window)`."""
-    if window is None:
-        window = num_past + num_queries
-    # queries that see less than a full window: positions num_past .. window - 2
-    growing = max(0, min(num_queries, window - 1 - num_past))
-    return growing * num_past + growing * (growing + 1) // 2 + (num_queries - growing) * window
+def layer_parameters(layer: Layer) -> int:
+    """Parameters of one layer."""
+    return sum(parameter.numel() for parameter in layer.parameters())
 
 
-def attention_flops(num_heads: int, head_dim: int, num_queries: int, window: int | None, num_past: int = 0) -> int:
-    """FLOPs of the two products of attention, over the visible pairs of `num_heads` heads (of a batch: B * H)."""
-    return 4 * num_heads * head_dim * visible_pairs(num_queries, window, num_past)
+class LayerCost(NamedTuple):
+    """What one layer of a plan is and costs."""
+
+    index: int
+    words: str
+    """Its kind, and its window where it has one."""
+    parameters: int
+    state_bytes: int
+    """Per stream, after the context, in bf16 where the layer does not ask for more."""
+    reach: int | None
+    """Tokens, itself included, that an output depends on; None: all before it."""
+    flops_per_token: float
+    """Of a forward pass over the context."""
+
+
+def plan_costs(config: SwatConfig, context: int) -> list[LayerCost]:
+    """Every layer of a plan, for rows or streams of `context` tokens."""
+    found = []
+    for index, (layer, entry) in enumerate(zip(layers_without_weights(config), config.plan(), strict=True)):
+        words = entry.kind.name
+        if words == "attention":
+            window = entry.settings.sliding_window
+            words = "full attention" if window is None else f"window {window:,}"
+        flops = layer.flops(context) / context
+        held = layer_state_bytes(layer, context)
+        found.append(LayerCost(index, words, layer_parameters(layer), held, layer.reach(), flops))
+    return found
+
+
+def grows(config: SwatConfig) -> bool:
+    """Whether a layer keeps everything it has seen."""
+    return any(one.kind == "growing" for layer in layers_without_weights(config) for one in layer.state_spec())
 
 
 def forward_flops(config: SwatConfig, num_tokens: int, num_past: int = 0) -> int:
     """FLOPs of one forward pass over one sequence of T tokens, logits included, after `num_past` tokens of state."""
-    matrices = sum(_layer_matrices(config, index) for index in range(config.num_hidden_layers))
-    matrices += config.vocab_size * config.hidden_size
-    attention = sum(
-        attention_flops(config.num_attention_heads, _head_dim(config), num_tokens, config.window(index), num_past)
-        for index in range(config.num_hidden_layers)
-    )
-    return 2 * matrices * num_tokens + attention
+    layers = sum(layer.flops(num_tokens, num_past) for layer in layers_without_weights(config))
+    return layers + 2 * config.vocab_size * config.hidden_size * num_tokens
 
 
 def training_flops_per_token(config: SwatConfig, sequence_length: int) -> float:
@@ -89,21 +107,26 @@ def decoding_flops_per_token(config: SwatConfig, context: int) -> int:
 
 
 def state_bytes(config: SwatConfig, batch: int = 1, context: int | None = None, dtype_bytes: int = 2) -> int:
-    """Bytes of what the mixers keep for `batch` streams (without the 8 bytes per stream that hold its position).
+    """Bytes of what the layers keep for `batch` streams (without the 8 bytes per stream that hold its position).
 
     Args:
         context: tokens seen; needed where a layer has full attention, whose state grows with them.
-        dtype_bytes: of one element of the state.
+        dtype_bytes: of one element of the state, where the layer does not ask for wider ones.
 
     Raises:
         ValueError: a full-attention layer and no context.
     """
-    elements = 0
-    for index in range(config.num_hidden_layers):
-        with torch.device("meta"):
-            mixer = MIXERS[_mixer_name(config, index)].from_config(config, index)
-        elements += sum(tensor.num_elements(context) for tensor in mixer.state_spec())
-    return batch * elements * dtype_bytes
+    return batch * sum(layer_state_bytes(layer, context, dtype_bytes) for layer in layers_without_weights(config))
+
+
+def layer_state_bytes(layer: Layer, context: int | None = None, dtype_bytes: int = 2) -> int:
+    """Bytes of what one layer keeps for one stream."""
+    return sum(one.num_elements(context) * element_bytes(one, dtype_bytes) for one in layer.state_spec())
+
+
+def element_bytes(one: StateTensor, dtype_bytes: int) -> int:
+    """Bytes of an element beside a model of `dtype_bytes`."""
+    return dtype_bytes if one.dtype is None else max(dtype_bytes, one.dtype.itemsize)
 
 
 def decoding_bytes_per_token(
@@ -116,72 +139,18 @@ def decoding_bytes_per_token(
     weights = count_parameters(config).without_input_embedding
     if not config.tie_word_embeddings:
         weights += batch * config.hidden_size
-    visible = sum(visible_pairs(1, config.window(index), context) for index in range(config.num_hidden_layers))
-    assert config.num_key_value_heads is not None
-    state = 2 * visible * config.num_key_value_heads * _head_dim(config)
-    return weights * weight_bytes + batch * state * dtype_bytes
+    state = 0
+    for layer in layers_without_weights(config):
+        for one in layer.state_spec():
+            seen = context + 1 if one.items is None else min(context + 1, one.items)
+            read = one if one.kind == "summary" else one._replace(kind="window", items=seen)
+            state += read.num_elements() * element_bytes(one, dtype_bytes)
+    return weights * weight_bytes + batch * state
 
 
 def reach(config: SwatConfig) -> int | None:
-    """Tokens, itself included, that the output at one place depends on: 1 + the sum of window - 1; None = all."""
-    windows = [config.window(index) for index in range(config.num_hidden_layers)]
-    if None in windows:
+    """Tokens, itself included, that the output at one place depends on: 1 + the sum of reach - 1; None = all."""
+    reaches = [layer.reach() for layer in layers_without_weights(config)]
+    if None in reaches:
         return None
-    return 1 + sum(window - 1 for window in windows if window is not None)
-
-
-def _layer_matrices(config: SwatConfig, layer_index: int) -> int:
-    """Elements of the weight matrices that every token of a layer is multiplied with."""
-    settings = config.attention_settings(layer_index)
-    attention = settings.hidden_size * settings.head_dim * 2 * (settings.num_heads + settings.num_kv_heads)
-    return attention + 3 * config.hidden_size * config.intermediate_size
-
-
-def _biases(config: SwatConfig) -> int:
-    assert config.num_key_value_heads is not None
-    return (config.num_attention_heads + 2 * config.num_key_value_heads) * _head_dim(config) + config.hidden_size
-
-
-def _head_dim(config: SwatConfig) -> int:
-    assert config.head_dim is not None
-    return config.head_dim
-
-
-def _mixer_name(config: SwatConfig, layer_index: int) -> str:
-    assert isinstance(config.mixers, list)
-    return config.mixers[layer_index]
-
-
-# `torch.utils.flop_counter` counts our operator by the same rule: useful pairs, the visibility of a plain batch
-
-
-@register_flop_formula(torch.ops.swat_lm.window_attention)
-def _window_attention_flops(*args: Any, **kwargs: Any) -> int:
-    return _attended_flops(torch.ops.swat_lm.window_attention, args)
-
-
-@register_flop_formula(torch.ops.swat_lm.window_attention_backward)
-def _window_attention_backward_flops(*args: Any, **kwargs: Any) -> int:
-    return 2 * _attended_flops(torch.ops.swat_lm.window_attention_backward, args)
-
-
-def _attended_flops(operation: Any, args: tuple[Any, ...]) -> int:
-    # tensors come as their shapes; the places of the arguments are the op's own affair
-    named = {argument.name: value for argument, value in zip(operation.default._schema.arguments, args, strict=False)}
-    batch, num_queries, num_heads, head_dim = named["query"]
-    num_past = named["key"][1] - num_queries
-    return attention_flops(batch * num_heads, head_dim, num_queries, named["window"], num_past)
-
-
-@register_flop_formula(torch.ops.swat_lm.window_attention_step)
-def _window_attention_step_flops(
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    key_ring: tuple[int, ...],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    # counted as a full ring: the positions are values, which a formula of shapes does not see
-    batch, _, num_heads, head_dim = query
-    return 4 * batch * num_heads * head_dim * key_ring[1]
+    return 1 + sum(one - 1 for one in reaches if one is not None)

@@ -18,12 +18,14 @@ __all__ = ["fingerprint"]
 
 # elements read of one weight; of larger ones (of a vocabulary, or wider than 2,048) evenly spread rows
 MOST_ELEMENTS = 1 << 22
+# settings of layers that change nothing but rounding
+HOW = ("attention_backend", "chunk_size")
 # elements at the beginning of a row that tell whether a weight has changed since
 GLIMPSE = 8
 
 
 def fingerprint(model: "SwatForCausalLM") -> str:
-    """Name, dtype, shape and bits of every weight, and each layer's attention and rotary, as 32 hexadecimal digits.
+    """Name, dtype, shape and bits of every weight, and the settings of every layer, as 32 hexadecimal digits.
 
     Of the bits, the sum of every row, so that one pass at the speed of memory is enough: half a second for 374M
     parameters on one core, once; weights of more than 4M elements by evenly spread rows. It is kept with the model
@@ -56,13 +58,11 @@ def ends(weight: Tensor) -> tuple[int, ...]:
 
 def whole_fingerprint(model: "SwatForCausalLM") -> str:
     """The fingerprint, formed anew."""
-    config = model.config
     found = hashlib.sha256()
-    for index in range(config.num_hidden_layers):
-        # the backend says how, not what
-        settings = {**asdict(config.attention_settings(index)), "backend": None}
-        rotary = config.rotary(index)
-        found.update(json.dumps([settings, rotary], sort_keys=True, default=str).encode())
+    for entry in model.config.plan():
+        # what says how, not what
+        settings = {name: one for name, one in asdict(entry.settings).items() if name not in HOW}
+        found.update(json.dumps([entry.kind.name, settings], sort_keys=True, default=str).encode())
     sums = []
     for name, weight in model.named_parameters():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

@@ -36,6 +36,10 @@ def type_words(hint: Any) -> str:
         return " or ".join(dict.fromkeys(type_words(one) for one in parts))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"[{', '.join(map(type_words, get_args(hint)))}]"
+    if hint == list[Any]:
+        return "a list"
     if get_origin(hint) is list:
         return "a list of these, one per layer"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}

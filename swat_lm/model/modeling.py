@@ -1,77 +1,58 @@
-"""The model of every architecture here: Llama's skeleton around the mixers, as Hugging Face classes.
+"""The model of every plan of layers, as Hugging Face classes.
 
-Parameter names and shapes are Llama's, so Llama and Mistral weights load unchanged. Attention is computed by
-`swat_lm.ops` alone; Hugging Face's attention implementations would be softmax and are refused.
+Parameter names and shapes of attention layers are Llama's, so Llama and Mistral weights load unchanged. Attention is
+computed by `swat_lm.ops` alone; Hugging Face's attention implementations would be softmax and are refused.
 Legend: B batch, T tokens, M model width, V vocabulary.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from swat_lm.mixers import MIXERS, WindowAttention
-from swat_lm.mixers.norm import RMSNorm
-from swat_lm.mixers.protocol import Memory, Mixer, RingMemory, Visible
-from swat_lm.model.cache import RingCache, StockMemory
-from swat_lm.model.chunk import ChunkPlan, documents_from_lengths, plan_chunk
+from swat_lm.layers.base import NOTHING, Auxiliary, Layer
+from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.norm import RMSNorm
+from swat_lm.model.building import build_layers, shared_by
+from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
+from swat_lm.model.execution import check_chunk, run_layers, step_layers
+from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk
+from swat_lm.model.kept import check_kept
 from swat_lm.model.loss import IGNORE, chunked_cross_entropy, chunked_cross_entropy_through
-from swat_lm.model.rotary import LayerRotary
+from swat_lm.model.pasts import CachePast, Carry
 from swat_lm.model.streaming import Streaming
 
 # what Hugging Face's tools pass along and this model has no use for
 TOLERATED = {"cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal"}
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+@dataclass
+class SwatModelOutput(BaseModelOutputWithPast):
+    """With the carry for the next chunk, and what layers say beside."""
 
-    def __init__(self, config: SwatConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map `[B, T, M]` to `[B, T, M]`."""
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+    carry: Carry | None = None
+    auxiliary: tuple[Auxiliary, ...] | None = None
+    """One per layer; None where no layer says anything."""
 
 
-class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm mixer and feed-forward, each added to the residual stream."""
+@dataclass
+class SwatCausalLMOutput(CausalLMOutputWithPast):
+    """With the hidden states after the final norm, the carry for the next chunk, and what layers say beside."""
 
-    def __init__(self, config: SwatConfig, layer_index: int) -> None:
-        super().__init__()
-        assert isinstance(config.mixers, list)
-        self.self_attn: Mixer = MIXERS[config.mixers[layer_index]].from_config(config, layer_index)
-        self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, visible: Visible, memory: Memory | None = None
-    ) -> tuple[Tensor, Memory | None]:
-        """Process a chunk `[B, T, M]`; returns it and the memory for the next chunk."""
-        mixed, memory = self.self_attn(self.input_layernorm(hidden), angles, visible, memory)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), memory
-
-    def step(self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None, memory: RingMemory) -> Tensor:
-        """Process one token per sequence, `[B, 1, M]`, in place over the rings."""
-        hidden = hidden + self.self_attn.step(self.input_layernorm(hidden), angles, memory)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    last_hidden_state: Tensor | None = None
+    carry: Carry | None = None
+    auxiliary: tuple[Auxiliary, ...] | None = None
 
 
 class SwatPreTrainedModel(PreTrainedModel):
@@ -81,22 +62,19 @@ class SwatPreTrainedModel(PreTrainedModel):
     config_class = SwatConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _can_record_outputs = {"hidden_states": DecoderLayer}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": Layer}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        scale = self.config.output_projection_init_scale
-        std = self.config.initializer_range * scale
-        if isinstance(module, WindowAttention):
-            if module.sink is not None:
-                init.zeros_(module.sink)
-            if scale != 1:
-                init.normal_(module.o_proj.weight, mean=0.0, std=std)
-        elif isinstance(module, FeedForward) and scale != 1:
-            init.normal_(module.down_proj.weight, mean=0.0, std=std)
+        if isinstance(module, Layer):
+            module.init_weights(shared_by(self.config))
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # as custom code, modules without parameters of their own would be passed over, layers among them;
+        # what layers draw respects what was loaded, parameter by parameter
+        super()._initialize_weights(module, is_custom_code=False)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Hugging Face asks here which attention to use; there is one answer.
@@ -130,9 +108,10 @@ class SwatModel(SwatPreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(build_layers(config))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = LayerRotary(config)
+        # the model's own kinds and no others: accelerate refuses a name that it does not find
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -147,19 +126,23 @@ class SwatModel(SwatPreTrainedModel):
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        carry: Carry | None = None,
+        windows: tuple[int | None, ...] | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> SwatModelOutput:
         """Run all layers over `[B, T]` tokens.
 
         Args:
             input_ids: `[B, T]`; or give `inputs_embeds` `[B, T, M]`.
-            attention_mask: `[B, past + T]`, 1 = real token; left or right padding, no holes.
+            attention_mask: `[B, past + T]`, 1 = real token; padding on either side, and holes, which nobody sees.
             position_ids: `[B or 1, T]` for rotary; without a mask, a break in them begins a packed document.
-            past_key_values: a cache of `transformers` or a `RingCache`.
+            past_key_values: a `SlotCache`, or for attention layers a cache of `transformers`.
             use_cache: keep a cache; by default in inference only.
             document_ids: integers `[B, T]`; a change begins a document, which does not see the one before;
                 negative ids are padding.
             cu_seq_lens_q: `[documents + 1]`, the same for one flattened row, as Hugging Face's collators give it.
+            carry: what the chunk before handed on (`init_carry`), in training chunk by chunk.
+            windows: one per layer, drawn for this call; None where a layer has none.
 
         Returns:
             `last_hidden_state` `[B, T, M]` after the final norm, and `past_key_values` when a cache is used.
@@ -176,41 +159,105 @@ class SwatModel(SwatPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("past_key_values: activation checkpointing would fill the cache twice; pass none")
             use_cache = False
-        # caches of fixed size count in a tensor, which they change in place
-        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         batch, num_tokens, _ = hidden.shape
         if cu_seq_lens_q is not None and document_ids is None:
             document_ids = documents_from_lengths(cu_seq_lens_q, batch, num_tokens)
-        plan = plan_chunk(batch, num_tokens, num_past, hidden.device, attention_mask, position_ids, document_ids)
-        if past_key_values is None and use_cache and not plan.packed:
-            past_key_values = DynamicCache(config=self.config)
-        hidden = self._run(hidden, plan, past_key_values, num_past)
-        return BaseModelOutputWithPast(
+        if carry is not None:
+            given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+            return self._run_after(carry, hidden, document_ids, windows, given)
+        # caches of fixed size count in a tensor, which they change in place
+        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        chunk = plan_chunk(
+            batch, num_tokens, num_past, hidden.device, attention_mask, position_ids, document_ids,
+            goes_on=past_key_values is not None or use_cache,
+        )  # fmt: skip
+        chunk.windows = windows
+        packed = chunk.first is not None and (document_ids is not None or attention_mask is None)
+        if past_key_values is None and use_cache and not packed:
+            past_key_values = SlotCache(self.config)
+        if packed and past_key_values is not None:
+            raise ValueError("packed documents cannot be decoded from: pass use_cache=False, or one document a row")
+        if isinstance(past_key_values, SlotCache):
+            hidden, said = self._run_in_slots(hidden, chunk, past_key_values, attention_mask)
+        else:
+            pasts = None
+            if past_key_values is not None:
+                pasts = [CachePast(past_key_values, index, num_past) for index in range(len(self.layers))]
+            hidden, _, said = run_layers(self.stack, hidden, chunk, pasts)
+        return SwatModelOutput(
             last_hidden_state=self.norm(hidden),  # type: ignore[arg-type]
             past_key_values=past_key_values if use_cache else None,
+            auxiliary=_worth_saying(said),
         )
 
     @property
-    def stack(self) -> list[DecoderLayer]:
+    def stack(self) -> list[Layer]:
         """The layers, typed."""
-        return cast(list[DecoderLayer], self.layers)
+        return cast(list[Layer], self.layers)
 
-    def _run(self, hidden: Tensor, plan: ChunkPlan, cache: Cache | None, num_past: int) -> Tensor:
-        num_tokens, visible = hidden.shape[1], plan.visible
-        memories: list[Memory] | list[None] = [None] * len(self.layers)
-        if isinstance(cache, RingCache):
-            memories = cache.memories(plan, num_tokens, hidden)
-            visible = cache.visible(plan, num_tokens)
-        elif cache is not None:
-            if plan.packed:
-                raise ValueError("packed documents cannot be decoded from: pass use_cache=False, or one document a row")
-            memories = [StockMemory(cache, index, num_past) for index in range(len(self.layers))]
-        angles = self.rotary.angles(plan.positions, hidden.dtype)
-        for layer, layer_angles, memory in zip(self.stack, angles, memories, strict=True):
-            hidden, _ = layer(hidden, layer_angles, visible, memory)
-        if isinstance(cache, RingCache):
-            cache.advance(plan, num_tokens)
-        return hidden
+    def _run_after(
+        self,
+        carry: Carry,
+        hidden: Tensor,
+        document_ids: Tensor | None,
+        windows: tuple[int | None, ...] | None,
+        given: dict[str, Any],
+    ) -> SwatModelOutput:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}: a carry knows where its rows stand; give document_ids, or nothing")
+        check_kept([past.spec for past in carry.pasts], [layer.state_spec() for layer in self.stack], "carry")
+        if carry.mode == "exact" and any(_is_reentrant(layer) for layer in self.stack):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True would lose the gradients that flow through the carry: "
+                "enable it with use_reentrant=False, or take a detached carry"
+            )
+        chunk, after = plan_carry(hidden, document_ids, carry)
+        chunk.windows = windows
+        hidden, pasts, said = run_layers(self.stack, hidden, chunk, carry.pasts)
+        after = replace(after, pasts=tuple(pasts))
+        return SwatModelOutput(
+            last_hidden_state=self.norm(hidden),  # type: ignore[arg-type]
+            carry=after.detached() if carry.mode == "detached" else after,
+            auxiliary=_worth_saying(said),
+        )
+
+    def _run_in_slots(
+        self, hidden: Tensor, chunk: Chunk, cache: SlotCache, attention_mask: Tensor | None
+    ) -> tuple[Tensor, list[Auxiliary]]:
+        # before anything is kept of the chunk
+        check_chunk(self.stack, chunk)
+        batch, num_tokens, _ = hidden.shape
+        specs = [layer.state_spec() for layer in self.stack]
+        slots = cache.prepare(specs, batch, hidden.dtype, hidden.device)
+        if batch != slots.num_slots:
+            raise ValueError(f"past_key_values: holds {slots.num_slots} sequences, got a batch of {batch}")
+        rows = cache.begin(chunk, num_tokens, attention_mask)
+        pasts = slots.pasts(rows)
+        is_step = (
+            num_tokens == 1
+            and rows.begin is None
+            and chunk.hidden_items(0) is None
+            and slots.passed is None
+            and chunk.windows is None
+            and not torch.is_grad_enabled()
+        )
+        said: list[Auxiliary] = []
+        if is_step:
+            hidden = step_layers(self.stack, hidden.squeeze(1), chunk, pasts).unsqueeze(1)
+        else:
+            hidden, _, said = run_layers(self.stack, hidden, chunk, pasts)
+        slots.advance(rows)
+        return hidden, said
+
+
+def _is_reentrant(layer: Layer) -> bool:
+    options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(layer.training and layer.gradient_checkpointing and options.get("use_reentrant"))
+
+
+def _worth_saying(said: list[Auxiliary]) -> tuple[Auxiliary, ...] | None:
+    return tuple(said) if any(one is not NOTHING for one in said) else None
 
 
 class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
@@ -240,8 +287,9 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
         return_logits: bool | None = None,
+        carry: Carry | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> SwatCausalLMOutput:
         """Predict the next token of every place.
 
         Args:
@@ -251,11 +299,12 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
             num_items_in_batch: what the summed loss is divided by; the labels of this call when None.
             logits_to_keep: logits of the last n places only (0 = all), or of the given places.
             return_logits: whether to form logits; by default only without labels, since the loss does not need them.
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, document_ids: see
-                `SwatModel.forward`.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, document_ids, carry: see
+                `SwatModel.forward`, which also takes `windows`.
 
         Returns:
-            `loss` in nats when labels are given, `logits` `[B, kept, V]`, `past_key_values`.
+            `loss` in nats when labels are given, `logits` `[B, kept, V]`, `past_key_values`; with a carry the next one
+            and `last_hidden_state` `[B, T, M]`.
         """
         learning = labels is not None or shift_labels is not None
         outputs = self.model(
@@ -266,6 +315,7 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=False if learning and use_cache is None and past_key_values is None else use_cache,
             document_ids=document_ids,
+            carry=carry,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -275,11 +325,14 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
             loss = self.loss(hidden, targets, num_items_in_batch)
         if return_logits or (return_logits is None and not learning):
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        return CausalLMOutputWithPast(
+        return SwatCausalLMOutput(
             loss=loss,  # type: ignore[arg-type]
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            last_hidden_state=None if carry is None else hidden,
+            carry=outputs.carry,
+            auxiliary=outputs.auxiliary,
         )
 
     def loss(self, hidden: Tensor, targets: Tensor, num_items: Tensor | float | None = None) -> Tensor:
@@ -303,18 +356,16 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        windows = [self.config.window(index) for index in range(self.config.num_hidden_layers)]
         ours = (
             generation_config.use_cache is not False
             and generation_config.cache_implementation is None
             and model_kwargs.get("past_key_values") is None
-            # rolled back by the assistant, which rings cannot do
-            and generation_mode != GenerationMode.ASSISTED_GENERATION
-            and not generation_config.is_assistant
-            and None not in windows
         )
         if ours:
-            model_kwargs["past_key_values"] = RingCache(self.config, max_length=max_cache_length)
+            cache = SlotCache(self.config, max_length=max_cache_length)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
             return None  # type: ignore[return-value]
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -1,152 +1,49 @@
-"""The state of endless streams: rings made from what the mixers keep, their bytes, and their way to disk and back.
-
-Constant in size where every layer has a window. Legend: B sequences, T tokens, W window, K key/value heads, D head.
-"""
+"""The state of endless streams on its way to disk and back."""
 
 import json
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import ReferenceType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from swat_lm.mixers.protocol import RingMemory, StateTensor
+from swat_lm.layers.base import StateTensor
 from swat_lm.model.fingerprint import fingerprint
+from swat_lm.model.slots import Slots
 from swat_lm.model.weight_files import check_readable, give_usual_permissions
-from swat_lm.ops.ring import empty_ring
 
-FIRST_CAPACITY = 64
-FORMAT = "swat-lm stream state 1"
+FORMAT = "swat-lm stream state 2"
+FIRST_FORMAT = "swat-lm stream state 1"
+"""Before layers could keep anything else than keys and values."""
 UNBOUND = "this state does not say which model made it, so one of other weights but the same shape would go on with it"
 
 
-@dataclass
-class StreamState:
-    """What B streams keep of their past: rings per layer, and how many tokens each has seen.
-
-    Constant in size where every layer has a window. A full-attention layer's ring is doubled before it would wrap.
-    """
-
-    rings: list[dict[str, Tensor]]
-    """Per layer, by the names of the mixer's state: `[B, W, K, D]`."""
-    windows: tuple[int | None, ...]
-    position: Tensor
-    """int64 `[B]`: real tokens seen; the position of the next one."""
-    num_columns: int = 0
-    """Tokens fed to each stream, padding included."""
-    ragged: bool = False
-    """Whether padding has set the streams apart."""
-    logits: Tensor | None = None
-    """`[B, V]` after the last token, where whoever stopped put them; gone as soon as the state reads another."""
-    fits: "ReferenceType[Any] | None" = None
-    """The model that made the state, or has found it to be its own."""
-    fingerprint: str | None = None
-    """Of the model that made a state read from a file (swat_lm/model/fingerprint.py); None where that is not known."""
-    _memories: list[RingMemory] = field(default_factory=list)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held for all streams: rings and positions, which is all that reading on needs."""
-        tensors = [tensor for layer in self.rings for tensor in layer.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, self.position))
-
-    @property
-    def grows(self) -> bool:
-        """Whether any layer keeps everything, so that the state grows with the stream (in blocks)."""
-        return None in self.windows
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the rings."""
-        return next(tensor for layer in self.rings for tensor in layer.values()).dtype
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.position.shape[0]
-
-    def common_position(self) -> int | None:
-        """Where all streams stand, or None where they stand apart."""
-        positions = set(self.position.tolist())
-        return positions.pop() if len(positions) == 1 else None
-
-    def step_memories(self) -> list[RingMemory]:
-        """The layers' memories for one more token, made once."""
-        self._reserve(1)
-        if not self._memories:
-            self._memories = self._new_memories(None)
-        return self._memories
-
-    def chunk_memories(self, num_tokens: int, num_real: Tensor | None) -> list[RingMemory]:
-        """The layers' memories for a chunk of T tokens."""
-        self._reserve(num_tokens)
-        return self._new_memories(num_real)
-
-    def _new_memories(self, num_real: Tensor | None) -> list[RingMemory]:
-        slot = torch.arange(self.batch_size, device=self.position.device)
-        return [
-            RingMemory(
-                layer["key"],
-                layer["value"],
-                slot,
-                self.position,
-                num_real,
-                reach_back=min(self.num_columns, layer["key"].shape[1] - 1),
-            )
-            for layer in self.rings
-        ]
-
-    def _reserve(self, num_tokens: int) -> None:
-        """Enlarge the rings of full-attention layers; places are positions until they wrap, so copying is enough."""
-        needed = self.num_columns + num_tokens
-        for window, layer in zip(self.windows, self.rings, strict=True):
-            if window is not None or layer["key"].shape[1] >= needed:
-                continue
-            capacity = layer["key"].shape[1]
-            while capacity < needed:
-                capacity *= 2
-            for name, ring in layer.items():
-                larger = _zeros(ring.shape[0], (capacity, *ring.shape[2:]), ring)
-                larger[:, : ring.shape[1]] = ring
-                layer[name] = larger
-            self._memories = []
-
-
-def empty_rings(
-    specs: Iterable[tuple[StateTensor, ...]], batch_size: int, dtype: torch.dtype, device: torch.device
-) -> list[dict[str, Tensor]]:
-    """Zeroed rings for B streams, one mapping per layer, from what each mixer says it keeps."""
-    like = torch.empty(0, dtype=dtype, device=device)
-    return [{tensor.name: _zeros(batch_size, _capacity(tensor), like) for tensor in spec} for spec in specs]
-
-
-def made_by(state: StreamState) -> str | None:
+def made_by(state: Slots) -> str | None:
     """The fingerprint of the model that made a state, as its weights are now; None where that is not known."""
     model = None if state.fits is None else state.fits()
     return state.fingerprint if model is None else fingerprint(model)
 
 
-def save_state(state: StreamState, path: str | Path) -> None:
+def save_state(state: Slots, path: str | Path) -> None:
     """Write a state as one safetensors file, beside and then renamed.
 
     With it goes the fingerprint of its model, so that no other one goes on with it; a warning says where that model is
     gone already.
     """
     path = Path(path)
-    tensors = {
-        f"layers.{i}.{name}": ring.contiguous() for i, layer in enumerate(state.rings) for name, ring in layer.items()
-    }
+    order = torch.arange(state.num_slots, device=state.position.device)
+    tensors = {name: tensor.contiguous() for name, tensor in state.snapshot(order).items()}
     metadata = {
         "format": FORMAT,
-        "windows": json.dumps(state.windows),
+        "layers": json.dumps([[described(one) for one in spec.values()] for spec in state.specs]),
+        "dtype": dtype_name(state.dtype),
         "num_columns": str(state.num_columns),
+        # how far a chunk looks back, and so how its sums are rounded
+        "fullest": str(state.fullest),
         "ragged": json.dumps(state.ragged),
     }
     maker = made_by(state)
@@ -155,19 +52,20 @@ def save_state(state: StreamState, path: str | Path) -> None:
     else:
         metadata["fingerprint"] = maker
     if state.logits is not None:
-        # files of before lack them, and a stream that goes on with a text does not need them
+        # a stream that goes on with a text does not need them
         tensors["logits"] = state.logits.contiguous()
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({**tensors, "position": state.position}, beside, metadata)
+        save_file(tensors, beside, metadata)
         give_usual_permissions(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def load_state(path: str | Path, device: torch.device | str = "cpu") -> StreamState:
-    """Read a state that `save_state` wrote; with the model that made it, the stream continues bit for bit.
+def load_state(path: str | Path, device: torch.device | str = "cpu") -> Slots:
+    """Read a state that `save_state` wrote, now or before version 2; with the model that made it, the stream
+    continues bit for bit.
 
     Any other model refuses it. Files of before do not say which model that was: a warning says so.
 
@@ -182,27 +80,53 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> StreamSt
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path}: not a stream state, or damaged: {error}") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, FIRST_FORMAT):
         raise ValueError(f"{path}: a safetensors file, but not a stream state of swat-lm")
-    windows = tuple(json.loads(metadata["windows"]))
-    position, logits = tensors.pop("position"), tensors.pop("logits", None)
-    rings: list[dict[str, Tensor]] = [{} for _ in windows]
-    for name, tensor in tensors.items():
-        _, index, short = name.split(".")
-        # in the layout of a new state, so that the same kernels run and the stream continues bit for bit
-        rings[int(index)][short] = _zeros(tensor.shape[0], tuple(tensor.shape[1:]), tensor).copy_(tensor)
-    maker = metadata.get("fingerprint")
-    if maker is None:
+    logits = tensors.pop("logits", None)
+    if metadata["format"] == FIRST_FORMAT:
+        specs, dtype = first_specs(metadata, tensors), tensors["layers.0.key"].dtype
+    else:
+        specs = [tuple(state_tensor(one) for one in layer) for layer in json.loads(metadata["layers"])]
+        dtype = getattr(torch, metadata["dtype"])
+    tensors.setdefault("skipped", torch.zeros_like(tensors["position"]))
+    state = Slots(specs, len(tensors["position"]), dtype, device)
+    growing = [
+        f"layers.{index}.{one.name}" for index, spec in enumerate(specs) for one in spec if one.kind == "growing"
+    ]
+    state.reserve(max((tensors[name].shape[1] for name in growing), default=0))
+    state.restore(torch.arange(state.num_slots, device=state.position.device), tensors)
+    state.num_columns, state.ragged = int(metadata["num_columns"]), json.loads(metadata["ragged"])
+    state.fullest = int(metadata.get("fullest", state.num_columns))
+    state.logits = logits
+    state.fingerprint = metadata.get("fingerprint")
+    if state.fingerprint is None:
         warnings.warn(f"{path}: {UNBOUND}", stacklevel=2)
-    return StreamState(
-        rings, windows, position, int(metadata["num_columns"]), json.loads(metadata["ragged"]), logits,
-        fingerprint=maker,
-    )  # fmt: skip
+    return state
 
 
-def _zeros(batch_size: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return empty_ring(batch_size, *shape, like) if len(shape) == 3 else like.new_zeros(batch_size, *shape)
+def described(one: StateTensor) -> dict[str, Any]:
+    """A state tensor as JSON."""
+    return {**one._asdict(), "dtype": None if one.dtype is None else dtype_name(one.dtype)}
 
 
-def _capacity(tensor: StateTensor) -> tuple[int, ...]:
-    return tuple(FIRST_CAPACITY if size is None else size for size in tensor.shape)
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
+def state_tensor(values: dict[str, Any]) -> StateTensor:
+    """The inverse of `described`."""
+    dtype = values["dtype"]
+    return StateTensor(
+        **{**values, "shape": tuple(values["shape"]), "dtype": None if dtype is None else getattr(torch, dtype)}
+    )
+
+
+def first_specs(metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[tuple[StateTensor, ...]]:
+    """What the layers of a file of the first format keep."""
+    specs = []
+    for index, window in enumerate(json.loads(metadata["windows"])):
+        shape = tuple(tensors[f"layers.{index}.key"].shape[2:])
+        kind = "growing" if window is None else "window"
+        specs.append((StateTensor("key", shape, kind, window), StateTensor("value", shape, kind, window)))
+    return specs

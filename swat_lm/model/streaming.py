@@ -1,55 +1,31 @@
-"""Endless streams: prefill in chunks and a lean decode step over a constant state; and training chunk by chunk.
+"""Endless streams: prefill in chunks and a lean decode step over slots; and training chunk by chunk.
 
-Legend: B sequences, T tokens, M model width, V vocabulary, W window.
+Legend: N slots, B rows, T tokens, M model width, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from swat_lm.mixers.protocol import FARTHEST, CarryMemory, Visible
+from swat_lm.layers.base import by_name
+from swat_lm.layers.chunk import Chunk
 from swat_lm.model.decoding import DecodingPlan, arrange, contiguous_state_dict
+from swat_lm.model.execution import check_chunk, run_layers, step_layers
 from swat_lm.model.fingerprint import fingerprint
-from swat_lm.model.state import StreamState, empty_rings, made_by
-from swat_lm.ops.visibility import from_attention_mask, from_document_ids
+from swat_lm.model.inputs import check_mask, plan_stream
+from swat_lm.model.pasts import Carry, CarryPast, Rows
+from swat_lm.model.slots import Slots
+from swat_lm.model.state import made_by
 
 if TYPE_CHECKING:
     from swat_lm.model.configuration import SwatConfig
     from swat_lm.model.modeling import SwatModel
 
 
-@dataclass(frozen=True)
-class Carry:
-    """What one chunk hands to the next in training: functional, never changed in place.
-
-    `exact` lets gradients flow to older chunks; `detached` cuts them.
-    """
-
-    mode: Literal["exact", "detached"]
-    memories: tuple[CarryMemory, ...]
-    num_tokens: int = 0
-    """Tokens before the next chunk."""
-    document: Tensor | None = None
-    """int64 `[B]`: id of the document that the last token belongs to; None where no ids are given."""
-    document_length: Tensor | None = None
-    """int64 `[B]`: tokens of that document so far."""
-
-    def repeated(self, counts: Tensor) -> "Carry":
-        """Each sequence so many times (int64 `[B]`), in order: several continuations go on from one beginning."""
-
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.repeat_interleave(counts, dim=0)
-
-        memories = tuple(CarryMemory(one.keep, rows(one.key), rows(one.value)) for one in self.memories)
-        return Carry(self.mode, memories, self.num_tokens, rows(self.document), rows(self.document_length))
-
-
 class Streaming:
-    """Mixed into the language model: states, prefill, the decode step, and chunks with a carry."""
+    """Mixed into the language model: slots, prefill, the decode step, and chunks with a carry."""
 
     _decoding_plan: DecodingPlan | None = None
     _is_arranged = False
@@ -62,9 +38,16 @@ class Streaming:
         register_state_dict_post_hook: Any
 
     def init_state(
-        self, batch_size: int = 1, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> StreamState:
-        """Empty state for B streams; dtype and device are the model's unless given.
+        self,
+        batch_size: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        capacity: int | None = None,
+    ) -> Slots:
+        """Empty slots for B streams; dtype and device are the model's unless given.
+
+        Args:
+            capacity: tokens that a layer without a window may keep per slot; more are refused. None: it grows.
 
         Raises:
             ValueError: a batch size below 1.
@@ -72,14 +55,10 @@ class Streaming:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         weight = self.model.embed_tokens.weight
-        dtype, device = dtype or weight.dtype, torch.device(device or weight.device)
-        # never inference tensors, so that a state made under inference_mode can be used outside it
-        with torch.inference_mode(False):
-            specs = (layer.self_attn.state_spec() for layer in self.model.stack)
-            rings = empty_rings(specs, batch_size, dtype, device)
-            position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        windows = tuple(self.config.window(index) for index in range(self.config.num_hidden_layers))
-        return StreamState(rings, windows, position, fits=ref(self))
+        specs = [layer.state_spec() for layer in self.model.stack]
+        slots = Slots(specs, batch_size, dtype or weight.dtype, device or weight.device, capacity)
+        slots.fits = ref(self)
+        return slots
 
     def arrange_for_decoding(self) -> None:
         """Lay the weights out in memory as decoding on a CPU reads them fastest: most by input channel, and joined.
@@ -87,7 +66,7 @@ class Streaming:
         Shapes, names, values and bytes do not change, and whatever the model does still works; only the order of sums
         does. A product with one row streams through such a matrix, where rows of dot products wait for memory: 18 to
         22 GB/s instead of 12 on one core that reads 25 GB/s (width 768, 2,304 to 16,384 outputs; docs/experiments.md).
-        `decode_step` then takes a shorter way, unless a module is replaced or a weight is moved later.
+        `decode_step` then takes a shorter way, but for layers of which a module is replaced or a weight is moved later.
 
         Raises:
             ValueError: the model is not on a CPU.
@@ -102,49 +81,53 @@ class Streaming:
             self.register_state_dict_post_hook(contiguous_state_dict)
 
     @torch.no_grad()
-    def extend(self, input_ids: Tensor, state: StreamState, attention_mask: Tensor | None = None) -> Tensor:
+    def extend(
+        self,
+        input_ids: Tensor,
+        state: Slots,
+        attention_mask: Tensor | None = None,
+        *,
+        slot: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Feed one chunk `[B, T]` of any length; returns the hidden states `[B, T, M]` after the final norm.
 
         Args:
             state: changed in place.
-            attention_mask: `[B, T]`, left padding, allowed for streams that have not begun.
+            attention_mask: `[B, T]`: left padding in rows that have not begun; a hole is a token that nobody sees.
+            slot: int64 `[B]`, the slots of the rows, each at its own position; None: all slots in order.
+            lengths: int64 `[B]`, how many tokens of each row are real, from the left; the rest is padding. A row of 0
+                stays as it is.
 
         Raises:
-            ValueError: a batch that is not the state's, right padding, padding in a stream that has begun, or a state
-                that `check_state` refuses.
+            ValueError: rows that are not the slots', lengths beyond the chunk, or padding that a stream has no place
+                for; nothing is read then.
         """
-        self._check_rows(input_ids, state)
+        rows, hidden_tokens = self._stream_rows(input_ids, state, attention_mask, slot, lengths)
         state.logits = None
-        num_tokens = input_ids.shape[1]
-        num_real = _left_padding(attention_mask, input_ids, state)
-        state.ragged = state.ragged or num_real is not None
         hidden = self.model.embed_tokens(input_ids)
-        padding = 0 if num_real is None else num_tokens - num_real
-        start = state.position - padding
-        positions = (start[:, None] + torch.arange(num_tokens, device=start.device)).clamp(min=0)
-        visible = Visible()
-        if state.ragged:
-            # what stands before a stream's first token is not there; padding has moved that token to the right
-            first = (-start).clamp(min=FARTHEST).to(torch.int32)
-            visible = Visible(first[:, None].expand(-1, num_tokens).contiguous())
-        angles = self.model.rotary.angles(positions, hidden.dtype)
-        memories = state.chunk_memories(num_tokens, num_real)
-        for layer, layer_angles, memory in zip(self.model.stack, angles, memories, strict=True):
-            hidden, _ = layer(hidden, layer_angles, visible, memory)
-        state.position += num_tokens if num_real is None else num_real
-        state.num_columns += num_tokens
+        chunk = plan_stream(state, rows, hidden_tokens)
+        hidden, _, _ = run_layers(self.model.stack, hidden, chunk, state.pasts(rows))
+        state.advance(rows, None if hidden_tokens is None else hidden_tokens.sum(dim=1))
         return self.model.norm(hidden)
 
     @torch.no_grad()
     def prefill(
-        self, input_ids: Tensor, state: StreamState, chunk: int = 512, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, StreamState]:
-        """Feed a prompt `[B, T]` in chunks; returns the logits after its last token, `[B, V]`, and the state.
+        self,
+        input_ids: Tensor,
+        state: Slots,
+        chunk: int = 512,
+        attention_mask: Tensor | None = None,
+        *,
+        slot: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Slots]:
+        """Feed a prompt `[B, T]` in chunks; returns the logits after each row's last token, `[B, V]`, and the state.
 
         Args:
             state: changed in place.
             chunk: tokens per chunk, any size; only speed and memory depend on it.
-            attention_mask: `[B, T]`, left padding.
+            attention_mask, slot, lengths: see `extend`.
 
         Raises:
             ValueError: an empty prompt or a chunk below 1, and what `extend` refuses.
@@ -155,43 +138,67 @@ class Streaming:
             raise ValueError(
                 f"input_ids: expected [batch, tokens] with at least one token, got {list(input_ids.shape)}"
             )
-        masks: Sequence[Tensor | None] = [None] * -(-input_ids.shape[1] // chunk)
-        if attention_mask is not None:
-            from_attention_mask(attention_mask)
-            masks = attention_mask.split(chunk, dim=1)
-        hidden = None
-        for part, mask in zip(input_ids.split(chunk, dim=1), masks, strict=True):
-            hidden = self.extend(part, state, mask)
-        assert hidden is not None
-        return self.lm_head(hidden[:, -1]), state
+        # all of it, so that nothing is read where a later chunk would be refused
+        self._stream_rows(input_ids, state, attention_mask, slot, lengths)
+        last = None
+        for start in range(0, input_ids.shape[1], chunk):
+            part = input_ids[:, start : start + chunk]
+            mask = None if attention_mask is None else attention_mask[:, start : start + chunk]
+            left = None if lengths is None else (lengths - start).clamp(0, part.shape[1])
+            hidden = self.extend(part, state, mask, slot=slot, lengths=left)
+            if left is None:
+                last = hidden[:, -1]
+                continue
+            # of rows that have ended, what they ended with
+            own = hidden[torch.arange(len(left), device=left.device), (left - 1).clamp(min=0)]
+            last = own if last is None else torch.where((left > 0)[:, None], own, last)
+        assert last is not None
+        return self.lm_head(last), state
 
     @torch.no_grad()
-    def decode_step(self, token: Tensor, state: StreamState) -> Tensor:
-        """Feed one token per stream, `[B, 1]`; returns the logits `[B, V]`. The state is changed in place.
+    def decode_step(self, token: Tensor, state: Slots, slot: Tensor | None = None) -> Tensor:
+        """Feed one token per row, `[B, 1]`; returns the logits `[B, V]`. The state is changed in place.
+
+        Args:
+            slot: int64 `[B]`, the slots of the rows; None: all slots in order.
 
         Raises:
-            ValueError: another number of tokens, or the state of another model.
+            ValueError: another number of tokens, slots that are not there or that two rows name (looked at where they
+                lie on the CPU), or the state of another model.
         """
-        if token.shape != (state.batch_size, 1):
-            raise ValueError(f"token: expected [{state.batch_size}, 1], one per stream; got {list(token.shape)}")
-        self._check_rows(token, state)
+        num_rows = state.num_slots if slot is None else len(slot)
+        if token.shape != (num_rows, 1):
+            raise ValueError(f"token: expected [{num_rows}, 1], one per stream; got {list(token.shape)}")
+        self._check_state(state)
+        if slot is not None:
+            if slot.device.type == "cpu":
+                # elsewhere looking at them would make every step wait for the device
+                check_slots(slot, state)
+            state.ragged = True
         state.logits = None
-        model, plan = self.model, self._decoding_plan
-        if plan is not None and not plan.describes_the_model():
-            plan = None
+        if state.has_holes or state.passed is not None:
+            # a step cannot see which of the items it reads are hidden, nor take them back
+            return self.lm_head(self.extend(token, state, slot=slot)[:, -1])
+        plan = self._decoding_plan
         # cheaper per operation than no_grad; the logits are formed outside of it, so that callers may change them
         with torch.inference_mode():
-            hidden = model.embed_tokens(token)
-            if plan is not None:
-                hidden = plan.step(hidden.squeeze(1), model.rotary, state)
+            hidden = self.model.embed_tokens(token.squeeze(1))
+            if slot is None:
+                pasts, positions = state.step_pasts(), state.position
             else:
-                angles = model.rotary.step_angles(state.position, hidden.dtype)
-                for layer, layer_angles, memory in zip(model.stack, angles, state.step_memories(), strict=True):
-                    hidden = layer.step(hidden, layer_angles, memory)
-                hidden = model.norm(hidden).squeeze(1)
-            state.position += 1
-        state.num_columns += 1
-        return self.lm_head(hidden) if plan is None else plan.head.times(hidden)
+                rows = state.rows(1, slot)
+                pasts, positions = state.pasts(rows), rows.position
+            if plan is None:
+                hidden = step_layers(self.model.stack, hidden, Chunk(positions[:, None]), pasts)
+                hidden = self.model.norm(hidden)
+            else:
+                hidden = plan.step(self.model.stack, hidden, positions, pasts, self.model.norm, slot is None)
+            if slot is None:
+                state.position += 1
+                state.count(1)
+            else:
+                state.advance(rows)
+        return self.lm_head(hidden) if plan is None else plan.logits(self.lm_head, hidden)
 
     def init_carry(self, mode: Literal["exact", "detached"] = "exact") -> Carry:
         """An empty carry for `forward_chunk`.
@@ -201,8 +208,7 @@ class Streaming:
         """
         if mode not in ("exact", "detached"):
             raise ValueError(f"mode: expected 'exact' or 'detached', got {mode!r}")
-        keeps = [self.config.window(index) for index in range(self.config.num_hidden_layers)]
-        return Carry(mode, tuple(CarryMemory(None if keep is None else keep - 1) for keep in keeps))
+        return Carry(mode, tuple(CarryPast(by_name(layer.state_spec())) for layer in self.model.stack))
 
     def forward_chunk(
         self, input_ids: Tensor, carry: Carry, document_ids: Tensor | None = None
@@ -216,44 +222,15 @@ class Streaming:
         Returns:
             Hidden states `[B, T, M]` after the final norm (for `model.loss`), and the carry for the next chunk.
         """
-        if carry.mode == "exact" and any(_is_reentrant(layer) for layer in self.model.stack):
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=True would lose the gradients that flow through the carry: "
-                "enable it with use_reentrant=False, or take a detached carry"
-            )
-        if document_ids is not None or carry.document is not None:
-            positions, visible, document, length = _document_chunk(input_ids, document_ids, carry)
-        else:
-            start, end = carry.num_tokens, carry.num_tokens + input_ids.shape[1]
-            positions, visible = torch.arange(start, end, device=input_ids.device).unsqueeze(0), Visible()
-            document = length = None
-        hidden = self.model.embed_tokens(input_ids)
-        angles = self.model.rotary.angles(positions, hidden.dtype)
-        memories = []
-        for layer, layer_angles, memory in zip(self.model.stack, angles, carry.memories, strict=True):
-            hidden, after = layer(hidden, layer_angles, visible, memory)
-            memories.append(after.detached() if carry.mode == "detached" else after)
-        num_tokens = carry.num_tokens + input_ids.shape[1]
-        return self.model.norm(hidden), Carry(carry.mode, tuple(memories), num_tokens, document, length)
+        outputs = self(input_ids, document_ids=document_ids, carry=carry, return_logits=False)  # type: ignore[operator]
+        return outputs.last_hidden_state, outputs.carry
 
-    def check_state(self, state: StreamState) -> None:
-        """Raise ValueError unless this model can go on with the state: one of its shape, dtype, device and weights.
+    def check_state(self, state: Slots) -> None:
+        """Raise ValueError unless this model can go on with the state: one of its plan, dtype, device and weights.
 
         Every call that takes a state does so when it first meets it; a state that has read nothing has no weights yet.
         """
-        if len(state.rings) != len(self.model.stack):
-            raise ValueError(
-                f"state: expected {len(self.model.stack)} layers, it holds {len(state.rings)}; it belongs to another "
-                "model"
-            )
-        for index, (layer, rings) in enumerate(zip(self.model.stack, state.rings, strict=True)):
-            for tensor in layer.self_attn.state_spec():
-                held = tuple(rings[tensor.name].shape[1:]) if tensor.name in rings else None
-                if held is None or any(want not in (None, have) for want, have in zip(tensor.shape, held, strict=True)):
-                    raise ValueError(
-                        f"state: layer {index} keeps {tensor.name} as {list(tensor.shape)}, the state holds "
-                        f"{'none' if held is None else list(held)}; it belongs to another model"
-                    )
+        state.check_specs([layer.state_spec() for layer in self.model.stack])
         self._check_kind(state)
         if state.num_columns:
             maker, own = made_by(state), fingerprint(self)  # type: ignore[arg-type]
@@ -265,7 +242,7 @@ class Streaming:
                 )
         state.fits = ref(self)
 
-    def _check_kind(self, state: StreamState) -> None:
+    def _check_kind(self, state: Slots) -> None:
         weight = self.model.embed_tokens.weight
         held, device = state.dtype, state.position.device
         if device != weight.device:
@@ -281,62 +258,73 @@ class Streaming:
                 f"the state, or read the text again in {own}"
             )
 
-    def _check_rows(self, input_ids: Tensor, state: StreamState) -> None:
-        if input_ids.dim() != 2 or input_ids.shape[0] != state.batch_size:
-            raise ValueError(f"input_ids: expected [{state.batch_size}, tokens], got {list(input_ids.shape)}")
+    def _check_state(self, state: Slots) -> None:
         if state.fits is None or state.fits() is not self:
             self.check_state(state)
         else:
             # the model may have been cast or moved meanwhile
             self._check_kind(state)
 
+    def _stream_rows(
+        self,
+        input_ids: Tensor,
+        state: Slots,
+        attention_mask: Tensor | None,
+        slot: Tensor | None,
+        lengths: Tensor | None,
+    ) -> tuple[Rows, Tensor | None]:
+        """The rows of a chunk, and which of their tokens are hidden, bool `[B, T]`; raises before anything is read."""
+        num_rows = state.num_slots if slot is None else len(slot)
+        if input_ids.dim() != 2 or input_ids.shape[0] != num_rows:
+            raise ValueError(f"input_ids: expected [{num_rows}, tokens], got {list(input_ids.shape)}")
+        self._check_state(state)
+        check_chunk(self.model.stack, Chunk(input_ids))
+        num_tokens = input_ids.shape[1]
+        if slot is not None:
+            check_slots(slot, state)
+            state.ragged = True
+        begin = end = hidden = None
+        if lengths is not None:
+            if attention_mask is not None:
+                raise ValueError("lengths: give either lengths or attention_mask")
+            check_lengths(lengths, num_rows, num_tokens)
+            end, state.ragged = lengths.to(state.position.device), True
+        if attention_mask is not None:
+            begin, hidden = masked_rows(attention_mask, input_ids, state, slot)
+            state.ragged = state.ragged or begin is not None
+        return state.rows(num_tokens, slot, begin, end), hidden
 
-def _is_reentrant(layer: nn.Module) -> bool:
-    options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
-    return bool(layer.training and getattr(layer, "gradient_checkpointing", False) and options.get("use_reentrant"))
+
+def check_slots(slot: Tensor, state: Slots) -> None:
+    """Raise ValueError for slots that are not there, or that two rows name."""
+    found = slot.tolist()
+    if slot.dim() != 1 or len(set(found)) != len(found) or not all(0 <= one < state.num_slots for one in found):
+        raise ValueError(f"slot: expected different numbers from 0 to {state.num_slots - 1}, one per row; got {found}")
 
 
-def _left_padding(attention_mask: Tensor | None, input_ids: Tensor, state: StreamState) -> Tensor | None:
-    """Real tokens per row, int64 `[B]`, or None where there is no padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask: expected {list(input_ids.shape)}, got {list(attention_mask.shape)}")
-    if from_attention_mask(attention_mask).first_visible is None:
-        return None
-    num_real = (attention_mask != 0).sum(dim=1)
-    on_the_right = ((attention_mask[:, -1] == 0) & (num_real > 0)).nonzero()
-    if on_the_right.numel():
-        raise ValueError(f"attention_mask: row {int(on_the_right[0])} is padded on the right; pad streams on the left")
-    begun = ((num_real < input_ids.shape[1]) & (state.position > 0)).nonzero()
-    if begun.numel():
-        raise ValueError(f"attention_mask: row {int(begun[0])} has begun, so padding would be a hole in its stream")
-    return num_real
+def check_lengths(lengths: Tensor, num_rows: int, num_tokens: int) -> None:
+    """Raise ValueError for lengths that do not fit the rows."""
+    if lengths.shape != (num_rows,) or bool(((lengths < 0) | (lengths > num_tokens)).any()):
+        raise ValueError(
+            f"lengths: expected {num_rows} numbers from 0 to {num_tokens}, the real tokens of each row; "
+            f"got {lengths.tolist()}"
+        )
 
 
-def _document_chunk(
-    input_ids: Tensor, document_ids: Tensor | None, carry: Carry
-) -> tuple[Tensor, Visible, Tensor, Tensor]:
-    """Positions, visibility, and the last document's id and length, where a document may begin in an older chunk."""
-    if document_ids is None or (carry.document is None and carry.num_tokens):
-        raise ValueError("document_ids: give them for every chunk of a stream or for none")
-    if document_ids.shape != input_ids.shape:
-        raise ValueError(f"document_ids: expected {list(input_ids.shape)}, got {list(document_ids.shape)}")
-    ids = document_ids.long()
-    before, length = carry.document, carry.document_length
-    if before is None or length is None:
-        before, length = torch.full_like(ids[:, 0], -1), torch.zeros_like(ids[:, 0])
-    joined = torch.cat((before.unsqueeze(1), ids), dim=1)
-    # numbered by their changes: ids need to differ between neighbours only
-    numbers = (joined[:, 1:] != joined[:, :-1]).cumsum(1)
-    numbers = torch.cat((torch.zeros_like(numbers[:, :1]), numbers), dim=1).masked_fill(joined < 0, -1)
-    first = from_document_ids(numbers).first_visible
-    own = torch.arange(ids.shape[1], device=ids.device)
-    if first is None:
-        start = (-length).unsqueeze(1).expand_as(ids)
-    else:
-        # index 0 is the carried document, which began `length` tokens before this chunk
-        start = torch.where(first[:, 1:] == 0, -length.unsqueeze(1), first[:, 1:].long() - 1)
-    positions = (own - start).clamp(min=0)
-    after = torch.where(ids[:, -1] < 0, 0, ids.shape[1] - start[:, -1])
-    return positions, Visible(start.clamp(min=FARTHEST).to(torch.int32)), ids[:, -1], after
+def masked_rows(
+    attention_mask: Tensor, input_ids: Tensor, state: Slots, slot: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Columns of padding before each row's first token, int64 `[B]`, and hidden tokens, bool `[B, T]`; None: none.
+
+    What is not real is padding in rows that have not begun, and hidden in those that have.
+    """
+    check_mask(attention_mask, *input_ids.shape)
+    real = attention_mask != 0
+    if attention_mask.dtype != torch.bool and bool((real & (attention_mask != 1)).any()):
+        raise ValueError("attention_mask: expected only 0 (padding) and 1 (real token); additive masks have no meaning")
+    if bool(real.all()):
+        return None, None
+    position = state.position if slot is None else state.position[slot]
+    begun = (real.cumsum(dim=1) > 0) | (position > 0)[:, None]
+    hidden, padding = begun & ~real, (~begun).sum(dim=1)
+    return padding if bool(padding.any()) else None, hidden if bool(hidden.any()) else None

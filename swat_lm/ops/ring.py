@@ -112,6 +112,11 @@ def empty_ring(slots: int, window: int, num_kv_heads: int, head_dim: int, like: 
     return like.new_zeros(slots, num_kv_heads, window, head_dim).transpose(1, 2)
 
 
+def like_ring(tensor: Tensor) -> Tensor:
+    """The same numbers head-major in memory, as `empty_ring` lays them out."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2) if tensor.dim() == 4 else tensor
+
+
 Product = tuple[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor]
 
 

@@ -60,3 +60,17 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotate_paired(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """The rotation of `apply_rotary` by angles over whole heads, `[B, 1, 1, D]`, the sine signed by halves.
+
+    A roll by half a head exchanges the members of every pair.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin).to(x.dtype)
+
+
+def half_angles(cos: Tensor, signed_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The angles of `rotate_paired` as the operator takes them: `[B, 1, 1, D]` to `[B, 1, D / 2]`, views."""
+    half = cos.shape[-1] // 2
+    return cos[:, :, 0, :half], signed_sin[:, :, 0, half:]

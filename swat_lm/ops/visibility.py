@@ -60,6 +60,33 @@ def from_attention_mask(attention_mask: Tensor, num_queries: int | None = None) 
     return Visibility(first.to(torch.int32), None)
 
 
+def from_mask_with_holes(
+    attention_mask: Tensor, num_queries: int | None = None, ends_hidden: bool = False
+) -> tuple[Visibility, Tensor | None]:
+    """Convert a padding mask `[B, S]` that may have holes: padding between real tokens, which nobody sees.
+
+    Args:
+        attention_mask: `[B, S]`, 1 or True = real.
+        num_queries: T, at most S; S when None.
+        ends_hidden: whether padding after a row's last real token counts as a hole too, since tokens will follow.
+
+    Returns:
+        Visibility as if the holes were seen, and bool `[B, S]` of the keys in holes, None where there are none.
+    """
+    if attention_mask.dim() != 2:
+        return from_attention_mask(attention_mask, num_queries), None
+    real = attention_mask != 0
+    # after the first real token, and before the last
+    hidden = ~real & (real.cumsum(dim=1) > 0)
+    if not ends_hidden:
+        hidden &= real.flip(1).cumsum(dim=1).flip(1) > 0
+    if not bool(hidden.any()):
+        return from_attention_mask(attention_mask, num_queries), None
+    if attention_mask.dtype != torch.bool and bool((real & (attention_mask != 1)).any()):
+        raise ValueError("attention_mask: expected only 0 (padding) and 1 (real token); additive masks have no meaning")
+    return from_attention_mask(real | hidden, num_queries), hidden
+
+
 def from_document_ids(document_ids: Tensor) -> Visibility:
     """Convert the document of each token, `[B, T]` integers, for rows that hold several documents one after another.
 

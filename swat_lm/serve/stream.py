@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swat_lm.model.modeling import SwatForCausalLM
-from swat_lm.model.state import StreamState
+from swat_lm.model.slots import Slots
 from swat_lm.serve.sampling import Sampling, sample
 
 __all__ = ["TextAssembler", "generate_tokens", "next_logits", "read_prompt"]
@@ -18,7 +18,7 @@ __all__ = ["TextAssembler", "generate_tokens", "next_logits", "read_prompt"]
 
 @torch.inference_mode()
 def read_prompt(
-    model: SwatForCausalLM, pieces: Iterable[Sequence[int]], state: StreamState, chunk: int = 512
+    model: SwatForCausalLM, pieces: Iterable[Sequence[int]], state: Slots, chunk: int = 512
 ) -> Tensor | None:
     """Feed token ids, piece by piece, to a state of one stream; returns the logits `[1, V]` after the last token.
 
@@ -33,7 +33,7 @@ def read_prompt(
 
 
 @torch.inference_mode()
-def next_logits(model: SwatForCausalLM, token: int, state: StreamState) -> Tensor:
+def next_logits(model: SwatForCausalLM, token: int, state: Slots) -> Tensor:
     """Logits `[1, V]` after one more token of a stream."""
     return model.decode_step(torch.tensor([[token]], device=model.device), state)
 
@@ -41,7 +41,7 @@ def next_logits(model: SwatForCausalLM, token: int, state: StreamState) -> Tenso
 def generate_tokens(
     model: SwatForCausalLM,
     logits: Tensor,
-    state: StreamState,
+    state: Slots,
     sampling: Sampling,
     max_new_tokens: int | None,
     generator: torch.Generator | None = None,

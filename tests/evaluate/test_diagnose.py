@@ -33,9 +33,9 @@ def test_weights_are_those_of_the_operator(changes: dict):
         torch.nn.init.normal_(attention.sink)
 
     def hook(module, arguments, output):
-        hidden, angles = arguments[:2]
-        weights = attention_weights(module, hidden, angles)
-        _, _, value = module._project(hidden)
+        hidden, chunk = arguments[:2]
+        weights = attention_weights(module, hidden, chunk)
+        _, _, value = module.project(hidden)
         value = value.repeat_interleave(module.settings.num_heads // module.settings.num_kv_heads, dim=2)
         mixed = torch.einsum("bhts,bshd->bthd", weights, value)
         seen.append((module.o_proj(mixed.flatten(2)), output[0], weights))

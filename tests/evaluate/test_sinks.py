@@ -58,8 +58,8 @@ def test_it_is_what_the_definition_says(model: LlamaForCausalLM, chunks: tuple[i
     found = torch.cat([reader.extend(part, state) for part in tokens.split(chunks, dim=1)], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(found, written_out(model, tokens), rtol=1e-4, atol=1e-5)
-    # two layers, keys and values, the window without its newest place and the sinks, 16 channels of 4 bytes
-    assert reader.state_bytes(state) == 2 * 2 * (WINDOW - 1 + SINKS) * 16 * 4
+    # two layers, keys and values, the window and the sinks, 16 channels of 4 bytes, and the position
+    assert reader.state_bytes(state) == 2 * 2 * (WINDOW + SINKS) * 16 * 4 + 8
 
 
 def test_a_short_text_is_read_with_full_attention(model: LlamaForCausalLM):
@@ -93,7 +93,7 @@ def test_loss_by_length_is_measured_with_sinks(model: LlamaForCausalLM):
     plain = loss_on_same_text(model, documents, [8, 32], window=WINDOW)
     kept = loss_on_same_text(model, documents, [8, 32], window=WINDOW, num_sinks=SINKS)
     assert kept.at(32).mean_loss != pytest.approx(plain.at(32).mean_loss, rel=1e-4)
-    assert kept.at(32).state_bytes == 2 * 2 * (WINDOW - 1 + SINKS) * 16 * 4
+    assert kept.at(32).state_bytes == 2 * 2 * (WINDOW + SINKS) * 16 * 4 + 8
     assert kept.window == WINDOW
     with pytest.raises(ValueError, match="num_sinks: sinks are kept beside a window"):
         loss_on_same_text(model, documents, [8, 32], num_sinks=SINKS)

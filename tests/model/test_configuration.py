@@ -1,6 +1,7 @@
 """SwatConfig: per-layer settings, what Hugging Face reads of it, and the messages for what cannot be."""
 
 import math
+from typing import Literal
 
 import pytest
 from transformers import DynamicCache
@@ -8,6 +9,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from swat_lm import SwatConfig
 from swat_lm.model.configuration import config_from_recipe
+from swat_lm.model.misfits import type_words
+from swat_lm.model.plan import fits
 
 from .models import tiny_config
 
@@ -78,10 +81,45 @@ def test_rotary_base_has_one_home():
         ({"slopes": "forward"}, "slopes: expected one of"),
         ({"score_function": "relu"}, "score_function: expected 'sigmoid' or 'softmax'"),
         ({"score_bias": "-log(n)"}, "score_bias: expected a number or"),
-        ({"score_bias": "-log(window)", "sliding_window": None}, "layer 0 has no window"),
+        ({"score_bias": "-log(window)", "sliding_window": None}, "score_bias: the layer has no window"),
         ({"score_bias": math.inf}, "score_bias: expected a finite number"),
         ({"learned_sink": True}, "learned_sink: only softmax"),
-        ({"mixers": ["attention", "mamba"]}, "mixers: layer 1 is 'mamba'"),
+        ({"layers": [{"kind": ["attention"]}]}, r"layers\[0\]: kind must be text, one of .*; got \['attention'\]"),
+        ({"mixers": ["attention", "mamba"]}, r"layers\[1\]: unknown kind 'mamba'"),
+        ({"mixers": ["attention"], "layers": ["mamba2"]}, r"mixers: layers says what each layer is, mixers"),
+        ({"layers": []}, r"layers: expected a list of kinds, such as \[attention, mamba2\]; got \[\]"),
+        ({"layers": [3]}, r"layers\[0\]: expected a kind or a mapping with the key 'kind'; got 3"),
+        ({"layers": [{"knd": "mamba2"}]}, r"layers\[0\]: expected a kind or a mapping with the key 'kind'"),
+        (
+            {"layers": [{"kind": ["mamba2"]}]},
+            r"layers\[0\]: kind must be text, one of attention, mamba2; got \['mamba2'\]",
+        ),
+        ({"layers": ["attention", "mamba3"]}, r"layers\[1\]: unknown kind 'mamba3'; did you mean 'mamba2'\?"),
+        ({"layers": [{"kind": "mamba2", "state_sise": 3}]}, "unknown setting 'state_sise'; did you mean 'state_size'"),
+        (
+            {"layers": [{"kind": "mamba2", "sliding_window": 3}]},
+            r"layers\[0\] \(mamba2\): 'sliding_window' is a setting of attention, not of mamba2",
+        ),
+        ({"layers": [{"kind": "mamba2", "state_size": "x"}]}, "state_size must be a whole number; got 'x'"),
+        (
+            {"layers": [{"kind": "mamba2", "time_step_limit": 1}]},
+            r"time_step_limit must be \[a number, a number\] or null; got 1",
+        ),
+        (
+            {"layers": [{"kind": "mamba2", "time_step_limit": [1]}]},
+            r"layers\[0\] \(mamba2\): time_step_limit: expected two numbers, .* got \[1\]",
+        ),
+        ({"layers": [{"kind": "mamba2", "repeat": 0}]}, r"layers\[0\]: repeat: expected a whole number of at least 1"),
+        ({"layers": [{"kind": "mamba2", "repeat": 3}]}, "the pattern has 3 layers, num_hidden_layers is 2"),
+        (
+            {"layers": ["attention", {"kind": "mamba2", "ssm_head_dim": 7}]},
+            r"layers\[1\] \(mamba2\): ssm_head_dim: expected a divisor of expand \* hidden_size \(64\), got 7",
+        ),
+        (
+            {"layers": ["attention", {"kind": "attention", "num_attention_heads": 5}]},
+            r"layers\[1\] \(attention\): num_attention_heads: 5 heads do not divide hidden_size 32",
+        ),
+        ({"state_size": 16}, "it is a setting of mamba2: write it in layers, {kind: mamba2, state_size: ...}"),
         ({"layer_types": ["sliding_attention"]}, "layer_types: expected 2 entries"),
         ({"layer_types": ["sliding_attention", "chunked_attention"]}, "layer_types: layer 1"),
         ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": [3, 4]}, "layer 1 is 'full_att"),
@@ -127,3 +165,11 @@ def test_recipe_mapping():
 def test_recipe_mapping_refuses(mapping, vocab_size, message):
     with pytest.raises(ValueError, match=message):
         config_from_recipe(mapping, vocab_size)
+
+
+def test_words_of_a_choice_are_checked():
+    for hint in (Literal["fast", "exact"], Literal["fast", "exact"] | None):
+        assert fits("fast", hint)
+        assert not fits("slow", hint)
+        assert not fits(["fast"], hint)
+    assert type_words(Literal["fast", "exact"]) == "one of fast, exact"

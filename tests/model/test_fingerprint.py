@@ -132,7 +132,7 @@ def test_a_state_of_before_goes_on_to_the_same_numbers_with_one_warning(tmp_path
     expected = model.decode_step(tokens(1, 1), load_state(path))
     with safe_open(path, "pt") as file:
         metadata = {name: value for name, value in file.metadata().items() if name != "fingerprint"}
-    assert metadata["format"] == "swat-lm stream state 1"
+    assert metadata["format"] == "swat-lm stream state 2"
     save_file(load_file(path), path, metadata)
     with pytest.warns(UserWarning, match=r"x\.state: this state does not say which model made it") as said:
         state = load_state(path)

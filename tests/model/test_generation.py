@@ -5,14 +5,14 @@ import torch
 from transformers import DynamicCache, StaticCache, TextStreamer
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from swat_lm.model.cache import RingCache
+from swat_lm.model.cache import SlotCache
 
 from .models import VOCABULARY, close, tiny_model, tokens
 
 CACHES = {
     "stock": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config, max_cache_len=400),
-    "ring": RingCache,
+    "slots": SlotCache,
 }
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
@@ -31,11 +31,9 @@ def same_tokens(model, actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(actual[:, 1:][sure[:, :-1]], expected[:, 1:][sure[:, :-1]])
 
 
-@pytest.mark.parametrize("cache", ["stock", "static", "ring"])
+@pytest.mark.parametrize("cache", ["stock", "static", "slots"])
 @pytest.mark.parametrize(("window", "length"), [(1, 14), (2, 19), (7, 44), (64, 329), ([3, None], 24)])
 def test_cached_is_uncached_at_every_step(cache, window, length):
-    if cache == "ring" and window == [3, None]:
-        pytest.skip("rings need windows")
     for chunk in (1, 5) if length < 100 else (1,):
         check_steps(CACHES[cache], window, length, chunk)
 
@@ -120,21 +118,25 @@ def test_streamer_gets_every_token():
     assert "".join(pieces).split() == [str(int(token)) for token in out[0, 5:]]
 
 
-def test_generate_uses_rings_of_constant_size():
+def test_generate_keeps_a_cache_of_constant_size():
     model, ids = tiny_model(), tokens(2, 30)
     cache = model.generate(ids, return_dict_in_generate=True, **GREEDY).past_key_values
-    assert isinstance(cache, RingCache)
-    assert [tuple(layer.keys.shape) for layer in cache.layers] == [(2, 7, 2, 8)] * 2
+    assert isinstance(cache, SlotCache)
+    # in transformers' layout: [B, K, T, D]
+    assert [tuple(layer.keys.shape) for layer in cache.layers] == [(2, 2, 7, 8)] * 2
+    assert cache.max_cache_len == 7
     assert cache.get_seq_length() == 30 + 24 - 1
     mixed = tiny_model(sliding_window=[3, None])
-    assert type(mixed.generate(ids, return_dict_in_generate=True, **GREEDY).past_key_values) is DynamicCache
+    cache = mixed.generate(ids, return_dict_in_generate=True, **GREEDY).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [3, 53]
 
 
 def test_rings_are_no_longer_than_the_generation():
     model = tiny_model(sliding_window=64)
     cache = model.generate(tokens(1, 5), return_dict_in_generate=True, **GREEDY).past_key_values
     # the last token is never fed
-    assert cache.layers[0].keys.shape[1] == 5 + 24 - 1
+    assert cache.layers[0].keys.shape[2] == 5 + 24 - 1
+    assert cache.slots.num_bytes == 2 * 2 * 28 * 2 * 8 * 4 + 8
 
 
 def test_conversation_goes_on_beyond_the_length_a_cache_was_made_for():
@@ -146,12 +148,12 @@ def test_conversation_goes_on_beyond_the_length_a_cache_was_made_for():
         continued = model.generate(told, past_key_values=cache, **GREEDY)
         same_tokens(model, continued, model.generate(told, use_cache=False, **GREEDY))
         told = continued
-    assert cache.layers[0].keys.shape[1] == 64
+    assert cache.layers[0].keys.shape[2] == 64
 
 
 def test_conversation_goes_on_from_a_cache():
     model, ids = tiny_model(), tokens(1, 40)
-    cache = RingCache(model.config)
+    cache = SlotCache(model.config)
     first = model.generate(ids[:, :12], past_key_values=cache, **GREEDY)
     more = torch.cat((first, ids[:, 12:20]), dim=1)
     continued = model.generate(more, past_key_values=cache, **GREEDY)
@@ -160,7 +162,7 @@ def test_conversation_goes_on_from_a_cache():
 
 def test_ring_layer_serves_hugging_faces_interface():
     model = tiny_model(sliding_window=5)
-    ours, stock = RingCache(model.config).layers[0], DynamicSlidingWindowLayer(5)
+    ours, stock = SlotCache(model.config).layers[0], DynamicSlidingWindowLayer(5)
     generator = torch.Generator().manual_seed(0)
     for length in (3, 1, 1, 8, 1, 2):
         states = [torch.randn(2, 2, length, 8, generator=generator) for _ in range(2)]
@@ -173,7 +175,7 @@ def test_ring_layer_serves_hugging_faces_interface():
 def test_ring_cache_follows_rows():
     model, ids = tiny_model(), tokens(3, 12)
     with torch.no_grad():
-        cache = RingCache(model.config)
+        cache = SlotCache(model.config)
         model(ids, past_key_values=cache, use_cache=True)
         cache.batch_select_indices(torch.tensor([2, 0]))
         cache.batch_repeat_interleave(2)
@@ -187,9 +189,26 @@ def test_ring_cache_follows_rows():
         close(model(rows, past_key_values=cache, use_cache=True).logits, model(rows).logits)
 
 
-def test_rings_need_windows():
-    with pytest.raises(ValueError, match="layer 1 has full attention"):
-        RingCache(tiny_model(sliding_window=[3, None]).config)
+def test_tokens_are_taken_back():
+    """As often as asked, over chunks longer than the window, and where nothing was recorded it is said."""
+    for kind in (5, [3, None]):
+        model, ids = tiny_model(sliding_window=kind), tokens(2, 40)
+        with torch.no_grad():
+            whole = model(ids).logits
+            cache = SlotCache(model.config)
+            model(ids[:, :11], past_key_values=cache, use_cache=True)
+            cache.activate_past_recording()
+            seen = 11
+            for read, back in ((9, 6), (1, 0), (1, 1), (13, 2), (2, 2)):
+                model(ids[:, seen : seen + read], past_key_values=cache, use_cache=True)
+                cache.crop(-back)
+                seen += read - back
+                assert cache.get_seq_length() == seen
+            for part in (ids[:, seen : seen + 1], ids[:, seen + 1 : seen + 3]):
+                close(model(part, past_key_values=cache, use_cache=True).logits, whole[:, seen : seen + part.shape[1]])
+                seen += part.shape[1]
+            with pytest.raises(ValueError, match="only the last 3 tokens can be taken back, got 30"):
+                cache.crop(-30)
 
 
 def test_logits_to_keep():

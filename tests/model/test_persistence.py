@@ -79,11 +79,9 @@ def test_bfloat16_keeps_slopes_and_angles_exact(tmp_path):
         assert slopes.dtype == torch.float32
         assert torch.equal(slopes, expected)
     positions = torch.tensor([[10**7]])
-    for (cos, sin), (other_cos, other_sin) in zip(
-        loaded.model.rotary.angles(positions, torch.bfloat16),
-        model.model.rotary.angles(positions, torch.float32),
-        strict=True,
-    ):
+    for ours, other in zip(loaded.model.stack, model.model.stack, strict=True):
+        cos, sin = ours.self_attn.rotary.angles(positions, torch.bfloat16)
+        other_cos, other_sin = other.self_attn.rotary.angles(positions, torch.float32)
         assert torch.equal(cos, other_cos)
         assert torch.equal(sin, other_sin)
     assert loaded(ids).logits.dtype == torch.bfloat16
@@ -92,9 +90,11 @@ def test_bfloat16_keeps_slopes_and_angles_exact(tmp_path):
     assert difference < 0.05 * model(ids).logits.abs().max()
 
 
-def test_meta_initialisation_leaves_nothing_uninitialised():
+@pytest.mark.parametrize("learned_sink", [True, False])
+def test_meta_initialisation_leaves_nothing_uninitialised(learned_sink):
+    # without a sink no layer has parameters of its own, and all are started still
     config, ids = (
-        tiny_config(output_projection_init_scale=0.5, score_function="softmax", learned_sink=True),
+        tiny_config(output_projection_init_scale=0.5, score_function="softmax", learned_sink=learned_sink),
         tokens(1, 12),
     )
     with torch.device("meta"):
@@ -110,15 +110,18 @@ def test_meta_initialisation_leaves_nothing_uninitialised():
     for layer in model.model.stack:
         ratio = layer.self_attn.o_proj.weight.std() / layer.self_attn.q_proj.weight.std()
         assert 0.4 < ratio.item() < 0.6
+        ratio = layer.mlp.down_proj.weight.std() / layer.mlp.up_proj.weight.std()
+        assert 0.4 < ratio.item() < 0.6
 
 
 def test_rotary_base_per_layer():
     config = {"rope_theta": [1e4, 10.0], "use_rotary": [True, True]}
-    first, second = tiny_model(**config).model.rotary.angles(torch.tensor([[3]]), torch.float32)
+    place = torch.tensor([[3]]), torch.float32
+    first, second = (layer.self_attn.rotary.angles(*place) for layer in tiny_model(**config).model.stack)
     expected = [torch.cos(3.0 * base ** (-torch.arange(0, 8, 2) / 8.0)) for base in (1e4, 10.0)]
     close(first[0][0, 0], expected[0])
     close(second[0][0, 0], expected[1])
-    assert tiny_model(use_rotary=[True, False]).model.rotary.angles(torch.tensor([[3]]), torch.float32)[1] is None
+    assert tiny_model(use_rotary=[True, False]).model.stack[1].self_attn.rotary is None
     ids = tokens(1, 9)
     assert not torch.allclose(tiny_model(**config)(ids).logits, tiny_model()(ids).logits)
 

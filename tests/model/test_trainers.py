@@ -144,3 +144,15 @@ def test_bfloat16_model_generates_and_learns():
     assert model.generate(ids, max_new_tokens=8, do_sample=False).shape == (2, 32)
     model.train()(ids, labels=ids).loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("plan", [None, ["mamba2", "attention"]], ids=str)
+def test_tools_find_every_module_that_stays_whole(plan):
+    from accelerate.utils.dataclasses import get_module_class_from_name
+
+    # FSDP under accelerate refuses a model that names a class it does not have
+    model = tiny_model(hidden_size=64, layers=plan)
+    for part in (model, model.model):
+        assert {get_module_class_from_name(model, name) for name in part._no_split_modules} == set(
+            map(type, model.model.stack)
+        )

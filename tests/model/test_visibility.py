@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from swat_lm.model.cache import RingCache
+from swat_lm.model.cache import SlotCache
 
 from .models import close, tiny_model, tokens
 
@@ -103,7 +103,7 @@ def test_positions_only_matter_as_distances():
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 1]])}, "row 1 has a hole"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 2, 1]])}, "only 0 .padding. and 1"),
         ({"attention_mask": torch.ones(2, 5)}, r"attention_mask: expected \[2, 4\]"),
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, "four-dimensional masks"),
         ({"position_ids": torch.arange(5)[None]}, r"position_ids: expected \[2, 4\]"),
@@ -117,22 +117,28 @@ def test_bad_inputs_are_named(extra, message):
         tiny_model()(tokens(2, 4), **extra)
 
 
-@pytest.mark.parametrize("make_cache", [lambda c: DynamicCache(config=c), RingCache], ids=["stock", "ring"])
-def test_decoding_after_right_padding_is_refused(make_cache):
-    model = tiny_model()
+@pytest.mark.parametrize("kind", WINDOWS)
+@pytest.mark.parametrize("function", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("make_cache", [lambda c: DynamicCache(config=c), SlotCache], ids=["stock", "slots"])
+def test_decoding_after_right_padding_goes_on_over_a_hole(make_cache, kind, function):
+    """What was refused: nobody sees the padding, and distances are those of one pass over the whole mask."""
+    model = tiny_model(sliding_window=WINDOWS[kind], score_function=function)
     ids, mask = pad([tokens(1, 3)[0], tokens(1, 6)[0]], "right")
-    cache = make_cache(model.config)
-
-    def decode() -> None:
+    longer, more = torch.cat((mask, torch.ones(2, 3, dtype=torch.long)), dim=1), tokens(2, 3)
+    with torch.no_grad():
+        whole = model(torch.cat((ids, more), dim=1), attention_mask=longer).logits
+        cache = make_cache(model.config)
         model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        longer = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), dim=1)
-        model(tokens(2, 1), attention_mask=longer, past_key_values=cache, use_cache=True)
+        for place in range(3):
+            part, seen = more[:, place : place + 1], longer[:, : 7 + place]
+            stepped = model(part, attention_mask=seen, past_key_values=cache, use_cache=True).logits
+            close(stepped[:, 0], whole[:, 6 + place])
+    # and what stands in the hole does not matter
+    noisy = torch.where(mask == 1, ids, tokens(2, 6, seed=8))
+    close(model(torch.cat((noisy, more), dim=1), attention_mask=longer).logits[:, 6:], whole[:, 6:])
 
-    with torch.no_grad(), pytest.raises(ValueError, match="row 0"):
-        decode()
 
-
-@pytest.mark.parametrize("make_cache", [lambda c: DynamicCache(config=c), RingCache], ids=["stock", "ring"])
+@pytest.mark.parametrize("make_cache", [lambda c: DynamicCache(config=c), SlotCache], ids=["stock", "ring"])
 def test_packed_rows_do_not_enter_a_cache(make_cache):
     model = tiny_model()
     with torch.no_grad(), pytest.raises(ValueError, match="packed documents cannot be decoded from"):

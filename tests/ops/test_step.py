@@ -132,7 +132,7 @@ def test_refusals():
         call(query, key, value, ring[:, :, :1], ring, slot, position)
     with pytest.raises(ValueError, match=r"^position: expected int64 \[2\]"):
         call(query, key, value, ring, ring.clone(), slot, position.int())
-    with pytest.raises(ValueError, match=r"^slot: 2 sequences cannot own 1 rings"):
+    with pytest.raises(ValueError, match=r"^slot: 2 sequences cannot own 1 ring, one each"):
         call(query, key, value, ring[:1], ring[:1].clone(), slot, position)
     with pytest.raises(ValueError, match=r"^backend: 'triton' cannot serve this call: .*TRITON_INTERPRET=1"):
         call(query, key, value, ring, ring.clone(), slot, position, backend="triton")

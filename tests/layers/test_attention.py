@@ -1,21 +1,25 @@
-"""Options of the attention mixer, each by the behaviour it causes; the state it states is the state it keeps."""
+"""Options of windowed attention, each by the behaviour it causes; the state it states is the state it keeps."""
 
 import math
 
 import pytest
 import torch
 
-from swat_lm.mixers import MIXERS, AttentionSettings, WindowAttention
-from swat_lm.mixers.attention import half_angles, rotate_paired
-from swat_lm.mixers.protocol import CarryMemory, RingMemory, StateTensor, Visible
-from swat_lm.ops.rotary import rotary_angles
+from swat_lm.layers import LAYERS, AttentionLayer, AttentionSettings, WindowAttention
+from swat_lm.layers.base import StateTensor
+from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.rotary import RotaryFrequencies
+from swat_lm.model.pasts import CarryPast
+from swat_lm.model.slots import Slots
+from swat_lm.ops.rotary import half_angles, inverse_frequencies, rotary_angles, rotate_paired
 
 SHAPE = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "window": 5}
 
 
 def attention(**changes) -> WindowAttention:
     torch.manual_seed(0)
-    mixer = WindowAttention(AttentionSettings(**{**SHAPE, **changes}))
+    rotary = RotaryFrequencies(inverse_frequencies(8, 1e4), 1.0, "default") if changes.pop("rotary", False) else None
+    mixer = WindowAttention(AttentionSettings(**{**SHAPE, **changes}), rotary)
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return mixer.double()
@@ -26,13 +30,13 @@ def hidden(num_tokens: int, batch: int = 2) -> torch.Tensor:
 
 
 def mix(mixer: WindowAttention, x: torch.Tensor) -> torch.Tensor:
-    return mixer(x, None, Visible())[0]
+    return mixer(x, Chunk(torch.arange(x.shape[1])[None])).hidden
 
 
-def test_registry_names_the_mixers():
-    assert MIXERS["attention"] is WindowAttention
-    assert WindowAttention.layer_type(None) == "full_attention"
-    assert WindowAttention.layer_type(7) == "sliding_attention"
+def test_the_table_names_the_layer():
+    assert LAYERS["attention"] is AttentionLayer
+    assert AttentionLayer.layer_type(AttentionLayer.Settings(sliding_window=None)) == "full_attention"
+    assert AttentionLayer.layer_type(AttentionLayer.Settings(sliding_window=7)) == "sliding_attention"
 
 
 def test_window_limits_what_is_seen():
@@ -114,32 +118,34 @@ def test_learned_sink_takes_weight_away():
 
 
 def test_state_spec_is_the_state():
-    assert attention(window=5).state_spec() == (StateTensor("key", (5, 1, 8)), StateTensor("value", (5, 1, 8)))
+    kept = [StateTensor(name, (1, 8), "window", 5) for name in ("key", "value")]
+    assert attention(window=5).state_spec() == tuple(kept)
+    assert kept[0].num_elements() == 40
     growing = attention(window=None).state_spec()[0]
-    assert growing.shape == (None, 1, 8)
+    assert (growing.shape, growing.kind) == ((1, 8), "growing")
     assert growing.num_elements(10) == 80
     with pytest.raises(ValueError, match="grows with the sequence"):
         growing.num_elements()
 
 
 @pytest.mark.parametrize("changes", [{}, {"score_function": "softmax", "learned_sink": True}, {"output_norm": True}])
-def test_rings_and_carries_continue_one_pass(changes):
-    mixer, x = attention(**changes), hidden(14)
-    cos, sin = rotary_angles(torch.arange(14)[None], 8, dtype=torch.float64)
-    whole = mixer(x, (cos, sin), Visible())[0]
-    carry, rings = CarryMemory(4), [torch.zeros(2, 5, 1, 8, dtype=torch.float64) for _ in range(2)]
+def test_slots_and_carries_continue_one_pass(changes):
+    mixer, x = attention(rotary=True, **changes), hidden(14)
+    whole = mix(mixer, x)
+    carry = CarryPast({one.name: one for one in mixer.state_spec()})
+    slots = Slots([mixer.state_spec()], 2, torch.float64, "cpu")
     start = 0
     for length in (3, 1, 6, 1, 1, 2):
-        part, angles = x[:, start : start + length], (cos[:, start : start + length], sin[:, start : start + length])
-        mixed, carry = mixer(part, angles, Visible(), carry)
+        part, chunk = x[:, start : start + length], Chunk(torch.arange(start, start + length)[None])
+        mixed, carry, _ = mixer(part, chunk, carry)
         torch.testing.assert_close(mixed, whole[:, start : start + length])
-        position = torch.full((2,), start)
-        memory = RingMemory(*rings, torch.arange(2), position, reach_back=min(start, 4))
+        rows = slots.rows(length)
         with torch.no_grad():
-            mixed, _ = mixer(part, angles, Visible(), memory)
+            mixed = mixer(part, chunk, slots.pasts(rows)[0]).hidden
+        slots.advance(rows)
         torch.testing.assert_close(mixed, whole[:, start : start + length])
         start += length
-    assert carry.key.shape[1] == 4
+    assert [tensor.shape[1] for tensor in carry.tensors()] == [4, 4]
 
 
 def test_backends_agree():
@@ -155,13 +161,17 @@ def test_a_step_rotates_alike_before_the_operator_and_in_it():
     query, key, value = (torch.randn(2, 1, heads, 8, dtype=torch.float64) for heads in (2, 1, 1))
     outputs = []
     for in_operator in (False, True):
-        rings = torch.ones(2, 2, 5, 1, 8, dtype=torch.float64)
-        memory = RingMemory(rings[0], rings[1], torch.tensor([0, 1]), position)
+        slots = Slots([mixer.state_spec()], 2, torch.float64, "cpu")
+        slots.position.copy_(position)
+        for kept in slots.layers[0].values():
+            kept.fill_(1.0)
+        past = slots.step_pasts()[0]
         with torch.no_grad():
             if in_operator:
-                outputs.append((mixer.attend_step(query, key, value, memory, half_angles(*whole)), rings))
+                mixed = mixer.attend_step(query, key, value, past, half_angles(*whole))
             else:
                 rotated = rotate_paired(query, *whole), rotate_paired(key, *whole)
-                outputs.append((mixer.attend_step(*rotated, value, memory), rings))
+                mixed = mixer.attend_step(*rotated, value, past)
+        outputs.append((mixed, *slots.layers[0].values()))
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,235 @@
+"""The contract of every layer: what it keeps of the past, what it is called with, and what it gives back.
+
+A layer maps hidden states `[B, T, M]` to hidden states; norms and residual connections are its own. The same code
+serves training, chunks, streams, servers and `generate()`: they differ in the `Past` that they hand in.
+Legend: B rows, T tokens of the chunk, P kept items, M width, N slots.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from swat_lm.layers.chunk import Chunk, Rotary
+
+
+class StateTensor(NamedTuple):
+    """One tensor that a layer keeps per sequence; slots, carry, cache, snapshot and bytes all follow from these."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of one item, where items are kept; of the whole, for a summary."""
+    kind: Literal["window", "growing", "summary"] = "window"
+    """window: the last `items` items; growing: all of them; summary: one tensor that each chunk updates."""
+    items: int | None = None
+    """Of a window: places needed, that of the token itself included."""
+    dtype: torch.dtype | None = None
+    """At least this wide; None: the model's."""
+    fill: float = 0.0
+    """What a sequence that has not begun keeps."""
+
+    def dtype_in(self, model: torch.dtype) -> torch.dtype:
+        """What it is kept in beside a model of this dtype."""
+        return model if self.dtype is None else torch.promote_types(model, self.dtype)
+
+    def num_elements(self, context: int | None = None) -> int:
+        """Elements for one sequence after `context` tokens; the context matters only where the tensor grows.
+
+        Raises:
+            ValueError: the tensor grows and no context is given.
+        """
+        count = torch.Size(self.shape).numel()
+        if self.kind == "summary":
+            return count
+        if self.kind == "window":
+            assert self.items is not None
+            return count * self.items
+        if context is None:
+            raise ValueError(
+                f"context: the state tensor {self.name!r} grows with the sequence; give the number of tokens"
+            )
+        return count * context
+
+
+def by_name(spec: tuple[StateTensor, ...]) -> dict[str, StateTensor]:
+    """A layer's state tensors by their names. Raises ValueError for a spec that contradicts itself."""
+    for one in spec:
+        if one.kind not in ("window", "growing", "summary"):
+            raise ValueError(f"state_spec: {one.name}: expected window, growing or summary, got {one.kind!r}")
+        if (one.kind == "window") != (one.items is not None) or (one.items is not None and one.items < 1):
+            raise ValueError(
+                f"state_spec: {one.name}: expected `items` of at least 1 for a window and for no other kind, "
+                f"got {one.kind} with items={one.items}"
+            )
+    found = {one.name: one for one in spec}
+    if len(found) != len(spec):
+        raise ValueError(f"state_spec: expected different names, got {[one.name for one in spec]}")
+    return found
+
+
+class Past(Protocol):
+    """What one layer keeps, while a chunk is processed: slots in place, a functional carry, or a cache of others.
+
+    Each name is asked for once per chunk. Padding is not kept; hidden tokens are, in their places.
+    """
+
+    def extend(self, **new: Tensor) -> tuple[dict[str, Tensor], int]:
+        """Take new items `[B, T, *shape]` by name; return kept and new ones together `[B, P + T, *shape]`, and P."""
+        ...
+
+    def fold(self, name: str, decay: Tensor, value: Tensor) -> Tensor:
+        """Return the summary S `[B, *shape]` from before the chunk, and keep `decay * S + value` for after it.
+
+        `decay` broadcasts to `value`. Over processes this is a scan, so both are known before S is.
+        """
+        ...
+
+    def merge(self, value: Mapping[str, Tensor], join: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return summaries from before the chunk by name, and keep `join(before, value)`, which must be associative."""
+        ...
+
+    def after(self) -> "Past":
+        """The past of the next chunk, once every name was taken."""
+        ...
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is kept; in training, what gradients cross between chunks."""
+        ...
+
+
+class InPlace(Past, Protocol):
+    """The past of a decoding step: what is kept lies in slots, and the step may write there itself."""
+
+    @property
+    def kept(self) -> Mapping[str, Tensor]:
+        """By name: windows and growing `[N, places, *shape]`, place `position % places` holds an item; summaries
+        `[N, *shape]`."""
+        ...
+
+    @property
+    def slot(self) -> Tensor:
+        """int64 `[B]`: the slot of each row."""
+        ...
+
+    @property
+    def position(self) -> Tensor:
+        """int64 `[B]`: items of each row before this step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """What a layer says beside its output: returned, never stored in a module."""
+
+    losses: Mapping[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)
+    """By name, a sum in float32 and what it is divided by, once all rows of a step are added up."""
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Sums over the chunk that `Layer.absorb` takes in after the optimizer's step."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Numbers to show."""
+
+
+NOTHING = Auxiliary()
+
+
+class Output(NamedTuple):
+    """What a layer gives back."""
+
+    hidden: Tensor
+    """`[B, T, M]`; fewer tokens only where the layer `shortens`."""
+    past: Past | None = None
+    """For the next chunk; None where none was handed in."""
+    auxiliary: Auxiliary = NOTHING
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the layers of a model have in common."""
+
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    output_projection_init_scale: float = 1.0
+    """Multiplies the start of the projections that write to the residual stream."""
+    rotary: Callable[[int, Mapping[str, Any]], Rotary] | None = None
+    """Rotary of a head size and Hugging Face's `rope_parameters`."""
+
+
+class Layer(nn.Module, ABC):
+    """A kind of layer: one file, one row of `LAYERS`, its settings."""
+
+    name: ClassVar[str]
+    """What `SwatConfig.layers` calls it."""
+    Settings: ClassVar[type]
+    """A frozen dataclass of what may be set; a configuration's fields of the same names are its defaults."""
+    shortens: ClassVar[bool] = False
+    """Whether it returns fewer tokens than it gets."""
+
+    gradient_checkpointing = False
+    """Set by Hugging Face's tools, with the function beside it; whoever runs the layers obeys."""
+    _gradient_checkpointing_func: Callable[..., Any]
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: Any, width: int, index: int, shared: Shared) -> "Layer":
+        """Layer number `index` of a model of this width. Raises ValueError for settings that do not fit the width."""
+
+    @classmethod
+    def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
+        """Fill in what follows from other settings, before they are checked.
+
+        Args:
+            values: all settings by name: the entry's own over the configuration's fields over the kind's defaults.
+            given: those that the entry itself names.
+            width: M.
+        """
+        return values
+
+    @staticmethod
+    def layer_type(settings: Any) -> str:
+        """Hugging Face's name for such a layer."""
+        return "linear_attention"
+
+    @abstractmethod
+    def state_spec(self) -> tuple[StateTensor, ...]:
+        """What is kept of the past for one sequence."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
+        """Process a chunk `[B, T, M]` after its past."""
+
+    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
+        """One real token per row, `[B, 1, M]`, nothing hidden, in place over slots; inference only."""
+        return self.forward(hidden, chunk, past).hidden
+
+    @abstractmethod
+    def flops(self, num_tokens: int, num_past: int = 0) -> int:
+        """FLOPs of the matrix products of one row of T tokens after `num_past`: a multiply-add is 2, no recomputation.
+
+        Pairs that a window or causality hide do not count.
+        """
+
+    @abstractmethod
+    def reach(self) -> int | None:
+        """Tokens, itself included, that the output at one place depends on through this layer; None: all before it."""
+
+    def refuses(self, chunk: Chunk) -> str | None:
+        """Why the layer cannot process such a chunk, in one sentence; None where it can."""
+        return None
+
+    def init_weights(self, shared: Shared) -> None:
+        """Start the parameters that are neither linear, embedding nor norm weights; others may be started again."""
+
+    def optimizer_options(self) -> dict[str, dict[str, Any]]:
+        """By parameter name, what the optimizer should do otherwise: `{"A_log": {"weight_decay": 0.0}}`."""
+        return {}
+
+    def absorb(self, statistics: Mapping[str, Tensor]) -> None:
+        """Take in the statistics of one step, summed over micro-batches and processes, after the optimizer's step."""
+        raise AssertionError(f"{self.name} returned statistics {sorted(statistics)} but does not absorb them")
+
+    def decoding_plan(self) -> Any:
+        """The layer laid out for decoding on a CPU, see `swat_lm.model.decoding`; None: `step` serves."""
+        return None

@@ -1,0 +1,151 @@
+"""Where the tokens of a chunk stand and what they see: built once per pass, shared by all layers.
+
+Legend: B rows, T tokens of the chunk, P items of a past before it, D head size.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# beyond what any layer keeps, and far from where 32-bit indices end: a stream has no end
+FARTHEST = -(2**30)
+
+
+class Rotary(Protocol):
+    """Frequencies of rotary position embedding that several layers may share; equal keys mean equal angles."""
+
+    key: Hashable
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, each `[*positions.shape, D / 2]`."""
+        ...
+
+    def step_angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine over whole heads, each `[B, 1, 1, D]`, for one token per row."""
+        ...
+
+
+@dataclass
+class Chunk:
+    """T tokens of B rows. Places and `first` count from the chunk's first token, so a past has negative ones.
+
+    A row may begin or end with padding: places whose `first` lies after their own. They see nothing, nobody sees them,
+    and no past keeps them.
+    """
+
+    positions: Tensor
+    """int64 `[B or 1, T]`, from the document's or the stream's start: what rotary sees."""
+    first: Tensor | None = None
+    """int32 `[B, T]`, the first place that each token may see, non-decreasing; None: all of the past."""
+    last: Tensor | None = None
+    """int32 `[B, T]`, the last place that each token may see, non-decreasing; beyond its own inside a prefix that is
+    read in both directions. None: its own."""
+    hidden: Tensor | None = None
+    """bool `[B, T]`, tokens that nobody sees though they stand in the row: a hole in a mask. Distances stay as they
+    are, recurrences skip them."""
+    past_hidden: Tensor | None = None
+    """bool `[B, P]`, the same of the last P tokens before the chunk; None: none of them."""
+    windows: tuple[int | None, ...] | None = None
+    """A window for every layer that has one, instead of the configured one: drawn for this step, say."""
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.positions.shape[1]
+
+    def first_visible(self, num_past: int) -> Tensor | None:
+        """Int32 `[B, T]`, `first` as an index into items of which `num_past` stand before the chunk."""
+        first = self.first
+        if first is None:
+            return None
+        return self._once(("first", num_past), lambda: (first + num_past).clamp(min=0))
+
+    def last_visible(self, num_past: int) -> Tensor | None:
+        """Int32 `[B, T]`, `last` as an index into items of which `num_past` stand before the chunk."""
+        last = self.last
+        return None if last is None else self._once(("last", num_past), lambda: last + num_past)
+
+    def hidden_items(self, num_past: int) -> Tensor | None:
+        """Bool `[B, P + T]`: which of `num_past` kept items and of the chunk's own nobody sees; None: all are seen."""
+        if self.hidden is None and self.past_hidden is None:
+            return None
+        return self._once(("hidden", num_past), lambda: self._hidden_items(num_past))
+
+    def _hidden_items(self, num_past: int) -> Tensor:
+        some = self.hidden if self.hidden is not None else self.past_hidden
+        assert some is not None
+        own, past = self.hidden, self.past_hidden
+        if own is None:
+            own = some.new_zeros(some.shape[0], self.num_tokens)
+        if past is None:
+            past = some.new_zeros(some.shape[0], 0)
+        past = past[:, max(0, past.shape[1] - num_past) :]
+        unknown = past.new_zeros(past.shape[0], num_past - past.shape[1])
+        return torch.cat((unknown, past, own), dim=1)
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Bool `[B, T]`: tokens that are neither padding nor hidden; None: all of them."""
+        seen = None if self.first is None else self.first <= self.places
+        if self.hidden is None:
+            return seen
+        return ~self.hidden if seen is None else seen & ~self.hidden
+
+    @cached_property
+    def begins(self) -> Tensor | None:
+        """Bool `[B, T]`: places where a document begins, hidden or not; None: none begins in the chunk."""
+        return None if self.first is None else self.first == self.places
+
+    @cached_property
+    def segments(self) -> Tensor | None:
+        """Int64 `[B, T]`: 0 where a token's document began before the chunk, and one more for each that begins in it.
+
+        None: no document begins in the chunk.
+        """
+        return None if self.begins is None else self.begins.cumsum(dim=1)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int32 `[T]`: 0, 1, ..."""
+        return torch.arange(self.num_tokens, dtype=torch.int32, device=self.positions.device)
+
+    @cached_property
+    def in_prefix(self) -> Tensor | None:
+        """Bool `[B, T]`: tokens that see others after themselves; None: none."""
+        return None if self.last is None else self.last > self.places
+
+    def angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the tokens, each `[B or 1, T, D / 2]`, for hidden states of this dtype; made once."""
+        return self._once(("angles", rotary.key, dtype), lambda: rotary.angles(self.positions, dtype))
+
+    def step_angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The angles of one token per row, laid out over whole heads: `[B or 1, 1, 1, D]`; made once."""
+        return self._once(("step", rotary.key, dtype), lambda: rotary.step_angles(self.positions, dtype))
+
+    def tail(self, count: int) -> "Chunk":
+        """The last `count` tokens as a chunk of their own: what a layer that shortens hands on."""
+        start = self.num_tokens - count
+        if not start >= 0:
+            raise ValueError(f"count: the chunk has {self.num_tokens} tokens, got {count}")
+        hidden, past = self.hidden, self.past_hidden
+        if hidden is not None:
+            left = hidden[:, :start]
+            past = left if past is None else torch.cat((past, left), dim=1)
+        return Chunk(
+            self.positions[:, start:],
+            None if self.first is None else self.first[:, start:] - start,
+            None if self.last is None else self.last[:, start:] - start,
+            None if hidden is None else hidden[:, start:],
+            past,
+            self.windows,
+        )
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]

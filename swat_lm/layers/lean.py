@@ -1,0 +1,216 @@
+"""Layers laid out for decoding on a CPU: weights joined and stored as they are read fastest, few operations per token.
+
+The parameters become views of the joined matrices, so no byte is held twice; whatever else the model does still works.
+Legend: B streams, M model width, H query heads, K key/value heads, D head size, F feed-forward width.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swat_lm.layers.base import InPlace
+from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.norm import RMSNorm
+from swat_lm.ops.head_bias import head_bias, score_dtype
+from swat_lm.ops.ring import periodic_table, step_together
+from swat_lm.ops.rotary import rotate_paired
+
+if TYPE_CHECKING:
+    from swat_lm.layers.attention import AttentionLayer
+
+# narrower pieces of a matrix are read more slowly than a thread gains
+MIN_OUTPUTS = 128
+
+
+class Matrix:
+    """A weight matrix `[inputs, outputs]` as decoding multiplies with it.
+
+    PyTorch's product of one row with a matrix uses one thread only, but a batch of products uses all: for one stream
+    the outputs are cut into as many pieces as there are threads.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.whole = matrix
+        self._num_pieces = 1
+        self._pieces = matrix.unsqueeze(0)
+
+    def cut(self, num_threads: int) -> None:
+        """Cut the outputs into equal pieces of at least MIN_OUTPUTS, at most one per thread."""
+        num_outputs = self.whole.shape[1]
+        most = max(1, min(num_threads, num_outputs // MIN_OUTPUTS))
+        self._num_pieces = max(count for count in range(1, most + 1) if num_outputs % count == 0)
+        self._pieces = self.whole.unflatten(1, (self._num_pieces, -1)).transpose(0, 1)
+
+    def times(self, rows: Tensor) -> Tensor:
+        """`rows [B, inputs]` times the matrix, `[B, outputs]`."""
+        if self._num_pieces == 1 or rows.shape[0] > 1:
+            return torch.mm(rows, self.whole)
+        return torch.bmm(rows.expand(self._num_pieces, 1, -1), self._pieces).view(1, -1)
+
+    def times_plus(self, rows: Tensor, residual: Tensor) -> Tensor:
+        """`residual [B, outputs]` and the product."""
+        if self._num_pieces == 1 or rows.shape[0] > 1:
+            return torch.addmm(residual, rows, self.whole)
+        return self.times(rows).add_(residual)
+
+
+class Norm:
+    """`RMSNorm` over a weight of M channels in four operations; the fused norm of PyTorch is a dozen on a CPU."""
+
+    def __init__(self, module: RMSNorm) -> None:
+        self.weight = module.weight.detach()
+        self.root = math.sqrt(self.weight.shape[0])
+        # epsilon as if it were one more channel
+        self.floor = self.weight.new_tensor(math.sqrt(module.eps) * self.root)
+        self.zero = self.weight.new_zeros(())
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Normalise `[B, M]`."""
+        length = torch.linalg.vector_norm(hidden, dim=1, keepdim=True).hypot_(self.floor)
+        return torch.addcdiv(self.zero, hidden * self.weight, length, value=self.root)
+
+
+class LayerPlan(ABC):
+    """What a layer computes for one token per stream, with fewer operations."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._held = [entry for parent in layer.modules() for entry in held_by(parent)]
+
+    def describes_the_layer(self) -> bool:
+        """Whether no module was replaced (by an adapter, say) or hooked, and no weight moved (by a cast) since."""
+        return are_in_place(self._held)
+
+    @abstractmethod
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All matrices, to be cut for the number of threads."""
+
+    @abstractmethod
+    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace, position: int | None) -> Tensor:
+        """What the layer's `step` computes, on `[B, M]`; the position is None where the streams' differ."""
+
+
+class AttentionPlan(LayerPlan):
+    """The norms and the joined matrices of a layer of windowed attention, `[inputs, outputs]`."""
+
+    def __init__(self, layer: "AttentionLayer") -> None:
+        super().__init__(layer)
+        attention, feed_forward = layer.self_attn, layer.mlp
+        self.attention = attention
+        self.input_norm = Norm(layer.input_layernorm)
+        # [M, (H + 2 K) D]
+        self.query_key_value = Matrix(joined([attention.q_proj, attention.k_proj, attention.v_proj]))
+        self.output = Matrix(attention.o_proj.weight.detach().t())
+        self.feed_forward_norm = Norm(layer.post_attention_layernorm)
+        # [M, 2 F]
+        self.gate_up = Matrix(joined([feed_forward.gate_proj, feed_forward.up_proj]))
+        self.down = Matrix(feed_forward.down_proj.weight.detach().t())
+        # the bias of the ring's places
+        self._table: Tensor | None = None
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All of them."""
+        return self.query_key_value, self.output, self.gate_up, self.down
+
+    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace, position: int | None) -> Tensor:
+        """What `AttentionLayer.step` computes, on `[B, M]`."""
+        attention, batch = self.attention, hidden.shape[0]
+        settings = attention.settings
+        heads, kv_heads = settings.num_heads, settings.num_kv_heads
+        joined = self.query_key_value.times(self.input_norm(hidden)).view(batch, 1, -1, settings.head_dim)
+        query_key, value = joined.narrow(2, 0, heads + kv_heads), joined.narrow(2, heads + kv_heads, kv_heads)
+        if attention.rotary is not None:
+            query_key = rotate_paired(query_key, *chunk.step_angles(attention.rotary, hidden.dtype))
+        query, key = query_key.narrow(2, 0, heads), query_key.narrow(2, heads, kv_heads)
+        mixed = self._attend(query, key, value, past, position)
+        hidden = self.output.times_plus(mixed.view(batch, -1), hidden)
+        gate, up = self.gate_up.times(self.feed_forward_norm(hidden)).chunk(2, dim=1)
+        return self.down.times_plus(F.silu(gate).mul_(up), hidden)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, past: InPlace, position: int | None) -> Tensor:
+        settings, ring = self.attention.settings, past.kept["key"]
+        if position is None or key.dtype != ring.dtype or settings.backend == "reference":
+            return self.attention.attend_step(query, key, value, past)
+        table = self._table
+        # a ring of full attention grows
+        if table is None or table.shape[2] != 2 * ring.shape[1] or table.dtype != score_dtype(query):
+            bias = head_bias(self.attention.slopes_on(ring.device), None, settings.score_bias, query)
+            table = self._table = periodic_table(ring.shape[1], settings.num_kv_heads, bias)
+        output, lse = step_together(
+            query, key, value, ring, past.kept["value"], position, table, settings.score_function,
+            settings.head_dim**-0.5, return_lse=settings.learned_sink,
+        )  # fmt: skip
+        return self.attention.heads_output(output if lse is None else (output, lse))
+
+
+def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
+    """Store the weights by input channel and join those with the same input; returns the plan that uses them.
+
+    None where the layer has what a plan does not cover (biases, qk_norm, adapters, fewer than 32 bits): its weights
+    are laid out all the same.
+    """
+    attention, feed_forward = layer.self_attn, layer.mlp
+    # down_proj stays as it is: few outputs of many inputs are read faster by rows
+    for group in (
+        [feed_forward.gate_proj, feed_forward.up_proj],
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+    ):
+        join([module for module in group if type(module) is nn.Linear])
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *feed_forward.children())
+    if attention.q_norm is not None or not all(is_plain(module) for module in linears):
+        return None
+    return AttentionPlan(layer) if attention.q_proj.weight.dtype in (torch.float32, torch.float64) else None
+
+
+def join(modules: list[nn.Linear]) -> None:
+    """Make the weights views of one matrix `[inputs, outputs of all]`."""
+    if not modules:
+        return
+    matrix = torch.cat([module.weight.data.t() for module in modules], dim=1).contiguous()
+    for module, part in zip(modules, matrix.split([module.out_features for module in modules], dim=1), strict=True):
+        module.weight.data = part.t()
+
+
+def joined(modules: list[nn.Linear]) -> Tensor:
+    """The matrix that `join` has made of these weights."""
+    first = modules[0].weight.detach()
+    width = sum(module.out_features for module in modules)
+    return first.t().as_strided((first.shape[1], width), (width, 1), first.storage_offset())
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a plan may multiply with the weight instead of calling the module."""
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+Held = list[tuple[dict[str, Any], str, nn.Module, int]]
+"""Parent's modules, name, module and address of its weight, as they were planned."""
+
+
+def held_by(parent: nn.Module) -> Held:
+    """The linear maps and norms right below a module."""
+    return [
+        (parent._modules, name, child, child.weight.data_ptr())
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear | RMSNorm)
+    ]
+
+
+def are_in_place(held: Held) -> bool:
+    """Whether no module was replaced or hooked, and no weight moved, since they were noted."""
+    for modules, name, module, address in held:
+        weight = module._parameters.get("weight")
+        if modules[name] is not module or weight is None or weight.data_ptr() != address:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+    return True

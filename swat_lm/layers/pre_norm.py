@@ -1,0 +1,119 @@
+"""Llama's layer around any mixer: a norm before the mixer and one before SwiGLU, each added to the residual stream.
+
+Parameter names and shapes are Llama's. Legend: B rows, T tokens, M width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTensor
+from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.norm import RMSNorm
+
+
+class Mixer(nn.Module, ABC):
+    """The part of a layer that moves information between positions; its methods are those of `Layer`."""
+
+    @abstractmethod
+    def state_spec(self) -> tuple[StateTensor, ...]:
+        """What is kept of the past for one sequence."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
+        """Mix a normed chunk `[B, T, M]`."""
+
+    @abstractmethod
+    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
+        """Mix one token per row, `[B, 1, M]`, in place over slots."""
+
+    @abstractmethod
+    def flops(self, num_tokens: int, num_past: int = 0) -> int:
+        """FLOPs of the matrix products."""
+
+    @abstractmethod
+    def reach(self) -> int | None:
+        """Tokens, itself included, that an output depends on; None: all before it."""
+
+    def refuses(self, chunk: Chunk) -> str | None:
+        """Why such a chunk cannot be processed; None where it can."""
+        return None
+
+    @abstractmethod
+    def output_projection(self) -> Tensor:
+        """The weight that writes to the residual stream."""
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, width: int, intermediate_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(width, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, width, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map `[B, T, M]` to `[B, T, M]`."""
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class PreNorm(Layer):
+    """Pre-norm mixer and feed-forward, each added to the residual stream."""
+
+    def __init__(self, mixer: Mixer, feed_forward: FeedForward, width: int, norm_eps: float) -> None:
+        super().__init__()
+        self.self_attn: Mixer = mixer
+        self.mlp = feed_forward
+        self.input_layernorm = RMSNorm(width, norm_eps)
+        self.post_attention_layernorm = RMSNorm(width, norm_eps)
+
+    def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
+        """Process a chunk `[B, T, M]` after its past."""
+        mixed, past, auxiliary = self.self_attn(self.input_layernorm(hidden), chunk, past)
+        hidden = hidden + mixed
+        return Output(hidden + self.mlp(self.post_attention_layernorm(hidden)), past, auxiliary)
+
+    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
+        """Process one token per row, `[B, 1, M]`, in place over slots."""
+        hidden = hidden + self.self_attn.step(self.input_layernorm(hidden), chunk, past)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def state_spec(self) -> tuple[StateTensor, ...]:
+        """What the mixer keeps."""
+        return self.self_attn.state_spec()
+
+    def flops(self, num_tokens: int, num_past: int = 0) -> int:
+        """Those of the mixer and of the feed-forward."""
+        matrices = sum(module.weight.numel() for module in self.mlp.children() if isinstance(module, nn.Linear))
+        return self.self_attn.flops(num_tokens, num_past) + 2 * num_tokens * matrices
+
+    def reach(self) -> int | None:
+        """The mixer's."""
+        return self.self_attn.reach()
+
+    def refuses(self, chunk: Chunk) -> str | None:
+        """What the mixer refuses."""
+        return self.self_attn.refuses(chunk)
+
+    def init_weights(self, shared: Shared) -> None:
+        """Start what writes to the residual stream smaller or larger, where asked to."""
+        scale = shared.output_projection_init_scale
+        if scale != 1:
+            start_normal(self.self_attn.output_projection(), shared.initializer_range * scale)
+            start_normal(self.mlp.down_proj.weight, shared.initializer_range * scale)
+
+
+def start_normal(weight: Tensor, std: float) -> None:
+    """Draw a weight anew, unless it was loaded."""
+    start(weight, lambda: torch.nn.init.normal_(weight, mean=0.0, std=std))
+
+
+def start(parameter: Tensor, draw: Callable[[], object]) -> None:
+    """Start a parameter in place, unless Hugging Face's loading has marked it as loaded."""
+    if not getattr(parameter, "_is_hf_initialized", False):
+        with torch.no_grad():
+            draw()

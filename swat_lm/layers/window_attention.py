@@ -1,0 +1,254 @@
+"""Windowed attention as a mixer: projections, rotary, norms and sinks around `swat_lm.ops`, which attends.
+
+Parameter names and shapes are Llama's. Equations: SWAT (arXiv 2502.18845), Eq. 5; docs/mathematics.md.
+Legend: B rows, T tokens, P kept tokens, M width, H query heads, K key/value heads, D head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swat_lm.layers.base import InPlace, Output, Past, StateTensor
+from swat_lm.layers.chunk import Chunk, Rotary
+from swat_lm.layers.norm import RMSNorm
+from swat_lm.layers.pre_norm import Mixer
+from swat_lm.ops import window_attention, window_attention_step
+from swat_lm.ops.flops import attention_flops
+from swat_lm.ops.hiding import hide_keys
+from swat_lm.ops.rotary import apply_rotary, half_angles, rotate_paired
+from swat_lm.ops.slopes import slopes_for
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Everything that defines the attention of one layer."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+    score_function: str = "sigmoid"
+    slopes: str = "balanced"
+    slope_schedule: str = "swat"
+    score_bias: float = 0.0
+    qk_norm: bool = False
+    output_norm: bool = False
+    learned_sink: bool = False
+    bias: bool = False
+    norm_eps: float = 1e-6
+    backend: str = "auto"
+
+
+class WindowAttention(Mixer):
+    """Attention over the last `window` tokens (all of them when the window is None)."""
+
+    def __init__(self, settings: AttentionSettings, rotary: Rotary | None = None, index: int = 0) -> None:
+        """`index` is the layer's number, by which it finds its window where a step draws windows."""
+        super().__init__()
+        self.settings = settings
+        self.rotary = rotary
+        self.index = index
+        query_width = settings.num_heads * settings.head_dim
+        key_width = settings.num_kv_heads * settings.head_dim
+        self.q_proj = nn.Linear(settings.hidden_size, query_width, bias=settings.bias)
+        self.k_proj = nn.Linear(settings.hidden_size, key_width, bias=settings.bias)
+        self.v_proj = nn.Linear(settings.hidden_size, key_width, bias=settings.bias)
+        self.o_proj = nn.Linear(query_width, settings.hidden_size, bias=settings.bias)
+        # one weight per head channel, shared by the heads
+        self.q_norm = RMSNorm(settings.head_dim, settings.norm_eps) if settings.qk_norm else None
+        self.k_norm = RMSNorm(settings.head_dim, settings.norm_eps) if settings.qk_norm else None
+        self.output_norm = RMSNorm(settings.head_dim, settings.norm_eps) if settings.output_norm else None
+        if settings.learned_sink:
+            self.sink = nn.Parameter(torch.zeros(settings.num_heads))
+        else:
+            self.register_parameter("sink", None)
+        # not a buffer: `.to(bfloat16)` must not round the slopes, nor loading leave them uninitialised
+        with torch.device("cpu"):
+            self._slopes = slopes_for(settings.num_heads, settings.slopes, settings.slope_schedule)
+
+    def state_spec(self) -> tuple[StateTensor, ...]:
+        """Rotated keys and values: `window` places, since a new key is written before it is attended to."""
+        shape, window = (self.settings.num_kv_heads, self.settings.head_dim), self.settings.window
+        kind = "growing" if window is None else "window"
+        return StateTensor("key", shape, kind, window), StateTensor("value", shape, kind, window)
+
+    def refuses(self, chunk: Chunk) -> str | None:
+        """A prefix that is read in both directions, where distances or a window count from the query."""
+        if chunk.last is None or (self.settings.slopes == "none" and self.settings.window is None):
+            return None
+        return (
+            "attention with slopes or a window counts distances back from the query, so it cannot read a prefix in "
+            "both directions; use slopes='none' and no sliding_window for such rows"
+        )
+
+    def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
+        """Mix a chunk `[B, T, M]`; the past, if any, is extended by the chunk's keys and values."""
+        query, key, value = self.project(hidden)
+        rotary = None if self.rotary is None else chunk.angles(self.rotary, hidden.dtype)
+        num_past = 0
+        if past is not None:
+            if rotary is not None:
+                # what is kept is rotated; without a past the kernels rotate on the way
+                query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+                rotary = None
+            items, num_past = past.extend(key=key, value=value)
+            key, value = items["key"], items["value"]
+        result = self.attend(query, key, value, chunk, num_past, rotary)
+        mixed = self.o_proj(self.heads_output(result))
+        return Output(mixed, None if past is None else past.after())
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        chunk: Chunk,
+        num_past: int,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What the operator gives for queries `[B, T, H, D]` over P + T keys; with its lse where a sink is learned."""
+        settings = self.settings
+        scale, head_dim = settings.head_dim**-0.5, query.shape[-1]
+        blind = chunk.hidden_items(num_past)
+        if rotary is not None and (blind is not None or chunk.last is not None):
+            # the kernels rotate where tokens see what is before them, and all of it
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+            rotary = None
+        if blind is not None:
+            query, key, value = hide_keys(query, key, value, blind, scale)
+        result = window_attention(
+            query,
+            key,
+            value,
+            window=self.window_in(chunk),
+            score_function=settings.score_function,
+            slopes=self.slopes_on(query.device),
+            score_bias=settings.score_bias,
+            scale=scale,
+            first_visible=chunk.first_visible(num_past),
+            last_visible=chunk.last_visible(num_past),
+            rotary=rotary,
+            return_lse=settings.learned_sink,
+            backend=settings.backend,
+        )
+        if blind is None:
+            return result
+        if isinstance(result, Tensor):
+            return result[..., :head_dim]
+        return result[0][..., :head_dim], result[1]
+
+    def window_in(self, chunk: Chunk) -> int | None:
+        """The window for this chunk: the layer's own, or the one that was drawn for it. Raises ValueError."""
+        own = self.settings.window
+        if chunk.windows is None:
+            return own
+        drawn = chunk.windows[self.index]
+        if own is not None and (drawn is None or drawn > own):
+            raise ValueError(f"windows: layer {self.index} keeps the last {own} tokens, so it cannot see {drawn}")
+        return drawn
+
+    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
+        """Mix one token per row, `[B, 1, M]`, in place over rings."""
+        query, key, value = self.project(hidden)
+        angles = None if self.rotary is None else chunk.step_angles(self.rotary, hidden.dtype)
+        if angles is not None and query.is_cuda:
+            # the kernel rotates
+            return self.o_proj(self.attend_step(query, key, value, past, half_angles(*angles)))
+        if angles is not None:
+            query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
+        return self.o_proj(self.attend_step(query, key, value, past))
+
+    def attend_step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past: InPlace,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend with one token per row, `[B, 1, heads, D]`; returns the heads' output `[B, 1, H * D]`.
+
+        `rotary` is cosine and sine, `[B, 1, D / 2]`; None where query and key are rotated already.
+        """
+        settings, key_ring = self.settings, past.kept["key"]
+        if key.dtype != key_ring.dtype:
+            # under autocast
+            query, key, value = (x.to(key_ring.dtype) for x in (query, key, value))
+        result = window_attention_step(
+            query,
+            key,
+            value,
+            key_ring,
+            past.kept["value"],
+            past.slot,
+            past.position,
+            score_function=settings.score_function,
+            slopes=self.slopes_on(query.device),
+            score_bias=settings.score_bias,
+            rotary=rotary,
+            return_lse=settings.learned_sink,
+            backend=settings.backend,
+        )
+        return self.heads_output(result)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query `[B, T, H, D]`, key and value `[B, T, K, D]`, normed but not rotated."""
+        settings = self.settings
+        batch, num_tokens, _ = hidden.shape
+        query = self.q_proj(hidden).view(batch, num_tokens, settings.num_heads, settings.head_dim)
+        key = self.k_proj(hidden).view(batch, num_tokens, settings.num_kv_heads, settings.head_dim)
+        value = self.v_proj(hidden).view(batch, num_tokens, settings.num_kv_heads, settings.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
+
+    def heads_output(self, result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """From the operator's `[B, T, H, D]`, with its lse where a sink is learned, to `o_proj`'s `[B, T, H * D]`."""
+        if self.sink is not None:
+            output, lse = result
+            # softmax with one more key, of score `sink` and value zero
+            share = torch.sigmoid(lse - self.sink.to(lse.dtype))
+            output = output * share.to(output.dtype).unsqueeze(-1)
+        else:
+            assert isinstance(result, Tensor)
+            output = result
+        if self.output_norm is not None:
+            output = self.output_norm(output)
+        return output.flatten(2)
+
+    def slopes_on(self, device: torch.device) -> Tensor | None:
+        """One slope per query head, `[H]`, or None where there are none."""
+        slopes = self._slopes
+        if slopes is not None and slopes.device != device:
+            # made outside inference mode, so that a later training step may save it for its backward
+            with torch.inference_mode(False):
+                slopes = self._slopes = slopes.to(device)
+        return slopes
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "WindowAttention":
+        super()._apply(fn, recurse)
+        self.slopes_on(self.q_proj.weight.device) if self.q_proj.weight.device.type != "meta" else None
+        return self
+
+    def flops(self, num_tokens: int, num_past: int = 0) -> int:
+        """Projections, and the two products over the pairs that the window leaves."""
+        settings = self.settings
+        matrices = settings.hidden_size * settings.head_dim * 2 * (settings.num_heads + settings.num_kv_heads)
+        pairs = attention_flops(settings.num_heads, settings.head_dim, num_tokens, settings.window, num_past)
+        return 2 * num_tokens * matrices + pairs
+
+    def reach(self) -> int | None:
+        """The window."""
+        return self.settings.window
+
+    def output_projection(self) -> Tensor:
+        """The weight of `o_proj`."""
+        return self.o_proj.weight
+
+    def extra_repr(self) -> str:
+        """The settings that are not visible in the submodules."""
+        shown = self.settings
+        return f"window={shown.window}, score_function={shown.score_function}, slopes={shown.slopes}"

@@ -1,0 +1,154 @@
+"""The checkpoints of others that become ours: what each family's configuration and parameters are called here.
+
+A family is one row of `FAMILIES`. What its models compute otherwise than ours do is refused by name.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from swat_lm.model.configuration import ROPE_TYPES
+
+__all__ = ["FAMILIES", "Family", "family_of", "family_words"]
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id")
+LLAMA_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "pad_token_id",
+    "tie_word_embeddings",
+    *SPECIAL_TOKENS,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one architecture are taken over."""
+
+    title: str
+    """What people call it."""
+    fields: Callable[[PreTrainedConfig], dict[str, Any]]
+    """The fields of SwatConfig that describe the same function."""
+    refuse: Callable[[PreTrainedConfig], None]
+    """Raises ValueError, naming it, for what our model has no counterpart for: the result would be another function."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Parameter names, as regular expressions and what stands for them here; {}: they are ours already."""
+
+    def rename(self, name: str) -> str:
+        """What a parameter of theirs is called here."""
+        for pattern, ours in self.names.items():
+            name = re.sub(pattern, ours, name)
+        return name
+
+
+def family_of(model_type: str) -> Family:
+    """The family of an architecture; raises ValueError, naming those that there are, for one that has none."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"source: expected a {family_words('or')} model, got {model_type!r}")
+    return FAMILIES[model_type]
+
+
+def family_words(joint: str) -> str:
+    """The architectures that can be taken over, as `llama, mistral or mamba2`."""
+    *others, last = FAMILIES
+    return f"{', '.join(others)} {joint} {last}"
+
+
+def llama_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's layer around softmax attention, with the source's window, where it has one."""
+    return {
+        **{name: getattr(source, name, None) for name in LLAMA_FIELDS},
+        "attention_bias": getattr(source, "attention_bias", False),
+        "mlp_bias": getattr(source, "mlp_bias", False),
+        "rope_parameters": dict(source.rope_parameters),
+        "sliding_window": getattr(source, "sliding_window", None),
+        "score_function": "softmax",
+        "slopes": "none",
+    }
+
+
+def refuse_llama(source: PreTrainedConfig) -> None:
+    """Other activations, dropout, and rotary that changes with the sequence."""
+    refuse_activation(source)
+    dropout = getattr(source, "attention_dropout", 0.0)
+    if dropout:
+        raise ValueError(f"source: attention_dropout {dropout} has no counterpart; set it to 0 in the source's config")
+    rope = source.rope_parameters
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ValueError(
+            f"source: rotary of type {rope['rope_type']!r} changes with the sequence's length: not taken over; "
+            f"supported are {', '.join(ROPE_TYPES)}"
+        )
+    if getattr(source, "pretraining_tp", 1) not in (None, 1):
+        raise ValueError("source: pretraining_tp other than 1 is not supported")
+
+
+def mamba2_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Layers of Mamba-2 alone.
+
+    `chunk_size` is left behind: the result does not depend on it. So is `pad_token_id`: it would keep the gradient of
+    a token's embedding at zero, which theirs is not; padding is told by the mask.
+    """
+    low, high = source.time_step_limit
+    entry = {
+        "kind": "mamba2",
+        "state_size": source.state_size,
+        "expand": source.expand,
+        "ssm_head_dim": source.head_dim,
+        "num_groups": source.n_groups,
+        "conv_kernel": source.conv_kernel,
+        "conv_bias": source.use_conv_bias,
+        "projection_bias": source.use_bias,
+        "time_step_min": source.time_step_min,
+        "time_step_max": source.time_step_max,
+        "time_step_floor": source.time_step_floor,
+        # steps are positive anyway
+        "time_step_limit": None if low <= 0 and high == math.inf else [low, high],
+    }
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "tie_word_embeddings")
+    return {
+        **{name: getattr(source, name) for name in (*names, *SPECIAL_TOKENS)},
+        "rms_norm_eps": source.layer_norm_epsilon,
+        "layers": [entry],
+    }
+
+
+def refuse_mamba2(source: PreTrainedConfig) -> None:
+    """Other activations."""
+    refuse_activation(source)
+
+
+def refuse_activation(source: PreTrainedConfig) -> None:
+    """Anything but SiLU."""
+    activation = getattr(source, "hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"source: hidden_act {activation!r} is not supported, only 'silu'")
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama", llama_fields, refuse_llama),
+    "mistral": Family("Mistral", llama_fields, refuse_llama),
+    "mamba2": Family(
+        "Mamba-2",
+        mamba2_fields,
+        refuse_mamba2,
+        {
+            r"^backbone\.embeddings\.": "model.embed_tokens.",
+            r"^backbone\.norm_f\.": "model.norm.",
+            r"^backbone\.": "model.",
+        },
+    ),
+}
+"""By `model_type`."""

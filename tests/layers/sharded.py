@@ -1,0 +1,103 @@
+"""The contract under FSDP2 over two processes: one launch for many subjects, each judged by one process's gradients.
+
+Run as a program by `torchrun`: `python -m tests.layers.sharded FOLDER` with `subjects.json` in the folder.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from swat_lm import SwatForCausalLM
+from tests.layers.in_training import IGNORED, LENGTH, loss_by_chunks, packed_rows, targets_of
+from tests.layers.subject import Subject, close, gradients, tokens
+
+CUTS = [5, 1, 10, 6]
+# which tokens are learnt: all, or those of the last chunk alone, whose gradients reach older chunks by the carry only
+BEGINNINGS = (0, LENGTH - CUTS[-1])
+
+
+def launch(subjects: list[Subject], folder: Path, prepare: str = "") -> dict[str, str]:
+    """Try all subjects on two processes; what went wrong with each, by name, "" where nothing did.
+
+    `prepare` is Python that every process runs first: it registers kinds that are not in LAYERS.
+    """
+    (folder / "subjects.json").write_text(json.dumps([asdict(subject) for subject in subjects]))
+    (folder / "prepare.py").write_text(prepare)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run(
+        [*command, "-m", "tests.layers.sharded", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    said = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return {subject.name: said[0][subject.name] or said[1][subject.name] for subject in subjects}
+
+
+def sharded(model: SwatForCausalLM) -> SwatForCausalLM:
+    """Every layer and the rest by itself, as the trainer does."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def whole(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients gathered from all processes."""
+    return {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in gradients.items()}
+
+
+def try_one(subject: Subject, rank: int) -> None:
+    """Whole rows and packed ones, plain and with activation checkpointing, against one pass of one process."""
+    ids = tokens(2, LENGTH)
+    for documents in (None, packed_rows()[:2]):
+        targets = targets_of(ids, documents)
+        for beginning in BEGINNINGS:
+            learnt = targets.clone()
+            learnt[:, :beginning] = IGNORED
+            model = subject.model().train()
+            loss = model(ids, shift_labels=learnt, num_items_in_batch=2, document_ids=documents).loss
+            expected = gradients(model, loss)
+            own = None if documents is None else documents[rank : rank + 1]
+            for checkpointing in (False, True):
+                model = subject.model().train()
+                if checkpointing:
+                    model.activation_checkpointing_enable()
+                sharded(model)
+                mine = loss_by_chunks(model, ids[rank : rank + 1], learnt[rank : rank + 1], CUTS, "exact", own)
+                for name, gradient in whole(gradients(model, mine)).items():
+                    close(gradient, expected[name], f"{name}, learnt from {beginning}, {checkpointing=}")
+
+
+def main(folder: Path) -> None:
+    """What one process does."""
+    rank = int(os.environ["RANK"])
+    init_process_group("gloo")
+    exec(compile((folder / "prepare.py").read_text(), "prepare.py", "exec"), {})
+    said = {}
+    for values in json.loads((folder / "subjects.json").read_text()):
+        subject = Subject(**values)
+        try:
+            try_one(subject, rank)
+            said[subject.name] = ""
+        except Exception:
+            said[subject.name] = traceback.format_exc()
+    (folder / f"rank{rank}.json").write_text(json.dumps(said))
+    destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,44 @@
+"""The contract of layers, for every kind of LAYERS at its defaults and for plans that mix them."""
+
+import pytest
+
+from swat_lm.layers import LAYERS
+from tests.layers.contract import CHECKS, Check, Subject, name_of
+from tests.layers.sharded import launch
+
+SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
+    Subject("interleaved", ["mamba2", "attention"]),
+    Subject("window and full", ["attention", {"kind": "attention", "sliding_window": None}]),
+    Subject(
+        "softmax with sink",
+        [
+            {"kind": "attention", "sliding_window": 5, "score_function": "softmax", "slopes": "none",
+             "learned_sink": True},
+            {"kind": "attention", "sliding_window": 1, "score_function": "softmax", "slopes": "negative",
+             "learned_sink": True,
+             "qk_norm": True, "output_norm": True, "attention_bias": True, "use_rotary": False},
+        ],
+    ),
+    Subject(
+        "odd recurrences",
+        [
+            {"kind": "mamba2", "state_size": 8, "ssm_head_dim": 16, "num_groups": 2, "conv_kernel": 2,
+             "chunk_size": 4, "time_step_limit": [0.01, 0.5], "projection_bias": True},
+            {"kind": "attention", "sliding_window": None, "score_function": "softmax", "slopes": "none"},
+            {"kind": "mamba2", "state_size": 4, "ssm_head_dim": 32, "conv_kernel": 1, "conv_bias": False,
+             "chunk_size": 3},
+        ],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=name_of)
+@pytest.mark.parametrize("check", CHECKS, ids=name_of)
+def test_it_keeps_the_contract(check: Check, subject: Subject, tmp_path):
+    check(subject, tmp_path)
+
+
+def test_it_holds_over_two_processes(tmp_path):
+    said = launch(SUBJECTS, tmp_path)
+    wrong = {name: message for name, message in said.items() if message}
+    assert not wrong, "\n".join(f"{name}: {message}" for name, message in wrong.items())
