@@ -78,11 +78,12 @@ class LayerPlan(ABC):
     """What a layer computes for one token per stream, with fewer operations."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self._held = [entry for parent in layer.modules() for entry in held_by(parent)]
+        self.held: Held = [entry for parent in layer.modules() for entry in held_by(parent)]
+        """What has to be in place for the plan to describe the layer."""
 
     def describes_the_layer(self) -> bool:
         """Whether no module was replaced (by an adapter, say) or hooked, and no weight moved (by a cast) since."""
-        return are_in_place(self._held)
+        return are_in_place(self.held)
 
     @abstractmethod
     def matrices(self) -> tuple[Matrix, ...]:

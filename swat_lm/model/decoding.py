@@ -5,6 +5,7 @@ Legend: B streams, M model width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ class DecodingPlan:
     def __init__(self, model: "SwatForCausalLM") -> None:
         self.layers: list[LayerPlan | None] = [layer.decoding_plan() for layer in model.model.stack]
         self._planned = list(model.model.stack)
+        self._layers_held: Held = [one for plan in self.layers if plan is not None for one in plan.held]
         self._final_norm = Norm(model.model.norm)
         self._norm_held: Held = [one for one in held_by(model.model) if isinstance(one[2], RMSNorm)]
         self.head: Matrix | None = None
@@ -37,6 +39,9 @@ class DecodingPlan:
 
     def serving(self, layers: Sequence[Layer]) -> list[LayerPlan | None]:
         """The plan of every layer that still has one."""
+        # nearly always: looked at in one go, since it is done for every token
+        if are_in_place(self._layers_held) and all(map(is_, layers, self._planned)):
+            return self.layers
         return [
             plan if plan is not None and layer is planned and plan.describes_the_layer() else None
             for plan, planned, layer in zip(self.layers, self._planned, layers, strict=True)
