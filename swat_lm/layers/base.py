@@ -73,7 +73,8 @@ def by_name(spec: tuple[StateTensor, ...]) -> dict[str, StateTensor]:
 class Past(Protocol):
     """What one layer keeps, while a chunk is processed: slots in place, a functional carry, or a cache of others.
 
-    Each name is asked for once per chunk. Padding is not kept; hidden tokens are, in their places.
+    Each name is asked for once per chunk. Of items, padding is not kept, and hidden tokens are, in their places; what
+    goes into a summary is the layer's affair: it leaves both out (`Chunk.real`).
     """
 
     def extend(self, **new: Tensor) -> tuple[dict[str, Tensor], int]:

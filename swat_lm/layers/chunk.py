@@ -114,11 +114,6 @@ class Chunk:
         """int32 `[T]`: 0, 1, ..."""
         return torch.arange(self.num_tokens, dtype=torch.int32, device=self.positions.device)
 
-    @cached_property
-    def in_prefix(self) -> Tensor | None:
-        """Bool `[B, T]`: tokens that see others after themselves; None: none."""
-        return None if self.last is None else self.last > self.places
-
     def angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the tokens, each `[B or 1, T, D / 2]`, for hidden states of this dtype; made once."""
         return self._once(("angles", rotary.key, dtype), lambda: rotary.angles(self.positions, dtype))
