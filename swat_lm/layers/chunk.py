@@ -120,7 +120,12 @@ class Chunk:
 
     def step_angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The angles of one token per row, laid out over whole heads: `[B or 1, 1, 1, D]`; made once."""
-        return self._once(("step", rotary.key, dtype), lambda: rotary.step_angles(self.positions, dtype))
+        # asked for by every layer of every token: without a closure
+        key = ("step", rotary.key, dtype)
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = rotary.step_angles(self.positions, dtype)
+        return found
 
     def tail(self, count: int) -> "Chunk":
         """The last `count` tokens as a chunk of their own: what a layer that shortens hands on."""

@@ -27,7 +27,6 @@ class DecodingPlan:
     def __init__(self, model: "SwatForCausalLM") -> None:
         self.layers: list[LayerPlan | None] = [layer.decoding_plan() for layer in model.model.stack]
         self._planned = list(model.model.stack)
-        self._layers_held: Held = [one for plan in self.layers if plan is not None for one in plan.held]
         self._final_norm = Norm(model.model.norm)
         self._norm_held: Held = [one for one in held_by(model.model) if isinstance(one[2], RMSNorm)]
         self.head: Matrix | None = None
@@ -35,13 +34,15 @@ class DecodingPlan:
         if is_plain(model.lm_head) and model.lm_head.weight.dtype in (torch.float32, torch.float64):
             self.head = Matrix(model.lm_head.weight.detach().t())
         self._head_held: Held = [one for one in held_by(model) if one[1] == "lm_head"]
+        self._held: Held = [one for plan in self.layers if plan is not None for one in plan.held] + self._norm_held
         self.num_threads = 1
+
+    def _is_whole(self, layers: Sequence[Layer]) -> bool:
+        """Whether all layers and the norm are as planned: looked at in one go, since it is done for every token."""
+        return are_in_place(self._held) and all(map(is_, layers, self._planned))
 
     def serving(self, layers: Sequence[Layer]) -> list[LayerPlan | None]:
         """The plan of every layer that still has one."""
-        # nearly always: looked at in one go, since it is done for every token
-        if are_in_place(self._layers_held) and all(map(is_, layers, self._planned)):
-            return self.layers
         return [
             plan if plan is not None and layer is planned and plan.describes_the_layer() else None
             for plan, planned, layer in zip(self.layers, self._planned, layers, strict=True)
@@ -68,6 +69,8 @@ class DecodingPlan:
         places = set(positions.tolist()) if may_share else set()
         position = places.pop() if len(places) == 1 else None
         chunk = Chunk((positions if position is None else positions[:1])[:, None])
+        if self._is_whole(layers):
+            return self._final_norm(step_layers(layers, hidden, chunk, pasts, self.layers, position))
         hidden = step_layers(layers, hidden, chunk, pasts, self.serving(layers), position)
         return self._final_norm(hidden) if are_in_place(self._norm_held) else norm(hidden)
 

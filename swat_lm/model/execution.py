@@ -57,8 +57,7 @@ def step_layers(
 
     Layers that have a plan run by it; `position` is where all rows stand, None where they stand apart.
     """
-    for index, (layer, past) in enumerate(zip(layers, pasts, strict=True)):
-        plan = None if plans is None else plans[index]
+    for layer, past, plan in zip(layers, pasts, plans or [None] * len(layers), strict=True):
         if plan is None:
             hidden = layer.step(hidden.unsqueeze(1), chunk, past).squeeze(1)
         else:

@@ -179,20 +179,19 @@ class Streaming:
         if state.has_holes or state.passed is not None:
             # a step cannot see which of the items it reads are hidden, nor take them back
             return self.lm_head(self.extend(token, state, slot=slot)[:, -1])
-        plan = self._decoding_plan
+        plan, model = self._decoding_plan, self.model
         # cheaper per operation than no_grad; the logits are formed outside of it, so that callers may change them
         with torch.inference_mode():
-            hidden = self.model.embed_tokens(token.squeeze(1))
+            hidden = model.embed_tokens(token.squeeze(1))
             if slot is None:
                 pasts, positions = state.step_pasts(), state.position
             else:
                 rows = state.rows(1, slot)
                 pasts, positions = state.pasts(rows), rows.position
             if plan is None:
-                hidden = step_layers(self.model.stack, hidden, Chunk(positions[:, None]), pasts)
-                hidden = self.model.norm(hidden)
+                hidden = model.norm(step_layers(model.stack, hidden, Chunk(positions[:, None]), pasts))
             else:
-                hidden = plan.step(self.model.stack, hidden, positions, pasts, self.model.norm, slot is None)
+                hidden = plan.step(model.stack, hidden, positions, pasts, model.norm, slot is None)
             if slot is None:
                 state.position += 1
                 state.count(1)
