@@ -92,10 +92,9 @@ def compile_kernel(
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(compiled.asm["cubin"])
-        code = _run("cuobjdump", "-sass", binary)
-        usage = _run("cuobjdump", "-res-usage", binary)
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers, usage
+        code = _run("cuobjdump", "-sass", "-res-usage", binary)
+    registers = re.search(r"REG:(\d+)", code)
+    assert registers, code
     found = [(int(address, 16), opcode, rest) for address, opcode, rest in _INSTRUCTION.findall(code)]
     return Compiled(
         Counter(opcode for _, opcode, _ in found), _loops(found), int(registers[1]), compiled.metadata.shared,

@@ -1,5 +1,6 @@
 """Saving and loading: bit for bit, under any dtype, through the Auto classes, in any order of imports."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,24 +22,38 @@ def test_save_and_load_is_bitwise(tmp_path):
     assert "slopes" not in loaded.state_dict()
 
 
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [
-        ("import swat_lm", "from transformers import AutoModelForCausalLM as A"),
-        ("from swat_lm import SwatForCausalLM", "from transformers import AutoModelForCausalLM as A"),
-        # these load the Auto classes while transformers is half imported
-        ("import swat_lm", "from transformers import LlamaForCausalLM, AutoModelForCausalLM as A"),
-        ("import transformers, swat_lm", "from transformers import GPT2LMHeadModel, AutoModelForCausalLM as A"),
-        ("from swat_lm import window_attention", "from transformers import MistralModel, AutoModelForCausalLM as A"),
-        ("from transformers import LlamaModel", "import swat_lm; from transformers import AutoModelForCausalLM as A"),
-    ],
-)
-def test_auto_classes_know_the_model(tmp_path, first, then):
+# what was imported first, and how the Auto class was come by
+ORDERS = [
+    ("import swat_lm", "from transformers import AutoModelForCausalLM as A"),
+    ("from swat_lm import SwatForCausalLM", "from transformers import AutoModelForCausalLM as A"),
+    # these load the Auto classes while transformers is half imported
+    ("import swat_lm", "from transformers import LlamaForCausalLM, AutoModelForCausalLM as A"),
+    ("import transformers, swat_lm", "from transformers import GPT2LMHeadModel, AutoModelForCausalLM as A"),
+    ("from swat_lm import window_attention", "from transformers import MistralModel, AutoModelForCausalLM as A"),
+    ("from transformers import LlamaModel", "import swat_lm; from transformers import AutoModelForCausalLM as A"),
+]
+# every order in a process of its own, all forked from one that has imported what they have in common
+IN_EVERY_ORDER = """
+import json, os, sys
+import huggingface_hub, safetensors.torch, tokenizers, torch._dynamo
+assert not {"transformers", "swat_lm"} & set(sys.modules)
+folder, orders = sys.argv[1], json.loads(sys.argv[2])
+for first, then in orders:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        exec(f"{first}\\n{then}\\nprint(type(A.from_pretrained({folder!r})).__name__, flush=True)")
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_auto_classes_know_the_model_in_any_order_of_imports(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    program = f"{first}\n{then}\nprint(type(A.from_pretrained({str(tmp_path)!r})).__name__)"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert ran.stdout.strip() == "SwatForCausalLM", ran.stderr
+    command = [sys.executable, "-c", IN_EVERY_ORDER, str(tmp_path), json.dumps(ORDERS)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.stdout.split() == ["SwatForCausalLM"] * len(ORDERS), ran.stderr
 
 
 def test_the_operator_needs_pytorch_alone():

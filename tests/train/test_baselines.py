@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from swat_lm.train import Event, run
 from tests.model.test_architectures import TINY
-from tests.train.runs import assert_close, assert_same_run, metrics, weights
-from tests.train.test_distributed import launch
+from tests.train.runs import assert_same_run, metrics, weights
 
 
 def baseline(make_recipe, out: str, name: str, **train):
@@ -56,12 +55,3 @@ def test_what_a_baseline_cannot_do_is_refused_before_anything_is_written(make_re
     other = replace(recipe, model={**recipe.model, "state_size": 16})
     with pytest.raises(ValueError, match=r"state_size \(checkpoint 8, recipe 16\)"):
         run(other)
-
-
-def test_two_processes_compute_what_one_does(make_recipe, tmp_path):
-    single, double = baseline(make_recipe, "single", "llama"), baseline(make_recipe, "double", "llama", export=True)
-    run(single)
-    assert launch(tmp_path, [double]) == {"double": ["done 4"] * 2}
-    assert_close(metrics(single.out), metrics(double.out))
-    model = AutoModelForCausalLM.from_pretrained(Path(double.out, "export"))
-    assert type(model).__module__.startswith("transformers.")

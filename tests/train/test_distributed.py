@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train import run
 from tests.train.runs import assert_close, metrics, weights
+from tests.train.test_baselines import baseline
 
 PROGRAM = """
 import os, sys
@@ -61,6 +63,8 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path):
     begun = replace(begun, train=replace(begun.train, steps=8, schedule="constant"))
     straight = other("straight", schedule="constant")
     run(straight)
+    llama = baseline(make_recipe, "llama-single", "llama")
+    run(llama)
 
     recipes = [
         other("sharded", export=True),
@@ -71,6 +75,7 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path):
         other("to-continue", steps=4, schedule="constant"),
         other("odd", batch_size=5),
         replace(single, seed=7),
+        baseline(make_recipe, "llama", "llama", export=True),
     ]
     said = launch(tmp_path, recipes)
     for name in ("sharded", "accumulated", "replicated", "hybrid", "begun"):
@@ -83,6 +88,12 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path):
     to_continue = replace(recipes[5], train=replace(recipes[5].train, steps=8))
     assert run(to_continue).last_step == 8
     assert_close(metrics(straight.out), metrics(to_continue.out))
+
+    # a model of a library too
+    assert said["llama"] == ["done 4"] * 2
+    assert_close(metrics(llama.out), metrics(tmp_path / "llama"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama" / "export")
+    assert type(model).__module__.startswith("transformers.")
 
     # the export is whole, and errors found by the main process reach all
     assert_export_equals(tmp_path / "sharded" / "export", single)

@@ -1,10 +1,15 @@
-"""kill -9 in the middle of a run, then the same command again: the numbers of a run that was never disturbed."""
+"""kill -9 in the middle of a run, then the same command again: the numbers of a run that was never disturbed.
 
+The model is an interleaved plan, and what it has become is then used from the command line as any model is.
+"""
+
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +23,13 @@ PROGRAM = (
 )
 
 
-def test_killed_run_goes_on_bit_for_bit(make_recipe, tmp_path):
-    settings = {"steps": 60, "save_every": 8, "log_every": 1, "evaluate_every": 30, "keep": 2}
-    killed, whole = make_recipe("killed", **settings), make_recipe("whole", **settings)
+LAYERS = [{"kind": "mamba2", "state_size": 16, "ssm_head_dim": 16}, "attention"]
+
+
+def test_killed_run_goes_on_bit_for_bit_and_serves(make_recipe, tmp_path, cli, text):
+    settings = {"steps": 60, "save_every": 8, "log_every": 1, "evaluate_every": 30, "keep": 2, "export": True}
+    recipes = make_recipe("killed", **settings), make_recipe("whole", **settings)
+    killed, whole = (replace(one, model={**one.model, "layers": LAYERS}) for one in recipes)
     (tmp_path / "killed.yaml").write_text(dump_recipe(killed))
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "killed.yaml")], env=environment)
@@ -39,3 +48,15 @@ def test_killed_run_goes_on_bit_for_bit(make_recipe, tmp_path):
     assert result.last_step == 60
     run(whole)
     assert_same_run(killed, whole)
+
+    export, greedy = Path(killed.out, "export"), ("--temperature", 0, "--ignore-end")
+    assert json.loads((export / "config.json").read_text())["layers"] == LAYERS
+    once = cli("generate", export, "-p", "the ", "-n", 40, *greedy)
+    state = tmp_path / "half.state"
+    first = cli("generate", export, "-p", "the ", "-n", 20, *greedy, "--save-state", state)
+    second = cli("generate", export, "-n", 20, *greedy, "--load-state", state)
+    assert (once.code, first.code, second.code) == (0, 0, 0), second.err
+    assert once.out == first.out.removesuffix("\n") + second.out
+    measured = cli("evaluate", "length", export, "--data", text, "--lengths", "16,64", "--out", tmp_path / "length")
+    assert measured.code == 0, measured.err
+    assert "mamba2" in cli("info", export).out
