@@ -9,55 +9,34 @@ import torch
 from torch import Tensor
 
 from swat_lm.ops.bands import Band
+from swat_lm.ops.calls import AttentionCall
 from swat_lm.ops.head_bias import HeadBias, score_dtype
 from swat_lm.ops.key_gradients import ApartTiles, KeySums, SkewedTiles
 from swat_lm.ops.tile_batches import Scratch, TileBatch, TilesOfHead, key_groups, tile_batches
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: HeadBias,
-    first_visible: Tensor | None,
-    last_visible: Tensor | None,
-    window: int | None,
-    score_function: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Return `(output [B, T, H, D], lse [B, T, H])`; the lse is empty for sigmoid. Arguments as in the contract."""
-    dtype = score_dtype(query)
-    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Return `(output [B, T, H, D], lse [B, T, H])`; the lse is empty for sigmoid."""
+    dtype = score_dtype(call.query)
+    q, k, v = call.query.to(dtype), call.key.to(dtype), call.value.to(dtype)
     output = torch.empty_like(q, memory_format=torch.contiguous_format)
-    softmax = score_function == "softmax"
-    lse = q.new_empty(q.shape[:3] if softmax else (0,))
-    band = Band.of(q.shape[1], k.shape[1], window, q.device)
+    lse = q.new_empty(q.shape[:3] if call.softmax else (0,))
+    band = Band.of(q.shape[1], k.shape[1], call.window, q.device)
     scratch = Scratch(q)
-    for batch in tile_batches(band, bias, q.shape[0], k.shape[2], first_visible, last_visible):
+    for batch in tile_batches(band, call.head_bias(), q.shape[0], k.shape[2], call.first_visible, call.last_visible):
         rows = batch.rows(q)
-        scores = _scores(batch, rows, batch.keys(k), scale, scratch)
-        if softmax:
+        scores = _scores(batch, rows, batch.keys(k), call.scale, scratch)
+        if call.softmax:
             weights = _softmax(scores, scratch.take("weights", *scores.shape), batch.rows(lse))
         else:
             weights = torch.sigmoid(scores, out=scores)
         result = scratch.take("result", *rows.shape)
         batch.rows(output).copy_(torch.bmm(weights, batch.keys(v), out=result))
-    return output.to(query.dtype), lse
+    return output.to(call.query.dtype), lse
 
 
 def backward(
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: HeadBias,
-    first_visible: Tensor | None,
-    last_visible: Tensor | None,
-    window: int | None,
-    score_function: str,
-    scale: float,
-    needs_per_head: bool,
+    call: AttentionCall, grad_output: Tensor, grad_lse: Tensor | None, needs_per_head: bool
 ) -> tuple[Tensor, Tensor, Tensor, HeadBias]:
     """Return the gradients of query, key, value and of the bias (zeros unless `needs_per_head`).
 
@@ -65,10 +44,9 @@ def backward(
     dS = P * (dP - rowsum(P * dP) + dlse) for softmax; dQ = scale * dS K; dK = scale * dS^T Q;
     d slope = sum(dS * distance); d constant = sum(dS).
     """
-    dtype = score_dtype(query)
-    q, k, v, d_output = (t.to(dtype) for t in (query, key, value, grad_output))
+    dtype, bias, softmax, scale = score_dtype(call.query), call.head_bias(), call.softmax, call.scale
+    q, k, v, d_output = (t.to(dtype) for t in (call.query, call.key, call.value, grad_output))
     d_lse = None if grad_lse is None else grad_lse.to(dtype)
-    softmax = score_function == "softmax"
     d_query = torch.empty_like(q, memory_format=torch.contiguous_format)
     scratch = Scratch(q)
     d_key, d_value = (
@@ -77,9 +55,9 @@ def backward(
     )
     # one number per head out of a whole call's pairs, whose signs cancel: summed in float64
     d_bias = HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias))
-    band = Band.of(q.shape[1], k.shape[1], window, q.device)
+    band = Band.of(q.shape[1], k.shape[1], call.window, q.device)
     disjoint = not band.is_narrow
-    for group in key_groups(band, bias, q.shape[0], k.shape[2], first_visible, last_visible, disjoint):
+    for group in key_groups(band, bias, q.shape[0], k.shape[2], call.first_visible, call.last_visible, disjoint):
         d_key.begin(group)
         d_value.begin(group)
         for batch in group.batches:
@@ -111,9 +89,9 @@ def backward(
         d_key.end()
         d_value.end()
     return (
-        d_query.to(query.dtype),
-        d_key.total.to(key.dtype),
-        d_value.total.to(value.dtype),
+        d_query.to(call.query.dtype),
+        d_key.total.to(call.key.dtype),
+        d_value.total.to(call.value.dtype),
         d_bias,
     )
 

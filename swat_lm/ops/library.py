@@ -4,163 +4,142 @@ The wrapper in `window_attention.py` has checked everything; here a call goes to
 has a fixed number of outputs: what a call does not have is empty.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from swat_lm.ops import blocked
-from swat_lm.ops.head_bias import head_bias
+from swat_lm.ops.calls import Attended, AttentionCall, names_of_tensors, schema
+from swat_lm.ops.head_bias import score_dtype
 
 
-@torch.library.custom_op("swat_lm::window_attention", mutates_args=())
-def _window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor | None,
-    score_bias: Tensor | None,
-    first_visible: Tensor | None,
-    last_visible: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    bias: float,
-    window: int | None,
-    score_function: str,
-    scale: float,
-    precision: str,
-    backend: str,
-    skip_saturated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = head_bias(slopes, score_bias, bias, query)
-    if backend == "triton":
+class Cotangents(NamedTuple):
+    """What the backward op is given before the call."""
+
+    grad_output: Tensor
+    grad_lse: Tensor | None
+    output: Tensor | None
+    lse: Tensor | None
+    needs_slopes: bool
+    needs_score_bias: bool
+
+
+class Gradients(NamedTuple):
+    """What the backward op returns, by the names of the call's arguments."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    slopes: Tensor
+    score_bias: Tensor
+
+
+def _window_attention(*arguments: Any) -> Attended:
+    call = AttentionCall(*arguments)
+    if call.backend == "triton":
         # not above: `import swat_lm` must work without triton
-        from swat_lm.ops.triton import forward, geometry
-        from swat_lm.ops.triton import precision as precisions
+        from swat_lm.ops.triton import forward
 
-        rows = geometry.Rows.of(
-            first_visible, last_visible, query.shape[0], query.shape[1], key.shape[1], window, query.device
+        return forward.forward(call)
+    return Attended(*blocked.forward(call), call.query.new_empty(0), call.query.new_empty(0))
+
+
+def _window_attention_backward(*arguments: Any) -> Gradients:
+    given, call = _split(arguments)
+    needs_per_head = given.needs_slopes or given.needs_score_bias
+    if call.backend == "triton":
+        from swat_lm.ops.triton import backward
+
+        *gradients, per_head = backward.backward(
+            call, given.grad_output, given.grad_lse, given.output, given.lse, needs_per_head
         )
-        fast = precisions.is_fast(precision, query.dtype, score_bias, bias)
-        results = forward.forward(query, key, value, head, rows, score_function, scale, fast, cos, sin, skip_saturated)
-        return results.output, results.lse, results.rotated_query, results.rotated_key
-    nothing = query.new_empty(0), query.new_empty(0)
-    return *blocked.forward(
-        query, key, value, head, first_visible, last_visible, window, score_function, scale
-    ), *nothing  # fmt: skip
-
-
-@_window_attention.register_fake
-def _(
-    query, key, value, slopes, score_bias, first_visible, last_visible, cos, sin, bias, window, score_function, scale,
-    precision, backend, skip_saturated,
-):  # fmt: skip
-    batch, num_queries, num_heads, _ = query.shape
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    shape = (batch, num_queries, num_heads) if score_function == "softmax" else (0,)
-    return (
-        query.new_empty(query.shape),
-        query.new_empty(shape, dtype=statistics),
-        query.new_empty(0 if cos is None else query.shape),
-        query.new_empty(0 if cos is None else key.shape),
-    )
-
-
-@torch.library.custom_op("swat_lm::window_attention_backward", mutates_args=())
-def _window_attention_backward(
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slopes: Tensor | None,
-    score_bias: Tensor | None,
-    first_visible: Tensor | None,
-    last_visible: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    output: Tensor | None,
-    lse: Tensor | None,
-    bias: float,
-    window: int | None,
-    score_function: str,
-    scale: float,
-    precision: str,
-    backend: str,
-    skip_saturated: bool,
-    needs_slopes: bool,
-    needs_score_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = head_bias(slopes, score_bias, bias, query)
-    needs_per_head = needs_slopes or needs_score_bias
-    if backend == "triton":
-        from swat_lm.ops.triton import backward, geometry
-        from swat_lm.ops.triton import precision as precisions
-
-        rows = geometry.Rows.of(
-            first_visible, last_visible, query.shape[0], query.shape[1], key.shape[1], window, query.device
-        )
-        fast = precisions.is_fast(precision, query.dtype, score_bias, bias)
-        grad_query, grad_key, grad_value, grad_head = backward.backward(
-            grad_output, grad_lse, query, key, value, output, lse, head, rows, score_function, scale, fast,
-            needs_per_head, cos, sin, skip_saturated,
-        )  # fmt: skip
     else:
-        grad_query, grad_key, grad_value, grad_head = blocked.backward(
-            grad_output, grad_lse, query, key, value, head, first_visible, last_visible, window, score_function, scale,
-            needs_per_head,
-        )  # fmt: skip
-    grad_slopes = grad_head.slopes.to(slopes.dtype) if slopes is not None and needs_slopes else query.new_empty(0)
-    grad_bias = query.new_empty(0)
-    if score_bias is not None and needs_score_bias:
-        grad_bias = grad_head.constant.to(score_bias.dtype)
-    return grad_query, grad_key, grad_value, grad_slopes, grad_bias
+        *gradients, per_head = blocked.backward(call, given.grad_output, given.grad_lse, needs_per_head)
+    # two of them: outputs of an op may not be one tensor
+    slopes, bias = call.query.new_empty(0), call.query.new_empty(0)
+    if call.slopes is not None and given.needs_slopes:
+        slopes = per_head.slopes.to(call.slopes.dtype)
+    if call.score_bias is not None and given.needs_score_bias:
+        bias = per_head.constant.to(call.score_bias.dtype)
+    query, key, value = gradients
+    return Gradients(query, key, value, slopes, bias)
 
 
-@_window_attention_backward.register_fake
-def _(
-    grad_output, grad_lse, query, key, value, slopes, score_bias, first_visible, last_visible, cos, sin, output, lse,
-    bias, window, score_function, scale, precision, backend, skip_saturated,
-    needs_slopes, needs_score_bias,
-):  # fmt: skip
-    return (
+def _fake(*arguments: Any) -> Attended:
+    call = AttentionCall(*arguments)
+    query, rotates = call.query, call.cos is not None
+    return Attended(
         query.new_empty(query.shape),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-        torch.empty_like(slopes) if needs_slopes else query.new_empty(0),
-        torch.empty_like(score_bias) if needs_score_bias else query.new_empty(0),
+        query.new_empty(query.shape[:3] if call.softmax else (0,), dtype=score_dtype(query)),
+        query.new_empty(query.shape if rotates else 0),
+        query.new_empty(call.key.shape if rotates else 0),
     )
 
 
-def _setup_context(ctx, inputs, output):
-    query, key, value, slopes, score_bias, first_visible, last_visible, cos, sin, *numbers = inputs
-    attended, lse, rotated_query, rotated_key = output
-    if cos is not None:
-        query, key = rotated_query, rotated_key
-    if numbers[2] != "softmax" or numbers[5] != "triton":
-        # sigmoid needs neither, blocked recomputes them
-        attended, lse = None, None
-    ctx.save_for_backward(
-        query, key, value, slopes, score_bias, first_visible, last_visible, cos, sin, attended, lse
-    )  # fmt: skip
-    ctx.numbers = numbers
+def _fake_backward(*arguments: Any) -> Gradients:
+    given, call = _split(arguments)
+    query, key, value = (tensor.new_empty(tensor.shape) for tensor in call[:3])
+    slopes, bias = query.new_empty(0), query.new_empty(0)
+    if call.slopes is not None and given.needs_slopes:
+        slopes = torch.empty_like(call.slopes)
+    if call.score_bias is not None and given.needs_score_bias:
+        bias = torch.empty_like(call.score_bias)
+    return Gradients(query, key, value, slopes, bias)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[Cotangents, AttentionCall]:
+    count = len(Cotangents._fields)
+    return Cotangents(*arguments[:count]), AttentionCall(*arguments[count:])
+
+
+_TENSORS = names_of_tensors(AttentionCall)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    call, attended = AttentionCall(*inputs), Attended(*output)
+    if call.cos is not None:
+        call = call._replace(query=attended.rotated_query, key=attended.rotated_key)
+    # sigmoid needs neither, blocked recomputes them
+    results = (attended.output, attended.lse) if call.softmax and call.backend == "triton" else (None, None)
+    ctx.save_for_backward(*(getattr(call, name) for name in _TENSORS), *results)
+    ctx.call = call._replace(**dict.fromkeys(_TENSORS))
     # outputs that stand for nothing have no gradient
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_output, grad_lse, grad_rotated_query, grad_rotated_key):
-    saved = ctx.saved_tensors
-    query, _, _, slopes, score_bias, *_ = saved
-    if grad_output is None and grad_lse is None:
-        return (None,) * 16
-    if grad_output is None:
-        grad_output = torch.zeros_like(query)
-    if ctx.numbers[2] != "softmax":
-        grad_lse = None
-    needs_slopes = slopes is not None and ctx.needs_input_grad[3]
-    needs_bias = score_bias is not None and ctx.needs_input_grad[4]
-    grads = torch.ops.swat_lm.window_attention_backward(
-        grad_output, grad_lse, *saved, *ctx.numbers, needs_slopes, needs_bias
-    )
-    return (*grads[:3], grads[3] if needs_slopes else None, grads[4] if needs_bias else None, *(None,) * 11)
+def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    # asked for once: activation checkpointing recomputes them, and refuses to do so twice
+    *tensors, output, lse = ctx.saved_tensors
+    call = ctx.call._replace(**dict(zip(_TENSORS, tensors, strict=True)))
+    gradients: dict[str, Tensor] = {}
+    if grad_output is not None or grad_lse is not None:
+        needed = dict(zip(call._fields, ctx.needs_input_grad, strict=True))
+        needs = [getattr(call, name) is not None and needed[name] for name in ("slopes", "score_bias")]
+        given = Cotangents(
+            torch.zeros_like(call.query) if grad_output is None else grad_output,
+            grad_lse if call.softmax else None,
+            output,
+            lse,
+            *needs,
+        )
+        found = Gradients(*torch.ops.swat_lm.window_attention_backward(*given, *call))
+        gradients = found._asdict()
+        for name, needs_it in zip(("slopes", "score_bias"), needs, strict=True):
+            if not needs_it:
+                del gradients[name]
+    return tuple(gradients.get(name) for name in call._fields)
 
 
-_window_attention.register_autograd(_backward, setup_context=_setup_context)
+_op = torch.library.custom_op(
+    "swat_lm::window_attention", _window_attention, mutates_args=(), schema=schema(AttentionCall, results=Attended)
+)
+_op.register_fake(_fake)
+_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op = torch.library.custom_op(
+    "swat_lm::window_attention_backward",
+    _window_attention_backward,
+    mutates_args=(),
+    schema=schema(Cotangents, AttentionCall, results=Gradients),
+)
+_backward_op.register_fake(_fake_backward)

@@ -10,23 +10,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from swat_lm.ops.calls import StepCall
 from swat_lm.ops.head_bias import HeadBias, score_dtype
 from swat_lm.ops.reference import window_attention_reference
 
 
-def step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    slot: Tensor,
-    position: Tensor,
-    bias: HeadBias,
-    score_function: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def step(call: StepCall) -> tuple[Tensor, Tensor]:
     """Write the new key and value, attend; `(output [B, 1, H, D], lse [B, 1, H])`, the lse empty for sigmoid."""
+    query, key, value, key_ring, value_ring, slot, position, score_function, scale, *_ = call
+    bias, softmax = call.head_bias(), call.softmax
     num_kv_heads, head_dim = key_ring.shape[2:]
     batch, _, num_heads, _ = query.shape
     if slot.device.type == "cpu":
@@ -34,7 +26,6 @@ def step(
         if len(places) == 1 and slot.tolist() == list(range(batch)) and key_ring.transpose(1, 2).is_contiguous():
             table = periodic_table(key_ring.shape[1], num_kv_heads, bias)
             rings = (key_ring[:batch], value_ring[:batch])
-            softmax = score_function == "softmax"
             output, lse = step_together(
                 query, key, value, *rings, places.pop(), table, score_function, scale, return_lse=softmax
             )
@@ -42,7 +33,6 @@ def step(
     write(key, value, key_ring, value_ring, slot, position)
     grouped = query.to(score_dtype(query)).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     output = torch.empty_like(grouped)
-    softmax = score_function == "softmax"
     lse = grouped.new_empty(grouped.shape[:3] if softmax else 0)
     for take, keys, values, table in _products(key_ring, value_ring, slot, position, bias, num_kv_heads):
         rows = take(grouped)

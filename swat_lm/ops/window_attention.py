@@ -5,11 +5,14 @@
 the first is in `library.py`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from swat_lm.ops import library as _library  # noqa: F401  (registers the op)
 from swat_lm.ops import ring
+from swat_lm.ops.calls import AttentionCall, StepCall, Stepped, schema
 from swat_lm.ops.checks import (
     check_choices,
     check_inputs,
@@ -19,7 +22,7 @@ from swat_lm.ops.checks import (
     checked_window,
 )
 from swat_lm.ops.dispatch import choose_backend
-from swat_lm.ops.head_bias import head_bias
+from swat_lm.ops.head_bias import score_dtype
 from swat_lm.ops.reference import window_attention_reference
 from swat_lm.ops.rotary import apply_rotary
 
@@ -117,12 +120,11 @@ def window_attention(
             query, key, value, slopes, score_bias, first_visible, last_visible, window, score_function, factor
         )
     else:
-        bias_tensor = score_bias if isinstance(score_bias, Tensor) else None
-        bias_number = 0.0 if isinstance(score_bias, Tensor) else float(score_bias)
-        output, lse, *_ = torch.ops.swat_lm.window_attention(
-            query, key, value, slopes, bias_tensor, first_visible, last_visible, cos, sin,
-            bias_number, window, score_function, factor, precision, backend, skip_saturated,
+        call = AttentionCall(
+            query, key, value, window, score_function, factor, slopes, *_tensor_and_number(score_bias), first_visible,
+            last_visible, cos, sin, precision, backend, skip_saturated,
         )  # fmt: skip
+        output, lse, *_ = torch.ops.swat_lm.window_attention(*call)
     if return_lse:
         assert lse is not None
         return output, lse
@@ -195,60 +197,46 @@ def window_attention_step(
             query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, score_function, factor
         )
         return (output, lse) if return_lse and lse is not None else output
-    # the op exists for torch.compile; called eagerly, its dispatch would cost as much as a small step
-    run = torch.ops.swat_lm.window_attention_step if torch.compiler.is_compiling() else _step_in_place
-    output, lse = run(
-        query, key, value, key_ring, value_ring, slot, position, slopes,
-        score_bias if isinstance(score_bias, Tensor) else None, cos, sin,
-        0.0 if isinstance(score_bias, Tensor) else float(score_bias), score_function, factor, backend,
+    call = StepCall(
+        query, key, value, key_ring, value_ring, slot, position, score_function, factor, slopes,
+        *_tensor_and_number(score_bias), cos, sin, backend,
     )  # fmt: skip
+    # the op exists for torch.compile; called eagerly, its dispatch would cost as much as a small step
+    if torch.compiler.is_compiling():
+        output, lse = torch.ops.swat_lm.window_attention_step(*call)
+    else:
+        output, lse = _step(call)
     return (output, lse) if return_lse else output
 
 
-def _step_in_place(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    slot: Tensor,
-    position: Tensor,
-    slopes: Tensor | None,
-    score_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    bias: float,
-    score_function: str,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
+def _step(call: StepCall) -> tuple[Tensor, Tensor]:
+    if call.backend == "triton":
         # not above: `import swat_lm` must work without triton
         from swat_lm.ops.triton import decode
 
-        return decode.step(
-            query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, bias, score_function, scale,
-            cos, sin,
-        )  # fmt: skip
-    return ring.step(
-        query, key, value, key_ring, value_ring, slot, position,
-        head_bias(slopes, score_bias, bias, query), score_function, scale,
-    )  # fmt: skip
+        return decode.step(call)
+    return ring.step(call)
 
 
-_window_attention_step = torch.library.custom_op(
-    "swat_lm::window_attention_step", _step_in_place, mutates_args=("key_ring", "value_ring")
+def _fake_step(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = StepCall(*arguments)
+    query = call.query
+    return query.new_empty(query.shape), query.new_empty(
+        query.shape[:3] if call.softmax else (0,), dtype=score_dtype(query)
+    )
+
+
+_step_op = torch.library.custom_op(
+    "swat_lm::window_attention_step",
+    lambda *arguments: _step(StepCall(*arguments)),
+    mutates_args=("key_ring", "value_ring"),
+    schema=schema(StepCall, results=Stepped, mutates=("key_ring", "value_ring")),
 )
+_step_op.register_fake(_fake_step)
 
 
-@_window_attention_step.register_fake
-def _(
-    query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, cos, sin, bias, score_function, scale,
-    backend,
-):  # fmt: skip
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    shape = query.shape[:3] if score_function == "softmax" else (0,)
-    return query.new_empty(query.shape), query.new_empty(shape, dtype=statistics)
+def _tensor_and_number(score_bias: float | Tensor) -> tuple[Tensor | None, float]:
+    return (score_bias, 0.0) if isinstance(score_bias, Tensor) else (None, float(score_bias))
 
 
 def _under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from swat_lm.ops import dispatch, window_attention, window_attention_step
+from swat_lm.ops.calls import AttentionCall, StepCall
+from swat_lm.ops.library import Cotangents
 from swat_lm.ops.rotary import apply_rotary, rotary_angles
 
 
@@ -77,24 +79,23 @@ def test_opcheck(score_function):
     query, key, value = (t.requires_grad_() for t in tensors())
     slopes, bias = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
     first = torch.zeros(2, 10, dtype=torch.int32)
-    tail = (None, None, 0.0, 4, score_function, 0.3, "auto", "blocked", False)
-    for arguments in (
-        (query, key, value, slopes, bias, first, None, *tail),
-        (query, key, value, None, None, None, None, *tail),
-        (query, key, value, slopes.detach(), bias, None, first, *tail),
+    plain = AttentionCall(query, key, value, 4, score_function, 0.3, backend="blocked")
+    for call in (
+        plain._replace(slopes=slopes, score_bias=bias, first_visible=first),
+        plain,
+        plain._replace(slopes=slopes.detach(), score_bias=bias, last_visible=first),
     ):
-        torch.library.opcheck(torch.ops.swat_lm.window_attention, arguments)
+        torch.library.opcheck(torch.ops.swat_lm.window_attention, tuple(call))
 
 
 def test_results_have_the_strides_the_fake_kernels_promise():
     """Inductor asserts them; opcheck compares shapes only."""
     query, key, value = tensors()
     query, key, value = query.transpose(1, 2).contiguous().transpose(1, 2), key, value
-    tail = (0.0, 4, "softmax", 0.3, "auto", "blocked", False)
-    results = torch.ops.swat_lm.window_attention(query, key, value, *(None,) * 6, *tail)
-    grads = torch.ops.swat_lm.window_attention_backward(
-        torch.ones_like(query), None, query, key, value, *(None,) * 8, *tail, False, False
-    )
+    call = AttentionCall(query, key, value, 4, "softmax", 0.3, backend="blocked")
+    results = torch.ops.swat_lm.window_attention(*call)
+    given = Cotangents(torch.ones_like(query), None, None, None, needs_slopes=False, needs_score_bias=False)
+    grads = torch.ops.swat_lm.window_attention_backward(*given, *call)
     for result in (*results, *grads):
         assert result.is_contiguous()
 
@@ -102,9 +103,9 @@ def test_results_have_the_strides_the_fake_kernels_promise():
 def test_opcheck_of_the_step():
     query, key, value = (t[:, :1] for t in tensors())
     rings = torch.zeros(2, 3, 4, 2, 8)
-    arguments = (query, key, value, rings[0], rings[1], torch.tensor([0, 2]), torch.tensor([5, 1]))
-    arguments = (*arguments, None, None, None, None, 0.0, "softmax", 0.3, "blocked")
-    torch.library.opcheck(torch.ops.swat_lm.window_attention_step, arguments)
+    places = torch.tensor([0, 2]), torch.tensor([5, 1])
+    call = StepCall(query, key, value, *rings, *places, "softmax", 0.3, backend="blocked")
+    torch.library.opcheck(torch.ops.swat_lm.window_attention_step, tuple(call))
 
 
 def test_compiles_to_one_graph():

@@ -76,14 +76,17 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_output, grad_final_state, _):
     # asked for once: activation checkpointing recomputes them, and refuses to do so twice
     saved = ctx.saved_tensors
-    if grad_output is None and grad_final_state is None:
-        return (None,) * 9
-    if grad_output is None:
-        grad_output = torch.zeros_like(saved[2])
-    *gradients, d_initial_state = torch.ops.swat_lm.state_space_scan_backward(
-        grad_output, grad_final_state, *saved, ctx.chunk_size
-    )
-    return *gradients, d_initial_state if ctx.has_initial_state else None, None, None, None
+    gradients: dict[str, Tensor] = {}
+    if grad_output is not None or grad_final_state is not None:
+        if grad_output is None:
+            grad_output = torch.zeros_like(Scan(*saved[:-1]).value)
+        found = torch.ops.swat_lm.state_space_scan_backward(grad_output, grad_final_state, *saved, ctx.chunk_size)
+        gradients = dict(zip(_DIFFERENTIABLE, found, strict=True))
+    if not ctx.has_initial_state:
+        gradients.pop("initial_state", None)
+    return tuple(gradients.get(argument.name) for argument in _state_space_scan._opoverload._schema.arguments)
 
 
+# of which the backward returns gradients, in its order
+_DIFFERENTIABLE = ("query", "key", "value", "log_decay", "step_size", "initial_state")
 _state_space_scan.register_autograd(_backward, setup_context=_setup_context)

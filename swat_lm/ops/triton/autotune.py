@@ -236,12 +236,10 @@ def call_for(
         packed: as for packed documents, which kernels of their own serve; here each sequence is one.
     """
     # not above: `CANDIDATES` and the file need no triton
-    from swat_lm.ops.head_bias import HeadBias
+    from swat_lm.ops.calls import AttentionCall
     from swat_lm.ops.rotary import rotary_angles
     from swat_lm.ops.triton.backward import backward
     from swat_lm.ops.triton.forward import forward
-    from swat_lm.ops.triton.geometry import Rows
-    from swat_lm.ops.triton.precision import is_fast
 
     if problem.window > num_tokens:
         raise ValueError(f"problem: expected a window of at most num_tokens ({num_tokens}), got {problem.window}")
@@ -250,21 +248,19 @@ def call_for(
     query, key, value = (
         torch.randn((batch, num_tokens, count, problem.head_dim), dtype=problem.dtype, device=device) for count in heads
     )
-    bias = HeadBias(-torch.rand(num_heads, device=device) / 8, torch.full((num_heads,), score_bias, device=device))
     first = torch.zeros((batch, num_tokens), dtype=torch.int32, device=device) if packed else None
-    rows = Rows.of(first, None, batch, num_tokens, num_tokens, problem.window, query.device)
     positions = torch.arange(num_tokens, device=device).unsqueeze(0)
     angles = rotary_angles(positions, problem.head_dim) if problem.rotary else (None, None)
-    fast = is_fast("auto", problem.dtype, None, score_bias)
-    common = (bias, rows, "softmax" if problem.softmax else "sigmoid", problem.head_dim**-0.5, fast)
-    results = forward(query, key, value, *common, *angles)
+    call = AttentionCall(
+        query, key, value, problem.window, "softmax" if problem.softmax else "sigmoid", problem.head_dim**-0.5,
+        slopes=-torch.rand(num_heads, device=device) / 8, bias=score_bias, first_visible=first, cos=angles[0],
+        sin=angles[1], backend="triton",
+    )  # fmt: skip
+    results = forward(call)
     # as a model's call would save them
-    saved = (query, key) if not problem.rotary else (results.rotated_query, results.rotated_key)
+    saved = call._replace(query=results.rotated_query, key=results.rotated_key) if problem.rotary else call
     grad_output = torch.randn_like(results.output)
-    return Calls(
-        lambda: forward(query, key, value, *common, *angles),
-        lambda: backward(grad_output, None, *saved, value, results.output, results.lse, *common, False, *angles),
-    )
+    return Calls(lambda: forward(call), lambda: backward(saved, grad_output, None, results.output, results.lse, False))
 
 
 __all__ = [

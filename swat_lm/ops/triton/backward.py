@@ -12,13 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
+from swat_lm.ops.calls import AttentionCall
 from swat_lm.ops.head_bias import HeadBias
 from swat_lm.ops.triton.backward_kernels import backward_key, backward_query
 from swat_lm.ops.triton.configurations import Problem, backward_form, configuration, is_one_loop, launch_options
 from swat_lm.ops.triton.device import on_device
 from swat_lm.ops.triton.forward import with_dense_channels
 from swat_lm.ops.triton.geometry import Rows
-from swat_lm.ops.triton.precision import is_folded
+from swat_lm.ops.triton.precision import is_fast, is_folded
 from swat_lm.ops.triton.rotation import angle_stride, rotate
 from swat_lm.ops.triton.saturation import largest_norms
 from swat_lm.ops.triton.softmax_rows import softmax_rows
@@ -34,36 +35,29 @@ class Gradients(NamedTuple):
 
 
 def backward(
+    call: AttentionCall,
     grad_output: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     output: Tensor | None,
     lse: Tensor | None,
-    bias: HeadBias,
-    rows: Rows,
-    score_function: str,
-    scale: float,
-    fast: bool,
     needs_per_head: bool,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    skip_saturated: bool = False,
 ) -> Gradients:
     """Return the gradients; `output` and `lse` are those of the forward for softmax and unused for sigmoid.
 
-    With `cos` and `sin` query and key are the rotated ones, and the gradients those of the unrotated.
+    With angles the call's query and key are the rotated ones, and the gradients those of the unrotated.
     """
+    query, key, value, cos, sin, scale, softmax = (
+        call.query, call.key, call.value, call.cos, call.sin, call.scale, call.softmax
+    )  # fmt: skip
+    bias, skip_saturated = call.head_bias(), call.skip_saturated
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1], key.shape[2]
-    softmax = score_function == "softmax"
     contiguous = torch.contiguous_format
     if 0 in (query.numel(), key.numel()):
         return Gradients(*(torch.zeros_like(t, memory_format=contiguous) for t in (query, key, value)), _zeros(bias))
     query, key, value, grad_output = (with_dense_channels(t) for t in (query, key, value, grad_output))
-    bias = HeadBias(*(t.contiguous() for t in bias))
-    problem = Problem.of(query, key, rows.window, score_function)
+    bias, rows, fast = HeadBias(*(t.contiguous() for t in bias)), Rows.of(call), is_fast(call)
+    problem = Problem.of(query, key, rows.window, call.score_function)
     # to rotate a padded head back in registers would spill a hundred of them: it takes passes of its own, in float32
     rotates = cos is not None and head_dim == problem.block_dim
     grad_dtype = query.dtype if cos is None or rotates else torch.float32
@@ -79,7 +73,7 @@ def backward(
     group = num_heads // num_kv_heads
     common = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_DIM": problem.block_dim, "SOFTMAX": softmax,
-        "FAST": fast and not softmax, "RAGGED": rows.is_ragged, "ROTARY": rotates,
+        "FAST": fast, "RAGGED": rows.is_ragged, "ROTARY": rotates,
         "SKIP": skip_saturated, "HARDWARE": problem.hardware,
         "INPUT_PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
@@ -98,7 +92,7 @@ def backward(
                 *tensors, grad_query, lse, shift, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin,
                 key_norms, *strides, *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
                 BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, ONE_LOOP=one_loop,
-                FOLDED=is_folded(scale, fast and not softmax, one_loop),
+                FOLDED=is_folded(scale, fast, one_loop),
                 **launch_options(tile),
             )  # fmt: skip
     name = "backward key, five products" if accumulates_query else "backward key"
@@ -114,7 +108,7 @@ def backward(
             *strides, *grad_key.stride()[:3], *grad_query.stride()[:3], angle_stride(cos), *sizes, **common,
             BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys, PER_HEAD=needs_per_head, QUERY=accumulates_query,
             REGULAR_LAST=rows.is_last_regular, ONE_LOOP=one_loop,
-            FOLDED=is_folded(scale, fast and not softmax, one_loop),
+            FOLDED=is_folded(scale, fast, one_loop),
             **launch_options(tile),
         )  # fmt: skip
     grad_bias = _zeros(bias)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swat_lm.ops.calls import StepCall
 from swat_lm.ops.triton.availability import gpu_of
 from swat_lm.ops.triton.configurations import FUSED
 from swat_lm.ops.triton.device import LN_2, exp2, hidden_score, on_device, scalar, score_unit, sigmoid
@@ -55,41 +56,21 @@ def num_splits(num_programs: int, window: int, num_multiprocessors: int) -> int:
     return max(1, min(wanted, -(-window // FEWEST_PLACES)))
 
 
-def step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_ring: Tensor,
-    value_ring: Tensor,
-    slot: Tensor,
-    position: Tensor,
-    slopes: Tensor | None,
-    score_bias: Tensor | None,
-    bias: float,
-    score_function: str,
-    scale: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def step(call: StepCall, splits: int | None = None) -> tuple[Tensor, Tensor]:
     """Write the new key and value, attend; `(output [B, 1, H, D], lse [B, 1, H])`, the lse empty for sigmoid.
 
     Weights are exact for every `precision`: a step waits for memory. Nothing depends on the values of a tensor on the
     host, so the call can be captured in a CUDA graph.
 
-    Args:
-        query, key, value, key_ring, value_ring, slot, position, slopes: as in `window_attention_step`.
-        score_bias, bias: a tensor `[H]`, or None and a number.
-        cos, sin: `[B, 1, D/2]`, rotate query and key; None where they are rotated already.
-        splits: programs per window, by the rule when None.
+    `splits` is the number of programs per window, by the rule when None.
     """
-    query, key, value = (_with_dense_channels(x) for x in (query, key, value))
-    slot, position = slot.contiguous(), position.contiguous()
-    slopes, score_bias = (None if x is None else x.contiguous() for x in (slopes, score_bias))
-    cos, sin = (None if x is None else _with_dense_channels(x) for x in (cos, sin))
+    query, key, value = (_with_dense_channels(x) for x in (call.query, call.key, call.value))
+    key_ring, value_ring, softmax = call.key_ring, call.value_ring, call.softmax
+    slot, position = call.slot.contiguous(), call.position.contiguous()
+    slopes, score_bias = (None if x is None else x.contiguous() for x in (call.slopes, call.score_bias))
+    cos, sin = (None if x is None else _with_dense_channels(x) for x in (call.cos, call.sin))
     batch, _, num_heads, head_dim = query.shape
     window, num_kv_heads = key_ring.shape[1:3]
-    softmax = score_function == "softmax"
     if batch == 0:
         return torch.empty_like(query), query.new_empty(query.shape[:3] if softmax else (0,), dtype=torch.float32)
     tile = DecodeTile.of(num_heads // num_kv_heads, head_dim, key_ring.element_size())
@@ -116,7 +97,7 @@ def step(
             query.stride(0), query.stride(2), key.stride(0), key.stride(2), value.stride(0), value.stride(2),
             *key_ring.stride(), *value_ring.stride(),
             0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
-            scale, bias, window, num_kv_heads, places,
+            call.scale, call.bias, window, num_kv_heads, places,
             GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, SOFTMAX=softmax,
             HAS_SLOPES=slopes is not None, HAS_SCORE_BIAS=score_bias is not None, ROTARY=cos is not None,
             SPLIT=splits > 1, HARDWARE=gpu is not None, ROWS=tile.rows, BLOCK_DIM=tile.block_dim,

@@ -8,13 +8,12 @@ and no rescaling.
 # Triton rewrites the bodies of kernels, which a checker of Python misreads
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from swat_lm.ops.calls import Attended, AttentionCall
 from swat_lm.ops.head_bias import HeadBias
 from swat_lm.ops.triton.configurations import Problem, configuration, is_one_loop, launch_options
 from swat_lm.ops.triton.device import (
@@ -30,54 +29,32 @@ from swat_lm.ops.triton.device import (
     store_tile,
 )
 from swat_lm.ops.triton.geometry import Rows, tiles_of_rows, visible_keys
-from swat_lm.ops.triton.precision import is_folded
+from swat_lm.ops.triton.precision import is_fast, is_folded
 from swat_lm.ops.triton.rotation import angle_stride, load_rotated, rotate
 from swat_lm.ops.triton.saturation import add_values, largest_norms, saturated_tiles
 
 
-class Results(NamedTuple):
-    """Of one forward; the lse is empty for sigmoid, the rotated tensors where nothing was rotated."""
-
-    output: Tensor
-    lse: Tensor
-    rotated_query: Tensor
-    rotated_key: Tensor
-
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: HeadBias,
-    rows: Rows,
-    score_function: str,
-    scale: float,
-    fast: bool,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    skip_saturated: bool = False,
-) -> Results:
-    """Return the output and what the backward needs of it. Arguments as in the contract.
-
-    `cos` and `sin`, contiguous `[B or 1, T, D/2]`, rotate query and key on the way. `skip_saturated` (sigmoid only) is
-    explained in `saturation.py`.
-    """
+def forward(call: AttentionCall) -> Attended:
+    """Return the output and what the backward needs of it. `skip_saturated` is explained in `saturation.py`."""
+    query, key, value, cos, sin, scale, softmax = (
+        call.query, call.key, call.value, call.cos, call.sin, call.scale, call.softmax
+    )  # fmt: skip
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1], key.shape[2]
-    softmax = score_function == "softmax"
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((batch, num_queries, num_heads) if softmax else (0,), dtype=torch.float32)
     rotated = torch.empty_like(output) if cos is not None else query.new_empty(0)
     if output.numel() == 0:
-        return Results(output, lse, rotated, query.new_empty(0 if cos is None else key.shape))
+        return Attended(output, lse, rotated, query.new_empty(0 if cos is None else key.shape))
     query, key, value = (with_dense_channels(t) for t in (query, key, value))
-    bias = HeadBias(*(t.contiguous() for t in bias))
+    bias, rows = HeadBias(*(t.contiguous() for t in call.head_bias())), Rows.of(call)
+    fast = is_fast(call)
     if cos is not None and sin is not None:
         key = rotate(key, cos, sin, key.dtype)
-    problem = Problem.of(query, key, rows.window, score_function)._replace(rotary=cos is not None)
+    problem = Problem.of(query, key, rows.window, call.score_function)._replace(rotary=cos is not None)
     tile = configuration("forward", problem)
     group = num_heads // num_kv_heads
-    key_norms = largest_norms(key) if skip_saturated and key.numel() else None
+    key_norms = largest_norms(key) if call.skip_saturated and key.numel() else None
     one_loop = is_one_loop("forward", problem, tile)
     grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
     with on_device(query):
@@ -86,12 +63,12 @@ def forward(
             key_norms, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             angle_stride(cos), num_queries, num_keys, rows.offset, rows.window, scale,
             GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
-            SOFTMAX=softmax, FAST=fast and not softmax, FOLDED=is_folded(scale, fast and not softmax, one_loop),
+            SOFTMAX=softmax, FAST=fast, FOLDED=is_folded(scale, fast, one_loop),
             RAGGED=rows.is_ragged, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
             ONE_LOOP=one_loop, INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **launch_options(tile),
         )  # fmt: skip
-    return Results(output, lse, rotated, key if cos is not None else query.new_empty(0))
+    return Attended(output, lse, rotated, key if cos is not None else query.new_empty(0))
 
 
 def with_dense_channels(tensor: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swat_lm.ops.calls import AttentionCall
+
 # a longer window is no other one, and its length must fit 32 bits
 _LARGEST = 2**30
 
@@ -36,23 +38,17 @@ class Rows(NamedTuple):
         return self.last is not None
 
     @classmethod
-    def of(
-        cls,
-        first_visible: Tensor | None,
-        last_visible: Tensor | None,
-        batch: int,
-        num_queries: int,
-        num_keys: int,
-        window: int | None,
-        device: torch.device,
-    ) -> "Rows":
+    def of(cls, call: AttentionCall) -> "Rows":
         """Bring the contract's arguments to this form."""
+        batch, num_queries, num_keys = call.query.shape[0], call.query.shape[1], call.key.shape[1]
+        first_visible, last_visible, window = call.first_visible, call.last_visible, call.window
         offset = num_keys - num_queries
         clamped = max(num_keys, 1) if window is None else min(window, max(num_keys, 1))
         if first_visible is None and last_visible is None:
             return cls(None, None, offset, clamped, True)
         if last_visible is None:
-            last = torch.arange(offset, num_keys, dtype=torch.int32, device=device).expand(batch, -1)
+            last = torch.arange(offset, num_keys, dtype=torch.int32, device=call.query.device)
+            last = last.expand(batch, -1)
         else:
             last = last_visible
         lower = torch.zeros_like(last) if window is None else (last - (min(window, _LARGEST) - 1)).clamp_min(0)

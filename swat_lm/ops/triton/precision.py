@@ -3,22 +3,23 @@
 import math
 
 import torch
-from torch import Tensor
+
+from swat_lm.ops.calls import AttentionCall
 
 # below this bias most weights are near 0, where the error of tanh, which is absolute, is not small beside them
 LOWEST_BIAS_FOR_FAST = -2.0
 
 
-def is_fast(precision: str, dtype: torch.dtype, score_bias: Tensor | None, bias: float) -> bool:
+def is_fast(call: AttentionCall) -> bool:
     """Whether weights come from the hardware's tanh: "fast", or "auto" where its error hides behind the inputs' own.
 
     The absolute error of a weight is at most 2.5e-4 by PTX's bound for tanh.approx.f32 (6e-6 as others measured it). A
     weight near 1/2 is rounded by 1e-3 to bfloat16 and 1e-4 to float16; weights near 0 are rounded by less, so "auto"
     is exact where a score bias makes most of them small, or may come to do so.
     """
-    if dtype not in (torch.bfloat16, torch.float16) or precision == "exact":
+    if call.softmax or call.query.dtype not in (torch.bfloat16, torch.float16) or call.precision == "exact":
         return False
-    return precision == "fast" or (score_bias is None and bias >= LOWEST_BIAS_FOR_FAST)
+    return call.precision == "fast" or (call.score_bias is None and call.bias >= LOWEST_BIAS_FOR_FAST)
 
 
 def is_folded(scale: float, fast: bool, one_loop: bool) -> bool:

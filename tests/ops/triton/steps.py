@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from swat_lm.ops.calls import StepCall
 from swat_lm.ops.ring import empty_ring, step_reference
 from swat_lm.ops.rotary import apply_rotary, rotary_angles
 from tests.ops.triton.calls import assert_close_by_part
@@ -85,10 +86,11 @@ def check(step: Step, device: str = "cpu") -> None:
     with Roundings(step.dtype, score_error=of_scores):
         plain, plain_lse = definition(step.dtype)
     before = [ring.clone() for ring in tensors[3:5]]
-    output, lse = decode.step(
-        *tensors, None if step.slopes is None else slopes, bias if step.score_bias is None else None,
-        step.score_bias or 0.0, step.score_function, scale, cos, sin, step.splits,
+    call = StepCall(
+        *tensors, step.score_function, scale, None if step.slopes is None else slopes,
+        bias if step.score_bias is None else None, step.score_bias or 0.0, cos, sin,
     )  # fmt: skip
+    output, lse = decode.step(call, step.splits)
     # every sequence by itself
     by_sequence = lambda t: t.transpose(0, 1)  # noqa: E731
     floor = (

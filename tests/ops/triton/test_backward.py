@@ -26,10 +26,9 @@ def reference(inputs, visibility, window, score_function, grads):
 
 
 def check(shape, window, score_function, dtype, form, has_visibility, fast=False):
-    from swat_lm.ops.head_bias import HeadBias
+    from swat_lm.ops.calls import AttentionCall
     from swat_lm.ops.triton.backward import backward
     from swat_lm.ops.triton.forward import forward
-    from swat_lm.ops.triton.geometry import Rows
 
     os.environ["SWAT_LM_BACKWARD"] = form
     inputs = [t.to(torch.float16).double() for t in make_inputs(shape)]
@@ -39,15 +38,13 @@ def check(shape, window, score_function, dtype, form, has_visibility, fast=False
     exact = reference(inputs, *arguments)
     plain = reference([t.to(dtype) for t in inputs[:3]] + [t.float() for t in inputs[3:]], *arguments)
     q, k, v = (t.to(dtype) for t in inputs[:3])
-    bias = HeadBias(inputs[3].float(), inputs[4].float())
-    rows = Rows.of(*visibility, shape[0], shape[1], shape[2], window, q.device)
-    scale = shape[-1] ** -0.5
-    output, lse, *_ = forward(q, k, v, bias, rows, score_function, scale, fast)
-    softmax = score_function == "softmax"
-    ours = backward(
-        grads[0].to(dtype), grads[1].float() if softmax else None, q, k, v, output, lse, bias, rows, score_function,
-        scale, fast, True,
+    call = AttentionCall(
+        q, k, v, window, score_function, shape[-1] ** -0.5, inputs[3].float(), inputs[4].float(),
+        first_visible=visibility[0], last_visible=visibility[1], precision="fast" if fast else "exact",
+        backend="triton",
     )  # fmt: skip
+    output, lse, *_ = forward(call)
+    ours = backward(call, grads[0].to(dtype), grads[1].float() if call.softmax else None, output, lse, True)
     flat = (*ours[:3], *(t.float() for t in ours.bias))
     pairs = shape[0] * shape[1] * min(window or shape[2], shape[2])
     summed = (8.0, 8.0, 8.0, 4 * pairs**0.5 * shape[2], 4 * pairs**0.5)

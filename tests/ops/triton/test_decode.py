@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.machine_code import POINTERS, compile_kernel
+from swat_lm.ops.calls import StepCall
 from tests.ops.triton.steps import Step, check, tensors_of
 
 # slots, W, H, K, D: one head per key/value head, a group, a group that is no power of two, a window of one place
@@ -58,16 +59,17 @@ def run_stream():
     rings = [empty_ring(2, window, 2, 16, query) for _ in range(2)]
     for t in range(length):
         now = slice(t, t + 1)
-        output, _ = decode.step(
+        call = StepCall(
             query[:, now], key[:, now], value[:, now], *rings, torch.tensor([1, 0]), torch.full((2,), t),
-            slopes, None, -0.5, "sigmoid", 0.25, None, None,
+            "sigmoid", 0.25, slopes, bias=-0.5,
         )  # fmt: skip
+        output, _ = decode.step(call)
         torch.testing.assert_close(output, expected[:, now], atol=1e-5, rtol=1e-5)
 
     # no sequence at all
     nothing = query[:0, :1], key[:0, :1], value[:0, :1]
     numbers = torch.zeros(0, dtype=torch.int64)
-    output, lse = decode.step(*nothing, *rings, numbers, numbers, slopes, None, 0.0, "softmax", 0.25, None, None)
+    output, lse = decode.step(StepCall(*nothing, *rings, numbers, numbers, "softmax", 0.25, slopes))
     assert (output.shape, lse.shape) == ((0, 1, 4, 16), (0, 1, 4))
 
 
@@ -96,8 +98,8 @@ def check_entry():
     rings = [ring.clone() for ring in tensors[3:5]]
     output, _ = window_attention_step(*views, *rings, *tensors[5:], backend="triton", **options)
     assert torch.equal(output, results["triton"][0])
-    arguments = (*tensors, slopes, bias, None, None, 0.0, "sigmoid", 0.3, "triton")
-    torch.library.opcheck(torch.ops.swat_lm.window_attention_step, arguments)
+    call = StepCall(*tensors, "sigmoid", 0.3, slopes, bias, backend="triton")
+    torch.library.opcheck(torch.ops.swat_lm.window_attention_step, tuple(call))
 
 
 def test_the_entry_dispatches_to_the_kernel(interpreted):

@@ -61,12 +61,14 @@ def test_rotary_inside_the_kernels(interpreted, head_dim, shared, form):
 
 def check_library():
     from swat_lm.ops import window_attention
+    from swat_lm.ops.calls import AttentionCall
 
     query, key, value, slopes, bias = (t.float().requires_grad_() for t in make_inputs((1, 5, 5, 2, 1, 8)))
     angles = torch.ones(1, 5, 4), torch.zeros(1, 5, 4)
-    for tensors, score_function in (((slopes, bias, None, None, *angles), "sigmoid"), ((None,) * 6, "softmax")):
-        arguments = (query, key, value, *tensors, 0.0, 4, score_function, 0.3, "auto", "triton", False)
-        torch.library.opcheck(torch.ops.swat_lm.window_attention, arguments)
+    plain = AttentionCall(query, key, value, 4, "softmax", 0.3, backend="triton")
+    rotated = plain._replace(score_function="sigmoid", slopes=slopes, score_bias=bias, cos=angles[0], sin=angles[1])
+    for call in (plain, rotated):
+        torch.library.opcheck(torch.ops.swat_lm.window_attention, tuple(call))
 
     def loss(query, key, value, slopes):
         output, lse = window_attention(

@@ -11,10 +11,9 @@ SHAPES = [(1, 37, 37, 2, 1, 8), (1, 20, 50, 2, 2, 24), (2, 1, 9, 1, 1, 16)]
 
 
 def check(shape, window, score_function, dtype, fast, has_visibility):
-    from swat_lm.ops.head_bias import HeadBias
+    from swat_lm.ops.calls import AttentionCall
     from swat_lm.ops.reference import window_attention_reference
     from swat_lm.ops.triton.forward import forward
-    from swat_lm.ops.triton.geometry import Rows
 
     # inputs that both precisions hold
     query, key, value, slopes, bias = (t.to(torch.float16).double() for t in make_inputs(shape))
@@ -22,10 +21,14 @@ def check(shape, window, score_function, dtype, fast, has_visibility):
     rest = (first, last, window, score_function, shape[-1] ** -0.5)
     exact, exact_lse = window_attention_reference(query, key, value, slopes, bias, *rest)
     q, k, v = (t.to(dtype) for t in (query, key, value))
-    head_bias = HeadBias(slopes.float(), bias.float())
+    head_bias = slopes.float(), bias.float()
     plain, plain_lse = window_attention_reference(q, k, v, *head_bias, *rest)
-    rows = Rows.of(first, last, shape[0], shape[1], shape[2], window, q.device)
-    output, lse, *_ = forward(q, k, v, head_bias, rows, score_function, shape[-1] ** -0.5, fast)
+    output, lse, *_ = forward(
+        AttentionCall(
+            q, k, v, window, score_function, shape[-1] ** -0.5, *head_bias, first_visible=first, last_visible=last,
+            precision="fast" if fast else "exact", backend="triton",
+        )
+    )  # fmt: skip
     assert_as_exact_as_pytorch(output, plain, exact, "output", summed=3.0)
     if score_function == "softmax":
         assert_as_exact_as_pytorch(lse, plain_lse, exact_lse, "lse", summed=3.0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from swat_lm.ops import window_attention
+from swat_lm.ops.calls import AttentionCall
 from tests.ops.test_backends import make_inputs
 from tests.ops.triton import cases
 from tests.ops.triton.calls import Call, check, check_fast_weights, run
@@ -62,8 +63,8 @@ def test_two_kernels_are_deterministic():
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 def test_opcheck_and_compile(score_function):
     query, key, value, slopes, bias = (t.float().cuda().requires_grad_() for t in make_inputs((2, 40, 40, 4, 2, 16)))
-    tail = (None, None, None, None, 0.0, 4, score_function, 0.3, "auto", "triton", False)
-    torch.library.opcheck(torch.ops.swat_lm.window_attention, (query, key, value, slopes, bias, *tail))
+    call = AttentionCall(query, key, value, 4, score_function, 0.3, slopes, bias, backend="triton")
+    torch.library.opcheck(torch.ops.swat_lm.window_attention, tuple(call))
 
     def loss(query, key, value):
         return window_attention(query, key, value, window=9, score_function=score_function).square().sum()

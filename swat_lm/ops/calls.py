@@ -1,0 +1,114 @@
+"""The operator's calls as records: what backends are given, and the arguments of the ops of `torch.library`.
+
+An op takes positional arguments; their order and names are said here and nowhere else.
+"""
+
+from typing import Any, NamedTuple, get_type_hints
+
+from torch import Tensor
+
+from swat_lm.ops.head_bias import HeadBias, head_bias
+
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", int | None: "SymInt?", str: "str",
+    bool: "bool",
+}  # fmt: skip
+
+
+class AttentionCall(NamedTuple):
+    """A checked call of `window_attention`; the arguments are explained there, here is what differs."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    window: int | None
+    score_function: str
+    scale: float
+    slopes: Tensor | None = None
+    score_bias: Tensor | None = None
+    """`[H]`; None: it is a number, `bias`."""
+    bias: float = 0.0
+    first_visible: Tensor | None = None
+    last_visible: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    """Contiguous `[B or 1, T, D/2]`, to rotate query and key on the way; in a backward they are rotated already."""
+    precision: str = "auto"
+    backend: str = "auto"
+    """"blocked" or "triton": it was chosen."""
+    skip_saturated: bool = False
+
+    def head_bias(self) -> HeadBias:
+        """Slope and constant of every head."""
+        return head_bias(self.slopes, self.score_bias, self.bias, self.query)
+
+    @property
+    def softmax(self) -> bool:
+        """Whether weights share their sum."""
+        return self.score_function == "softmax"
+
+
+class Attended(NamedTuple):
+    """What `window_attention` computes; what a call does not have is empty."""
+
+    output: Tensor
+    lse: Tensor
+    rotated_query: Tensor
+    rotated_key: Tensor
+
+
+class StepCall(NamedTuple):
+    """A checked call of `window_attention_step`; the arguments are explained there, here is what differs."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_ring: Tensor
+    value_ring: Tensor
+    slot: Tensor
+    position: Tensor
+    score_function: str
+    scale: float
+    slopes: Tensor | None = None
+    score_bias: Tensor | None = None
+    """`[H]`; None: it is a number, `bias`."""
+    bias: float = 0.0
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    """`[B, 1, D/2]`, to rotate query and key on the way."""
+    backend: str = "auto"
+    """"blocked" or "triton": it was chosen."""
+
+    def head_bias(self) -> HeadBias:
+        """Slope and constant of every head."""
+        return head_bias(self.slopes, self.score_bias, self.bias, self.query)
+
+    @property
+    def softmax(self) -> bool:
+        """Whether weights share their sum."""
+        return self.score_function == "softmax"
+
+
+class Stepped(NamedTuple):
+    """What `window_attention_step` computes; the lse is empty for sigmoid."""
+
+    output: Tensor
+    lse: Tensor
+
+
+def schema(*records: type, results: type, mutates: tuple[str, ...] = ()) -> str:
+    """What `torch.library` is told of an op that takes the fields of records, in order, and returns those of another.
+
+    `mutates` are the arguments that it changes in place.
+    """
+    arguments = []
+    for record in records:
+        for name, kind in get_type_hints(record).items():
+            alias = f"(a{len(arguments)}!)" if name in mutates else ""
+            arguments.append(f"{_TYPES[kind]}{alias} {name}")
+    return f"({', '.join(arguments)}) -> ({', '.join(_TYPES[kind] for kind in get_type_hints(results).values())})"
+
+
+def names_of_tensors(record: type) -> tuple[str, ...]:
+    """The fields that are tensors or may be, in order."""
+    return tuple(name for name, kind in get_type_hints(record).items() if kind in (Tensor, Tensor | None))
