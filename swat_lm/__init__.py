@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from swat_lm.model import registration as _registration
-from swat_lm.wording import install_extra as _install_extra
+from swat_lm.words import install_extra as _install_extra
 
 if TYPE_CHECKING:
     from swat_lm.model.configuration import SwatConfig

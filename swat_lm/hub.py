@@ -3,7 +3,6 @@
 Knows neither models nor tokenizers; no torch and no transformers here.
 """
 
-import difflib
 import re
 import socket
 import ssl
@@ -13,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from swat_lm.paths import local_path
+from swat_lm.words import nearest
 
 __all__ = ["hub_answers", "is_path", "nearest_name", "stored_folder"]
 
@@ -35,7 +35,7 @@ def nearest_name(path: Path) -> str:
     while not parent.exists():
         path, parent = parent, parent.parent
     names = [one.name for one in parent.iterdir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    near = nearest(path.name, names)
     return f"; the nearest is {parent / near[0]}" if near else f"; {path} does not exist"
 
 

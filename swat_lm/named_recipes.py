@@ -3,8 +3,9 @@
 No torch and no YAML here, so that anything may import it.
 """
 
-import difflib
 from pathlib import Path
+
+from swat_lm.words import nearest
 
 __all__ = ["find_recipe", "is_recipe", "nearest_recipe", "recipe_names", "recipe_path", "recipe_summary"]
 
@@ -51,5 +52,5 @@ def is_recipe(target: str) -> bool:
 
 def nearest_recipe(name: str) -> str:
     """What may have been meant by a name: up to three names of ours as words, the likeliest first; empty if none."""
-    near = difflib.get_close_matches(name.lower(), recipe_names(), n=3, cutoff=0.5)
+    near = nearest(name.lower(), recipe_names(), 3)
     return ", ".join(near[:-1]) + (" or " if len(near) > 1 else "") + near[-1] if near else ""

@@ -3,43 +3,58 @@
 `model:` stays a plain mapping, checked by `swat_lm.model.configuration`. No torch here, so that anything may import it.
 """
 
-import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import Field
 
 from swat_lm.named_recipes import SUFFIXES, find_recipe, nearest_recipe, recipe_names
 from swat_lm.paths import check_name, local_path
-from swat_lm.strict import OVERRIDE, Origin, RecipeError, build, check_fields, describe, hint_at, number, shown
+from swat_lm.validation import (
+    OVERRIDE,
+    Flag,
+    Origin,
+    RecipeError,
+    Several,
+    build,
+    describe,
+    hint_at,
+    number,
+    settings,
+)
+from swat_lm.words import nearest, shown
 
 __all__ = ["DataRecipe", "Recipe", "RecipeError", "TrainRecipe", "describe", "dump_recipe", "load_recipe", "read_value"]
 
 
-@dataclass(frozen=True, kw_only=True)
+Rate = Annotated[float, number(at_least=0, below=1)]
+
+
+@settings
 class DataRecipe:
     """Text, tokenizer and how rows are packed. Paths are relative to the working directory."""
 
-    sources: tuple[str, ...]
+    sources: Several[str]
     """Files or folders of .txt .md .py .jsonl .parquet (also .gz .xz), `hub:NAME[:CONFIG][:SPLIT]`, `python:stdlib`,
     or one recall task: `synthetic:mqar?pairs=8` (also kv, passkey, copy)."""
     text_field: str = "text"
     """The field of a .jsonl, .parquet or hub row that holds the document's text."""
     tokenizer: str = "bytes"
     """`bytes`, a tokenizer folder, a tokenizer.json, or a hub name."""
-    add_bos: bool = False
+    add_bos: Flag = False
     """Put the tokenizer's beginning-of-text token before each document."""
-    add_eos: bool = True
+    add_eos: Flag = True
     """Put the tokenizer's end-of-text token after each document; the only separator when documents are concatenated."""
     sequence_length: int = number(1024, at_least=2)
     """Tokens in a row."""
     documents: Literal["separate", "concatenate"] = "separate"
     """Whether documents packed in one row see each other (`concatenate`, as the paper does) or not (`separate`)."""
-    shuffle: bool = True
+    shuffle: Flag = True
     """Visit the rows of each epoch in an order drawn from the seed; off: in the order of the text."""
     held_out: float = number(0.02, at_least=0, below=1)
     """Share of documents kept out of training, at least one when above 0; the choice depends on `split_seed` only."""
@@ -51,14 +66,13 @@ class DataRecipe:
     """Processes that tokenise; null: one per processor core. The tokens do not depend on it."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if not self.sources:
             raise RecipeError("data.sources is empty: name at least one file, folder or data set")
         if any(not source.strip() for source in self.sources):
             raise RecipeError("data.sources holds an empty name")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TrainRecipe:
     """Optimisation, precision, distribution, logging and checkpoints. The optimizer is AdamW."""
 
@@ -80,7 +94,7 @@ class TrainRecipe:
     """Steps of the final decay; needed by `wsd`, must be 0 otherwise."""
     weight_decay: float = number(0.1, at_least=0)
     """Decoupled weight decay of the weight matrices; norms, biases and other vectors have none."""
-    betas: tuple[float, float] = number((0.9, 0.95), at_least=0, below=1)
+    betas: tuple[Rate, Rate] = (0.9, 0.95)
     """AdamW's averaging factors."""
     eps: float = number(1e-8, above=0)
     """AdamW's epsilon."""
@@ -88,9 +102,9 @@ class TrainRecipe:
     """Largest norm of the whole gradient; null: not clipped."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward and backward pass; auto: bf16 where the hardware computes in it, else fp32. Weights stay fp32."""
-    compile: bool = False
+    compile: Flag = False
     """Compile the model with torch.compile (on a CPU this needs a C++ compiler)."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Flag = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     sharding: Literal["auto", "none", "full", "hybrid"] = "auto"
     """Over processes: none (replicated), full (FSDP2), hybrid (FSDP2 in `replicas` groups); auto: full if several."""
@@ -106,15 +120,14 @@ class TrainRecipe:
     """Steps between checkpoints; 0: only the last step and an interruption save."""
     keep: int = number(3, at_least=1)
     """Checkpoints kept; older ones that the run wrote are removed."""
-    export: bool = True
+    export: Flag = True
     """Write a `save_pretrained` folder with the tokenizer at the end."""
     resume: str = "auto"
     """`auto`: continue from the newest checkpoint in `out`, if any; `never`: start anew; else a checkpoint's path."""
-    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    loggers: Several[Literal["tensorboard", "wandb", "trackio"]] = ()
     """Also log there; metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise RecipeError(
                 f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batch_size "
@@ -138,7 +151,7 @@ class TrainRecipe:
             raise RecipeError("train.resume is empty: use auto, never or a checkpoint's path")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Recipe:
     """One run, whole."""
 
@@ -152,11 +165,10 @@ class Recipe:
     """Fields of SwatConfig, and `preset: NAME` to start from a preset; `swat-lm info` lists them."""
     data: DataRecipe
     """What to read, with which tokenizer, and how rows are packed; at least `sources`."""
-    train: TrainRecipe = field(default_factory=TrainRecipe)
+    train: TrainRecipe = Field(default_factory=TrainRecipe)
     """Optimisation, precision, distribution, logging and checkpoints."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if not self.name.strip() or not self.out.strip():
             raise RecipeError("name and out must not be empty")
         object.__setattr__(self, "out", without_tilde(self.out, "out"))
@@ -316,7 +328,7 @@ def apply_override(values: dict[str, Any], override: str, places: dict[str, str]
     if not equals or not all(part.strip() for part in key.split(".")):
         raise RecipeError(f"{origin}: write key=value, for example train.steps=100")
     key = key.strip()
-    value = read_typed(text, hint_at(Recipe, key), origin)
+    value = read_typed(text, hint_at(Recipe, key.split(".")), origin)
     *parents, last = key.split(".")
     target = values
     for depth, parent in enumerate(parents):
@@ -366,8 +378,7 @@ def nearest_file(path: Path) -> str:
     if ours and not is_file:
         return f"; did you mean {ours}?"
     files = {one.stem: one for one in folder.iterdir() if one.suffix in SUFFIXES} if folder.is_dir() else {}
-    near = difflib.get_close_matches(path.stem, files, n=1, cutoff=0.5)
-    if near:
+    if near := nearest(path.stem, files):
         return f"; the nearest is {files[near[0]]}"
     if ours:
         return f"; of those that come with swat-lm, which go by their names alone, did you mean {ours}?"

@@ -112,7 +112,7 @@ def test_missing_packages_are_named():
         (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected numbers"),
         (["generate", "nothing", "--seed", "100000000000000000000000"], "'--seed'"),
         (["generate", "nothing", "--temperature", "inf"], "temperature: expected 0"),
-        (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m' (did you mean 'swat-340m'?); presets:"),
+        (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m'; did you mean 'swat-340m'? presets:"),
         (["info", "qqq"], "no recipe, checkpoint or preset 'qqq'; presets:"),
         (["info", "runs/nope"], "no folder runs/nope, and no such model could be had from the hub: "),
         (["info", "swat-340m", "a=b"], "override 'a=b': unknown key a"),

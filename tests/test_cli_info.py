@@ -179,7 +179,7 @@ def test_costs_need_no_tokenizer_where_the_preset_has_its_size(cli, here: Path):
         (["train", "mine"], "no recipe at mine; did you mean recipes/mine.yaml?"),
         (["train", "own-txt"], "no recipe at own-txt; did you mean own-text?"),
         (["recipes", "own-txt"], "no recipe is called 'own-txt'; did you mean own-text? recipes: "),
-        (["info", "Own-Text"], "no recipe, checkpoint or preset 'Own-Text' (did you mean 'own-text'?)"),
+        (["info", "Own-Text"], "no recipe, checkpoint or preset 'Own-Text'; did you mean 'own-text'?"),
         (["info", "runs/ll", "model.sliding_window=8"], "a .yaml file, or a name that `swat-lm recipes` lists); got"),
     ],
 )

@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1] / "swat_lm"
 FILES = sorted(ROOT.rglob("*.py"))
 BELOW = {
-    "strict": set(),
+    "validation": set(),
     "paths": set(),
-    "wording": set(),
+    "words": set(),
     "named_recipes": set(),
-    "recipe": {"named_recipes", "paths", "strict"},
+    "recipe": {"named_recipes", "paths", "validation"},
     "hub": {"paths"},
     "ops": set(),
     "layers": {"ops"},
@@ -28,7 +28,7 @@ BELOW["experiments"] = BELOW["train"] | {"train", "evaluate", "serve"}
 BELOW["cli"] = BELOW["experiments"] | {"experiments", "named_recipes"}
 for allowed in BELOW.values():
     # words alone
-    allowed.add("wording")
+    allowed.add("words")
 
 
 def imported(file: Path) -> set[str]:

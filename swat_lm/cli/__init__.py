@@ -6,7 +6,7 @@ answers at once.
 
 import sys
 
-from swat_lm.wording import install_extra
+from swat_lm.words import install_extra
 
 __all__ = ["main"]
 

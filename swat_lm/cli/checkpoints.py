@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 from swat_lm.hub import nearest_name
 from swat_lm.model.loading import find_model_folder, load_causal_lm, model_type
 from swat_lm.paths import local_path
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast

@@ -11,7 +11,7 @@ from swat_lm.cli.console import messages, print_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
 from swat_lm.cli.texts import HELD_OUT, read_documents
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from swat_lm.cli.console import on_main_process
-from swat_lm.wording import install_extra
+from swat_lm.words import install_extra
 
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -19,7 +19,7 @@ from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.outputs import check_new_file
 from swat_lm.cli.streams import reader_is_gone
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

@@ -1,6 +1,5 @@
 """`swat-lm info`: what a model costs, from its configuration alone."""
 
-import difflib
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 
 from swat_lm.cli.console import key_value_table, messages, results
 from swat_lm.named_recipes import is_recipe, recipe_names
-from swat_lm.wording import counted
+from swat_lm.words import counted, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -79,11 +78,9 @@ def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, i
         config = config_from_recipe({"preset": target})
     elif not Path(target).exists() and "/" not in target:
         names = sorted({*preset_names(), *recipe_names()})
-        nearest = difflib.get_close_matches(target.lower(), names, n=1, cutoff=0.4)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise ValueError(
-            f"no recipe, checkpoint or preset {target!r}{hint}; presets: {', '.join(preset_names())}; "
-            "`swat-lm recipes` lists the recipes"
+            f"no recipe, checkpoint or preset {target!r}{did_you_mean(target.lower(), names, ';')} presets: "
+            f"{', '.join(preset_names())}; `swat-lm recipes` lists the recipes"
         )
     else:
         config = load_config(target)

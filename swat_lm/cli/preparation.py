@@ -10,7 +10,7 @@ from swat_lm.cli.console import key_value_table, results
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
 from swat_lm.named_recipes import is_recipe
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 if TYPE_CHECKING:
     from swat_lm.recipe import DataRecipe

@@ -10,7 +10,7 @@ from swat_lm.cli.console import messages, on_main_process, print_table, results
 from swat_lm.cli.demonstration import make_watcher
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.outputs import check_folder
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 if TYPE_CHECKING:
     from swat_lm.experiments.variants import Experiment

@@ -8,7 +8,7 @@ from swat_lm.cli.console import messages
 from swat_lm.cli.progress import Counter
 from swat_lm.model.loading import find_model_folder
 from swat_lm.paths import local_path
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,7 +23,7 @@ from swat_lm.cli.tuning_plan import (
     plan_rounds,
     remarks,
 )
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 if TYPE_CHECKING:
     from swat_lm.ops.triton.autotune import Candidate, Trials

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from swat_lm.cli.information import find_config, reads_recipe
 from swat_lm.cli.outputs import check_file
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 if TYPE_CHECKING:
     import torch

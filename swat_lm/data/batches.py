@@ -11,7 +11,7 @@ from torch import Tensor
 from swat_lm.data.mixing import permute
 from swat_lm.data.sources import DataError
 from swat_lm.data.store import TokenStore
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 IGNORED = -100
 # rows of a step that may come more than once, for trials on little text; far more are a slip that would fill the memory

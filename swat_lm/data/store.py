@@ -17,7 +17,7 @@ import numpy as np
 from swat_lm.data.mixing import mix
 from swat_lm.data.passages import PASSAGE
 from swat_lm.data.sources import DataError
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 TABLE = np.dtype([("token", np.int64), ("byte", np.int64), ("content", np.uint64)])
 TOKENS, DOCUMENTS, TOKEN_BYTES, INDEX = "tokens.bin", "documents.npy", "token_bytes.npy", "index.json"

@@ -4,7 +4,6 @@ A source of the trainer, `data.sources: ["synthetic:mqar?pairs=8"]`, where only 
 which `swat-lm evaluate recall` measures what was learnt. A row is a pure function of (seed, split, number).
 """
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import torch
 
 from swat_lm.data.batches import IGNORED, Batch
 from swat_lm.data.sources import DataError
-from swat_lm.wording import counted
+from swat_lm.words import counted, did_you_mean
 
 __all__ = ["PREFIX", "Answer", "Row", "SyntheticSource", "SyntheticTask", "is_synthetic", "synthetic_task"]
 
@@ -210,9 +209,8 @@ def settings_of(name: str, text: str, known: Sequence[str]) -> Mapping[str, int]
         raise DataError(f"{name}: write settings as {PREFIX}NAME?pairs=8&keys=64; got {text!r}") from None
     for key, value in pairs:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise DataError(f"{name}: no setting {key!r}; {hint}")
+            hint = did_you_mean(key, known, f"; known: {', '.join(known)}")
+            raise DataError(f"{name}: no setting {key!r}{hint}")
         least = 2 if key in ("keys", "values") else 1
         if not value.isdigit() or int(value) < least:
             raise DataError(f"{name}: {key} must be a whole number of at least {least}; got {value!r}")

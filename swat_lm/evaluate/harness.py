@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from swat_lm.evaluate.limits import check_length, position_limit
 from swat_lm.evaluate.readings import Row
 from swat_lm.evaluate.scoring import Scorer
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["HarnessModel", "Rolling", "check_max_length"]
 

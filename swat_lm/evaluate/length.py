@@ -20,7 +20,7 @@ from swat_lm.evaluate.partial import PartialResults
 from swat_lm.evaluate.reader import Reader, evaluating, reader_for
 from swat_lm.evaluate.sinks import SinkReader
 from swat_lm.evaluate.windows import model_window, with_window
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = [
     "loss_by_length",

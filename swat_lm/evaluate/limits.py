@@ -12,7 +12,7 @@ from swat_lm.evaluate.reader import Reader, StateReader, probe
 from swat_lm.evaluate.sinks import SinkReader
 from swat_lm.evaluate.windows import theoretical_reach
 from swat_lm.model.cost import state_bytes
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["available_bytes", "check_length", "extrapolates_beyond", "position_limit", "stream_bytes"]
 

@@ -15,7 +15,7 @@ from swat_lm.data.readers import read_rows
 from swat_lm.data.sources import source_file
 from swat_lm.data.synthetic import Answer, SyntheticTask
 from swat_lm.evaluate.recall import RecallItem
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["TEXT_TASKS", "check_name", "guessed_share", "read_items", "synthetic_items", "text_items"]
 

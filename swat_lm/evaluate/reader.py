@@ -18,7 +18,7 @@ from swat_lm.model.architectures import streaming_inputs
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.slots import Slots
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["CachedReader", "Reader", "StateReader", "evaluating", "reader_for"]
 

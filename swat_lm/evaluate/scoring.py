@@ -18,7 +18,7 @@ from swat_lm.evaluate.reader import reader_for, split_model
 from swat_lm.evaluate.readings import Family, Reading, Row, families, readings
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["Score", "Scorer"]
 

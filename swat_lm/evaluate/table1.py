@@ -10,7 +10,7 @@ from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.suite import TaskResult
 from swat_lm.evaluate.tasks import STREAMED
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = [
     "ACCURACIES",

@@ -1,6 +1,5 @@
 """lm-evaluation-harness's tasks with their documents, from the hub or from local files, checked beforehand."""
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -14,7 +13,7 @@ from swat_lm.data.sources import DataError
 from swat_lm.evaluate.benchmark_files import find_files, is_plain_text, read_documents, read_pages
 from swat_lm.evaluate.benchmarks import BENCHMARKS, PAGES, Benchmark, Doc
 from swat_lm.paths import local_path
-from swat_lm.wording import install_extra
+from swat_lm.words import did_you_mean, install_extra
 
 __all__ = ["HUB", "STREAMED", "LoadedTask", "check_harness", "load_tasks", "task_names"]
 
@@ -100,10 +99,9 @@ def known_benchmark(name: str) -> Benchmark:
     """The benchmark of a name; raises DataError with the nearest name for another."""
     base = name.removesuffix(STREAMED)
     if base not in BENCHMARKS:
-        nearest = difflib.get_close_matches(base, BENCHMARKS, 1)
-        hint = f"; the nearest is {nearest[0]}" if nearest else ""
         raise DataError(
-            f"no local form of task {base!r}{hint}; known are {', '.join(KNOWN)}. The harness's other tasks run "
+            f"no local form of task {base!r}{did_you_mean(base, BENCHMARKS, ';')} known are {', '.join(KNOWN)}. "
+            "The harness's other tasks run "
             "with --data hub"
         )
     return BENCHMARKS[base]

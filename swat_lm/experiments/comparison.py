@@ -24,7 +24,7 @@ from swat_lm.experiments.reproduction_pictures import plot_rows
 from swat_lm.model.architectures import count_model_parameters, model_state_bytes
 from swat_lm.recipe import Recipe, dump_recipe, load_recipe
 from swat_lm.train.metrics import read_metrics
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["RunFindings", "read_run", "report"]
 

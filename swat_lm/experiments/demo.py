@@ -27,7 +27,7 @@ from swat_lm.recipe import Recipe, load_recipe
 from swat_lm.serve.sampling import Sampling
 from swat_lm.serve.stream import TextAssembler, generate_tokens, read_prompt
 from swat_lm.train import run
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["DemoSettings", "do_model", "run_demo"]
 

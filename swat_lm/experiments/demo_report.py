@@ -15,7 +15,7 @@ from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.cost import count_parameters, reach
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.metrics import read_metrics
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["TOLERANCE", "judge", "write_report"]
 

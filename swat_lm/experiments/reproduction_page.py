@@ -18,7 +18,7 @@ from swat_lm.experiments.page import machine, picture, table, with_error, write_
 from swat_lm.experiments.reproduction_pictures import draw
 from swat_lm.experiments.scales import Scale
 from swat_lm.experiments.variants import Experiment, Variant, budget_of, variants_of
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["write_results"]
 

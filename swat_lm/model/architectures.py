@@ -5,7 +5,6 @@ only the loss is ours (in chunks of tokens), so that a large vocabulary costs no
 Legend: B batch, T tokens, M model width, V vocabulary.
 """
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -23,9 +22,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from swat_lm.model.configuration import SwatConfig, config_from_recipe
 from swat_lm.model.conversion import convert_config
 from swat_lm.model.cost import Parameters, count_parameters, state_bytes, training_flops_per_token
+from swat_lm.model.fitting import explain_misfit
 from swat_lm.model.loss import chunked_cross_entropy
-from swat_lm.model.misfits import explain_misfit
 from swat_lm.model.modeling import SwatForCausalLM, next_tokens
+from swat_lm.words import did_you_mean
 
 __all__ = [
     "ARCHITECTURES",
@@ -117,8 +117,7 @@ def configure_model(model: Mapping[str, Any], vocab_size: int | None = None) -> 
         return config_from_recipe(values, vocab_size)
     if name not in ARCHITECTURES:
         known = (OURS, *ARCHITECTURES)
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known, ".")
         raise ValueError(f"model.architecture: unknown architecture {name!r}{hint} Known are {', '.join(known)}")
     library = ARCHITECTURES[name]
     kind = library_class(name, "config")
@@ -151,9 +150,8 @@ def check_keys(name: str, kind: type, values: Mapping[str, Any]) -> None:
         )
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
-            raise ValueError(f"model: {name} has no key {key!r}; {hint}")
+            hint = did_you_mean(key, known, f"; valid keys: {', '.join(known)}")
+            raise ValueError(f"model: {name} has no key {key!r}{hint}")
 
 
 def library_keys(kind: type) -> list[str]:

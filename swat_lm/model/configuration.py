@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from swat_lm.layers import AttentionLayer, AttentionSettings
-from swat_lm.model.misfits import explain_misfit
+from swat_lm.model.fitting import explain_misfit
 from swat_lm.model.plan import LayerEntry, kinds_with, resolve_plan
 from swat_lm.model.presets import preset_fields
+from swat_lm.words import did_you_mean
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PER_LAYER = ("sliding_window", "score_function", "slopes", "score_bias", "use_rotary", "rope_theta")
@@ -287,8 +288,8 @@ def check_fields(values: Mapping[str, Any], known: Sequence[str], what: str) -> 
         if key not in known and key not in RECIPE_KEYS and (owners := kinds_with(str(key))):
             raise ValueError(f"{what}: unknown key {key!r}; {_in_layers(key, owners)}")
         if key not in known:
-            nearest = [ALIASES[key]] if key in ALIASES else difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys: {', '.join(known)}"
+            near = [ALIASES[key]] if key in ALIASES else known
+            hint = did_you_mean(ALIASES.get(key, key), near, f"; valid keys: {', '.join(known)}")
             raise ValueError(f"{what}: unknown key {key!r}{hint}")
     slopes = values.get("slopes")
     if any(isinstance(one, int) for one in (slopes if isinstance(slopes, list) else [slopes])):

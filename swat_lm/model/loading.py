@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from swat_lm.hub import hub_answers, is_path, nearest_name, stored_folder
 from swat_lm.model.weight_files import check_readable
 from swat_lm.paths import check_name, local_path
-from swat_lm.wording import install_extra
+from swat_lm.words import install_extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

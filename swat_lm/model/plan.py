@@ -4,14 +4,13 @@
 an entry stands for six of it. Flat fields are the defaults of every entry that has a setting of that name.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from swat_lm.layers import LAYERS, Layer
-from swat_lm.model.misfits import type_words
+from swat_lm.model.fitting import fits
+from swat_lm.words import did_you_mean, type_words
 
 __all__ = ["LayerEntry", "kinds_with", "resolve_plan"]
 
@@ -85,7 +84,8 @@ def expand(pattern: Sequence[Any]) -> list[Written]:
         if not isinstance(kind, str):
             raise ValueError(f"{where}: kind must be text, one of {', '.join(LAYERS)}; got {kind!r}")
         if kind not in LAYERS:
-            raise ValueError(f"{where}: unknown kind {kind!r}{nearest(kind, list(LAYERS), ', '.join(LAYERS))}")
+            otherwise = f"; expected one of {', '.join(LAYERS)}"
+            raise ValueError(f"{where}: unknown kind {kind!r}{did_you_mean(kind, LAYERS, otherwise)}")
         if type(repeat) is not int or repeat < 1:
             raise ValueError(f"{where}: repeat: expected a whole number of at least 1, got {repeat!r}")
         check_own(LAYERS[kind], own, f"{where} ({kind})")
@@ -106,7 +106,8 @@ def check_own(kind: type[Layer], own: Mapping[str, Any], where: str) -> None:
             owners = kinds_with(key)
             if owners:
                 raise ValueError(f"{where}: {key!r} is a setting of {', '.join(owners)}, not of {kind.name}")
-            raise ValueError(f"{where}: unknown setting {key!r}{nearest(key, list(hints), ', '.join(hints))}")
+            otherwise = f"; expected one of {', '.join(hints)}"
+            raise ValueError(f"{where}: unknown setting {key!r}{did_you_mean(key, hints, otherwise)}")
         if not fits(value, hints[key]):
             raise ValueError(f"{where}: {key} must be {type_words(hints[key])}; got {value!r}")
 
@@ -123,26 +124,3 @@ def resolve_entry(
         return LayerEntry(kind, kind.Settings(**kind.settle(values, frozenset(own), width)))
     except ValueError as error:
         raise ValueError(f"{where}{error}") from None
-
-
-def nearest(given: Any, known: list[str], listed: str) -> str:
-    """The end of a message about an unknown word."""
-    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {listed}"
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of the annotated type; a whole number is a number, true and false are none."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(fits(value, one) for one in get_args(hint))
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(fits(one, get_args(hint)[0]) for one in value)
-    kind = NoneType if hint is None else origin or hint
-    if kind is Any:
-        return True
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))

@@ -1,10 +1,11 @@
 """Named configurations, one YAML file each in `presets/`; the files say where their numbers come from."""
 
-import difflib
 from importlib.resources import files
 from typing import Any
 
 import yaml
+
+from swat_lm.words import did_you_mean
 
 
 def preset_names() -> list[str]:
@@ -20,9 +21,7 @@ def preset_fields(name: str) -> dict[str, Any]:
     """
     names = preset_names()
     if name not in names:
-        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"preset: unknown preset {name!r}; {hint}presets: {', '.join(names)}")
+        raise ValueError(f"preset: unknown preset {name!r}{did_you_mean(name, names, ';')} presets: {', '.join(names)}")
     fields = yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
     assert isinstance(fields, dict), name
     return fields

@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from swat_lm.wording import install_extra
+from swat_lm.words import install_extra
 
 # each of ours registers itself at its own end, so importing it is enough, also while it is being imported
 WAITED_FOR = {

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 BACKENDS = ("auto", "reference", "blocked", "triton")
 SCORE_FUNCTIONS = ("sigmoid", "softmax")

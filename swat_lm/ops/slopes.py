@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 SCHEDULES = ("swat", "alibi")
 KINDS = ("balanced", "negative", "positive", "none")

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from swat_lm.train.engine import Engine
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["Checkpoint", "CheckpointError", "find_checkpoints", "newest_checkpoint", "read_manifest", "save_checkpoint"]
 

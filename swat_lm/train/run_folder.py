@@ -18,7 +18,7 @@ from swat_lm.train.checkpoint import (
     read_manifest,
 )
 from swat_lm.train.ownership import LOCK, MARK, check_run_folder, mark_run, remove_leftovers
-from swat_lm.wording import counted
+from swat_lm.words import counted
 
 __all__ = ["CHANGEABLE", "check_continuation", "check_model", "choose_start", "hold_folder", "write_recipe"]
 

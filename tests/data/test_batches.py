@@ -11,7 +11,7 @@ from swat_lm.data import Batch, BatchSource, TokenStore, prepare
 from swat_lm.data.mixing import mix, permute
 from swat_lm.data.sources import DataError
 from swat_lm.recipe import DataRecipe
-from swat_lm.wording import counted as in_words
+from swat_lm.words import counted as in_words
 
 EOS = 257
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)

@@ -139,7 +139,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = str(write_files(tmp_path, ("piqa",)))
     with pytest.raises(DataError, match=r"lacks the file of task boolq: expected commonsense/boolq_validation\.jsonl"):
         load_tasks(["piqa", "boolq"], folder)
-    with pytest.raises(DataError, match="no local form of task 'arc_esay'; the nearest is arc_easy"):
+    with pytest.raises(DataError, match="no local form of task 'arc_esay'; did you mean 'arc_easy'"):
         load_tasks(["arc_esay"], folder)
     with pytest.raises(DataError, match="no folder"):
         load_tasks(["piqa"], str(tmp_path / "none"))

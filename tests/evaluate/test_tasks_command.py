@@ -94,7 +94,7 @@ def test_what_is_there_is_taken_up(cli, here: Path):
         (["./none", "--data", "data"], "no checkpoint at ./none"),
         (["run", "run/export", "--data", "data"], "two checkpoints are called run: name them apart"),
         (["run", "--data", "nothing"], "no folder nothing: expected one with the benchmarks' files, or `hub`"),
-        (["run", "--data", "data", "--tasks", "picqa"], "no local form of task 'picqa'; the nearest is piqa"),
+        (["run", "--data", "data", "--tasks", "picqa"], "no local form of task 'picqa'; did you mean 'piqa'"),
         (["run", "--data", "data", "--out", "run/export/config.json"], "config.json is a file: expected a folder"),
         (
             ["run", "--data", "data", "--out", "run/export/config.json/below"],

@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from swat_lm import SwatConfig
 from swat_lm.model.configuration import config_from_recipe
-from swat_lm.model.misfits import type_words
-from swat_lm.model.plan import fits
+from swat_lm.model.fitting import fits
+from swat_lm.words import type_words
 
 from .models import tiny_config
 
@@ -103,7 +103,7 @@ def test_rotary_base_has_one_home():
         ({"layers": [{"kind": "mamba2", "state_size": "x"}]}, "state_size must be a whole number; got 'x'"),
         (
             {"layers": [{"kind": "mamba2", "time_step_limit": 1}]},
-            r"time_step_limit must be \[a number, a number\] or null; got 1",
+            r"time_step_limit must be a list of 2 entries, each a finite number or null; got 1",
         ),
         (
             {"layers": [{"kind": "mamba2", "time_step_limit": [1]}]},

@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from swat_lm.wording import counted, install_extra
+from swat_lm.words import counted, install_extra
 
 ROOT = Path(__file__).parents[1]
 
