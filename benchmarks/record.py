@@ -8,13 +8,13 @@ A benchmark writes `runs/benchmarks/NAME.json`, which git ignores; with `--recor
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
 from benchmarks.table import BENCHMARKS, render
+from swat_lm.files import write_text
 
 OWN = measure.REPOSITORY / "runs" / "benchmarks"
 FIELDS = ("machine", "settings", "rows", "goals")
@@ -55,7 +55,7 @@ def save(
         "benchmark": name, "machine": measure.machine(), "settings": settings, "rows": rows, "goals": goals, **more,
     }  # fmt: skip
     path = OWN / (f"{name}-{kind}.json" if kind else f"{name}.json")
-    write(path, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     return path
 
 
@@ -70,7 +70,7 @@ def make_record(path: Path) -> Path:
     """Copy a result to its place in the record; returns that place. Raises ValueError as `read_result` does."""
     text, name = read_result(path)
     place = measure.RESULTS / f"{name}.json"
-    write(place, text)
+    write_text(place, text)
     return place
 
 
@@ -100,14 +100,6 @@ def read_result(path: Path) -> tuple[str, str]:
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be shown ({type(error).__name__}: {error}); {expected}") from None
     return text, name
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it: it is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import measure, record
+from swat_lm.files import write_text
 
 
 class Rows:
@@ -28,7 +29,7 @@ class Rows:
         """The row of this label, measured unless it is there, and kept at once."""
         if label not in self.rows:
             self.rows[label] = run()
-            record.write(self.path, json.dumps({"origin": self.origin, "rows": self.rows}, indent=1) + "\n")
+            write_text(self.path, json.dumps({"origin": self.origin, "rows": self.rows}, indent=1) + "\n")
         return self.rows[label]
 
     def forget(self) -> None:

@@ -224,7 +224,7 @@ def test_a_full_card_keeps_what_is_finished(cli, here: Path, card: Card):
             "name a recipe, a checkpoint or a preset whose attention to measure, or describe it; missing for that: --w",
         ),
         (["--window", "8", "--heads", "2"], "missing for that: --head-dim"),
-        (["swat-34m"], "(did you mean 'swat-340m'?)"),
+        (["swat-34m"], "; did you mean 'swat-340m'?"),
         (["runs/none"], "no folder runs/none"),
         (["run.yaml", "model.sliding_windows=3"], "sliding_window"),
         (["run.yaml", "model.sliding_window=null"], "run.yaml: no layer has a window, so there is nothing to tune"),

@@ -13,6 +13,7 @@ BELOW = {
     "validation": set(),
     "paths": set(),
     "words": set(),
+    "files": set(),
     "named_recipes": set(),
     "recipe": {"named_recipes", "paths", "validation"},
     "hub": {"paths"},
@@ -27,8 +28,8 @@ BELOW["serve"] = BELOW["model"] | {"model"}
 BELOW["experiments"] = BELOW["train"] | {"train", "evaluate", "serve"}
 BELOW["cli"] = BELOW["experiments"] | {"experiments", "named_recipes"}
 for allowed in BELOW.values():
-    # words alone
-    allowed.add("words")
+    # words, and how anything is written
+    allowed |= {"words", "files"}
 
 
 def imported(file: Path) -> set[str]:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from swat_lm.files import write_text
 from verification import packaging, site
 from verification.workplace import REPOSITORY, CheckFailedError, Workplace
 
@@ -34,11 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in CHECKS:
             parser.error(f"no check is called {name!r}; expected {', '.join(CHECKS)}")
     found = {name: run(name) for name in options.checks or CHECKS}
-    write(OWN, found)
+    write_text(OWN, json.dumps(found, indent=1) + "\n")
     sys.stdout.write(f"{OWN}\n")
     if options.record:
         before = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-        write(RECORD, {**before, **found})
+        write_text(RECORD, json.dumps({**before, **found}, indent=1) + "\n")
         sys.stdout.write(f"{RECORD}\n")
     else:
         sys.stdout.write("The committed record is as it was; --record writes it too\n")
@@ -73,14 +74,6 @@ def git(*words: str) -> str:
     """What git says, or nothing where this is no clone."""
     ran = subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return ran.stdout.strip()
-
-
-def write(path: Path, entries: dict[str, Any]) -> None:
-    """Write beside the place and rename."""
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def say(line: str) -> None:

@@ -40,7 +40,7 @@ def tokenizer(
     if not out.exists():
         check_folder(out, "--out")
     from swat_lm.data import train_tokenizer, vocabulary_size
-    from swat_lm.data.sources import naming
+    from swat_lm.files import naming
 
     # files that are read name themselves
     with naming(out), Counter("reading text", "bytes") as counter:

@@ -278,11 +278,11 @@ def write_recall(curves: "list[RecallCurve]", path: Path) -> None:
     """Write recall.json, one curve per task."""
     from dataclasses import asdict
 
-    from swat_lm.evaluate.curves import write_whole
     from swat_lm.evaluate.figures import write_figures
+    from swat_lm.files import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, write_figures([asdict(curve) for curve in curves]) + "\n")
+    write_text(path, write_figures([asdict(curve) for curve in curves]) + "\n")
 
 
 def draw_recall(curves: "list[RecallCurve]", out: Path, name: str) -> None:

@@ -23,9 +23,10 @@ from swat_lm.data.cutting import LONGEST, Cuts
 from swat_lm.data.encoding import encode_bytes, encode_parallel
 from swat_lm.data.passages import PassageSample
 from swat_lm.data.readers import Piece, read_pieces
-from swat_lm.data.sources import DataError, Source, naming, resolve_sources
+from swat_lm.data.sources import DataError, Source, resolve_sources
 from swat_lm.data.store import DOCUMENTS, INDEX, PASSAGES, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore, damaged
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
+from swat_lm.files import naming
 from swat_lm.paths import local_path
 from swat_lm.recipe import DataRecipe
 

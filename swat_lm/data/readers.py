@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 from swat_lm.data.cutting import LONGEST, Cuts, Cutter
-from swat_lm.data.sources import DataError, HubSource, Source, SourceFile, naming
+from swat_lm.data.sources import DataError, HubSource, Source, SourceFile
+from swat_lm.files import naming
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile

@@ -7,8 +7,7 @@ Names are resolved to an ordered list of sources, each with an identity that cha
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -178,17 +177,3 @@ def is_readable_kind(path: Path) -> bool:
 def accepted() -> str:
     """The kinds of files, as an error message lists them."""
     return f"accepted are {' '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)} added"
-
-
-@contextmanager
-def naming(path: Path, beside: Path | None = None) -> Iterator[None]:
-    """Puts the path into an OSError, which reading or writing an open file leaves out.
-
-    `beside` is a temporary file or folder that is written for it; an error there names the path as well.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or (error.filename and not (beside and str(error.filename).startswith(str(beside)))):
-            raise
-        raise type(error)(error.errno, error.strerror, str(path)) from error

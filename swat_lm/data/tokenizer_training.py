@@ -5,10 +5,8 @@ or of white space counts as several words, which changes nothing for text that h
 """
 
 import logging
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +16,7 @@ from swat_lm.data.encoding import ended, send, started
 from swat_lm.data.readers import read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
 from swat_lm.data.tokenizer import BOS, EOS, PAD, wrap
+from swat_lm.files import whole
 from swat_lm.paths import local_path
 
 if TYPE_CHECKING:
@@ -57,16 +56,10 @@ def train_tokenizer(
     if backend.get_vocab_size() < vocab_size:
         logger.warning("the text supports a vocabulary of %d, not %d", backend.get_vocab_size(), vocab_size)
     tokenizer = wrap(backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # made as any folder is: the umask says who may read it
-    beside = out.with_name(f".{out.name}-{os.getpid()}")
-    beside.mkdir()
-    try:
+    with whole(out) as beside:
+        # made as any folder is: the umask says who may read it
+        beside.mkdir()
         tokenizer.save_pretrained(beside)
-        beside.rename(out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return tokenizer
 
 

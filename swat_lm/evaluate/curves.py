@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
-from swat_lm.data.sources import naming
 from swat_lm.evaluate.figures import read_figures, write_figures
+from swat_lm.files import write_text
 
-__all__ = ["LengthCurve", "LengthPoint", "WindowMatrix", "difference", "summarise", "with_bytes", "write_whole"]
+__all__ = ["LengthCurve", "LengthPoint", "WindowMatrix", "difference", "summarise", "with_bytes"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class LengthCurve:
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
-        write_whole(path, self.to_json() + "\n")
+        write_text(path, self.to_json() + "\n")
 
 
 def with_bytes(curve: LengthCurve, streams: Sequence[np.ndarray], token_bytes: np.ndarray | None) -> LengthCurve:
@@ -139,31 +138,13 @@ class WindowMatrix:
     def save(self, path: Path) -> None:
         """Write `{window: curve}` as JSON, beside the place and renamed."""
         curves = {name: read_figures(curve.to_json()) for name, curve in zip(self.names, self.curves, strict=True)}
-        write_whole(path, write_figures(curves) + "\n")
+        write_text(path, write_figures(curves) + "\n")
 
     @classmethod
     def from_json(cls, text: str) -> "WindowMatrix":
         """Read what `save` wrote."""
         values = read_figures(text)
         return cls(tuple(values), tuple(LengthCurve.from_json(write_figures(one)) for one in values.values()))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it, so that it is whole or absent; an OSError names the place."""
-    write_bytes_whole(path, text.encode("utf-8"))
-
-
-def write_bytes_whole(path: Path, content: bytes) -> None:
-    """The same for bytes; what a full disk left beside the place is taken away."""
-    beside = path.with_name(f".tmp-{path.name}")
-    with naming(path, beside):
-        try:
-            beside.write_bytes(content)
-            beside.replace(path)
-        except OSError:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise
 
 
 def difference(first: Sequence[float | None], second: Sequence[float | None]) -> tuple[float, float | None]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.limits import position_limit
 from swat_lm.evaluate.reader import evaluating
 from swat_lm.evaluate.windows import layer_windows
+from swat_lm.files import write_text
 from swat_lm.layers import WindowAttention
 from swat_lm.layers.chunk import Chunk
 from swat_lm.ops.reference import distances
@@ -75,7 +75,7 @@ class Diagnosis:
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
-        write_whole(path, write_figures(asdict(self), indent=None) + "\n")
+        write_text(path, write_figures(asdict(self), indent=None) + "\n")
 
 
 def diagnose(

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.figures import read_figures, write_figures
+from swat_lm.files import write_text
 
 __all__ = ["PartialResults", "measurement_key"]
 
@@ -42,7 +42,7 @@ class PartialResults:
         """Keep these results; written beside the place and renamed."""
         self.known.update(results)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, write_figures({"key": self.key, "results": self.known}, indent=None))
+        write_text(self.path, write_figures({"key": self.key, "results": self.known}, indent=None))
 
     def remove(self) -> None:
         """The measurement is whole: its own result replaces this file."""

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from swat_lm.evaluate.curves import write_bytes_whole
+from swat_lm.files import write_bytes
 
 __all__ = ["Series", "plot_loss_by_length", "plot_state_bytes", "plot_training", "write_picture"]
 
@@ -233,4 +233,4 @@ def write_picture(figure: Figure, path: Path) -> None:
     """Write a PNG beside its place and rename it: an interruption leaves no half picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_bytes_whole(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())

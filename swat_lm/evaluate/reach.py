@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.curves import mean_and_error, write_whole
+from swat_lm.evaluate.curves import mean_and_error
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.limits import position_limit
 from swat_lm.evaluate.reader import evaluating
 from swat_lm.evaluate.windows import model_window, theoretical_reach
+from swat_lm.files import write_text
 
 __all__ = ["ReachCurve", "effective_reach", "gradient_norms"]
 
@@ -58,7 +59,7 @@ class ReachCurve:
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
-        write_whole(path, write_figures(asdict(self)) + "\n")
+        write_text(path, write_figures(asdict(self)) + "\n")
 
 
 def effective_reach(

@@ -15,12 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from swat_lm.data.synthetic import Answer
-from swat_lm.evaluate.curves import mean_and_error, write_whole
+from swat_lm.evaluate.curves import mean_and_error
 from swat_lm.evaluate.figures import read_figures, write_figures
 from swat_lm.evaluate.limits import check_length
 from swat_lm.evaluate.partial import PartialResults
 from swat_lm.evaluate.reader import Reader, evaluating, reader_for
 from swat_lm.evaluate.windows import model_window, theoretical_reach
+from swat_lm.files import write_text
 
 __all__ = ["RecallCurve", "RecallItem", "RecallPoint", "measure_recall", "wilson"]
 
@@ -72,7 +73,7 @@ class RecallCurve:
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
-        write_whole(path, write_figures(asdict(self)) + "\n")
+        write_text(path, write_figures(asdict(self)) + "\n")
 
     @classmethod
     def from_json(cls, text: str) -> "RecallCurve":

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.figures import perplexity, read_figures, write_figures
 from swat_lm.evaluate.tasks import LoadedTask
+from swat_lm.files import write_text
 
 if TYPE_CHECKING:
     from swat_lm.evaluate.harness import HarnessModel
@@ -132,10 +132,10 @@ class Suite:
             result = measure(model, task, self.subject, self._identity(task))
             self.results[task.name] = result
             if self.folder is not None:
-                write_whole(self._path(task.name), write_figures(asdict(result)) + "\n")
+                write_text(self._path(task.name), write_figures(asdict(result)) + "\n")
             yield result
         if self.folder is not None:
-            write_whole(self.folder / "results.json", write_figures(self.harness_json()) + "\n")
+            write_text(self.folder / "results.json", write_figures(self.harness_json()) + "\n")
 
     def harness_json(self) -> dict[str, Any]:
         """All results in the form of the harness's own results file."""

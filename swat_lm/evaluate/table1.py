@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.suite import TaskResult
 from swat_lm.evaluate.tasks import STREAMED
+from swat_lm.files import write_text
 from swat_lm.words import counted
 
 __all__ = [
@@ -271,5 +271,5 @@ def save_table(folder: Path, rows: Sequence[Row], remarks: Sequence[str]) -> lis
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in content.items():
-        write_whole(folder / name, text)
+        write_text(folder / name, text)
     return [folder / name for name in content]

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from swat_lm.evaluate.curves import LengthCurve, write_whole
+from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.plots import COLOURS, Series, plot_loss_by_length, plot_state_bytes, plot_training
 from swat_lm.evaluate.recall import RecallCurve
@@ -21,6 +21,7 @@ from swat_lm.evaluate.recall_plots import plot_recall
 from swat_lm.evaluate.windows import widest_window
 from swat_lm.experiments.page import machine, picture, table, with_error, write_page
 from swat_lm.experiments.reproduction_pictures import plot_rows
+from swat_lm.files import write_text
 from swat_lm.model.architectures import count_model_parameters, model_state_bytes
 from swat_lm.recipe import Recipe, dump_recipe, load_recipe
 from swat_lm.train.metrics import read_metrics
@@ -108,7 +109,7 @@ def report(runs: Sequence[RunFindings], out: Path) -> dict[str, Any]:
         "machine": machine(0) | {"threads": "not measured here"},
     }
     # what was found is kept before anything is drawn
-    write_whole(out / "report.json", write_figures(found) + "\n")
+    write_text(out / "report.json", write_figures(found) + "\n")
     pictures = draw(runs, out)
     write_page(out / "report.html", "swat-lm runs", body(runs, found, pictures))
     return found

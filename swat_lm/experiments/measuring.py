@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from swat_lm.data import load_tokenizer
 from swat_lm.data.tokenizer import tokenizer_facts
-from swat_lm.evaluate.curves import LengthCurve, write_whole
+from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.evaluate.figures import read_figures, write_figures
 from swat_lm.evaluate.length import loss_on_same_text
 from swat_lm.evaluate.reader import evaluating
 from swat_lm.experiments.scales import Scale
 from swat_lm.experiments.variants import Experiment, Variant
+from swat_lm.files import write_text
 from swat_lm.model.architectures import build_model
 from swat_lm.model.loading import load_causal_lm
 from swat_lm.recipe import Recipe
@@ -101,7 +102,7 @@ def read_json(path: Path) -> Any:
 
 def note_divergence(run: Path, said: str) -> None:
     """Keep that a run's loss stopped being a number, so that it is not tried again."""
-    write_whole(run / "diverged.json", json.dumps({"said": said}) + "\n")
+    write_text(run / "diverged.json", json.dumps({"said": said}) + "\n")
 
 
 def read_divergence(run: Path) -> str | None:
@@ -165,7 +166,7 @@ def variance_measurement(run: Path, one: Variant, scale: Scale, recipe: Recipe) 
         told("variances of hidden states", 1, 1)
         path = variance_path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(
+        write_text(
             path,
             write_figures(
                 {

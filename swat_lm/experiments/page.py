@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from swat_lm.evaluate.curves import write_whole
+from swat_lm.files import write_text
 
 __all__ = ["machine", "picture", "table", "with_error", "write_page"]
 
@@ -20,7 +20,7 @@ PACKAGES = ("swat-lm", "torch", "transformers", "tokenizers", "numpy")
 def write_page(path: Path, title: str, body: str) -> None:
     """Write a whole page around the body, beside the place and renamed."""
     template = Template((files("swat_lm.experiments") / "page.html").read_text(encoding="utf-8"))
-    write_whole(path, template.substitute(title=html.escape(title), body=body))
+    write_text(path, template.substitute(title=html.escape(title), body=body))
 
 
 def picture(path: Path) -> str:

@@ -18,7 +18,6 @@ import torch
 from swat_lm.data import TokenStore, prepare, resolve_sources
 from swat_lm.data.readers import read_pieces
 from swat_lm.data.tokenizer_training import train_tokenizer
-from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.length import segments
 from swat_lm.experiments.demo_budget import MOST_THREADS, usable_cores
 from swat_lm.experiments.demo_worker import run_workers
@@ -35,6 +34,7 @@ from swat_lm.experiments.variants import (
     variants_of,
 )
 from swat_lm.experiments.watching import InterruptedRunError, Watcher
+from swat_lm.files import write_text
 from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
 from swat_lm.recipe import Recipe, TrainRecipe
 from swat_lm.train import DivergedError, run
@@ -104,7 +104,7 @@ def reproduce(
         check_sources(experiment, sources)
         was_there, is_new = out.exists(), not (out / "plan.json").exists()
         plan = open_plan(out, scale, sources)
-        write_whole(out / "plan.json", json.dumps(plan, indent=1) + "\n")
+        write_text(out / "plan.json", json.dumps(plan, indent=1) + "\n")
         watcher.stage("preparing the text")
         try:
             prepare_texts(out, plan, experiment, scale, watcher)
@@ -264,7 +264,7 @@ def check_same_texts(out: Path, kind: str, keys: dict[str, str]) -> None:
             "measured on: bring the old ones back, or name another folder for --out"
         )
     if {**before, **keys} != before:
-        write_whole(path, json.dumps({**known, kind: {**before, **keys}}, indent=1) + "\n")
+        write_text(path, json.dumps({**known, kind: {**before, **keys}}, indent=1) + "\n")
 
 
 def sample_text(sources: Sequence[str], wanted: int, path: Path, watcher: Watcher) -> None:
@@ -279,7 +279,7 @@ def sample_text(sources: Sequence[str], wanted: int, path: Path, watcher: Watche
         watcher.count("reading the text", read, total)
     held = sum(len(one.encode()) for one in documents)
     step = max(1, held // wanted)
-    write_whole(path, "".join(json.dumps({"text": one}) + "\n" for one in documents[::step]))
+    write_text(path, "".join(json.dumps({"text": one}) + "\n" for one in documents[::step]))
 
 
 def find_tokenizer(out: Path, sources: Sources, experiment: Experiment, scale: Scale) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.experiments.claims import DOUBTFUL, PRINTED, Verdict, error_of_mean
 from swat_lm.experiments.findings import Findings
@@ -18,6 +17,7 @@ from swat_lm.experiments.page import machine, picture, table, with_error, write_
 from swat_lm.experiments.reproduction_pictures import draw
 from swat_lm.experiments.scales import Scale
 from swat_lm.experiments.variants import Experiment, Variant, budget_of, variants_of
+from swat_lm.files import write_text
 from swat_lm.words import counted
 
 __all__ = ["write_results"]
@@ -57,7 +57,7 @@ def write_results(
         "machine": machine(torch.get_num_threads()),
     }
     # what was measured is kept before anything is drawn
-    write_whole(out / f"{experiment.name}.json", write_figures(results) + "\n")
+    write_text(out / f"{experiment.name}.json", write_figures(results) + "\n")
     pictures = draw(findings, out)
     write_page(out / f"{experiment.name}.html", experiment.title, body(findings, results, verdicts, pictures))
     return results

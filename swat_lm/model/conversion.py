@@ -4,7 +4,6 @@ Which architectures, and what theirs is called here, is in families.py.
 """
 
 import copy
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from swat_lm.files import whole
 from swat_lm.hub import nearest_name
 from swat_lm.model.building import layers_without_weights
 from swat_lm.model.configuration import RECIPE_KEYS, SwatConfig, check_fields
@@ -195,19 +195,13 @@ def convert_folder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and is not an empty folder; choose another one or remove it")
     model = convert(folder, window, **changes)
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        beside.mkdir(parents=True)
+    with whole(out) as beside:
+        beside.mkdir()
         model.save_pretrained(beside)
         give_usual_permissions(beside)
         for name in FILES_BESIDE:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, beside / name)
-        if out.exists():
-            out.rmdir()
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return model
 
 

@@ -1,7 +1,6 @@
 """The state of endless streams on its way to disk and back."""
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from swat_lm.files import whole
 from swat_lm.layers.base import StateTensor
 from swat_lm.model.fingerprint import fingerprint
 from swat_lm.model.slots import Slots
@@ -54,13 +54,9 @@ def save_state(state: Slots, path: str | Path) -> None:
     if state.logits is not None:
         # a stream that goes on with a text does not need them
         tensors["logits"] = state.logits.contiguous()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as beside:
         save_file(tensors, beside, metadata)
         give_usual_permissions(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_state(path: str | Path, device: torch.device | str = "cpu") -> Slots:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from swat_lm.data import DataError, TokenStore, default_cache, prepare, resolve_sources
-from swat_lm.data.sources import naming
 from swat_lm.data.store import INDEX
 from swat_lm.data.synthetic import is_synthetic
 from swat_lm.data.trained import TrainedText, read_trained_text
+from swat_lm.files import naming
 from swat_lm.paths import local_path
 from swat_lm.recipe import DataRecipe, load_recipe
 from swat_lm.train.checkpoint import MANIFEST, find_checkpoints

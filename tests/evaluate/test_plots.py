@@ -6,8 +6,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from swat_lm.evaluate import plots
-from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_state_bytes, plot_training, running_mean
+from swat_lm.files import write_text
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_full_disk_names_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Path, "write_bytes", full)
     for write in (
-        lambda: write_whole(tmp_path / "a.json", "text"),
+        lambda: write_text(tmp_path / "a.json", "text"),
         lambda: plot_state_bytes([Series("one", [1, 2], [3, 4])], tmp_path / "a.json"),
     ):
         with pytest.raises(OSError, match="No space left") as caught:

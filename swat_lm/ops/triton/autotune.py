@@ -5,7 +5,6 @@ measure, and `tune` refuses. `swat-lm tune` is this as a command.
 """
 
 import json
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from swat_lm.files import write_text
 from swat_lm.ops.triton.availability import why_not
 from swat_lm.ops.triton.configurations import (
     BACKWARD_FORMS,
@@ -208,13 +208,7 @@ def _clock(run: Callable[[], object], cache: torch.Tensor) -> float:
 
 def _write(path: Path, known: Tuned, found: Tuned) -> None:
     choices = {**known.tiles, **known.forms, **found.tiles, **found.forms}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_text(path, json.dumps(choices, indent=1, sort_keys=True) + "\n")
     # this process may have read the file as it was
     forget_tuned()
 
