@@ -19,9 +19,8 @@ from swat_lm import SwatForCausalLM
 from swat_lm.cli.generation import SavingInterruption, arriving, prompt_pieces, read_some
 from swat_lm.data.cutting import Cutter
 from swat_lm.data.tokenizer import EOS, wrap
-
-from .data.trained import trained
-from .test_cli import files_of
+from tests.cli.test_commands import files_of
+from tests.data.trained import trained
 
 
 def test_generate_reads_a_pipe_and_saves_its_state(cli, here: Path, exported: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,7 +19,7 @@ from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import RunProgress, clock
 from swat_lm.train import DivergedError, Event
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
