@@ -29,6 +29,15 @@ class DataRecipe:
     or one recall task: `synthetic:mqar?pairs=8` (also kv, passkey, copy)."""
     text_field: str = "text"
     """The field of a .jsonl, .parquet or hub row that holds the document's text."""
+    format: Literal["text", "prompt_answer", "messages"] = "text"
+    """What a .jsonl, .parquet or hub row holds: a text, or instruction data: a prompt and its answer, or messages with
+    `role` and `content`. Answers are marked, for `train.objective: masked_next_token`."""
+    prompt_field: str = "prompt"
+    """The field of a `prompt_answer` row that holds the prompt; a line break is put behind it."""
+    answer_field: str = "answer"
+    """The field of a `prompt_answer` row that holds the answer."""
+    messages_field: str = "messages"
+    """The field of a `messages` row that holds the list; each becomes a line `ROLE: CONTENT`."""
     tokenizer: str = "bytes"
     """`bytes`, a tokenizer folder, a tokenizer.json, or a hub name."""
     add_bos: bool = False
@@ -52,6 +61,10 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.format == "prompt_answer" and self.prompt_field == self.answer_field:
+            raise RecipeError(
+                f"data.prompt_field and data.answer_field are both {self.answer_field!r}: name two fields"
+            )
         if not self.sources:
             raise RecipeError("data.sources is empty: name at least one file, folder or data set")
         if any(not source.strip() for source in self.sources):
