@@ -5,11 +5,11 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -17,7 +17,12 @@ from swat_lm.named_recipes import SUFFIXES, find_recipe, nearest_recipe, recipe_
 from swat_lm.paths import check_name, local_path
 from swat_lm.strict import OVERRIDE, Origin, RecipeError, build, check_fields, describe, hint_at, number, shown
 
-__all__ = ["DataRecipe", "Recipe", "RecipeError", "TrainRecipe", "describe", "dump_recipe", "load_recipe", "read_value"]
+__all__ = [
+    "DataRecipe", "Recipe", "RecipeError", "TrainRecipe",
+    "describe", "dump_recipe", "load_recipe", "read_settings", "read_value",
+]  # fmt: skip
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +35,7 @@ class DataRecipe:
     text_field: str = "text"
     """The field of a .jsonl, .parquet or hub row that holds the document's text."""
     format: Literal["text", "prompt_answer", "messages"] = "text"
-    """What a .jsonl, .parquet or hub row holds: a text, or instruction data: a prompt and its answer, or messages with
-    `role` and `content`. Answers are marked, for `train.objective: masked_next_token`."""
+    """What rows hold: text; or prompt and answer; or messages with role and content. Answers are then marked."""
     prompt_field: str = "prompt"
     """The field of a `prompt_answer` row that holds the prompt; a line break is put behind it."""
     answer_field: str = "answer"
@@ -61,10 +65,6 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.format == "prompt_answer" and self.prompt_field == self.answer_field:
-            raise RecipeError(
-                f"data.prompt_field and data.answer_field are both {self.answer_field!r}: name two fields"
-            )
         if not self.sources:
             raise RecipeError("data.sources is empty: name at least one file, folder or data set")
         if any(not source.strip() for source in self.sources):
@@ -75,6 +75,10 @@ class DataRecipe:
 class TrainRecipe:
     """Optimisation, precision, distribution, logging and checkpoints. The optimizer is AdamW."""
 
+    objective: str = "next_token"
+    """What a step minimises: `next_token`, or `masked_next_token`, only what is marked (see `data.format`)."""
+    objective_settings: dict[str, Any] = field(default_factory=dict)
+    """Of all objectives: `auxiliary_weights`, by name what an auxiliary loss of the layers is multiplied by."""
     steps: int = number(1000, at_least=1)
     """Optimizer steps of the whole run."""
     batch_size: int = number(32, at_least=1)
@@ -178,6 +182,11 @@ class Recipe:
                 check_name(getattr(self, key), key)
             except ValueError as error:
                 raise RecipeError(str(error)) from None
+
+
+def read_settings(kind: type[Built], values: Mapping[str, Any], at: str) -> Built:
+    """A frozen dataclass of settings from a plain mapping of a recipe at the key `at`; RecipeError as for a recipe."""
+    return build(kind, values, at)
 
 
 def without_tilde(name: str, key: str) -> str:

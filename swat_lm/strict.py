@@ -258,7 +258,8 @@ def describe(kind: type, at: str = "") -> list[FieldHelp]:
         if is_dataclass(hint):
             found += describe(cast(type, hint), key)
             continue
-        default = "required" if is_required(declared) else yaml_text(declared.default)
+        empty = "{}" if declared.default is MISSING else yaml_text(declared.default)
+        default = "required" if is_required(declared) else empty
         found.append(FieldHelp(key, type_name(hint), default, docstrings(kind).get(declared.name, "")))
     return found
 

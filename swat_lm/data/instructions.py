@@ -42,9 +42,14 @@ def is_marked(data: DataRecipe) -> bool:
 
 
 def fields_read(data: DataRecipe) -> dict[str, str]:
-    """The fields of a row that a marked document is made of, the answer's last; each with the key that names it."""
+    """The fields of a row that a marked document is made of, the answer's last; each with the key that names it.
+
+    Raises DataError for one field that is named twice.
+    """
     if data.format == "messages":
         return {data.messages_field: "data.messages_field"}
+    if data.prompt_field == data.answer_field:
+        raise DataError(f"data.prompt_field and data.answer_field are both {data.answer_field!r}: name two fields")
     return {data.prompt_field: "data.prompt_field", data.answer_field: "data.answer_field"}
 
 

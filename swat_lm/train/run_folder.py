@@ -3,12 +3,13 @@
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from swat_lm.recipe import Recipe, dump_recipe
+from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe, dump_recipe
 from swat_lm.train.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -178,7 +179,7 @@ def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: 
 
     Everything but CHANGEABLE must be equal; `model` is left to `check_model`, and `data` is the tokens' identity.
     """
-    before, now = flatten(checkpoint.recipe), flatten(recipe)
+    before, now = with_defaults(flatten(checkpoint.recipe)), flatten(recipe)
     differing = [
         f"{key} (before {before.get(key)!r}, now {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
@@ -191,6 +192,14 @@ def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: 
             f"{checkpoint.folder} belongs to a run with other settings: {', '.join(differing)}; change them back, or "
             "choose another `out` (and train.resume=PATH to start it from this checkpoint)"
         )
+
+
+def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A flat recipe with the defaults of keys that came after the version that wrote it."""
+    kinds = {"data": DataRecipe, "train": TrainRecipe}
+    known = {f"{at}.{one.name}": one.default for at, kind in kinds.items() for one in fields(kind)}
+    defaults = {key: list(one) if isinstance(one, tuple) else one for key, one in known.items() if one is not MISSING}
+    return defaults | recipe
 
 
 def describe_new_schedule(checkpoint: Checkpoint, recipe: Recipe) -> str | None:

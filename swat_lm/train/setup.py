@@ -27,6 +27,7 @@ from swat_lm.train.checkpoint import Checkpoint
 from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOut
 from swat_lm.train.metrics import check_loggers
+from swat_lm.train.objectives import Objective, make_objective
 from swat_lm.train.optimizer import make_optimizer
 from swat_lm.train.ownership import check_export
 from swat_lm.train.run_folder import check_continuation, check_model, choose_start, describe_new_schedule, write_recipe
@@ -43,6 +44,7 @@ class Training:
     engine: Engine
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    objective: Objective
     tokenizer: PreTrainedTokenizerFast
     source: BatchSource | SyntheticSource
     held_out: HeldOut | None
@@ -61,6 +63,7 @@ def check_beforehand(engine: Engine, recipe: Recipe) -> None:
     engine.rows()
     engine.on_main(lambda: check_loggers(recipe.train.loggers))
     check_trainable(recipe.model, recipe.data.documents)
+    make_objective(recipe)
     engine.on_main_only(lambda: check_sources(recipe))
 
 
@@ -98,15 +101,26 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     torch.manual_seed(recipe.seed)
     model = engine.set_up(build_model(config))
     model.train()
-    optimizer = make_optimizer(model, recipe.train)
+    optimizer, objective = make_optimizer(model, recipe.train), make_objective(recipe)
     if start is not None:
-        engine.read_state(start.folder, model, optimizer)
+        objective.load_state_dict(engine.read_state(start.folder, model, optimizer, objective.state_dict()))
     store = rows.source.store if isinstance(rows.source, BatchSource) else None
     engine.on_main(lambda: write_trained_text(out, store, start.folder.parent.parent if start else None))
     engine.on_main(lambda: write_recipe(recipe, out))
     flops = training_flops(config, recipe.data.sequence_length).per_token
     return Training(
-        recipe, engine, model, optimizer, tokenizer, rows.source, rows.held_out, start, plain_config, rows.key, flops
+        recipe,
+        engine,
+        model,
+        optimizer,
+        objective,
+        tokenizer,
+        rows.source,
+        rows.held_out,
+        start,
+        plain_config,
+        rows.key,
+        flops,
     )
 
 

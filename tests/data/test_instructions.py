@@ -11,7 +11,7 @@ import torch
 from swat_lm.data import BatchSource, DataError, TokenStore, prepare
 from swat_lm.data.instructions import read_marked_pieces
 from swat_lm.data.sources import resolve_sources
-from swat_lm.recipe import DataRecipe, RecipeError
+from swat_lm.recipe import DataRecipe
 
 PAIRS = [{"prompt": f"{n} plus {n}?", "answer": str(2 * n)} for n in range(30)]
 CHATS = [
@@ -147,8 +147,8 @@ def test_plain_files_and_fields_named_twice_are_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"a \.txt file has no rows, which data\.format=messages reads"):
         prepare(recipe(tmp_path / "a.txt", "messages"))
-    with pytest.raises(RecipeError, match="both 'prompt'"):
-        recipe(tmp_path / "a.txt", "prompt_answer", answer_field="prompt")
+    with pytest.raises(DataError, match="both 'prompt'"):
+        prepare(recipe(tmp_path / "a.txt", "prompt_answer", answer_field="prompt"))
 
 
 def test_damaged_marks_are_found(tmp_path: Path):
