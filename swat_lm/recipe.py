@@ -166,7 +166,8 @@ class Recipe:
     out: str
     """Folder of the run's results, new, empty or a run's; `runs/NAME` if not given."""
     model: dict[str, Any]
-    """Fields of SwatConfig, and `preset: NAME` to start from a preset; `swat-lm info` lists them."""
+    """Fields of SwatConfig, and `preset: NAME` to start from a preset; `swat-lm info` lists them.
+    `init: PATH` begins with the weights of a run, a checkpoint or an exported model, and needs no other field."""
     data: DataRecipe
     """What to read, with which tokenizer, and how rows are packed; at least `sources`."""
     train: TrainRecipe = field(default_factory=TrainRecipe)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -227,6 +228,21 @@ class Engine:
                 raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         return kept
+
+    def read_weights(self, folder: Path, model: nn.Module) -> None:
+        """Read the weights alone of what `write_state` wrote into a model on the CPU that is not set up yet.
+
+        Each process reads all of them. Raises ValueError naming the folder.
+        """
+        names_in(folder)
+        weights = get_model_state_dict(model)
+        with single_process_notice_ignored():
+            try:
+                dcp_load({"model": weights}, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=True)
+            except CheckpointException as error:
+                cause = next(iter(error.failures.values()))[0]
+                raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
+        set_model_state_dict(model, weights)
 
     def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights on the CPU of the main process, by name; empty on the others."""

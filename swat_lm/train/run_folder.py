@@ -153,18 +153,22 @@ def choose_start(out: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
 
 def check_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     """Raise ValueError, naming each differing field, if the checkpoint's architecture is not that of `model`."""
-    ignored = NOT_ARCHITECTURE if scales_rotary(model) else NOT_ARCHITECTURE | {"max_position_embeddings"}
-    names = sorted((checkpoint.model.keys() | model.keys()) - ignored)
-    differing = [
-        f"{name} (checkpoint {checkpoint.model.get(name)!r}, recipe {model.get(name)!r})"
-        for name in names
-        if checkpoint.model.get(name) != model.get(name)
-    ]
+    differing = differing_fields(checkpoint.model, model)
     if differing:
         raise ValueError(
             f"checkpoint {checkpoint.folder} has another architecture than the recipe: {', '.join(differing)}; "
             "change the recipe's model back, or choose another `out`"
         )
+
+
+def differing_fields(checkpoint: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    """Each field in which two configurations, as plain values, are not the same architecture, with both values."""
+    ignored = NOT_ARCHITECTURE if scales_rotary(model) else NOT_ARCHITECTURE | {"max_position_embeddings"}
+    return [
+        f"{name} (checkpoint {checkpoint.get(name)!r}, recipe {model.get(name)!r})"
+        for name in sorted((checkpoint.keys() | model.keys()) - ignored)
+        if checkpoint.get(name) != model.get(name)
+    ]
 
 
 def scales_rotary(model: Mapping[str, Any]) -> bool:
