@@ -68,7 +68,7 @@ def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, i
         from swat_lm.recipe import load_recipe
 
         recipe = load_recipe(target, overrides)
-        if "init" in recipe.model:
+        if recipe.model.get("init") is not None:
             from swat_lm.train.initial import begun_config
 
             return begun_config(recipe), recipe.data.sequence_length

@@ -38,6 +38,24 @@ class Batch:
         """Tokens that are predicted."""
         return int((self.labels != IGNORED).sum())
 
+    def prefix_lengths(self) -> Tensor | None:
+        """int32 [B, T]: of each token's document, as far as its row holds it, the tokens before the first marked one.
+
+        That is the part which an objective may let the model read in both directions; all of a document in which
+        nothing is marked. None where the data marks nothing.
+        """
+        if self.loss_mask is None:
+            return None
+        rows, length = self.input_ids.shape
+        places = torch.arange(length, device=self.input_ids.device).expand(rows, length)
+        documents = torch.zeros_like(places) if self.document_ids is None else self.document_ids.long()
+        # per document of a row: where it begins, where it ends, and where it is first marked
+        nowhere = torch.full_like(places, length)
+        begin = nowhere.scatter_reduce(1, documents, places, "amin")
+        end = torch.zeros_like(places).scatter_reduce(1, documents, places + 1, "amax")
+        marked = nowhere.scatter_reduce(1, documents, places.masked_fill(~self.loss_mask, length), "amin")
+        return (torch.minimum(marked, end) - begin).gather(1, documents).to(torch.int32)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
         return self.each(lambda tensor: tensor.to(device))

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from swat_lm.data import DataError, load_tokenizer, vocabulary_size
+from swat_lm.hub import hub_answers, stored_folder
 from swat_lm.model.architectures import check_known, check_trainable, configure_model, library_keys, name_of
 from swat_lm.model.loading import find_model_folder, know_library_of, load_causal_lm, model_type
 from swat_lm.model.presets import preset_fields
@@ -75,12 +76,18 @@ def find_initial(name: str) -> Initial:
             spec = str(export) if has_tokenizer(export) else checkpoint.recipe["data"]["tokenizer"]
             return Initial(name, config_of(checkpoint.model), checkpoint, spec)
         folder = find_model_folder(name)
-        if Path(folder).exists():
+        is_local = Path(folder).exists()
+        if is_local:
             know_library_of(model_type(Path(folder)), folder)
+        elif not hub_answers():
+            folder = stored_folder(folder)
         config = AutoConfig.from_pretrained(folder)
         check_known(config, folder)
     except (ValueError, OSError) as error:
-        raise ValueError(f"model.init: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        if isinstance(error, OSError) and not path.exists():
+            reason = f"no run or model at {name}, and the hub gave no model of that name: {reason.split('. ')[0]}"
+        raise ValueError(f"model.init: {reason}") from error
     return Initial(name, config, None, folder if not Path(folder).exists() or has_tokenizer(Path(folder)) else None)
 
 
@@ -176,8 +183,7 @@ def check_initial(recipe: Recipe) -> None:
 def begun_config(recipe: Recipe) -> PreTrainedConfig:
     """The configuration of the model that a recipe with `model.init` begins with; raises ValueError."""
     name = init_of(recipe)
-    if name is None:
-        return configure_model(without_init(recipe.model), vocabulary_size(load_tokenizer(recipe.data.tokenizer)))
+    assert name is not None
     return agreed(find_initial(name).config, recipe.model, f"model.init: {name}")
 
 

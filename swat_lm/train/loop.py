@@ -83,7 +83,7 @@ class Run:
         self.tokens = start.tokens if start else 0
         self.seconds_before = start.seconds if start else 0.0
         self.began = time.perf_counter()
-        self.recent_tokens, self.recent_seconds = 0, 0.0
+        self.recent_tokens, self.recent_read, self.recent_seconds = 0, 0, 0.0
         self.loss: float | None = None
         self.held_out: HeldOutLoss | None = None
 
@@ -152,6 +152,8 @@ class Run:
             raise DivergedError(self.describe_divergence(f"loss {mean_loss}, gradient norm {grad_norm}"))
         self.step, self.tokens, self.loss = self.step + 1, self.tokens + targets, mean_loss
         self.recent_tokens += targets
+        # what is only read costs as much as what is learnt
+        self.recent_read += batch.input_ids.numel() * engine.num_processes
         self.recent_seconds += time.perf_counter() - began
         self.tell("step", loss=mean_loss, learning_rate=rate)
         return {**shown, "grad_norm": grad_norm, "learning_rate": rate}, stops > 0
@@ -212,14 +214,14 @@ class Run:
             return
         rate = self.recent_tokens / self.recent_seconds
         record: dict[str, float] = {"tokens": self.tokens, **measured, "tokens_per_second": rate}
-        record["flops_per_second"] = rate * self.training.flops_per_token
+        record["flops_per_second"] = self.recent_read / self.recent_seconds * self.training.flops_per_token
         record["seconds"] = self.seconds()
         memory = self.engine.peak_memory_bytes()
         if memory is not None:
             record["peak_memory_bytes"] = memory
         for write in self.writers:
             write(self.step, record)
-        self.recent_tokens, self.recent_seconds = 0, 0.0
+        self.recent_tokens, self.recent_read, self.recent_seconds = 0, 0, 0.0
 
     def seconds(self) -> float:
         """Wall-clock seconds of training, over all parts of the run."""

@@ -119,13 +119,7 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
             "train.steps, or choose another `out`"
         )
 
-    # on the CPU, so that the first weights depend on the seed alone
-    torch.manual_seed(recipe.seed)
-    model = build_model(config)
-    if initial is not None:
-        load_initial(engine, initial, model)
-    model = engine.set_up(model)
-    model.train()
+    model = begin(engine, recipe, config, initial)
     optimizer, objective = make_optimizer(model, recipe.train), make_objective(recipe)
     if start is not None:
         objective.load_state_dict(engine.read_state(start.folder, model, optimizer, objective.state_dict()))
@@ -148,6 +142,16 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
         rows.key,
         flops,
     )
+
+
+def begin(engine: Engine, recipe: Recipe, config: PreTrainedConfig, initial: Initial | None) -> nn.Module:
+    """The model with its first weights, drawn or another model's, set up for training."""
+    # on the CPU, so that drawn weights depend on the seed alone
+    torch.manual_seed(recipe.seed)
+    model = build_model(config)
+    if initial is not None:
+        load_initial(engine, initial, model)
+    return engine.set_up(model).train()
 
 
 class Rows(NamedTuple):

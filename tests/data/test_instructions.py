@@ -2,13 +2,14 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from swat_lm.data import BatchSource, DataError, TokenStore, prepare
+from swat_lm.data import Batch, BatchSource, DataError, TokenStore, prepare
 from swat_lm.data.instructions import read_marked_pieces
 from swat_lm.data.sources import resolve_sources
 from swat_lm.recipe import DataRecipe
@@ -105,6 +106,23 @@ def test_rows_carry_the_marks_of_their_tokens(tmp_path: Path, documents, shuffle
     whole = source.batch(5)
     assert whole.loss_mask is not None
     assert whole.loss_mask.equal(source.batch(5).loss_mask)
+
+
+def test_prefixes_end_where_answers_begin():
+    ids = torch.arange(12).reshape(2, 6)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 2]], dtype=torch.int32)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 0]], dtype=torch.bool)
+    batch = Batch(ids, ids, ids, documents, mask)
+    found = batch.prefix_lengths()
+    assert found is not None
+    assert found.tolist() == [[2, 2, 2, 0, 0, 0], [1, 3, 3, 3, 3, 1]]
+    together = replace(batch, document_ids=None).prefix_lengths()
+    assert together is not None
+    assert together[:, 0].tolist() == [2, 4]
+    assert replace(batch, loss_mask=None).prefix_lengths() is None
+    # micro-batches say the same of their rows
+    parts = [one.prefix_lengths() for one in batch.split(1)]
+    assert [part.tolist() for part in parts if part is not None] == [[row] for row in found.tolist()]
 
 
 def test_other_marks_are_other_data_and_plain_text_has_none(tmp_path: Path):

@@ -15,8 +15,9 @@ from swat_lm.layers import LAYERS
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train import run
 from swat_lm.train.metrics import read_metrics
-from tests.train.runs import assert_close, metrics, weights
-from tests.train.speaking import SpeakingLayer
+from swat_lm.train.objectives import OBJECTIVES
+from tests.train.runs import assert_close, metrics, ready, weights
+from tests.train.speaking import Counting, SpeakingLayer
 
 PROGRAM = """
 import os, sys
@@ -82,6 +83,7 @@ def beside(out: str | Path) -> list[float]:
 
 def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(LAYERS, "speaking", SpeakingLayer)
+    monkeypatch.setitem(OBJECTIVES, "counting", Counting)
     speaking, speaking_split = speaking_runs(make_recipe, tmp_path)
     run(speaking)
     single = make_recipe("single")
@@ -107,6 +109,8 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
         other("odd", batch_size=5),
         replace(single, seed=7),
         *speaking_split,
+        replace(other("initial"), model={"init": single.out}),
+        other("counting", objective="counting"),
     ]
     said = launch(tmp_path, recipes)
     for name in ("sharded", "accumulated", "replicated", "hybrid", "begun"):
@@ -124,6 +128,14 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
     assert_export_equals(tmp_path / "sharded" / "export", single)
     assert all("batch_size (5) must be a multiple of the number of processes (2)" in one for one in said["odd"])
     assert all("seed (before 0, now 7)" in one for one in said["single"])
+
+    # another model's weights to begin with, and an objective's state, on any number of processes
+    alone = replace(other("initial-alone"), model={"init": single.out})
+    run(alone)
+    assert said["initial"] == said["counting"] == ["done 8"] * 2
+    assert_close(metrics(alone.out), metrics(tmp_path / "initial"))
+    assert metrics(alone.out)[0][2] < metrics(single.out)[0][2]
+    assert ready(recipes[-1]).objective.state_dict()["count"].tolist() == [4.0, 2.0]
 
     # auxiliary losses, statistics, options of the optimizer and marked targets do not depend on who computes what
     expected = weights(speaking)

@@ -134,6 +134,8 @@ def test_another_tokenizer_is_refused(make_recipe, trained: Recipe, text: Path, 
 
 
 def test_places_without_a_model_are_named(make_recipe, trained: Recipe, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"model\.init: no run or model at nowhere, and the hub gave no model"):
+        run(begun(make_recipe, "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"model\.init: .*empty holds no model"):
         run(begun(make_recipe, tmp_path / "empty"))
