@@ -29,8 +29,10 @@ from swat_lm.validation import (
 )
 from swat_lm.words import nearest, shown
 
-__all__ = ["DataRecipe", "Recipe", "RecipeError", "TrainRecipe", "describe", "dump_recipe", "load_recipe", "read_value"]
-
+__all__ = [
+    "DataRecipe", "Recipe", "RecipeError", "TrainRecipe",
+    "describe", "dump_recipe", "load_recipe", "read_value",
+]  # fmt: skip
 
 Rate = Annotated[float, number(at_least=0, below=1)]
 
@@ -44,6 +46,14 @@ class DataRecipe:
     or one recall task: `synthetic:mqar?pairs=8` (also kv, passkey, copy)."""
     text_field: str = "text"
     """The field of a .jsonl, .parquet or hub row that holds the document's text."""
+    format: Literal["text", "prompt_answer", "messages"] = "text"
+    """What rows hold: text; or prompt and answer; or messages with role and content. Answers are then marked."""
+    prompt_field: str = "prompt"
+    """The field of a `prompt_answer` row that holds the prompt; a line break is put behind it."""
+    answer_field: str = "answer"
+    """The field of a `prompt_answer` row that holds the answer."""
+    messages_field: str = "messages"
+    """The field of a `messages` row that holds the list; each becomes a line `ROLE: CONTENT`."""
     tokenizer: str = "bytes"
     """`bytes`, a tokenizer folder, a tokenizer.json, or a hub name."""
     add_bos: Flag = False
@@ -76,6 +86,10 @@ class DataRecipe:
 class TrainRecipe:
     """Optimisation, precision, distribution, logging and checkpoints. The optimizer is AdamW."""
 
+    objective: str = "next_token"
+    """What a step minimises: `next_token`, or `masked_next_token`, only what is marked (see `data.format`)."""
+    objective_settings: dict[str, Any] = Field(default_factory=dict)
+    """Of all objectives: `auxiliary_weights`, by name what an auxiliary loss of the layers is multiplied by."""
     steps: int = number(1000, at_least=1)
     """Optimizer steps of the whole run."""
     batch_size: int = number(32, at_least=1)
@@ -162,7 +176,8 @@ class Recipe:
     out: str
     """Folder of the run's results, new, empty or a run's; `runs/NAME` if not given."""
     model: dict[str, Any]
-    """Fields of SwatConfig, and `preset: NAME` to start from a preset; `swat-lm info` lists them."""
+    """Fields of SwatConfig, and `preset: NAME` to start from a preset; `swat-lm info` lists them.
+    `init: PATH` begins with the weights of a run, a checkpoint or an exported model, and needs no other field."""
     data: DataRecipe
     """What to read, with which tokenizer, and how rows are packed; at least `sources`."""
     train: TrainRecipe = Field(default_factory=TrainRecipe)

@@ -17,8 +17,8 @@ from pydantic_core import ErrorDetails
 from swat_lm.words import nearest, shown, type_words
 
 __all__ = [
-    "NOWHERE", "OVERRIDE", "FieldHelp", "Flag", "Origin", "RecipeError", "Several", "build", "describe", "hint_at",
-    "number", "settings",
+    "NOWHERE", "OVERRIDE", "FieldHelp", "Flag", "Origin", "RecipeError", "Several", "build", "defaults_of", "describe",
+    "hint_at", "number", "settings",
 ]  # fmt: skip
 
 Built = TypeVar("Built")
@@ -146,11 +146,11 @@ def misfit(kind: type, found: ErrorDetails, at: str) -> str:
 
 
 def range_words(kind: type, location: tuple[int | str, ...]) -> str:
-    """The whole range that a number, or an entry of a tuple, is held to."""
+    """The whole range that a number, or an entry of a tuple or mapping, is held to."""
     metadata: Sequence[Any]
-    if isinstance(location[-1], int):
+    if not is_dataclass(hint_at(kind, location[:-1])):
         entries = get_args(get_type_hints(hint_at(kind, location[:-2]), include_extras=True)[str(location[-2])])
-        metadata = get_args(entries[0])[1].metadata
+        metadata = get_args(entries[-1])[1].metadata
     else:
         metadata = field_at(kind, location).metadata
     # whole limits in all their digits
@@ -169,14 +169,23 @@ def declared(kind: Any) -> dict[str, FieldInfo]:
     return kind.__pydantic_fields__
 
 
+def defaults_of(kind: Any) -> dict[str, Any]:
+    """The defaults of a class under `settings` by key, but for mappings."""
+    return {
+        name: info.default
+        for name, info in declared(kind).items()
+        if not info.is_required() and info.default_factory is None
+    }
+
+
 def hint_at(kind: type, location: Sequence[int | str]) -> Any:
     """The annotation at a location below a dataclass; None where it declares none, as inside a plain mapping."""
     hint: Any = kind
     for name in location:
         if is_dataclass(hint):
             hint = get_type_hints(hint).get(str(name))
-        elif get_origin(hint) is tuple and isinstance(name, int):
-            hint = get_args(hint)[0]
+        elif get_origin(hint) in (tuple, dict):
+            hint = get_args(hint)[0 if get_origin(hint) is tuple else 1]
         else:
             return None
     return hint
@@ -222,7 +231,7 @@ def describe(kind: type, at: str = "") -> list[FieldHelp]:
         if is_dataclass(hint):
             found += describe(hint, key)  # type: ignore[arg-type]
             continue
-        default = "required" if info.is_required() else yaml_text(info.default)
+        default = "required" if info.is_required() else "{}" if info.default_factory else yaml_text(info.default)
         found.append(FieldHelp(key, type_words(hint), default, " ".join((info.description or "").split())))
     return found
 

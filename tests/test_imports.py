@@ -23,7 +23,7 @@ BELOW = {
     "data": {"hub", "paths", "recipe"},
     "": {"ops", "model", "layers"},  # the package itself; the model lazily
 }
-BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data"}
+BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data", "validation"}
 BELOW["serve"] = BELOW["model"] | {"model"}
 BELOW["experiments"] = BELOW["train"] | {"train", "evaluate", "serve"}
 BELOW["cli"] = BELOW["experiments"] | {"experiments", "named_recipes"}

@@ -67,6 +67,10 @@ def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, i
         from swat_lm.recipe import load_recipe
 
         recipe = load_recipe(target, overrides)
+        if recipe.model.get("init") is not None:
+            from swat_lm.train.initial import begun_config
+
+            return begun_config(recipe), recipe.data.sequence_length
         size = None if "vocab_size" in recipe.model else size_of_vocabulary(recipe)
         return configure_model(recipe.model, size), recipe.data.sequence_length
     if overrides:

@@ -1,7 +1,7 @@
 """Packed batches as a pure function of (seed, step): resume and any number of processes see the same data."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -30,11 +30,31 @@ class Batch:
     """int64 [B, T], from 0 at each row's start and, if documents are separate, at each document's start."""
     document_ids: Tensor | None
     """int32 [B, T], non-decreasing from 0 in each row; None if documents are concatenated."""
+    loss_mask: Tensor | None = None
+    """bool [B, T]: tokens that are marked, which are answers; None where the data marks nothing."""
 
     @property
     def num_targets(self) -> int:
         """Tokens that are predicted."""
         return int((self.labels != IGNORED).sum())
+
+    def prefix_lengths(self) -> Tensor | None:
+        """int32 [B, T]: of each token's document, as far as its row holds it, the tokens before the first marked one.
+
+        That is the part which an objective may let the model read in both directions; all of a document in which
+        nothing is marked. None where the data marks nothing.
+        """
+        if self.loss_mask is None:
+            return None
+        rows, length = self.input_ids.shape
+        places = torch.arange(length, device=self.input_ids.device).expand(rows, length)
+        documents = torch.zeros_like(places) if self.document_ids is None else self.document_ids.long()
+        # per document of a row: where it begins, where it ends, and where it is first marked
+        nowhere = torch.full_like(places, length)
+        begin = nowhere.scatter_reduce(1, documents, places, "amin")
+        end = torch.zeros_like(places).scatter_reduce(1, documents, places + 1, "amax")
+        marked = nowhere.scatter_reduce(1, documents, places.masked_fill(~self.loss_mask, length), "amin")
+        return (torch.minimum(marked, end) - begin).gather(1, documents).to(torch.int32)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
@@ -47,8 +67,8 @@ class Batch:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with each tensor changed."""
-        document_ids = None if self.document_ids is None else change(self.document_ids)
-        return Batch(change(self.input_ids), change(self.labels), change(self.position_ids), document_ids)
+        held = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in held.items() if tensor is not None})
 
 
 class BatchSource:
@@ -109,6 +129,7 @@ class BatchSource:
         # neighbouring documents that are also neighbours on disk are copied as one
         firsts = np.flatnonzero(np.r_[True, self.documents.spans[1:, 0] != self.documents.spans[:-1, 1]])
         self.run_starts, self.run_places = self.starts[firsts], self.documents.spans[firsts, 0]
+        self.marks = store.marks
 
     @property
     def num_batches(self) -> int:
@@ -155,8 +176,9 @@ class BatchSource:
         document_ids = np.zeros((len(numbers), T), dtype=np.int32)
         position_ids = np.tile(np.arange(T, dtype=np.int64), (len(numbers), 1))
         labels = np.empty_like(input_ids)
+        marked = None if self.marks is None else np.zeros(input_ids.shape, dtype=bool)
         for i, begin in enumerate(begins):
-            self.copy_tokens(int(begin), input_ids[i])
+            self.copy_tokens(int(begin), input_ids[i], None if marked is None else marked[i])
             labels[i] = input_ids[i]
             # the row's first token has nothing before it; a last row moved back repeats targets of the row before
             labels[i, : 1 + wanted[i] - begin] = IGNORED
@@ -175,10 +197,11 @@ class BatchSource:
             torch.from_numpy(labels),
             torch.from_numpy(position_ids),
             torch.from_numpy(document_ids) if self.separate else None,
+            None if marked is None else torch.from_numpy(marked),
         )
 
-    def copy_tokens(self, begin: int, into: np.ndarray) -> None:
-        """Fill a row with the stream's tokens from `begin` on, run by run."""
+    def copy_tokens(self, begin: int, into: np.ndarray, marked: np.ndarray | None = None) -> None:
+        """Fill a row with the stream's tokens from `begin` on, run by run, and say which of them are marked."""
         filled = 0
         run = int(np.searchsorted(self.run_starts, begin, side="right")) - 1
         while filled < len(into):
@@ -187,4 +210,14 @@ class BatchSource:
             count = min(len(into) - filled, int(run_end - self.run_starts[run] - within))
             place = self.run_places[run] + within
             into[filled : filled + count] = self.documents.tokens[place : place + count]
+            if marked is not None:
+                self.copy_marks(int(place), marked[filled : filled + count])
             filled, run = filled + count, run + 1
+
+    def copy_marks(self, place: int, into: np.ndarray) -> None:
+        """Say which of the store's tokens from `place` on are marked."""
+        assert self.marks is not None
+        low = np.searchsorted(self.marks[:, 1], place, side="right")
+        high = np.searchsorted(self.marks[:, 0], place + len(into), side="left")
+        for first, end in self.marks[low:high] - place:
+            into[max(first, 0) : end] = True

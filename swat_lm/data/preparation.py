@@ -21,10 +21,22 @@ import numpy as np
 
 from swat_lm.data.cutting import LONGEST, Cuts
 from swat_lm.data.encoding import encode_bytes, encode_parallel
+from swat_lm.data.instructions import LAYOUT, fields_read, is_marked, read_marked_pieces
 from swat_lm.data.passages import PassageSample
 from swat_lm.data.readers import Piece, read_pieces
 from swat_lm.data.sources import DataError, Source, resolve_sources
-from swat_lm.data.store import DOCUMENTS, INDEX, PASSAGES, TABLE, TOKEN_BYTES, TOKENS, VERSION, TokenStore, damaged
+from swat_lm.data.store import (
+    DOCUMENTS,
+    INDEX,
+    MARKS,
+    PASSAGES,
+    TABLE,
+    TOKEN_BYTES,
+    TOKENS,
+    VERSION,
+    TokenStore,
+    damaged,
+)
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
 from swat_lm.files import naming
 from swat_lm.paths import local_path
@@ -88,6 +100,8 @@ def request_key(data: DataRecipe, sources: list[Source], facts: TokenizerFacts) 
         "tokenizer": facts.fingerprint,
         "separators": [data.add_bos, data.add_eos],
     }
+    if is_marked(data):
+        parts["format"] = [data.format, *fields_read(data), LAYOUT]
     if facts.tokenizer_json is not None:
         parts["cuts"] = [facts.cuts.places, LONGEST] if facts.cuts else None
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -142,7 +156,7 @@ def write_store(
 ) -> None:
     """Read, tokenise and write everything into an empty folder."""
     dtype = np.dtype(np.uint16 if facts.vocab_size <= 1 << 16 else np.uint32)
-    reading = Reading(sources, data.text_field, facts.cuts)
+    reading = Reading(sources, data, facts.cuts)
     encoded = (
         encode_bytes(reading.pieces())
         if facts.tokenizer_json is None
@@ -165,6 +179,8 @@ def write_store(
     with naming(folder):
         np.save(folder / DOCUMENTS, writer.table())
         np.save(folder / PASSAGES, writer.passages.table())
+        if is_marked(data):
+            np.save(folder / MARKS, writer.marks())
         if facts.token_bytes is not None:
             np.save(folder / TOKEN_BYTES, facts.token_bytes)
         write_index(folder, data, facts, writer)
@@ -175,6 +191,8 @@ def write_index(folder: Path, data: DataRecipe, facts: TokenizerFacts, writer: "
     # unlike the folder's name, the same wherever and whenever the same text was prepared
     content = hashlib.sha256(writer.table().tobytes())
     content.update(json.dumps([VERSION, facts.fingerprint, data.add_bos, data.add_eos]).encode())
+    if is_marked(data):
+        content.update(writer.marks().tobytes())
     index = {
         "version": VERSION,
         "key": content.hexdigest(),
@@ -188,15 +206,17 @@ def write_index(folder: Path, data: DataRecipe, facts: TokenizerFacts, writer: "
         "num_bytes": writer.text_bytes,
         "passages_below": writer.passages.below,
     }
+    if is_marked(data):
+        index["format"] = data.format
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 class Reading:
     """All pieces of all sources, counting the bytes read."""
 
-    def __init__(self, sources: list[Source], text_field: str, cuts: Cuts | None) -> None:
+    def __init__(self, sources: list[Source], data: DataRecipe, cuts: Cuts | None) -> None:
         self.sources = sources
-        self.text_field = text_field
+        self.data = data
         self.cuts = cuts
         self.total = sum(source.size for source in sources)
         self.before = 0
@@ -210,7 +230,10 @@ class Reading:
     def pieces(self) -> Iterator[Piece]:
         """In order."""
         for source in self.sources:
-            yield from read_pieces(source, self.text_field, self.cuts, self.on_bytes)
+            if is_marked(self.data):
+                yield from read_marked_pieces(source, self.data, self.cuts, self.on_bytes)
+            else:
+                yield from read_pieces(source, self.data.text_field, self.cuts, self.on_bytes)
             self.before, self.current = self.before + source.size, 0
 
     def on_bytes(self, count: int) -> None:
@@ -230,6 +253,8 @@ class Writer:
         self.text_bytes = 0
         # the first token, first byte and content hash of each document
         self.firsts, self.bytes, self.hashes = array("q"), array("q"), array("Q")
+        # first token and end of each run of marked tokens, one after another
+        self.marked, self.in_answer = array("q"), False
         self.hash = hashlib.blake2b(digest_size=8)
         self.passages = PassageSample()
 
@@ -245,13 +270,16 @@ class Writer:
         self.hash.update(content)
         self.passages.add(content)
         self.text_bytes += len(content)
+        self.in_answer = piece.marked
         self.write(ids)
 
     def end_document(self) -> None:
         """End the open document, if any; one without tokens (the tokenizer removed all its text) is dropped."""
         if not self.firsts:
             return
+        # what ends an answer is part of it
         self.put(self.eos)
+        self.in_answer = False
         if self.firsts[-1] == self.tokens:
             self.firsts.pop()
             self.text_bytes = self.bytes.pop()
@@ -268,6 +296,12 @@ class Writer:
     def write(self, ids: np.ndarray) -> None:
         """Append tokens."""
         self.file.write(ids.astype(self.dtype).tobytes())
+        if self.in_answer and len(ids):
+            if self.marked and self.marked[-1] == self.tokens:
+                self.marked.pop()
+            else:
+                self.marked.append(self.tokens)
+            self.marked.append(self.tokens + len(ids))
         self.tokens += len(ids)
 
     def close(self) -> None:
@@ -275,6 +309,10 @@ class Writer:
         self.end_document()
         self.file.flush()
         os.fsync(self.file.fileno())
+
+    def marks(self) -> np.ndarray:
+        """First token and end of each run of marked tokens, int64 [runs, 2]."""
+        return np.array(self.marked, dtype=np.int64).reshape(-1, 2)
 
     def table(self) -> np.ndarray:
         """One row per document, and one for the end."""

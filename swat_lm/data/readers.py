@@ -14,7 +14,7 @@ import sys
 import tempfile
 import tokenize
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 BLOCK = 1 << 20
+TEXT_KEY = "data.text_field or --text-field"
 
 
 class Piece(NamedTuple):
@@ -35,6 +36,8 @@ class Piece(NamedTuple):
     text: str
     opens: bool
     """Whether a document begins with this piece."""
+    marked: bool = False
+    """Whether it is part of an answer, see `swat_lm/data/instructions.py`."""
 
 
 def read_pieces(
@@ -160,7 +163,7 @@ def read_jsonl(source: SourceFile, field: str, on_bytes: Callable[[int], None]) 
     """The text field of each line."""
     for place, row in read_rows(source, f"a JSON object with field {field!r}", on_bytes, field):
         if field not in row:
-            raise missing_field(place, field, list(row))
+            raise missing_field(place, field, list(row), TEXT_KEY)
         yield checked_text(row[field], place, field)
 
 
@@ -225,7 +228,18 @@ def parsed_line(line: bytes, place: str, once: str | None) -> Any:
 
 
 def read_parquet(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
-    """The text column, some rows at a time."""
+    """The text column."""
+    for place, row in parquet_rows(source, {field: TEXT_KEY}, on_bytes):
+        yield checked_value(row[field].as_py, place, field)
+
+
+def parquet_rows(
+    source: SourceFile, fields: Mapping[str, str], on_bytes: Callable[[int], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row with its place, some at a time in memory: by field a value of pyarrow, to be had by `as_py`.
+
+    `fields`: the wanted ones, each with the key of the recipe that names it.
+    """
     import pyarrow
 
     with opened(source, on_bytes) as stream, tempfile.TemporaryFile() as plain:
@@ -234,10 +248,10 @@ def read_parquet(source: SourceFile, field: str, on_bytes: Callable[[int], None]
             shutil.copyfileobj(stream, plain, BLOCK)
             seekable = plain
         try:
-            table, row = table_with(source, seekable, field), 0
-            for batch in table.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0):
-                    yield checked_value(value.as_py, f"{source.path}, row {row}", field)
+            table, row = table_with(source, seekable, fields), 0
+            for batch in table.iter_batches(batch_size=256, columns=list(fields)):
+                for values in zip(*(batch.column(field) for field in fields), strict=True):
+                    yield f"{source.path}, row {row}", dict(zip(fields, values, strict=True))
                     row += 1
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -248,8 +262,8 @@ def read_parquet(source: SourceFile, field: str, on_bytes: Callable[[int], None]
         raise DataError(f"{source.path}: the file holds no rows")
 
 
-def table_with(source: SourceFile, stream: IO[bytes], field: str) -> "ParquetFile":
-    """An opened parquet file that has one column of this name."""
+def table_with(source: SourceFile, stream: IO[bytes], fields: Mapping[str, str]) -> "ParquetFile":
+    """An opened parquet file that has one column of each of these names."""
     from pyarrow.parquet import ParquetFile
 
     try:
@@ -257,22 +271,32 @@ def table_with(source: SourceFile, stream: IO[bytes], field: str) -> "ParquetFil
         names = table.schema_arrow.names
     except UnicodeDecodeError as error:
         raise DataError(f"{source.path}: the name of a column is not UTF-8 text: {error.object!r}") from None
-    if field not in names:
-        raise missing_field(str(source.path), field, names)
-    if names.count(field) > 1:
-        raise DataError(f"{source.path}: {names.count(field)} columns are called {field!r}")
+    for field in fields:
+        if field not in names:
+            raise missing_field(str(source.path), field, names, fields[field])
+        if names.count(field) > 1:
+            raise DataError(f"{source.path}: {names.count(field)} columns are called {field!r}")
     return table
 
 
 def read_hub(source: HubSource, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
     """The text column of a data set."""
+    for place, row in hub_rows(source, {field: TEXT_KEY}, on_bytes):
+        yield checked_value(row[field].as_py, place, field)
+
+
+def hub_rows(
+    source: HubSource, fields: Mapping[str, str], on_bytes: Callable[[int], None]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a data set, as of a parquet file."""
     dataset, row = source.dataset, 0
-    if field not in dataset.column_names:
-        raise missing_field(str(source), field, dataset.column_names)
-    column = dataset.select_columns([field]).with_format("arrow")
-    for batch in column.iter(256):
-        for value in batch[field]:
-            yield checked_value(value.as_py, f"{source}, row {row}", field)
+    for field in fields:
+        if field not in dataset.column_names:
+            raise missing_field(str(source), field, dataset.column_names, fields[field])
+    columns = dataset.select_columns(list(fields)).with_format("arrow")
+    for batch in columns.iter(256):
+        for values in zip(*(batch[field] for field in fields), strict=True):
+            yield f"{source}, row {row}", dict(zip(fields, values, strict=True))
             row += 1
         on_bytes(source.size * row // dataset.num_rows)
 
@@ -301,11 +325,14 @@ def checked_text(value: Any, place: str, field: str) -> str:
     return value
 
 
-def missing_field(place: str, field: str, found: list[str]) -> DataError:
-    """The error for a row or table without the text field."""
+def missing_field(place: str, field: str, found: list[str], key: str) -> DataError:
+    """The error for a row or table without a field, whose name `key` of the recipe gives."""
     # names may hold what no terminal can show
     names = ", ".join(str(name).encode("utf-8", "backslashreplace").decode() for name in found)
-    return DataError(f"{place}: no field {field!r}; it has {names or 'none'} (set data.text_field or --text-field)")
+    instructions = {"messages": {"messages"}, "prompt_answer": {"prompt", "answer"}}
+    form = next((form for form, needed in instructions.items() if needed <= set(found)), None)
+    hint = f"; for instruction data set data.format={form}" if form and key == TEXT_KEY else ""
+    return DataError(f"{place}: no field {field!r}; it has {names or 'none'} (set {key}){hint}")
 
 
 def check_mark(source: SourceFile, beginning: bytes) -> None:

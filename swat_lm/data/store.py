@@ -22,6 +22,7 @@ from swat_lm.words import counted
 TABLE = np.dtype([("token", np.int64), ("byte", np.int64), ("content", np.uint64)])
 TOKENS, DOCUMENTS, TOKEN_BYTES, INDEX = "tokens.bin", "documents.npy", "token_bytes.npy", "index.json"
 PASSAGES = "passages.npy"
+MARKS = "marks.npy"
 VERSION = 1
 # what an index must hold besides its version, and as what
 INDEX_TYPES = {"key": str, "dtype": str, "vocab_size": int, "num_tokens": int, "num_documents": int, "num_bytes": int}
@@ -70,6 +71,8 @@ class TokenStore:
         """UTF-8 bytes of all text."""
         self.passages_below: int = index.get("passages_below", 0)
         """The `passages` of the text are those with hashes below; 0 for a store of a version that took none."""
+        self.is_marked: bool = "format" in index
+        """Whether it is instruction data, whose answers are marked."""
         self.held_out = held_out
         self.split_seed = split_seed
         self.dtype = np.dtype(index["dtype"])
@@ -120,6 +123,23 @@ class TokenStore:
         table = read_array(path)
         if table.dtype != PASSAGE or table.ndim != 1:
             raise damaged(path, f"{table.dtype} {list(table.shape)}, expected a list of passages")
+        return table
+
+    @cached_property
+    def marks(self) -> np.ndarray | None:
+        """First token and end of each run of marked tokens (answers), in order, int64 [runs, 2].
+
+        None where nothing is marked because the text is plain.
+        """
+        if not self.is_marked:
+            return None
+        path = self.folder / MARKS
+        table = read_array(path)
+        if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != 2:
+            raise damaged(path, f"{table.dtype} {list(table.shape)}, expected int64 [runs, 2]")
+        places = table.ravel()
+        if len(places) and (places[0] < 0 or places[-1] > self.num_tokens or (np.diff(places) < 1).any()):
+            raise damaged(path, "its runs are empty, not in order, or beyond the end")
         return table
 
     def check(self, tokens: np.ndarray) -> None:

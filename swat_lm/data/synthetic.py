@@ -258,7 +258,7 @@ class SyntheticSource:
             for answer in one.answers:
                 labels[place, answer.start : answer.end] = ids[place, answer.start : answer.end]
         positions = torch.arange(self.sequence_length).expand_as(ids).contiguous()
-        return Batch(ids, labels, positions, None)
+        return Batch(ids, labels, positions, None, labels != IGNORED)
 
     def pass_over(self, rows: range | None = None, num_batches: int | None = None) -> Iterator[Batch]:
         """The first `num_batches` batches, always the same."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from swat_lm.layers.chunk import Chunk, Rotary
 
@@ -133,6 +134,9 @@ class Auxiliary:
     """Numbers to show."""
 
 
+# so that whoever looks for tensors in outputs finds these: FSDP gathers weights before the first gradient comes
+register_dataclass(Auxiliary)
+
 NOTHING = Auxiliary()
 
 
@@ -224,7 +228,10 @@ class Layer(nn.Module, ABC):
         """Start the parameters that are neither linear, embedding nor norm weights; others may be started again."""
 
     def optimizer_options(self) -> dict[str, dict[str, Any]]:
-        """By parameter name, what the optimizer should do otherwise: `{"A_log": {"weight_decay": 0.0}}`."""
+        """By parameter name, what the optimizer does otherwise: `{"A_log": {"weight_decay": 0.0}}`.
+
+        `weight_decay` stands in the place of the recipe's; `learning_rate_factor` multiplies the step's learning rate.
+        """
         return {}
 
     def absorb(self, statistics: Mapping[str, Tensor]) -> None:

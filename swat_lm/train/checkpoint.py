@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swat_lm.train.engine import Engine
 from swat_lm.words import counted
@@ -62,9 +62,14 @@ def checkpoint_folder(out: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, keep: int
+    engine: Engine,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Checkpoint,
+    keep: int,
+    objective: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write model, optimizer and manifest to `checkpoint.folder`, then remove all but the newest `keep`.
+    """Write model, optimizer, objective's state and manifest to `checkpoint.folder`; remove all but the newest `keep`.
 
     All processes call it. Raises OSError; then every older checkpoint is as it was.
     """
@@ -72,7 +77,7 @@ def save_checkpoint(
     beside = folder.with_name(f".tmp-{folder.name}")
     try:
         engine.on_main(lambda: make_empty(beside))
-        engine.write_state(beside, model, optimizer)
+        engine.write_state(beside, model, optimizer, objective)
         engine.on_main(lambda: publish(beside, checkpoint))
     except OSError as error:
         if engine.is_main:

@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -176,31 +177,48 @@ class Engine:
         self.on_main(lambda: kept.append(action()))
         return kept[0] if kept else None
 
-    def write_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Write weights and optimizer state into an existing folder, each process its part; raises OSError."""
+    def write_state(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write weights, optimizer state and what the objective keeps into an existing folder, each process its part.
+
+        Raises OSError.
+        """
         weights, state = get_state_dict(model, optimizer)
+        kept = {"objective": dict(objective)} if objective else {}
         with single_process_notice_ignored():
             try:
                 dcp_save(
-                    {"model": weights, "optimizer": state},
+                    {"model": weights, "optimizer": state, **kept},
                     storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
                     no_dist=self.num_processes == 1,
                 )
             except CheckpointException as error:
                 raise system_error([cause for cause, _ in error.failures.values()]) from error
 
-    def read_state(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Read what `write_state` wrote, on any number of processes; raises ValueError naming the folder."""
-        try:
-            # DCP would report an unreadable index in several lines and tracebacks
-            PlainReader(folder).read_metadata()
-        except (UnpicklingError, EOFError, AttributeError, OSError) as error:
-            raise ValueError(f"cannot read checkpoint {folder}: {error}") from error
+    def read_state(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Read what `write_state` wrote, on any number of processes; raises ValueError naming the folder.
+
+        Returns of the objective's state, whose names and shapes `objective` tells, what the checkpoint has: one that
+        an earlier version wrote has none.
+        """
+        held = names_in(folder)
         weights, state = get_state_dict(model, optimizer)
+        kept = {name: one.clone() for name, one in (objective or {}).items() if f"objective.{name}" in held}
         with single_process_notice_ignored():
             try:
                 dcp_load(
-                    {"model": weights, "optimizer": state},
+                    {"model": weights, "optimizer": state, **({"objective": kept} if kept else {})},
                     storage_reader=PlainReader(folder),
                     planner=PlainPlanner(),
                     no_dist=self.num_processes == 1,
@@ -209,6 +227,22 @@ class Engine:
                 cause = next(iter(error.failures.values()))[0]
                 raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+        return kept
+
+    def read_weights(self, folder: Path, model: nn.Module) -> None:
+        """Read the weights alone of what `write_state` wrote into a model on the CPU that is not set up yet.
+
+        Each process reads all of them. Raises ValueError naming the folder.
+        """
+        names_in(folder)
+        weights = get_model_state_dict(model)
+        with single_process_notice_ignored():
+            try:
+                dcp_load({"model": weights}, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=True)
+            except CheckpointException as error:
+                cause = next(iter(error.failures.values()))[0]
+                raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
+        set_model_state_dict(model, weights)
 
     def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights on the CPU of the main process, by name; empty on the others."""
@@ -223,6 +257,15 @@ class Engine:
             return None
         # macOS counts bytes, Linux KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """The names of all that a checkpoint holds; raises ValueError naming the folder."""
+    try:
+        # DCP would report an unreadable index in several lines and tracebacks
+        return frozenset(PlainReader(folder).read_metadata().state_dict_metadata)
+    except (UnpicklingError, EOFError, AttributeError, OSError) as error:
+        raise ValueError(f"cannot read checkpoint {folder}: {error}") from error
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from swat_lm.data import BatchSource
 from swat_lm.data.synthetic import SyntheticSource
 from swat_lm.train.engine import Engine
-from swat_lm.train.objectives import NextToken
+from swat_lm.train.objectives import Objective
 
 __all__ = ["HeldOut", "HeldOutLoss"]
 
@@ -45,18 +45,19 @@ class HeldOut:
     """Bytes each token id stands for, int64 [V]; None if unknown."""
 
     @torch.no_grad()
-    def evaluate(self, engine: Engine, model: nn.Module, objective: NextToken) -> HeldOutLoss:
-        """Mean loss per target token, each process computing its own rows; leaves the model in training mode."""
+    def evaluate(self, engine: Engine, model: nn.Module, objective: Objective) -> HeldOutLoss:
+        """Mean cross-entropy per target token, each process by its own rows; leaves the model in training mode."""
         model.eval()
         total = torch.zeros((), dtype=torch.float64)
         counts = torch.zeros(2, dtype=torch.int64)
         for batch in self.source.pass_over(engine.rows(), self.num_batches):
             for part in engine.micro_batches(batch):
                 with engine.autocast():
-                    total += objective.loss(model, part, num_targets=1.0).double().cpu()
+                    total += objective.cross_entropy(model, part, num_targets=1.0).double().cpu()
             counts[0] += objective.num_targets(batch)
             if self.token_bytes is not None:
-                counts[1] += self.token_bytes[batch.labels[batch.labels >= 0]].sum()
+                labels = objective.labels(batch)
+                counts[1] += self.token_bytes[labels[labels >= 0]].sum()
         model.train()
         num_targets, num_bytes = engine.sum(counts).tolist()
         loss = engine.sum(total.to(engine.device)).item() / max(num_targets, 1)

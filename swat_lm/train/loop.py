@@ -1,7 +1,7 @@
 """A training run from recipe to exported model, one optimizer step after another.
 
-What comes before is in setup.py, what is distributed in engine.py, what a step minimises in objectives.py.
-Everything random is a function of (seed, step, process), so a checkpoint needs weights, optimizer and step only.
+What comes before is in setup.py, what is distributed in engine.py, what a step minimises in objectives/. Everything
+random is a function of (seed, step, process), so a checkpoint needs weights, optimizer, objective and step only.
 """
 
 import math
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swat_lm.data import Batch, Progress
 from swat_lm.recipe import Recipe
+from swat_lm.train.auxiliary import StepAuxiliary, count_divisors
 from swat_lm.train.checkpoint import Checkpoint, checkpoint_folder, save_checkpoint
 from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOutLoss
@@ -24,7 +26,6 @@ from swat_lm.train.events import DivergedError, Event, EventKind, RunResult
 from swat_lm.train.export import export_model
 from swat_lm.train.interruption import Interruption
 from swat_lm.train.metrics import open_writers
-from swat_lm.train.objectives import NextToken
 from swat_lm.train.optimizer import set_hyperparameters
 from swat_lm.train.run_folder import hold_folder
 from swat_lm.train.schedule import learning_rate
@@ -74,14 +75,15 @@ class Run:
         self.on_event = on_event if self.engine.is_main else None
         self.writers = writers
         self.interruption = interruption
-        self.objective = NextToken()
+        self.objective = training.objective
+        self.has_auxiliary: bool | None = None
         self.checkpoint = training.start
         start = training.start
         self.step = self.first_step = start.step if start else 0
         self.tokens = start.tokens if start else 0
         self.seconds_before = start.seconds if start else 0.0
         self.began = time.perf_counter()
-        self.recent_tokens, self.recent_seconds = 0, 0.0
+        self.recent_tokens, self.recent_read, self.recent_seconds = 0, 0, 0.0
         self.loss: float | None = None
         self.held_out: HeldOutLoss | None = None
 
@@ -136,29 +138,52 @@ class Run:
 
         # the loss is per target of the whole step: counted over all processes and micro-batches before any backward
         targets = int(engine.sum(torch.tensor(self.objective.num_targets(batch))))
-        total = torch.zeros((), device=engine.device)
-        parts = engine.micro_batches(batch)
-        for index, part in enumerate(parts):
-            engine.accumulate(model, last=index == len(parts) - 1)
-            with engine.autocast():
-                # gradients are averaged over processes, hence the share
-                loss = self.objective.loss(model, part, num_targets=max(targets, 1) / engine.num_processes)
-            loss.backward()
-            total += loss.detach()
+        metrics, auxiliary = self.accumulate_gradients(engine.micro_batches(batch), targets)
         norm = engine.clip_gradients(model, train.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
+        auxiliary.absorb(model)
 
         stop = torch.tensor(float(self.interruption.requested), device=engine.device)
-        sums = engine.sum(torch.stack([total / engine.num_processes, stop]))
-        mean_loss, stops, grad_norm = [*sums.tolist(), norm.item()]
+        sums = engine.sum(torch.stack([*metrics.values(), stop])).tolist()
+        shown, stops, grad_norm = dict(zip(metrics, sums, strict=False)), sums[-1], norm.item()
+        mean_loss = shown["loss"]
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise DivergedError(self.describe_divergence(f"loss {mean_loss}, gradient norm {grad_norm}"))
         self.step, self.tokens, self.loss = self.step + 1, self.tokens + targets, mean_loss
         self.recent_tokens += targets
+        # what is only read costs as much as what is learnt
+        self.recent_read += batch.input_ids.numel() * engine.num_processes
         self.recent_seconds += time.perf_counter() - began
         self.tell("step", loss=mean_loss, learning_rate=rate)
-        return {"loss": mean_loss, "grad_norm": grad_norm, "learning_rate": rate}, stops > 0
+        return {**shown, "grad_norm": grad_norm, "learning_rate": rate}, stops > 0
+
+    def accumulate_gradients(self, parts: list[Batch], targets: int) -> tuple[dict[str, Tensor], StepAuxiliary]:
+        """The gradient of a step, over all its micro-batches.
+
+        Returns its numbers, which must be summed over processes, with the loss first, and what layers said beside.
+        """
+        engine, model, objective = self.engine, self.training.model, self.objective
+        divisors = None
+        if len(parts) > 1:
+            # nobody knows before the first step whether layers have auxiliary losses
+            divisors = {} if self.has_auxiliary is False else count_divisors(engine, objective, model, parts)
+            self.has_auxiliary = bool(divisors)
+        auxiliary = StepAuxiliary(engine, objective.settings.auxiliary_weights, divisors)
+        total = torch.zeros((), device=engine.device)
+        metrics: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            engine.accumulate(model, last=index == len(parts) - 1)
+            with engine.autocast():
+                # gradients are averaged over processes, hence the share
+                found = objective.loss(model, part, num_targets=max(targets, 1) / engine.num_processes)
+            added = auxiliary.add(found.auxiliary)
+            (found.loss if added is None else found.loss + added).backward()
+            total += found.loss.detach()
+            for name, value in found.metrics.items():
+                share = value.detach().float() / (len(parts) * engine.num_processes)
+                metrics[name] = metrics[name] + share if name in metrics else share
+        return {"loss": total / engine.num_processes, **metrics, **auxiliary.metrics()}, auxiliary
 
     def describe_divergence(self, numbers: str) -> str:
         """The sentence for a run that cannot go on."""
@@ -189,14 +214,14 @@ class Run:
             return
         rate = self.recent_tokens / self.recent_seconds
         record: dict[str, float] = {"tokens": self.tokens, **measured, "tokens_per_second": rate}
-        record["flops_per_second"] = rate * self.training.flops_per_token
+        record["flops_per_second"] = self.recent_read / self.recent_seconds * self.training.flops_per_token
         record["seconds"] = self.seconds()
         memory = self.engine.peak_memory_bytes()
         if memory is not None:
             record["peak_memory_bytes"] = memory
         for write in self.writers:
             write(self.step, record)
-        self.recent_tokens, self.recent_seconds = 0, 0.0
+        self.recent_tokens, self.recent_read, self.recent_seconds = 0, 0, 0.0
 
     def seconds(self) -> float:
         """Wall-clock seconds of training, over all parts of the run."""
@@ -214,7 +239,8 @@ class Run:
             model=training.config,
             data=training.data,
         )
-        save_checkpoint(self.engine, training.model, training.optimizer, checkpoint, self.recipe.train.keep)
+        keep, state = self.recipe.train.keep, self.objective.state_dict()
+        save_checkpoint(self.engine, training.model, training.optimizer, checkpoint, keep, state)
         self.checkpoint = checkpoint
         self.tell("save", path=checkpoint.folder)
 

@@ -1,36 +1,77 @@
-"""AdamW over a model's parameters, with weight decay on matrices only."""
+"""AdamW over a model's parameters: weight decay on matrices only, unless a layer says otherwise of a parameter."""
+
+import math
+from typing import Any
 
 import torch
 from torch import nn
 
+from swat_lm.layers.base import Layer
 from swat_lm.recipe import TrainRecipe
 
 __all__ = ["make_optimizer", "set_hyperparameters"]
 
+OPTIONS = ("weight_decay", "learning_rate_factor")
+
 
 def make_optimizer(model: nn.Module, train: TrainRecipe) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) with two groups: tensors of two or more dimensions decay (embeddings among them);
-    norms, biases, slopes and other vectors do not.
+    """AdamW (arXiv:1711.05101): tensors of two or more dimensions decay (embeddings among them); norms, biases, slopes
+    and other vectors do not. What layers say by `optimizer_options` goes before that, in groups of its own.
+
+    Raises ValueError for options that do not exist.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: nothing to train")
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "decays": True},
-        {"params": [parameter for parameter in trained if parameter.dim() < 2], "decays": False},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    options = options_by_parameter(model)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    # the two usual groups first, as checkpoints of before options have them
+    for decays in (True, False):
+        groups[(decays,)] = {"params": [], "decays": decays}
+    for name, parameter in trained.items():
+        own = dict(options.get(name, {}))
+        decays = parameter.dim() >= 2
+        if own.get("weight_decay") == 0:
+            # which is what vectors have anyway
+            decays = bool(own.pop("weight_decay"))
+        if own.get("learning_rate_factor") == 1:
+            del own["learning_rate_factor"]
+        key = (decays, *sorted(own.items()))
+        groups.setdefault(key, {"params": [], "decays": decays, **{f"own_{one}": own[one] for one in own}})
+        groups[key]["params"].append(parameter)
+    optimizer = torch.optim.AdamW([group for group in groups.values() if group["params"]], fused=True)
     set_hyperparameters(optimizer, train, train.learning_rate)
     return optimizer
+
+
+def options_by_parameter(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What layers say, by the parameter's name in the model."""
+    found = {}
+    for place, layer in model.named_modules():
+        if not isinstance(layer, Layer):
+            continue
+        names = {name for name, _ in layer.named_parameters()}
+        for name, options in layer.optimizer_options().items():
+            if name not in names:
+                raise ValueError(f"{layer.name}: optimizer_options names {name!r}, which is no parameter of the layer")
+            for option, value in options.items():
+                number = type(value) in (int, float) and math.isfinite(value) and value >= 0
+                if option not in OPTIONS or not number:
+                    raise ValueError(
+                        f"{layer.name}: optimizer_options of {name}: expected {' or '.join(OPTIONS)} and a number of "
+                        f"at least 0; got {option}={value!r}"
+                    )
+            found[f"{place}.{name}" if place else name] = options
+    return found
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, train: TrainRecipe, learning_rate: float) -> None:
     """Write the recipe's values and this step's learning rate into every group.
 
-    Done at every step, so that the recipe decides and not what a checkpoint restored.
+    Done at every step, so that the recipe and the layers decide and not what a checkpoint restored.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("own_learning_rate_factor", 1.0)
         group["betas"] = train.betas
         group["eps"] = train.eps
-        group["weight_decay"] = train.weight_decay if group["decays"] else 0.0
+        group["weight_decay"] = group.get("own_weight_decay", train.weight_decay if group["decays"] else 0.0)

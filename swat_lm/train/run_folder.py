@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from swat_lm.recipe import Recipe, dump_recipe
+from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe, dump_recipe
 from swat_lm.train.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -18,6 +18,7 @@ from swat_lm.train.checkpoint import (
     read_manifest,
 )
 from swat_lm.train.ownership import LOCK, MARK, check_run_folder, mark_run, remove_leftovers
+from swat_lm.validation import defaults_of
 from swat_lm.words import counted
 
 __all__ = ["CHANGEABLE", "check_continuation", "check_model", "choose_start", "hold_folder", "write_recipe"]
@@ -152,18 +153,22 @@ def choose_start(out: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
 
 def check_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     """Raise ValueError, naming each differing field, if the checkpoint's architecture is not that of `model`."""
-    ignored = NOT_ARCHITECTURE if scales_rotary(model) else NOT_ARCHITECTURE | {"max_position_embeddings"}
-    names = sorted((checkpoint.model.keys() | model.keys()) - ignored)
-    differing = [
-        f"{name} (checkpoint {checkpoint.model.get(name)!r}, recipe {model.get(name)!r})"
-        for name in names
-        if checkpoint.model.get(name) != model.get(name)
-    ]
+    differing = differing_fields(checkpoint.model, model)
     if differing:
         raise ValueError(
             f"checkpoint {checkpoint.folder} has another architecture than the recipe: {', '.join(differing)}; "
             "change the recipe's model back, or choose another `out`"
         )
+
+
+def differing_fields(checkpoint: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    """Each field in which two configurations, as plain values, are not the same architecture, with both values."""
+    ignored = NOT_ARCHITECTURE if scales_rotary(model) else NOT_ARCHITECTURE | {"max_position_embeddings"}
+    return [
+        f"{name} (checkpoint {checkpoint.get(name)!r}, recipe {model.get(name)!r})"
+        for name in sorted((checkpoint.keys() | model.keys()) - ignored)
+        if checkpoint.get(name) != model.get(name)
+    ]
 
 
 def scales_rotary(model: Mapping[str, Any]) -> bool:
@@ -178,7 +183,7 @@ def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: 
 
     Everything but CHANGEABLE must be equal; `model` is left to `check_model`, and `data` is the tokens' identity.
     """
-    before, now = flatten(checkpoint.recipe), flatten(recipe)
+    before, now = with_defaults(flatten(checkpoint.recipe)), flatten(recipe)
     differing = [
         f"{key} (before {before.get(key)!r}, now {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
@@ -191,6 +196,13 @@ def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: 
             f"{checkpoint.folder} belongs to a run with other settings: {', '.join(differing)}; change them back, or "
             "choose another `out` (and train.resume=PATH to start it from this checkpoint)"
         )
+
+
+def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A flat recipe with the defaults of keys that came after the version that wrote it."""
+    kinds = {"data": DataRecipe, "train": TrainRecipe}
+    known = {f"{at}.{name}": one for at, kind in kinds.items() for name, one in defaults_of(kind).items()}
+    return {key: list(one) if isinstance(one, tuple) else one for key, one in known.items()} | recipe
 
 
 def describe_new_schedule(checkpoint: Checkpoint, recipe: Recipe) -> str | None:

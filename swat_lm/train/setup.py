@@ -26,10 +26,29 @@ from swat_lm.recipe import Recipe
 from swat_lm.train.checkpoint import Checkpoint
 from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOut
+from swat_lm.train.initial import (
+    Initial,
+    agreed,
+    check_initial,
+    config_of,
+    find_initial,
+    init_of,
+    load_initial,
+    plain_values,
+    without_init,
+)
 from swat_lm.train.metrics import check_loggers
+from swat_lm.train.objectives import Objective, make_objective
 from swat_lm.train.optimizer import make_optimizer
 from swat_lm.train.ownership import check_export
-from swat_lm.train.run_folder import check_continuation, check_model, choose_start, describe_new_schedule, write_recipe
+from swat_lm.train.run_folder import (
+    check_continuation,
+    check_model,
+    choose_start,
+    describe_new_schedule,
+    scales_rotary,
+    write_recipe,
+)
 from swat_lm.train.trained_text import write_trained_text
 
 __all__ = ["Training", "check_beforehand", "set_up"]
@@ -43,6 +62,7 @@ class Training:
     engine: Engine
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    objective: Objective
     tokenizer: PreTrainedTokenizerFast
     source: BatchSource | SyntheticSource
     held_out: HeldOut | None
@@ -60,8 +80,11 @@ def check_beforehand(engine: Engine, recipe: Recipe) -> None:
     """What can be refused before there is a run folder: a misspelt source, say, must not leave an empty one behind."""
     engine.rows()
     engine.on_main(lambda: check_loggers(recipe.train.loggers))
-    check_trainable(recipe.model, recipe.data.documents)
+    if init_of(recipe) is None:
+        check_trainable(recipe.model, recipe.data.documents)
+    make_objective(recipe)
     engine.on_main_only(lambda: check_sources(recipe))
+    engine.on_main_only(lambda: check_initial(recipe))
 
 
 def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], None] | None = None) -> Training:
@@ -77,8 +100,10 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
         assert start is not None
         warnings.warn(f"{'; '.join(damaged)}; continuing from {start.folder} instead", stacklevel=4)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    config = configure(recipe, tokenizer)
-    plain_config = json.loads(config.to_json_string(use_diff=False))
+    init = init_of(recipe)
+    initial = find_initial(init) if init is not None and start is None else None
+    config = configure(recipe, tokenizer, start, initial)
+    plain_config = plain_values(config)
     if start is not None:
         check_model(start, plain_config)
 
@@ -94,20 +119,39 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
             "train.steps, or choose another `out`"
         )
 
-    # on the CPU, so that the first weights depend on the seed alone
-    torch.manual_seed(recipe.seed)
-    model = engine.set_up(build_model(config))
-    model.train()
-    optimizer = make_optimizer(model, recipe.train)
+    model = begin(engine, recipe, config, initial)
+    optimizer, objective = make_optimizer(model, recipe.train), make_objective(recipe)
     if start is not None:
-        engine.read_state(start.folder, model, optimizer)
+        objective.load_state_dict(engine.read_state(start.folder, model, optimizer, objective.state_dict()))
     store = rows.source.store if isinstance(rows.source, BatchSource) else None
-    engine.on_main(lambda: write_trained_text(out, store, start.folder.parent.parent if start else None))
+    earlier = start.folder.parent.parent if start else initial.folder if initial else None
+    engine.on_main(lambda: write_trained_text(out, store, earlier))
     engine.on_main(lambda: write_recipe(recipe, out))
     flops = training_flops(config, recipe.data.sequence_length).per_token
     return Training(
-        recipe, engine, model, optimizer, tokenizer, rows.source, rows.held_out, start, plain_config, rows.key, flops
+        recipe,
+        engine,
+        model,
+        optimizer,
+        objective,
+        tokenizer,
+        rows.source,
+        rows.held_out,
+        start,
+        plain_config,
+        rows.key,
+        flops,
     )
+
+
+def begin(engine: Engine, recipe: Recipe, config: PreTrainedConfig, initial: Initial | None) -> nn.Module:
+    """The model with its first weights, drawn or another model's, set up for training."""
+    # on the CPU, so that drawn weights depend on the seed alone
+    torch.manual_seed(recipe.seed)
+    model = build_model(config)
+    if initial is not None:
+        load_initial(engine, initial, model)
+    return engine.set_up(model).train()
 
 
 class Rows(NamedTuple):
@@ -152,13 +196,26 @@ def open_task(recipe: Recipe, task: SyntheticTask, split: str, vocab_size: int) 
     return SyntheticSource(task, split, recipe.data.sequence_length, seed, batch_size=size, vocab_size=vocab_size)
 
 
-def configure(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """The model's configuration; special tokens the recipe leaves open are the tokenizer's, for generation."""
-    config = configure_model(recipe.model, vocabulary_size(tokenizer))
+def configure(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, start: Checkpoint | None, initial: Initial | None
+) -> PreTrainedConfig:
+    """The model's configuration; special tokens the recipe leaves open are the tokenizer's, for generation.
+
+    With `model.init` it is that of the model that the run began with, which its own checkpoints know too.
+    """
+    if initial is not None:
+        config = agreed(initial.config, recipe.model, f"model.init: {initial.name}")
+    elif start is not None and init_of(recipe) is not None:
+        config = agreed(config_of(start.model), recipe.model, f"checkpoint {start.folder}")
+    else:
+        config = configure_model(without_init(recipe.model), vocabulary_size(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(tokenizer, name))
-    if not recipe.model.keys() & {"preset", "max_position_embeddings"} and hasattr(config, "max_position_embeddings"):
+    # where rotary is scaled by it, the training length is part of the model that a run begins with
+    fixed = init_of(recipe) is not None and scales_rotary(plain_values(config))
+    states_length = bool(recipe.model.keys() & {"preset", "max_position_embeddings"}) or fixed
+    if not states_length and hasattr(config, "max_position_embeddings"):
         config.max_position_embeddings = recipe.data.sequence_length
     return config
 

@@ -1,5 +1,6 @@
 """`swat-lm train`: what it says of a run that goes on with another schedule, and of warnings."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,31 @@ def test_a_single_document_is_spoken_of_once(cli, here: Path, caplog: pytest.Log
     with caplog.at_level("INFO", logger="swat_lm"):
         assert cli("train", "run.yaml", "data.held_out=0.2", "data.sources=text/0.txt", "train.steps=2").code == 0
     assert sum("only one document" in one.message for one in caplog.records) == 1
+
+
+def test_instructions_from_the_command_line(cli, here: Path):
+    """From a file of chats to a model that was taught on them, and the slips on the way."""
+    rows = [{"messages": [{"role": "user", "content": f"Say {n % 9}"}, {"role": "assistant", "content": f"{n % 9}"}]}
+            for n in range(300)]  # fmt: skip
+    (here / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli("train", "run.yaml", "train.export=true", "out=trained").code == 0
+    command = ["train", "run.yaml", "data.sources=chats.jsonl", "out=taught", "model.init=trained"]
+    for change, said in (
+        ("", "chats.jsonl:1: no field 'text'; it has messages"),
+        ("train.objective=masked_next_token", "plain text marks nothing: set data.format to prompt_answer or messages"),
+        ("train.objective=masked_token", "did you mean 'masked_next_token'?"),
+        ("data.format=message", "data.format must be one of text, prompt_answer, messages"),
+    ):
+        ran = cli(*command, *filter(None, [change]))
+        assert ran.code == 2
+        assert said in ran.err
+        assert not (here / "taught").exists()
+    ran = cli(*command, "data.format=messages", "train.objective=masked_next_token", "train.log_every=1")
+    assert ran.code == 0, ran.err
+    logged = [json.loads(line) for line in (here / "taught/metrics.jsonl").read_text().splitlines()]
+    assert 0 < logged[-1]["marked_share"] < 0.3
+    assert (here / "taught/export/config.json").is_file()
+    assert cli("info", "run.yaml", "model.init=taught").code == 0
 
 
 def test_another_architecture_names_the_keys_to_drop(cli, here: Path):

@@ -9,7 +9,7 @@ import torch
 from swat_lm.recipe import Recipe
 from swat_lm.train.engine import Engine
 from swat_lm.train.metrics import read_metrics
-from swat_lm.train.setup import set_up
+from swat_lm.train.setup import Training, set_up
 
 MEASURED = ("step", "tokens", "loss", "grad_norm", "learning_rate", "held_out_loss")
 
@@ -24,6 +24,12 @@ def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
     engine = Engine(recipe.train)
     training = set_up(engine, replace(recipe, train=replace(recipe.train, resume="auto")))
     return engine.whole_weights(training.model)
+
+
+def ready(recipe: Recipe) -> Training:
+    """A run before its next step."""
+    Path(recipe.out).mkdir(exist_ok=True)
+    return set_up(Engine(recipe.train), recipe)
 
 
 def assert_same_run(one: Recipe, other: Recipe) -> None:

@@ -1,25 +1,33 @@
 """FSDP2 over two processes on the CPU: one launch of torchrun does several runs, judged here against one process."""
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from swat_lm.layers import LAYERS
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train import run
-from tests.train.runs import assert_close, metrics, weights
+from swat_lm.train.metrics import read_metrics
+from swat_lm.train.objectives import OBJECTIVES
+from tests.train.runs import assert_close, metrics, ready, weights
+from tests.train.speaking import Counting, SpeakingLayer
 from tests.train.test_baselines import baseline
 
 PROGRAM = """
 import os, sys
 from swat_lm.recipe import load_recipe
 from swat_lm.train import run
+from tests.train import speaking
 
+speaking.register()
 for path in sys.argv[1:]:
     try:
         result = run(load_recipe(path))
@@ -41,7 +49,7 @@ def launch(folder: Path, recipes: list[Recipe]) -> dict[str, list[str]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     ran = subprocess.run(
         [*command, *map(str, paths)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=240,
@@ -50,7 +58,36 @@ def launch(folder: Path, recipes: list[Recipe]) -> dict[str, list[str]]:
     return {path.stem: [Path(f"{path}.rank{rank}").read_text() for rank in (0, 1)] for path in paths}
 
 
-def test_two_processes_compute_what_one_does(make_recipe, tmp_path):
+def speaking_runs(make_recipe, tmp_path: Path) -> tuple[Recipe, list[Recipe]]:
+    """Pairs of prompt and answer through layers that say all a layer can: one run whole, others to be split."""
+    rows = [{"prompt": f"{n} and {n % 7}?", "answer": f"{n * (n % 7)}"} for n in range(150)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def speaks(name: str, **train) -> Recipe:
+        recipe = make_recipe(name, objective="masked_next_token", **train)
+        data = replace(recipe.data, sources=(str(path),), format="prompt_answer")
+        return replace(recipe, data=data, model={**recipe.model, "layers": ["speaking", "attention"]})
+
+    split = [
+        speaks("speaking-sharded", export=True),
+        speaks("speaking-accumulated", micro_batch_size=1, activation_checkpointing=True),
+        speaks("speaking-replicated", sharding="none"),
+    ]
+    return speaks("speaking"), split
+
+
+def beside(out: str | Path) -> list[float]:
+    """What layers and objective showed beside the loss, at every step."""
+    logged = read_metrics(Path(out, "metrics.jsonl"))
+    return [one[name] for one in logged for name in ("auxiliary_balance", "layers_score", "marked_share")]
+
+
+def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(LAYERS, "speaking", SpeakingLayer)
+    monkeypatch.setitem(OBJECTIVES, "counting", Counting)
+    speaking, speaking_split = speaking_runs(make_recipe, tmp_path)
+    run(speaking)
     single = make_recipe("single")
     run(single)
 
@@ -76,6 +113,9 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path):
         other("odd", batch_size=5),
         replace(single, seed=7),
         baseline(make_recipe, "llama", "llama", export=True),
+        *speaking_split,
+        replace(other("initial"), model={"init": single.out}),
+        other("counting", objective="counting"),
     ]
     said = launch(tmp_path, recipes)
     for name in ("sharded", "accumulated", "replicated", "hybrid", "begun"):
@@ -99,6 +139,27 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path):
     assert_export_equals(tmp_path / "sharded" / "export", single)
     assert all("batch_size (5) must be a multiple of the number of processes (2)" in one for one in said["odd"])
     assert all("seed (before 0, now 7)" in one for one in said["single"])
+
+    # another model's weights to begin with, and an objective's state, on any number of processes
+    alone = replace(other("initial-alone"), model={"init": single.out})
+    run(alone)
+    assert said["initial"] == said["counting"] == ["done 8"] * 2
+    assert_close(metrics(alone.out), metrics(tmp_path / "initial"))
+    assert metrics(alone.out)[0][2] < metrics(single.out)[0][2]
+    assert ready(recipes[-1]).objective.state_dict()["count"].tolist() == [4.0, 2.0]
+
+    # auxiliary losses, statistics, options of the optimizer and marked targets do not depend on who computes what
+    expected = weights(speaking)
+    for recipe in speaking_split:
+        assert said[recipe.name] == ["done 8"] * 2
+        assert_close(metrics(speaking.out), metrics(recipe.out), rel=1e-4)
+        assert beside(recipe.out) == pytest.approx(beside(speaking.out), rel=1e-3)
+        found = weights(recipe)
+        assert found["model.layers.0.seen"] == expected["model.layers.0.seen"] > 0
+        for name in ("model.layers.0.gain", "model.layers.0.router.weight"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+    exported = load_file(tmp_path / "speaking-sharded" / "export" / "model.safetensors")
+    assert exported["model.layers.0.seen"] == expected["model.layers.0.seen"]
 
 
 def assert_export_equals(export: Path, recipe: Recipe) -> None:

@@ -196,6 +196,7 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
 def test_every_train_key_was_considered():
     # a new key must be put on one side or the other: those that decide the run are listed here
     decisive = {"batch_size", "learning_rate", "warmup_steps", "schedule", "weight_decay", "betas", "eps", "grad_clip"}
+    decisive |= {"objective", "objective_settings"}
     changeable = {key.removeprefix("train.") for key in CHANGEABLE if key.startswith("train.")}
     assert {one.name for one in fields(TrainRecipe)} == decisive | changeable
 

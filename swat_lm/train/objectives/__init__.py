@@ -1,0 +1,30 @@
+"""What a training step minimises: one file per objective; `OBJECTIVES` is the table that `train.objective` names."""
+
+from swat_lm.recipe import Recipe
+from swat_lm.train.objectives.base import Loss, Objective, ObjectiveSettings
+from swat_lm.train.objectives.masked_next_token import MaskedNextToken
+from swat_lm.train.objectives.next_token import NextToken
+from swat_lm.validation import build
+from swat_lm.words import did_you_mean
+
+__all__ = ["OBJECTIVES", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings", "make_objective"]
+
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (NextToken, MaskedNextToken)}
+
+
+def make_objective(recipe: Recipe) -> Objective:
+    """The objective that a recipe names, with its settings.
+
+    Raises ValueError for an unknown one or an unknown setting (the nearest valid one is named), and for data that does
+    not carry what the objective needs.
+    """
+    name = recipe.train.objective
+    if name not in OBJECTIVES:
+        hint = did_you_mean(name, OBJECTIVES, f"; known are {', '.join(OBJECTIVES)}")
+        raise ValueError(f"train.objective: unknown objective {name!r}{hint}")
+    kind = OBJECTIVES[name]
+    settings = build(kind.Settings, recipe.train.objective_settings, "train.objective_settings")
+    reason = kind.refuses(recipe.data)
+    if reason is not None:
+        raise ValueError(f"train.objective: {name} {reason}")
+    return kind(settings)

@@ -1,0 +1,167 @@
+"""The table of objectives: what each counts and minimises, what it refuses, and what of it a checkpoint keeps."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swat_lm.data.batches import Batch
+from swat_lm.recipe import RecipeError
+from swat_lm.train import run
+from swat_lm.train.metrics import read_metrics
+from swat_lm.train.objectives import OBJECTIVES, MaskedNextToken, NextToken, make_objective
+from tests.train.runs import assert_close, assert_same_run, metrics, ready
+
+
+def by_hand(model, batch: Batch, learnt: torch.Tensor) -> torch.Tensor:
+    """Sum over the learnt tokens of minus the log-probability that a plain forward pass gives them."""
+    logits = model(batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids).logits
+    log_probabilities = F.log_softmax(logits[:, :-1], dim=-1)
+    chosen = log_probabilities.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+    return -(chosen * learnt[:, 1:]).sum()
+
+
+def test_the_table_names_every_objective():
+    assert {"next_token": NextToken, "masked_next_token": MaskedNextToken} == OBJECTIVES
+    assert all(kind.name == name and kind.Settings() for name, kind in OBJECTIVES.items())
+
+
+@pytest.mark.parametrize("documents", ["separate", "concatenate"])
+def test_the_loss_is_that_of_marked_tokens_alone(marked_recipe, documents):
+    recipe = marked_recipe("run")
+    recipe = replace(recipe, data=replace(recipe.data, documents=documents))
+    training = ready(recipe)
+    model, batch = training.model.eval(), training.source.batch(3)
+    assert batch.loss_mask is not None
+    learnt = batch.loss_mask & (batch.labels >= 0)
+    assert 0 < int(learnt.sum()) < batch.num_targets
+    assert training.objective.num_targets(batch) == int(learnt.sum())
+    found = training.objective.loss(model, batch, num_targets=7.0)
+    torch.testing.assert_close(found.loss, by_hand(model, batch, learnt) / 7.0)
+    assert found.metrics["marked_share"].item() == pytest.approx(batch.loss_mask.float().mean().item())
+    assert torch.equal(training.objective.cross_entropy(model, batch, 7.0), found.loss)
+    everything = NextToken(training.objective.settings)
+    assert everything.num_targets(batch) == batch.num_targets
+    torch.testing.assert_close(everything.loss(model, batch, 1.0).loss, by_hand(model, batch, batch.labels >= 0))
+
+
+def test_prompts_have_no_gradient_of_their_own(marked_recipe):
+    """A row without an answer teaches nothing."""
+    training = ready(marked_recipe("run"))
+    batch = training.source.batch(0)
+    assert batch.loss_mask is not None
+    batch = replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+    training.objective.loss(training.model, batch, 1.0).loss.backward()
+    assert training.objective.num_targets(batch) == 0
+    assert all(one.grad is None or not one.grad.any() for one in training.model.parameters())
+
+
+def test_a_run_learns_answers_resumes_and_is_held_out_on_them(marked_recipe, tmp_path: Path):
+    whole, parts = marked_recipe("whole", micro_batch_size=2), marked_recipe("parts")
+    run(whole)
+    first = replace(parts, train=replace(parts.train, steps=4, schedule="constant"))
+    run(first)
+    resumed = replace(first, train=replace(first.train, steps=8))
+    run(resumed)
+    straight = marked_recipe("straight", schedule="constant")
+    run(straight)
+    assert_same_run(straight, resumed)
+    unsplit = marked_recipe("unsplit")
+    run(unsplit)
+    assert_close(metrics(whole.out), metrics(unsplit.out))
+    logged = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert logged[-1]["tokens"] < 8 * 4 * 63 * 0.6
+    training = ready(whole)
+    assert training.held_out is not None
+    held = training.held_out.evaluate(training.engine, training.model, training.objective)
+    assert held.loss == pytest.approx(logged[-1]["held_out_loss"])
+    batches = list(training.held_out.source.pass_over(num_batches=2))
+    assert held.num_targets == sum(training.objective.num_targets(one) for one in batches)
+    # bytes tell one each, and ends of text none
+    ids = torch.cat([training.objective.labels(one).flatten() for one in batches])
+    assert held.num_bytes == int(((ids >= 0) & (ids < 256)).sum())
+
+
+def test_a_recall_task_is_the_same_under_both(make_recipe):
+    runs = {}
+    for objective in OBJECTIVES:
+        recipe = make_recipe(f"task-{objective}", steps=3, objective=objective)
+        data = replace(recipe.data, sources=("synthetic:mqar?pairs=4&keys=16&values=16",))
+        run(replace(recipe, data=data))
+        runs[objective] = metrics(recipe.out)
+    assert runs["next_token"] == runs["masked_next_token"]
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"objective": "masked_next_tokn"}, "unknown objective 'masked_next_tokn'; did you mean 'masked_next_token'?"),
+        ({"objective": "zzz"}, "unknown objective 'zzz'; known are next_token, masked_next_token"),
+        ({"objective": "masked_next_token"}, "plain text marks nothing: set data.format to prompt_answer or messages"),
+        ({"objective_settings": {"weights": 1}}, "unknown key train.objective_settings.weights"),
+        (
+            {"objective_settings": {"auxiliary_weights": {"a": -1}}},
+            "auxiliary_weights.a must be at least 0",
+        ),
+        ({"objective_settings": {"auxiliary_weights": 3}}, "auxiliary_weights must be a mapping"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(make_recipe, tmp_path: Path, train, said: str):
+    with pytest.raises(ValueError) as caught:
+        run(make_recipe("refused", **train))
+    assert said in str(caught.value)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_weight_of_a_loss_that_nobody_gives_is_refused(make_recipe):
+    with pytest.raises(ValueError, match="no layer gives an auxiliary loss 'balance', nor any other"):
+        run(make_recipe("run", objective_settings={"auxiliary_weights": {"balance": 1.0}}))
+
+
+def test_another_objective_is_another_run_but_old_checkpoints_had_the_default(make_recipe):
+    recipe = make_recipe("run", steps=4, schedule="constant")
+    run(recipe)
+    for manifest in Path(recipe.out).glob("checkpoints/*/checkpoint.json"):
+        # as a version without objectives, or formats of rows, wrote it
+        content = json.loads(manifest.read_text())
+        for key in ("objective", "objective_settings"):
+            del content["recipe"]["train"][key]
+        for key in ("format", "prompt_field", "answer_field", "messages_field"):
+            del content["recipe"]["data"][key]
+        manifest.write_text(json.dumps(content))
+    again = replace(recipe, train=replace(recipe.train, steps=5))
+    assert run(again).last_step == 5
+    other = replace(again, train=replace(again.train, objective_settings={"auxiliary_weights": {"a": 1.0}}))
+    with pytest.raises(ValueError, match=r"train\.objective_settings\.auxiliary_weights\.a"):
+        run(other)
+
+
+def test_state_is_in_the_checkpoint_and_missing_state_is_the_default(make_recipe, speaking_kinds, tmp_path: Path):
+    recipe = make_recipe("run", steps=4, schedule="constant", objective="counting", evaluate_every=2)
+    run(recipe)
+    # two evaluations of two batches each
+    training = ready(recipe)
+    assert training.objective.state_dict()["count"].tolist() == [4.0, 2.0]
+    longer = replace(recipe, train=replace(recipe.train, steps=8))
+    run(longer)
+    assert ready(longer).objective.state_dict()["count"].tolist() == [8.0, 4.0]
+    # a checkpoint of an objective without state, continued by one with
+    plain = make_recipe("plain", steps=4, schedule="constant", evaluate_every=2)
+    run(plain)
+    for manifest in (tmp_path / "plain").glob("checkpoints/*/checkpoint.json"):
+        manifest.write_text(manifest.read_text().replace('"next_token"', '"counting"'))
+    stateful = replace(plain, train=replace(plain.train, objective="counting"))
+    assert ready(stateful).objective.state_dict()["count"].tolist() == [0.0, 0.0]
+    shutil.rmtree(tmp_path / "plain")
+
+
+def test_settings_come_from_the_recipe(make_recipe):
+    recipe = make_recipe("run", objective_settings={"auxiliary_weights": {"balance": 0.5}})
+    assert make_objective(recipe).settings.auxiliary_weights == {"balance": 0.5}
+    with pytest.raises(RecipeError, match=r"nearest valid key is train\.objective_settings\.auxiliary_weights"):
+        make_objective(make_recipe("run", objective_settings={"auxiliary_weight": {}}))
