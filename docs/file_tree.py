@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # in the order in which the parts build on each other; what is not listed follows by name
-READING_ORDER = ("ops", "layers", "model", "data", "train", "evaluate", "serve", "experiments", "cli")
+READING_ORDER = ("ops", "layers", "model", "data", "train", "evaluate", "serve", "papers", "cli")
 FOLDERS = {
     "benchmarks": "speed beside named peers; results/ holds the figures as JSON",
     "verification": "checks too heavy for the suite, and the record of their last run",

@@ -24,8 +24,8 @@ BELOW = {
 }
 BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data"}
 BELOW["serve"] = BELOW["model"] | {"model"}
-BELOW["experiments"] = BELOW["train"] | {"train", "evaluate", "serve"}
-BELOW["cli"] = BELOW["experiments"] | {"experiments", "named_recipes"}
+BELOW["papers"] = BELOW["train"] | {"train", "evaluate", "serve"}
+BELOW["cli"] = BELOW["papers"] | {"papers", "named_recipes"}
 for allowed in BELOW.values():
     # words alone
     allowed.add("wording")

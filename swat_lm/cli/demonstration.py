@@ -43,8 +43,8 @@ def demo(
     if not prompt:
         raise ValueError("--prompt: expected some text, got none")
     results().print("importing torch and transformers ...", style="dim")
-    from swat_lm.experiments.demo import DemoSettings, run_demo
-    from swat_lm.experiments.watching import InterruptedRunError
+    from swat_lm.papers.demo.run import DemoSettings, run_demo
+    from swat_lm.papers.watching import InterruptedRunError
 
     settings = DemoSettings(
         minutes=minutes, quick=quick, sources=tuple(source) if source else ("python:stdlib",), prompt=prompt
@@ -62,7 +62,7 @@ def demo(
 
 def make_watcher() -> Any:
     """A watcher that draws; made late, since its base class comes with torch."""
-    from swat_lm.experiments.watching import Watcher
+    from swat_lm.papers.watching import Watcher
 
     class TerminalWatcher(Watcher):
         """Stages as lines, counts and runs as bars, generated text as it comes."""

@@ -13,7 +13,7 @@ from swat_lm.cli.outputs import check_folder
 from swat_lm.wording import counted
 
 if TYPE_CHECKING:
-    from swat_lm.experiments.variants import Experiment
+    from swat_lm.papers.variants import Experiment
 
 __all__ = ["reproduce"]
 
@@ -50,8 +50,8 @@ def reproduce(
       swat-lm reproduce table2 --scale paper --dry-run
       torchrun --nproc-per-node 8 -m swat_lm.cli reproduce table3 --scale paper --books books/ --out paper
     """
-    from swat_lm.experiments.scales import SCALES, find_scale
-    from swat_lm.experiments.variants import find_experiment
+    from swat_lm.papers.scales import SCALES, find_scale
+    from swat_lm.papers.variants import find_experiment
 
     chosen, size = find_experiment(experiment), find_scale(scale)
     numbers = parse_seeds(seeds)
@@ -64,9 +64,9 @@ def reproduce(
     if out is None:
         raise ValueError("--out: name the folder for models and results")
     results().print("importing torch and transformers ...", style="dim")
-    from swat_lm.experiments.reproduction import Sources, sources_from_folder
-    from swat_lm.experiments.reproduction import reproduce as run_experiment
-    from swat_lm.experiments.watching import InterruptedRunError
+    from swat_lm.papers.reproduction import Sources, sources_from_folder
+    from swat_lm.papers.reproduction import reproduce as run_experiment
+    from swat_lm.papers.watching import InterruptedRunError
 
     budget = SCALES[scale].benchmarks if experiment == "table1" else size.analysis
     source = text or ([budget.source] if data is None and budget.source else None)
@@ -105,7 +105,7 @@ def parse_seeds(text: str) -> list[int]:
 def check_texts(experiment: "Experiment", data: Path | None, named: list[str]) -> None:
     """Raise ValueError for texts that were given and are not there."""
     from swat_lm.data import resolve_sources
-    from swat_lm.experiments.reproduction import sources_from_folder
+    from swat_lm.papers.reproduction import sources_from_folder
 
     resolve_sources(named)
     if data is not None and not named:
@@ -121,7 +121,7 @@ def lasting(hours: float) -> str:
 
 def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
     """The runs of an experiment without running them."""
-    from swat_lm.experiments.reproduction import plan_without_running
+    from swat_lm.papers.reproduction import plan_without_running
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name in ("variant", "parameters", "length", "steps", "rows a step", "tokens", "FLOPs", "A800 time"):

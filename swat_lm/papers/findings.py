@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.evaluate.curves import LengthCurve
-from swat_lm.experiments.claims import Loss, Verdict, error_of_mean, judge, judge_losses
-from swat_lm.experiments.measuring import SINKS, read_curve, read_divergence, read_tasks, read_variances, windows_of
-from swat_lm.experiments.scales import Scale
-from swat_lm.experiments.variants import ANALYSIS, Experiment, Variant, budget_of, variant_model
 from swat_lm.model.architectures import configure_model, count_model_parameters
+from swat_lm.papers.claims import Loss, Verdict, error_of_mean, judge, judge_losses
+from swat_lm.papers.measuring import SINKS, read_curve, read_divergence, read_tasks, read_variances, windows_of
+from swat_lm.papers.scales import Scale
+from swat_lm.papers.variants import ANALYSIS, Experiment, Variant, budget_of, variant_model
 from swat_lm.train.metrics import read_metrics
 
 __all__ = ["Findings"]

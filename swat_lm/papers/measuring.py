@@ -15,10 +15,10 @@ from swat_lm.evaluate.curves import LengthCurve, write_whole
 from swat_lm.evaluate.figures import read_figures, write_figures
 from swat_lm.evaluate.length import loss_on_same_text
 from swat_lm.evaluate.reader import evaluating
-from swat_lm.experiments.scales import Scale
-from swat_lm.experiments.variants import Experiment, Variant
 from swat_lm.model.architectures import build_model
 from swat_lm.model.loading import load_causal_lm
+from swat_lm.papers.scales import Scale
+from swat_lm.papers.variants import Experiment, Variant
 from swat_lm.recipe import Recipe
 
 __all__ = [

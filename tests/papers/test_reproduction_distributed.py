@@ -12,8 +12,8 @@ WORDS = ["the", "red", "blue", "slow", "quick", "fox", "dog", "tree", "runs", "s
 PROGRAM = """
 import dataclasses, json, os, sys, time
 from pathlib import Path
-from swat_lm.experiments import measuring, reproduction, variants
-from swat_lm.experiments.watching import Watcher
+from swat_lm.papers import measuring, reproduction, variants
+from swat_lm.papers.watching import Watcher
 
 whole = variants.EXPERIMENTS["table2"]
 variants.EXPERIMENTS["table2"] = dataclasses.replace(whole, variants=whole.variants[:2])

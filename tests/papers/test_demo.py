@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from swat_lm.evaluate.curves import summarise
-from swat_lm.experiments.demo import DemoSettings, evaluation_lengths, open_plan, run_demo
-from swat_lm.experiments.demo_budget import steps_within
-from swat_lm.experiments.demo_report import judge
-from swat_lm.experiments.watching import Watcher
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.papers.demo.pace import steps_within
+from swat_lm.papers.demo.report import judge
+from swat_lm.papers.demo.run import DemoSettings, evaluation_lengths, open_plan, run_demo
+from swat_lm.papers.watching import Watcher
 
 
 class Notes(Watcher):
@@ -120,7 +120,7 @@ def test_interrupted_demo_saves_and_goes_on(tmp_path: Path, sources: tuple[str, 
     plan = open_plan(out, settings)
     (out / "plan.json").write_text(json.dumps({**plan, "pace": {"threads": 1, "steps": 100_000}}))
     program = (
-        "from pathlib import Path; from swat_lm.experiments.demo import *; from swat_lm.experiments.watching import *\n"
+        "from pathlib import Path; from swat_lm.papers.demo.run import *; from swat_lm.papers.watching import *\n"
         "import json, sys\n"
         f"settings = DemoSettings(quick=True, sources={sources!r}, new_tokens=40, streams=2)\n"
         "try:\n"
@@ -199,7 +199,7 @@ def test_a_diverged_run_is_told_in_a_sentence(tmp_path: Path):
         "from swat_lm.train.events import DivergedError\n"
         "def do_model(out, name, watcher):\n    raise DivergedError('the loss is nan at step 7')\n"
     )
-    command = [sys.executable, "-m", "swat_lm.experiments.demo_worker", str(tmp_path), "name", "unstable"]
+    command = [sys.executable, "-m", "swat_lm.papers.worker", str(tmp_path), "name", "unstable"]
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert ran.returncode == 2, ran.stderr

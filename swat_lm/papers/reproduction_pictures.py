@@ -17,10 +17,10 @@ from swat_lm.evaluate.plots import (
     plot_training,
     write_picture,
 )
-from swat_lm.experiments.claims import paired_gap
-from swat_lm.experiments.findings import Findings
-from swat_lm.experiments.measuring import read_variances, windows_of
-from swat_lm.experiments.variants import Variant
+from swat_lm.papers.claims import paired_gap
+from swat_lm.papers.findings import Findings
+from swat_lm.papers.measuring import read_variances, windows_of
+from swat_lm.papers.variants import Variant
 
 __all__ = ["draw", "plot_rows"]
 

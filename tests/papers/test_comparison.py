@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from swat_lm.evaluate import plots
 from swat_lm.evaluate.curves import LengthCurve, summarise
 from swat_lm.evaluate.recall import RecallCurve, RecallPoint
-from swat_lm.experiments.comparison import how_read, read_run, report
+from swat_lm.papers.comparison import how_read, read_run, report
 from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe
 from swat_lm.train import run
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swat_lm.experiments.scales import Budget, Scale
+from swat_lm.papers.scales import Budget, Scale
 from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe
 
 __all__ = ["EXPERIMENTS", "Experiment", "Variant", "find_experiment", "variant_model", "variant_recipe", "variants_of"]

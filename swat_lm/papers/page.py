@@ -19,7 +19,7 @@ PACKAGES = ("swat-lm", "torch", "transformers", "tokenizers", "numpy")
 
 def write_page(path: Path, title: str, body: str) -> None:
     """Write a whole page around the body, beside the place and renamed."""
-    template = Template((files("swat_lm.experiments") / "page.html").read_text(encoding="utf-8"))
+    template = Template((files("swat_lm.papers") / "page.html").read_text(encoding="utf-8"))
     write_whole(path, template.substitute(title=html.escape(title), body=body))
 
 

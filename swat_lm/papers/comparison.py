@@ -19,9 +19,9 @@ from swat_lm.evaluate.plots import COLOURS, Series, plot_loss_by_length, plot_st
 from swat_lm.evaluate.recall import RecallCurve
 from swat_lm.evaluate.recall_plots import plot_recall
 from swat_lm.evaluate.windows import widest_window
-from swat_lm.experiments.page import machine, picture, table, with_error, write_page
-from swat_lm.experiments.reproduction_pictures import plot_rows
 from swat_lm.model.architectures import count_model_parameters, model_state_bytes
+from swat_lm.papers.page import machine, picture, table, with_error, write_page
+from swat_lm.papers.reproduction_pictures import plot_rows
 from swat_lm.recipe import Recipe, dump_recipe, load_recipe
 from swat_lm.train.metrics import read_metrics
 from swat_lm.wording import counted

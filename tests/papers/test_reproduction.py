@@ -11,22 +11,22 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from swat_lm.experiments import reproduction
-from swat_lm.experiments.claims import CLAIMS, PRINTED, judge, paired_gap
-from swat_lm.experiments.findings import Findings
-from swat_lm.experiments.reproduction import (
+from swat_lm.model.architectures import ARCHITECTURES, build_model, configure_model, count_model_parameters
+from swat_lm.papers import reproduction
+from swat_lm.papers.claims import CLAIMS, PRINTED, judge, paired_gap
+from swat_lm.papers.findings import Findings
+from swat_lm.papers.reproduction import (
     check_variants,
     open_plan,
     plan_without_running,
     reproduce,
     sources_from_folder,
 )
-from swat_lm.experiments.scales import SCALES, find_scale
-from swat_lm.experiments.variants import ANALYSIS, EXPERIMENTS, find_experiment, variant_model, variants_of
-from swat_lm.experiments.watching import InterruptedRunError, Watcher
-from swat_lm.model.architectures import ARCHITECTURES, build_model, configure_model, count_model_parameters
+from swat_lm.papers.scales import SCALES, find_scale
+from swat_lm.papers.variants import ANALYSIS, EXPERIMENTS, find_experiment, variant_model, variants_of
+from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.train import DivergedError
-from tests.experiments.test_demo import Notes
+from tests.papers.test_demo import Notes
 
 WORDS = ["the", "red", "blue", "slow", "quick", "fox", "dog", "tree", "runs", "sleeps", "sings", "over", "under", "but"]
 
@@ -64,7 +64,7 @@ def test_experiments_share_variants_and_continue(
         one = EXPERIMENTS[name]
         chosen = ("sliding-alibi-6-6", "sliding-alirope") if name == "figure5" else one.variants[:kept]
         small[name] = type(one)(one.name, one.title, chosen, one.reads_texts)
-    monkeypatch.setattr("swat_lm.experiments.variants.EXPERIMENTS", small)
+    monkeypatch.setattr("swat_lm.papers.variants.EXPERIMENTS", small)
     out, notes = tmp_path / "out", Notes()
     sources = sources_from_folder(data, small["table2"])
     found = reproduce("table2", "miniature", sources, out, [0, 1], notes)
@@ -111,7 +111,7 @@ def test_experiments_share_variants_and_continue(
 def test_benchmarks_on_other_documents_are_not_paired(monkeypatch: pytest.MonkeyPatch):
     results = {name: type("Result", (), {"identity": {"documents": f"sha256:{name}"}})() for name in ("a", "b")}
     asked = iter([results["a"], results["a"], results["b"]])
-    monkeypatch.setattr("swat_lm.experiments.findings.read_tasks", lambda folder, label: {"piqa": next(asked)})
+    monkeypatch.setattr("swat_lm.papers.findings.read_tasks", lambda folder, label: {"piqa": next(asked)})
     table1, scale = EXPERIMENTS["table1"], SCALES["miniature"]
     chosen = variants_of(table1, scale)
     findings = Findings(table1, scale, chosen, [0, 1], Path("out"))
@@ -127,7 +127,7 @@ def test_what_the_first_token_has_from_the_start_is_no_finding(
         torch.manual_seed(0)
         return build_model(AutoConfig.from_pretrained(Path(folder) / "export"))
 
-    monkeypatch.setattr("swat_lm.experiments.measuring.load_causal_lm", first_weights)
+    monkeypatch.setattr("swat_lm.papers.measuring.load_causal_lm", first_weights)
     sources = sources_from_folder(data, EXPERIMENTS["figure3"])
     found = reproduce("figure3", "miniature", sources, tmp_path / "out", [0], Watcher())
     assert [(claim["gap"], claim["outcome"]) for claim in found["claims"]] == [(0.0, "undecided at this scale")] * 3
@@ -138,7 +138,7 @@ def test_changed_texts_and_damaged_results_are_named(
 ):
     one = EXPERIMENTS["table2"]
     monkeypatch.setattr(
-        "swat_lm.experiments.variants.EXPERIMENTS", {"table2": type(one)("table2", "t", one.variants[:1], True)}
+        "swat_lm.papers.variants.EXPERIMENTS", {"table2": type(one)("table2", "t", one.variants[:1], True)}
     )
     own, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(data, own)
@@ -166,7 +166,7 @@ def test_a_diverged_variant_does_not_stop_the_others(
 ):
     one, run, tried = EXPERIMENTS["table2"], reproduction.run, []
     monkeypatch.setattr(
-        "swat_lm.experiments.variants.EXPERIMENTS", {"table2": type(one)("table2", "t", one.variants[:2], True)}
+        "swat_lm.papers.variants.EXPERIMENTS", {"table2": type(one)("table2", "t", one.variants[:2], True)}
     )
 
     def diverging(recipe: Any, told: Any) -> Any:
@@ -217,7 +217,7 @@ def test_an_interruption_is_saved(data: Path, tmp_path: Path, in_process: list[s
         reproduce("figure5", "miniature", sources, out, [0], Watcher())
     monkeypatch.setattr(reproduction, "run", run)
     monkeypatch.setattr(
-        "swat_lm.experiments.variants.EXPERIMENTS",
+        "swat_lm.papers.variants.EXPERIMENTS",
         {"figure5": type(EXPERIMENTS["figure5"])("figure5", "t", ("sliding-alibi-6-6", "sliding-alirope"), False)},
     )
     assert reproduce("figure5", "miniature", sources, out, [0], Watcher())["seeds"] == [0]

@@ -20,12 +20,12 @@ from swat_lm.data.readers import read_pieces
 from swat_lm.data.tokenizer_training import train_tokenizer
 from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.length import segments
-from swat_lm.experiments.demo_budget import MOST_THREADS, usable_cores
-from swat_lm.experiments.demo_worker import run_workers
-from swat_lm.experiments.measuring import measure_variant, note_divergence, read_divergence, read_json
-from swat_lm.experiments.reproduction_page import write_results
-from swat_lm.experiments.scales import Scale, find_scale
-from swat_lm.experiments.variants import (
+from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
+from swat_lm.papers.demo.pace import MOST_THREADS, usable_cores
+from swat_lm.papers.measuring import measure_variant, note_divergence, read_divergence, read_json
+from swat_lm.papers.reproduction_page import write_results
+from swat_lm.papers.scales import Scale, find_scale
+from swat_lm.papers.variants import (
     Experiment,
     Variant,
     budget_of,
@@ -34,8 +34,8 @@ from swat_lm.experiments.variants import (
     variant_recipe,
     variants_of,
 )
-from swat_lm.experiments.watching import InterruptedRunError, Watcher
-from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
+from swat_lm.papers.watching import InterruptedRunError, Watcher
+from swat_lm.papers.worker import run_workers
 from swat_lm.recipe import Recipe, TrainRecipe
 from swat_lm.train import DivergedError, run
 from swat_lm.train.engine import Engine
@@ -45,7 +45,7 @@ __all__ = ["Sources", "do_model", "plan_without_running", "reproduce", "sources_
 FOLDERS = {"text": "corpus", "books": "books"}
 A800_FLOPS_PER_SECOND = 312e12
 UTILISATION = 0.4
-WORKER = "swat_lm.experiments.reproduction"
+WORKER = "swat_lm.papers.reproduction"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One model of an experiment in a process of its own: train, then evaluate, telling the parent in lines of JSON.
 
 Two processes of few threads each use small models' cores better than one after the other with all threads, and do not
-slow down when something else wants a core. `python -m swat_lm.experiments.demo_worker OUT NAME MODULE` calls
+slow down when something else wants a core. `python -m swat_lm.papers.worker OUT NAME MODULE` calls
 `MODULE.do_model(OUT, NAME, watcher)`.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-from swat_lm.experiments.watching import InterruptedRunError, Watcher
+from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.train.events import DivergedError, Event
 
 __all__ = ["Telling", "run_workers"]
@@ -71,7 +71,7 @@ def relay(line: str, watcher: Watcher) -> str | None:
 
 
 def run_workers(
-    out: Path, names: Sequence[str], num_threads: int, watcher: Watcher, module: str = "swat_lm.experiments.demo"
+    out: Path, names: Sequence[str], num_threads: int, watcher: Watcher, module: str = "swat_lm.papers.demo.run"
 ) -> None:
     """Train and evaluate the models side by side, by `do_model` of the module, and relay what they tell.
 
@@ -79,7 +79,7 @@ def run_workers(
     of the user's, RuntimeError for any other end.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}
-    command = [sys.executable, "-m", "swat_lm.experiments.demo_worker", str(out)]
+    command = [sys.executable, "-m", "swat_lm.papers.worker", str(out)]
     # groups of their own: the terminal's Ctrl-C comes here only, and is handed on once
     workers = {
         name: subprocess.Popen(

@@ -18,11 +18,11 @@ from swat_lm.data import TokenStore, load_tokenizer, prepare, resolve_sources, v
 from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.length import loss_on_same_text, segments
-from swat_lm.experiments.demo_budget import Pace, find_pace, threads
-from swat_lm.experiments.demo_report import write_report
-from swat_lm.experiments.demo_worker import run_workers
-from swat_lm.experiments.watching import InterruptedRunError, Watcher
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.papers.demo.pace import Pace, find_pace, threads
+from swat_lm.papers.demo.report import write_report
+from swat_lm.papers.watching import InterruptedRunError, Watcher
+from swat_lm.papers.worker import run_workers
 from swat_lm.recipe import Recipe, load_recipe
 from swat_lm.serve.sampling import Sampling
 from swat_lm.serve.stream import TextAssembler, generate_tokens, read_prompt
@@ -137,8 +137,8 @@ def open_plan(out: Path, settings: DemoSettings) -> dict[str, Any]:
 def load_demo_recipe(name: str, out: Path, settings: DemoSettings, more: Sequence[str] = ()) -> Recipe:
     """The recipe of one of the two models with everything inside the demo's folder."""
     overrides = [one for one in QUICK if not (name == "twin" and "sliding_window" in one)] if settings.quick else []
-    with as_file(files("swat_lm.experiments")) as folder:
-        recipe = load_recipe(folder / f"demo_{name}.yaml", [*overrides, *more])
+    with as_file(files("swat_lm.papers.demo")) as folder:
+        recipe = load_recipe(folder / f"{name}.yaml", [*overrides, *more])
     data = replace(recipe.data, sources=settings.sources, cache=str(out / "tokens"))
     return replace(recipe, out=str(out / name), data=data)
 

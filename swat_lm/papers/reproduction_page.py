@@ -12,12 +12,12 @@ import torch
 
 from swat_lm.evaluate.curves import write_whole
 from swat_lm.evaluate.figures import write_figures
-from swat_lm.experiments.claims import DOUBTFUL, PRINTED, Verdict, error_of_mean
-from swat_lm.experiments.findings import Findings
-from swat_lm.experiments.page import machine, picture, table, with_error, write_page
-from swat_lm.experiments.reproduction_pictures import draw
-from swat_lm.experiments.scales import Scale
-from swat_lm.experiments.variants import Experiment, Variant, budget_of, variants_of
+from swat_lm.papers.claims import DOUBTFUL, PRINTED, Verdict, error_of_mean
+from swat_lm.papers.findings import Findings
+from swat_lm.papers.page import machine, picture, table, with_error, write_page
+from swat_lm.papers.reproduction_pictures import draw
+from swat_lm.papers.scales import Scale
+from swat_lm.papers.variants import Experiment, Variant, budget_of, variants_of
 from swat_lm.wording import counted
 
 __all__ = ["write_results"]

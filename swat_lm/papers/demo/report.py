@@ -10,9 +10,9 @@ from typing import Any
 from swat_lm.evaluate.curves import LengthCurve, difference
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_state_bytes, plot_training
-from swat_lm.experiments.page import machine, picture, write_page
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.cost import count_parameters, reach
+from swat_lm.papers.page import machine, picture, write_page
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.metrics import read_metrics
 from swat_lm.wording import counted
@@ -170,7 +170,7 @@ def draw(
 def render(out: Path, recipes: Mapping[str, Recipe], results: dict[str, Any]) -> str:
     """The body of the page."""
     swat, twin = results["models"]["swat"], results["models"]["twin"]
-    template = Template((files("swat_lm.experiments") / "demo.html").read_text(encoding="utf-8"))
+    template = Template((files("swat_lm.papers.demo") / "report.html").read_text(encoding="utf-8"))
     values = {name.partition(".")[0]: picture(out / name) for name in PICTURES}
     values |= {
         "claims": "\n".join(claim_row(claim) for claim in results["claims"]),

@@ -1,0 +1,1 @@
+"""Papers' tables and figures run anew and judged, the demo, and pages that compare runs."""
