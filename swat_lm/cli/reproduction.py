@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import messages, on_main_process, print_table, results
-from swat_lm.cli.demonstration import make_watcher
-from swat_lm.cli.failures import INTERRUPTED
+from swat_lm.cli.console import on_main_process, print_table, results
+from swat_lm.cli.demonstration import watching
 from swat_lm.cli.outputs import check_folder
 from swat_lm.wording import counted
 
 if TYPE_CHECKING:
-    from swat_lm.papers.variants import Experiment
+    from swat_lm.papers.experiment import Experiment
 
 __all__ = ["reproduce"]
 
@@ -50,10 +49,11 @@ def reproduce(
       swat-lm reproduce table2 --scale paper --dry-run
       torchrun --nproc-per-node 8 -m swat_lm.cli reproduce table3 --scale paper --books books/ --out paper
     """
-    from swat_lm.papers.scales import SCALES, find_scale
-    from swat_lm.papers.variants import find_experiment
+    from swat_lm.papers import find_experiment
+    from swat_lm.papers.scales import find_scale
 
-    chosen, size = find_experiment(experiment), find_scale(scale)
+    chosen = find_experiment(experiment)
+    size = find_scale(scale, chosen.scales)
     numbers = parse_seeds(seeds)
     if out is not None:
         check_folder(out, "--out")
@@ -66,13 +66,12 @@ def reproduce(
     results().print("importing torch and transformers ...", style="dim")
     from swat_lm.papers.reproduction import Sources, sources_from_folder
     from swat_lm.papers.reproduction import reproduce as run_experiment
-    from swat_lm.papers.watching import InterruptedRunError
 
-    budget = SCALES[scale].benchmarks if experiment == "table1" else size.analysis
-    source = text or ([budget.source] if data is None and budget.source else None)
+    offered = chosen.budget(size).source
+    source = text or ([offered] if data is None and offered else None)
     if data is None and source is None:
         raise ValueError(f"--scale {scale} needs text: give --data FOLDER, or --text and --books")
-    if data is not None and not (text and (books or not chosen.reads_texts)):
+    if data is not None and not (text and (books or "books" not in chosen.texts)):
         found = sources_from_folder(data, chosen)
     else:
         found = Sources((), (), str(data) if data else "hub")
@@ -82,14 +81,8 @@ def reproduce(
         tasks=tasks or found.tasks,
         tokenizer=tokenizer,
     )
-    watcher = make_watcher()
-    try:
+    with watching() as watcher:
         outcome = run_experiment(experiment, scale, sources, out, numbers, watcher)
-    except InterruptedRunError as stopped:
-        messages().print(f"{stopped}; the same command continues", markup=False)
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        watcher.close()
     if on_main_process():
         show_outcome(outcome, out)
 

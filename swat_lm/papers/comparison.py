@@ -3,9 +3,7 @@
 Reads what the runs' folders hold; what was not measured of a run is named with the command that measures it.
 """
 
-import html
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +18,9 @@ from swat_lm.evaluate.recall import RecallCurve
 from swat_lm.evaluate.recall_plots import plot_recall
 from swat_lm.evaluate.windows import widest_window
 from swat_lm.model.architectures import count_model_parameters, model_state_bytes
-from swat_lm.papers.page import machine, picture, table, with_error, write_page
-from swat_lm.papers.reproduction_pictures import plot_rows
+from swat_lm.papers.findings import recent_loss
+from swat_lm.papers.page import machine, with_error, write_page
+from swat_lm.papers.pictures import plot_rows
 from swat_lm.recipe import Recipe, dump_recipe, load_recipe
 from swat_lm.train.metrics import read_metrics
 from swat_lm.wording import counted
@@ -109,8 +108,16 @@ def report(runs: Sequence[RunFindings], out: Path) -> dict[str, Any]:
     }
     # what was found is kept before anything is drawn
     write_whole(out / "report.json", write_figures(found) + "\n")
-    pictures = draw(runs, out)
-    write_page(out / "report.html", "swat-lm runs", body(runs, found, pictures))
+    write_page(
+        out / "report.html",
+        "comparison.html",
+        title="swat-lm runs",
+        headings=HEADINGS,
+        rows=[row(one) for one in found["runs"]],
+        pictures=draw(runs, out),
+        not_measured=found["not_measured"],
+        recipes={one.name: dump_recipe(one.recipe) for one in runs},
+    )
     return found
 
 
@@ -128,7 +135,7 @@ def describe(one: RunFindings) -> dict[str, Any]:
         "of_steps": one.recipe.train.steps,
         "tokens": last["tokens"],
         "seconds": last["seconds"],
-        "training_loss": recent(one.metrics),
+        "training_loss": recent_loss(one.metrics),
         "held_out_loss": held_out[-1] if held_out else None,
         "tokens_per_second": rates[len(rates) // 2],
         "state_bytes": None if one.config is None else {
@@ -142,13 +149,6 @@ def describe(one: RunFindings) -> dict[str, Any]:
             task: {point.distance: point.accuracy for point in curve.points} for task, curve in one.recalls.items()
         },
     }  # fmt: skip
-
-
-def recent(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Mean training loss of the last twentieth of the logged steps."""
-    losses = [line["loss"] for line in metrics]
-    last = losses[-max(1, len(losses) // 20) :]
-    return math.fsum(last) / len(last)
 
 
 def missing(one: RunFindings) -> list[str]:
@@ -234,41 +234,23 @@ def state_of(config: PreTrainedConfig | None) -> list[int]:
     return [value for value in values if value is not None]
 
 
-def body(runs: Sequence[RunFindings], found: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
-    """Everything between head and foot."""
-    rows = []
-    for one in found["runs"]:
-        state = (one["state_bytes"] or {}).get(STATE_CONTEXTS[-1])
-        rows.append(
-            [
-                one["name"],
-                one["architecture"],
-                "\u2013" if one["parameters"] is None else f"{one['parameters']:,}",
-                f"{one['steps']:,}\u00a0of\u00a0{one['of_steps']:,}",
-                f"{one['tokens']:,}",
-                with_error(one["training_loss"], None),
-                with_error(one["held_out_loss"], None),
-                f"{one['tokens_per_second']:,.0f}",
-                "\u2013" if state is None else f"{state:,}",
-            ]
-        )
-    headings = (
-        "run", "architecture", "parameters", "steps", "tokens trained on", "training loss", "held-out loss",
-        "tokens/s", f"state bytes at {STATE_CONTEXTS[-1]:,} tokens",
-    )  # fmt: skip
-    parts = ["<h1>Runs side by side</h1>", table(headings, rows)]
-    parts.append(
-        '<p class="small">Losses in nats per token; compare them only between runs of one tokenizer, and losses by '
-        "length and recall only where they were measured on the same text.</p>"
-    )
-    for heading, path in pictures.items():
-        name = html.escape(heading)
-        parts.append(f'<h2>{name}</h2>\n<img src="{picture(path)}" alt="{name}">')
-    if found["not_measured"]:
-        lines = "".join(f"<li><code>{html.escape(line)}</code></li>" for line in found["not_measured"])
-        parts.append(f"<h2>Not measured</h2><ul>{lines}</ul>")
-    parts.append("<h2>Recipes</h2>")
-    for one in runs:
-        text = html.escape(dump_recipe(one.recipe))
-        parts.append(f"<details><summary>{html.escape(one.name)}</summary><pre>{text}</pre></details>")
-    return "\n".join(parts)
+HEADINGS = (
+    "run", "architecture", "parameters", "steps", "tokens trained on", "training loss", "held-out loss", "tokens/s",
+    f"state bytes at {STATE_CONTEXTS[-1]:,} tokens",
+)  # fmt: skip
+
+
+def row(one: Mapping[str, Any]) -> list[str]:
+    """A run's figures under HEADINGS."""
+    state = (one["state_bytes"] or {}).get(STATE_CONTEXTS[-1])
+    return [
+        one["name"],
+        one["architecture"],
+        "\u2013" if one["parameters"] is None else f"{one['parameters']:,}",
+        f"{one['steps']:,}\u00a0of\u00a0{one['of_steps']:,}",
+        f"{one['tokens']:,}",
+        with_error(one["training_loss"], None),
+        with_error(one["held_out_loss"], None),
+        f"{one['tokens_per_second']:,.0f}",
+        "\u2013" if state is None else f"{state:,}",
+    ]

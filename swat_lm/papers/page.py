@@ -1,40 +1,38 @@
-"""What every page of this folder shares: one file with its pictures inside, and where it was measured."""
+"""What every page of this folder shares: one file with its pictures inside, and where it was measured.
+
+Templates are in `pages/`; jinja2 escapes whatever is filled in.
+"""
 
 import base64
-import html
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
-from string import Template
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from swat_lm.evaluate.curves import write_whole
+from swat_lm.wording import counted
 
-__all__ = ["machine", "picture", "table", "with_error", "write_page"]
+__all__ = ["machine", "with_error", "write_page"]
 
 PACKAGES = ("swat-lm", "torch", "transformers", "tokenizers", "numpy")
 
 
-def write_page(path: Path, title: str, body: str) -> None:
-    """Write a whole page around the body, beside the place and renamed."""
-    template = Template((files("swat_lm.papers") / "page.html").read_text(encoding="utf-8"))
-    write_whole(path, template.substitute(title=html.escape(title), body=body))
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Fill a template of `pages/` and write the page beside its place and renamed."""
+    pages = Environment(
+        loader=PackageLoader("swat_lm.papers", "pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    pages.filters |= {"commas": "{:,}".format, "counted": counted, "inline": inline, "with_error": with_error}
+    write_whole(path, pages.get_template(template).render(**values) + "\n")
 
 
-def picture(path: Path) -> str:
+def inline(path: Path) -> str:
     """A PNG as a data address."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
-    """A table of plain texts; `kinds[i]` is the class of row i's cells."""
-    lines = ["<tr>" + "".join(f"<th>{html.escape(one)}</th>" for one in headings) + "</tr>"]
-    for index, row in enumerate(rows):
-        kind = f' class="{kinds[index]}"' if index < len(kinds) and kinds[index] else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
-    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def with_error(value: float | None, error: float | None, digits: int = 3, sign: str = "") -> str:

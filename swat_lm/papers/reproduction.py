@@ -1,7 +1,7 @@
-"""Runs a table or figure of the paper: text, training of every variant that has no result yet, measurements, page.
+"""Runs an experiment: text, training of every variant that has no result yet, measurements, page.
 
-Everything lies in one folder, shared by the experiments, so that a variant that two of them need is trained once and
-the same call continues after an interruption. What is compared is in variants.py, what is claimed in claims.py.
+Everything lies in one folder, shared by the experiments of one scale, so that a variant that two of them need is
+trained once and the same call continues after an interruption. The experiment says what is compared and measured.
 """
 
 import json
@@ -9,77 +9,37 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from swat_lm.data import TokenStore, prepare, resolve_sources
-from swat_lm.data.readers import read_pieces
-from swat_lm.data.tokenizer_training import train_tokenizer
 from swat_lm.evaluate.curves import write_whole
-from swat_lm.evaluate.length import segments
 from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
-from swat_lm.papers.demo.pace import MOST_THREADS, usable_cores
-from swat_lm.papers.measuring import measure_variant, note_divergence, read_divergence, read_json
-from swat_lm.papers.reproduction_page import write_results
+from swat_lm.papers import find_experiment
+from swat_lm.papers.experiment import Experiment, Run, Variant
+from swat_lm.papers.measuring import note_divergence, read_divergence
+from swat_lm.papers.results import write_results
 from swat_lm.papers.scales import Scale, find_scale
-from swat_lm.papers.variants import (
-    Experiment,
-    Variant,
-    budget_of,
-    find_experiment,
-    variant_model,
-    variant_recipe,
-    variants_of,
+from swat_lm.papers.texts import (
+    Sources,
+    check_sources,
+    evaluation_streams,
+    prepare_texts,
+    read_by_runs,
+    sources_from_folder,
 )
 from swat_lm.papers.watching import InterruptedRunError, Watcher
-from swat_lm.papers.worker import run_workers
-from swat_lm.recipe import Recipe, TrainRecipe
+from swat_lm.papers.worker import MOST_THREADS, run_workers, usable_cores
+from swat_lm.recipe import TrainRecipe
 from swat_lm.train import DivergedError, run
 from swat_lm.train.engine import Engine
 
 __all__ = ["Sources", "do_model", "plan_without_running", "reproduce", "sources_from_folder"]
 
-FOLDERS = {"text": "corpus", "books": "books"}
 A800_FLOPS_PER_SECOND = 312e12
 UTILISATION = 0.4
 WORKER = "swat_lm.papers.reproduction"
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where the texts are; kept in `plan.json`, since a folder holds one scale on one text."""
-
-    text: tuple[str, ...]
-    """To train on, with a share held out for evaluation."""
-    books: tuple[str, ...]
-    """Long documents, only for evaluation."""
-    tasks: str
-    """Folder of the benchmarks' files, or `hub`."""
-    tokenizer: str | None = None
-    """None: trained on the text (tiny, small), or the paper's (paper)."""
-
-
-def sources_from_folder(folder: Path, experiment: Experiment) -> Sources:
-    """The parts of a data folder that an experiment needs: corpus/, books/ and the benchmarks' files.
-
-    Raises ValueError naming what is missing.
-    """
-    if not folder.is_dir():
-        raise ValueError(
-            f"--data: no folder {folder}; expected one with corpus/ and books/ (and the benchmarks' files)"
-        )
-    needed = FOLDERS if experiment.reads_texts else {"text": "corpus"}
-    missing = [f"{name}/" for name in needed.values() if not (folder / name).is_dir()]
-    if missing:
-        raise ValueError(
-            f"--data {folder} lacks {' and '.join(missing)}: expected text files or .jsonl there; or name the texts "
-            "themselves with --text and --books"
-        )
-    books = (str(folder / "books"),) if (folder / "books").is_dir() else ()
-    return Sources((str(folder / "corpus"),), books, str(folder))
 
 
 def reproduce(
@@ -92,59 +52,66 @@ def reproduce(
     Raises ValueError for anything that could not work, before any training; InterruptedRunError after a Ctrl-C that
     saved.
     """
-    experiment, scale = find_experiment(name), find_scale(scale_name)
+    experiment = find_experiment(name)
+    scale = find_scale(scale_name, experiment.scales)
     chosen = check_variants(experiment, scale)
-    jobs = [f"{name}:{one}:{seed}" for seed in seeds for one in chosen]
+    jobs = [f"{experiment.key}:{one}:{seed}" for seed in seeds for one in chosen]
     engine = Engine(TrainRecipe())
 
     def begin() -> list[str]:
         for one in chosen.values():
             # rows that do not divide among the processes
-            Engine(variant_recipe(one, scale, 0, out, ("text",), "bytes").train).rows()
+            Engine(experiment.recipe(one, scale, 0, out, ("text",), "bytes").train).rows()
         check_sources(experiment, sources)
         was_there, is_new = out.exists(), not (out / "plan.json").exists()
-        plan = open_plan(out, scale, sources)
+        plan = open_plan(out, scale, sources, experiment.brought)
         write_whole(out / "plan.json", json.dumps(plan, indent=1) + "\n")
         watcher.stage("preparing the text")
         try:
-            prepare_texts(out, plan, experiment, scale, watcher)
+            # all runs read the same tokens
+            one, texts = next(iter(chosen.values())), read_by_runs(out, sources, experiment, scale)
+            any_run = experiment.recipe(one, scale, 0, out, *texts)
+            prepare_texts(out, sources, any_run, experiment, scale, watcher)
         except ValueError:
             if is_new:
                 # a text that will not do is no reason to keep the folder from a better one
-                take_back(out, was_there)
+                take_back(out, was_there, experiment.brought)
             raise
-        return [job for job in jobs if not is_done(out, plan, job)]
+        return [job for job in jobs if not is_done(out, job)]
 
     missing = engine.on_main(begin)
     watcher.stage(f"runs: {len(jobs)}, of them done before: {len(jobs) - len(missing)}")
     do_jobs(out, missing, len(jobs), watcher)
     watcher.stage("writing the page")
-    return engine.on_main(lambda: write_results(experiment, scale, chosen, seeds, out, asdict(sources)))
+    return engine.on_main(lambda: write_results(experiment, scale, chosen, seeds, out, sources.plain()))
 
 
 def plan_without_running(name: str, scale_name: str) -> list[dict[str, Any]]:
     """Every variant of an experiment with its parameters, FLOPs and GPU hours; models exist on the meta device only.
 
-    Hours are of one A800, the paper's hardware (312 TFLOP/s in bf16), at a share of 40 %. A model whose package is not
-    installed has a `remark` instead of numbers.
+    Hours are of one A800, the hardware of SWAT's authors (312 TFLOP/s in bf16), at a share of 40 %. A model whose
+    package is not installed has a `remark` instead of numbers.
     """
-    experiment, scale = find_experiment(name), find_scale(scale_name)
+    experiment = find_experiment(name)
+    scale = find_scale(scale_name, experiment.scales)
     rows = []
-    for one in variants_of(experiment, scale).values():
-        budget, length = budget_of(one, scale), scale.sizes[one.length]
-        row: dict[str, Any] = {"variant": one.name, "label": one.label, "length": length, "tokens": budget.tokens}
-        recipe = variant_recipe(one, scale, 0, Path("out"), ("text",), "bytes")
-        row["steps"], row["rows_per_step"] = recipe.train.steps, recipe.train.batch_size
-        row["tokens"] = recipe.train.steps * recipe.train.batch_size * length
+    for one in experiment.variants(scale).values():
+        recipe = experiment.recipe(one, scale, 0, Path("out"), ("text",), "bytes")
+        length, train = recipe.data.sequence_length, recipe.train
+        tokens = train.steps * train.batch_size * length
+        row: dict[str, Any] = {
+            "variant": one.name, "label": one.label, "length": length, "tokens": tokens, "steps": train.steps,
+            "rows_per_step": train.batch_size,
+        }  # fmt: skip
         try:
-            config = configure_model(recipe.model, budget.vocab_size)
+            config = configure_model(recipe.model, experiment.budget(scale).vocab_size)
         except ValueError as error:
             rows.append(row | {"remark": str(error)})
             continue
         with torch.device("meta"):
             counted = sum(parameter.numel() for parameter in build_model(config).parameters())
         flops = training_flops(config, length)
-        total = flops.per_token * row["tokens"]
+        total = flops.per_token * tokens
         hours = total / (A800_FLOPS_PER_SECOND * UTILISATION) / 3600
         rows.append(
             row | {"parameters": counted, "flops": total, "flops_by": flops.method, "gpu_hours": hours, "remark": ""}
@@ -153,44 +120,31 @@ def plan_without_running(name: str, scale_name: str) -> list[dict[str, Any]]:
 
 
 def check_variants(experiment: Experiment, scale: Scale) -> dict[str, Variant]:
-    """The variants that this machine can train; those that it cannot are left out only if others remain.
+    """The variants that this machine can train; those that it cannot are left out where the experiment allows it.
 
     Raises ValueError for a recipe that does not hold.
     """
-    chosen = variants_of(experiment, scale)
     able = {}
-    for name, one in chosen.items():
-        model = variant_model(one, scale)
+    for name, one in experiment.variants(scale).items():
+        recipe = experiment.recipe(one, scale, 0, Path("out"), ("text",), "bytes")
         try:
-            check_trainable(model, "concatenate")
+            check_trainable(recipe.model, recipe.data.documents)
         except ValueError:
-            if not one.is_benchmark:
+            if not experiment.leaves_out:
                 raise
             continue
-        configure_model(model, budget_of(one, scale).vocab_size)
+        configure_model(recipe.model, experiment.budget(scale).vocab_size)
         able[name] = one
     return able
 
 
-def check_sources(experiment: Experiment, sources: Sources) -> None:
-    """Raise ValueError for a text or benchmark that is not there."""
-    resolve_sources(sources.text)
-    if experiment.reads_texts:
-        if not sources.books:
-            raise ValueError(
-                f"{experiment.name} is also measured on books: name them with --books, or use --data FOLDER"
-            )
-        resolve_sources(sources.books)
-    if experiment.name == "table1":
-        from swat_lm.evaluate.tasks import load_tasks, task_names
+def open_plan(out: Path, scale: Scale, sources: Sources, brought: Sequence[str] = ()) -> dict[str, Any]:
+    """What this folder holds: one scale on one text. Raises ValueError for another one, or a folder of other things.
 
-        load_tasks(task_names(None), sources.tasks)
-
-
-def open_plan(out: Path, scale: Scale, sources: Sources) -> dict[str, Any]:
-    """What this folder holds: one scale on one text. Raises ValueError for another one, or a folder of other things."""
+    Folders named in `brought` may be there before.
+    """
     path = out / "plan.json"
-    wanted = {"scale": scale.name, "sources": json.loads(json.dumps(asdict(sources)))}
+    wanted = {"scale": scale.name, "sources": sources.plain()}
     if path.exists():
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
@@ -202,15 +156,17 @@ def open_plan(out: Path, scale: Scale, sources: Sources) -> dict[str, Any]:
         if compared[0] != compared[1]:
             raise ValueError(f"{out} holds another scale or text ({before}): name another folder for --out")
         return {**plan, **wanted}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(one.name not in brought for one in out.iterdir())):
         raise ValueError(f"{out} exists and is no reproduction: name another folder for --out")
     out.mkdir(parents=True, exist_ok=True)
     return wanted
 
 
-def take_back(out: Path, was_there: bool) -> None:
+def take_back(out: Path, was_there: bool, brought: Sequence[str]) -> None:
     """Remove what was written into a folder that `open_plan` found empty, and the folder if it was made for that."""
     for one in out.iterdir():
+        if one.name in brought:
+            continue
         if one.is_dir():
             shutil.rmtree(one)
         else:
@@ -219,130 +175,25 @@ def take_back(out: Path, was_there: bool) -> None:
         out.rmdir()
 
 
-def planned_sources(plan: dict[str, Any]) -> Sources:
-    """What the plan says of the texts."""
-    held = plan["sources"]
-    return Sources(tuple(held["text"]), tuple(held["books"]), held["tasks"], held["tokenizer"])
-
-
-def prepare_texts(out: Path, plan: dict[str, Any], experiment: Experiment, scale: Scale, watcher: Watcher) -> None:
-    """Everything that runs share: the share of the text, the tokenizer, the tokens; each only if it is not there."""
-    sources = planned_sources(plan)
-    if scale.text_bytes is not None and not (out / "text.jsonl").exists():
-        sample_text(sources.text, scale.text_bytes, out / "text.jsonl", watcher)
-    trained = out / "tokenizer"
-    if find_tokenizer(out, sources, experiment, scale) == str(trained) and not trained.exists():
-        texts = text_sources(out, sources, scale)
-        train_tokenizer(
-            texts, scale.analysis.vocab_size, trained,
-            progress=lambda done, total: watcher.count("training the tokenizer", done, total),
-        )  # fmt: skip
-    recipe = first_recipe(out, experiment, scale)
-    store = prepare(recipe.data, lambda at: watcher.count("the text", at.bytes_read, at.bytes_total))
-    check_vocabulary(store, experiment, scale)
-    keys = {"text": store.key}
-    if experiment.reads_texts:
-        # too little text is found here and not after training
-        for text in FOLDERS:
-            keys[text] = text_store(out, recipe, text, watcher).key
-            evaluation_streams(out, recipe, scale, text, watcher)
-    check_same_texts(out, "benchmarks" if experiment.name == "table1" else "analysis", keys)
-
-
-def check_same_texts(out: Path, kind: str, keys: dict[str, str]) -> None:
-    """Remember which texts the runs of a kind have; raises ValueError for others than before, since runs are compared.
-
-    `keys` are those of the token stores: the names in `plan.json` stay the same when the files behind them change.
-    """
-    path = out / "texts.json"
-    known = read_json(path) if path.exists() else {}
-    before = known.get(kind, {})
-    changed = [name for name, key in keys.items() if before.get(name, key) != key]
-    if changed:
-        raise ValueError(
-            f"the files of the {' and the '.join(changed)} are not those that the runs in {out} were trained or "
-            "measured on: bring the old ones back, or name another folder for --out"
-        )
-    if {**before, **keys} != before:
-        write_whole(path, json.dumps({**known, kind: {**before, **keys}}, indent=1) + "\n")
-
-
-def sample_text(sources: Sequence[str], wanted: int, path: Path, watcher: Watcher) -> None:
-    """About so many bytes of the documents, every k-th one of each source, as one .jsonl."""
-    found = resolve_sources(sources)
-    total = sum(one.size for one in found)
-    documents: list[str] = []
-    read = 0
-    for source in found:
-        documents += [piece.text for piece in read_pieces(source, "text", None)]
-        read += source.size
-        watcher.count("reading the text", read, total)
-    held = sum(len(one.encode()) for one in documents)
-    step = max(1, held // wanted)
-    write_whole(path, "".join(json.dumps({"text": one}) + "\n" for one in documents[::step]))
-
-
-def find_tokenizer(out: Path, sources: Sources, experiment: Experiment, scale: Scale) -> str:
-    """The one named, the paper's, or the one trained here."""
-    budget = scale.benchmarks if experiment.name == "table1" else scale.analysis
-    return sources.tokenizer or budget.tokenizer or str(out / "tokenizer")
-
-
-def text_sources(out: Path, sources: Sources, scale: Scale) -> tuple[str, ...]:
-    """What is trained on."""
-    return sources.text if scale.text_bytes is None else (str(out / "text.jsonl"),)
-
-
-def check_vocabulary(store: TokenStore, experiment: Experiment, scale: Scale) -> None:
-    """Raise ValueError where a tokenizer of another size would make models of another size than the scale's."""
-    budget = scale.benchmarks if experiment.name == "table1" else scale.analysis
-    if store.vocab_size > budget.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {store.vocab_size:,} ids, the scale {scale.name} counts on at most "
-            f"{budget.vocab_size:,}: name a smaller one"
-        )
-
-
-def recipe_of(out: Path, job: str) -> tuple[Recipe, Experiment, Scale, Variant]:
+def run_of(out: Path, job: str, watcher: Watcher) -> tuple[Run, Experiment, Variant]:
     """The run behind `experiment:variant:seed`, as the plan in the folder says."""
-    name, variant, seed = job.split(":")
+    key, variant, seed = job.rsplit(":", 2)
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-    experiment, scale = find_experiment(name), find_scale(plan["scale"])
-    one = variants_of(experiment, scale)[variant]
-    sources = planned_sources(plan)
-    tokenizer = find_tokenizer(out, sources, experiment, scale)
-    recipe = variant_recipe(one, scale, int(seed), out, text_sources(out, sources, scale), tokenizer)
-    return recipe, experiment, scale, one
+    experiment, sources = find_experiment(key), Sources.planned(plan)
+    scale = find_scale(plan["scale"], experiment.scales)
+    one, texts = experiment.variants(scale)[variant], read_by_runs(out, sources, experiment, scale)
+    recipe = experiment.recipe(one, scale, int(seed), out, *texts)
+
+    def streams(text: str) -> list[Any]:
+        return evaluation_streams(recipe, sources, scale, text, watcher)
+
+    return Run(recipe, scale, out, streams, sources.tasks), experiment, one
 
 
-def first_recipe(out: Path, experiment: Experiment, scale: Scale) -> Recipe:
-    """Any of the experiment's runs: all read the same tokens."""
-    return recipe_of(out, f"{experiment.name}:{next(iter(variants_of(experiment, scale)))}:0")[0]
-
-
-def text_store(out: Path, recipe: Recipe, text: str, watcher: Watcher) -> TokenStore:
-    """The tokens of the text trained on and held out from, or of the books."""
-    data = recipe.data
-    if text == "books":
-        plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-        data = replace(data, sources=tuple(plan["sources"]["books"]), held_out=0.0)
-    return prepare(data, lambda at: watcher.count(text, at.bytes_read, at.bytes_total))
-
-
-def evaluation_streams(out: Path, recipe: Recipe, scale: Scale, text: str, watcher: Watcher) -> list[Any]:
-    """Pieces of the greatest length of the held-out text or of the books; raises ValueError if there is none."""
-    split = text_store(out, recipe, text, watcher).split("train" if text == "books" else "held_out")
-    return segments([split[index] for index in range(len(split))], scale.lengths[-1], scale.pieces)
-
-
-def is_done(out: Path, plan: dict[str, Any], job: str) -> bool:
-    """Whether a run and all that the experiment measures of it are there."""
-    recipe, experiment, scale, one = recipe_of(out, job)
-    if read_divergence(Path(recipe.out)) is not None:
-        return True
-    return Path(recipe.out, "export", "config.json").exists() and not measure_variant(
-        experiment, scale, one, recipe, None, plan["sources"]["tasks"]
-    )
+def is_done(out: Path, job: str) -> bool:
+    """Whether a run and all that the experiment measures of it are there, or it diverged."""
+    trained, experiment, one = run_of(out, job, Watcher())
+    return read_divergence(trained.folder) is not None or experiment.is_done(one, trained)
 
 
 def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
@@ -355,7 +206,7 @@ def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
         left = (
             "" if not finished else f"; about {clock((time.monotonic() - begun) / finished * (len(jobs) - first))} left"
         )
-        names = ", ".join(job.partition(":")[2].replace(":", " seed ") for job in batch)
+        names = ", ".join("{1} seed {2}".format(*job.rsplit(":", 2)) for job in batch)
         done = of - len(jobs) + first
         watcher.stage(f"runs {done + 1} to {done + len(batch)} of {of}: {names}{left}")
         if in_here:
@@ -377,24 +228,21 @@ def do_model(out: Path, name: str, watcher: Watcher) -> None:
 
     Raises InterruptedRunError if training was stopped, and saved.
     """
-    recipe, experiment, scale, one = recipe_of(out, name)
-    if not Path(recipe.out, "export", "config.json").exists():
+    trained, experiment, one = run_of(out, name, watcher)
+    recipe = trained.recipe
+    if not trained.is_trained:
         try:
             result = run(recipe, lambda event: watcher.event(recipe.name, event))
         except DivergedError as error:
             # what the paper says of some variants, and no reason to leave the others undone
             said = str(error)
-            Engine(recipe.train).on_main(lambda: note_divergence(Path(recipe.out), said))
+            Engine(recipe.train).on_main(lambda: note_divergence(trained.folder, said))
             return
         if result.interrupted:
             raise InterruptedRunError(f"stopped at step {result.last_step} of {recipe.train.steps}")
-    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-
-    def streams(text: str) -> list[Any]:
-        return evaluation_streams(out, recipe, scale, text, watcher)
 
     def measure() -> None:
-        for step in measure_variant(experiment, scale, one, recipe, streams, plan["sources"]["tasks"]):
+        for step in experiment.measure(one, trained):
             step(lambda what, done, total: watcher.count(f"{recipe.name}: {what}", done, total))
 
     Engine(recipe.train).on_main(measure)

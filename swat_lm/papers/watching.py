@@ -1,6 +1,9 @@
 """What an experiment tells whoever runs it; this one keeps silent, the command line's draws."""
 
-from swat_lm.train.events import Event
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swat_lm.train.events import Event
 
 __all__ = ["InterruptedRunError", "Watcher"]
 
@@ -18,7 +21,7 @@ class Watcher:
     def count(self, name: str, done: int, total: int) -> None:
         """So much of the work called `name` is done; several may go on side by side."""
 
-    def event(self, name: str, event: Event) -> None:
+    def event(self, name: str, event: "Event") -> None:
         """Something happened in the training run `name`; several may go on side by side."""
 
     def text(self, text: str) -> None:

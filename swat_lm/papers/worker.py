@@ -21,10 +21,17 @@ from typing import IO, Any
 from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.train.events import DivergedError, Event
 
-__all__ = ["Telling", "run_workers"]
+__all__ = ["MOST_THREADS", "Telling", "run_workers", "usable_cores"]
 
 INTERRUPTED = 130
 FAILED = 2
+# a model this small gains nothing from more, and each thread waits for the slowest
+MOST_THREADS = 4
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Telling(Watcher):
@@ -33,46 +40,38 @@ class Telling(Watcher):
     def __init__(self, pipe: IO[str]) -> None:
         self._pipe = pipe
 
-    def _send(self, kind: str, value: Any) -> None:
-        self._pipe.write(json.dumps([kind, value]) + "\n")
+    def send(self, kind: str, *values: Any) -> None:
+        """Send what a watcher's method of that name takes."""
+        self._pipe.write(json.dumps([kind, *values]) + "\n")
         self._pipe.flush()
 
     def stage(self, text: str) -> None:
         """Send a stage."""
-        self._send("stage", text)
+        self.send("stage", text)
 
     def count(self, name: str, done: int, total: int) -> None:
         """Send a count."""
-        self._send("count", [name, done, total])
+        self.send("count", name, done, total)
 
     def event(self, name: str, event: Event) -> None:
         """Send an event of a training run."""
-        values = asdict(replace(event, preparing=None))
-        values["path"] = None if event.path is None else str(event.path)
-        self._send("event", [name, values])
-
-    def fail(self, message: str) -> None:
-        """Send the sentence of an error that the user can act on."""
-        self._send("fail", message)
+        path = None if event.path is None else str(event.path)
+        self.send("event", name, {**asdict(replace(event, preparing=None)), "path": path})
 
 
 def relay(line: str, watcher: Watcher) -> str | None:
-    """Hand one line of a worker to the watcher; returns the sentence of an error, if it is one."""
-    kind, value = json.loads(line)
-    if kind == "stage":
-        watcher.stage(value)
-    elif kind == "count":
-        watcher.count(*value)
-    elif kind == "event":
-        name, values = value
-        values["path"] = None if values["path"] is None else Path(values["path"])
-        watcher.event(name, Event(**values))
-    return value if kind == "fail" else None
+    """Hand one line of a worker to the watcher; returns the sentence of an error that the user can act on, if any."""
+    kind, *values = json.loads(line)
+    if kind == "fail":
+        return values[0]
+    if kind == "event":
+        told = values[1]
+        values[1] = Event(**{**told, "path": None if told["path"] is None else Path(told["path"])})
+    getattr(watcher, kind)(*values)
+    return None
 
 
-def run_workers(
-    out: Path, names: Sequence[str], num_threads: int, watcher: Watcher, module: str = "swat_lm.papers.demo.run"
-) -> None:
+def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watcher, module: str) -> None:
     """Train and evaluate the models side by side, by `do_model` of the module, and relay what they tell.
 
     Raises InterruptedRunError after Ctrl-C, when both have saved; ValueError with a worker's own sentence for an error
@@ -156,7 +155,7 @@ def work(out: Path, name: str, module: str) -> int:
         # the parent is gone
         return INTERRUPTED
     except (ValueError, OSError, DivergedError) as error:
-        told.fail(str(error))
+        told.send("fail", str(error))
         return FAILED
     return 0
 

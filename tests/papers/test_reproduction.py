@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from swat_lm.model.architectures import ARCHITECTURES, build_model, configure_model, count_model_parameters
-from swat_lm.papers import reproduction
-from swat_lm.papers.claims import CLAIMS, PRINTED, judge, paired_gap
+from swat_lm.papers import PAPERS, find_experiment, reproduction
 from swat_lm.papers.findings import Findings
 from swat_lm.papers.reproduction import (
     check_variants,
@@ -22,12 +22,16 @@ from swat_lm.papers.reproduction import (
     reproduce,
     sources_from_folder,
 )
-from swat_lm.papers.scales import SCALES, find_scale
-from swat_lm.papers.variants import ANALYSIS, EXPERIMENTS, find_experiment, variant_model, variants_of
+from swat_lm.papers.scales import find_scale
+from swat_lm.papers.swat.claims import CLAIMS, PRINTED
+from swat_lm.papers.swat.scales import SCALES
+from swat_lm.papers.swat.variants import ANALYSIS
+from swat_lm.papers.verdicts import judge, paired_gap
 from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.train import DivergedError
 from tests.papers.test_demo import Notes
 
+EXPERIMENTS = PAPERS["swat"].experiments
 WORDS = ["the", "red", "blue", "slow", "quick", "fox", "dog", "tree", "runs", "sleeps", "sings", "over", "under", "but"]
 
 
@@ -56,17 +60,19 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
+def keep(monkeypatch: pytest.MonkeyPatch, name: str, names: tuple[str, ...]) -> Any:
+    """An experiment with some of its variants."""
+    monkeypatch.setitem(EXPERIMENTS, name, replace(EXPERIMENTS[name], names=names))
+    return EXPERIMENTS[name]
+
+
 def test_experiments_share_variants_and_continue(
     data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    small = {**EXPERIMENTS}
-    for name, kept in (("table2", 2), ("table3", 1), ("figure5", 2)):
-        one = EXPERIMENTS[name]
-        chosen = ("sliding-alibi-6-6", "sliding-alirope") if name == "figure5" else one.variants[:kept]
-        small[name] = type(one)(one.name, one.title, chosen, one.reads_texts)
-    monkeypatch.setattr("swat_lm.papers.variants.EXPERIMENTS", small)
+    for name, kept in (("table2", 2), ("table3", 1), ("figure5", -2)):
+        keep(monkeypatch, name, EXPERIMENTS[name].names[kept:] if kept < 0 else EXPERIMENTS[name].names[:kept])
     out, notes = tmp_path / "out", Notes()
-    sources = sources_from_folder(data, small["table2"])
+    sources = sources_from_folder(data, EXPERIMENTS["table2"])
     found = reproduce("table2", "miniature", sources, out, [0, 1], notes)
     trained = ["vanilla-softmax-short-seed0", "vanilla-softmax-long-seed0"]
     assert set(notes.steps) == {*trained, "vanilla-softmax-short-seed1", "vanilla-softmax-long-seed1"}
@@ -113,7 +119,7 @@ def test_benchmarks_on_other_documents_are_not_paired(monkeypatch: pytest.Monkey
     asked = iter([results["a"], results["a"], results["b"]])
     monkeypatch.setattr("swat_lm.papers.findings.read_tasks", lambda folder, label: {"piqa": next(asked)})
     table1, scale = EXPERIMENTS["table1"], SCALES["miniature"]
-    chosen = variants_of(table1, scale)
+    chosen = table1.variants(scale)
     findings = Findings(table1, scale, chosen, [0, 1], Path("out"))
     assert set(findings.tasks(chosen["llama"], 0)) == set(findings.tasks(chosen["llama"], 1)) == {"piqa"}
     with pytest.raises(ValueError, match="piqa: swat-balanced, seed 0, answered other documents"):
@@ -127,7 +133,7 @@ def test_what_the_first_token_has_from_the_start_is_no_finding(
         torch.manual_seed(0)
         return build_model(AutoConfig.from_pretrained(Path(folder) / "export"))
 
-    monkeypatch.setattr("swat_lm.papers.measuring.load_causal_lm", first_weights)
+    monkeypatch.setattr("swat_lm.papers.swat.variances.load_causal_lm", first_weights)
     sources = sources_from_folder(data, EXPERIMENTS["figure3"])
     found = reproduce("figure3", "miniature", sources, tmp_path / "out", [0], Watcher())
     assert [(claim["gap"], claim["outcome"]) for claim in found["claims"]] == [(0.0, "undecided at this scale")] * 3
@@ -136,10 +142,7 @@ def test_what_the_first_token_has_from_the_start_is_no_finding(
 def test_changed_texts_and_damaged_results_are_named(
     data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    one = EXPERIMENTS["table2"]
-    monkeypatch.setattr(
-        "swat_lm.papers.variants.EXPERIMENTS", {"table2": type(one)("table2", "t", one.variants[:1], True)}
-    )
+    one = keep(monkeypatch, "table2", EXPERIMENTS["table2"].names[:1])
     own, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(data, own)
     sources = sources_from_folder(own, one)
@@ -164,10 +167,7 @@ def test_changed_texts_and_damaged_results_are_named(
 def test_a_diverged_variant_does_not_stop_the_others(
     data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    one, run, tried = EXPERIMENTS["table2"], reproduction.run, []
-    monkeypatch.setattr(
-        "swat_lm.papers.variants.EXPERIMENTS", {"table2": type(one)("table2", "t", one.variants[:2], True)}
-    )
+    one, run, tried = keep(monkeypatch, "table2", EXPERIMENTS["table2"].names[:2]), reproduction.run, []
 
     def diverging(recipe: Any, told: Any) -> Any:
         tried.append(recipe.name)
@@ -216,10 +216,7 @@ def test_an_interruption_is_saved(data: Path, tmp_path: Path, in_process: list[s
     with pytest.raises(InterruptedRunError, match="step 2 of 4"):
         reproduce("figure5", "miniature", sources, out, [0], Watcher())
     monkeypatch.setattr(reproduction, "run", run)
-    monkeypatch.setattr(
-        "swat_lm.papers.variants.EXPERIMENTS",
-        {"figure5": type(EXPERIMENTS["figure5"])("figure5", "t", ("sliding-alibi-6-6", "sliding-alirope"), False)},
-    )
+    keep(monkeypatch, "figure5", ("sliding-alibi-6-6", "sliding-alirope"))
     assert reproduce("figure5", "miniature", sources, out, [0], Watcher())["seeds"] == [0]
 
 
@@ -227,12 +224,13 @@ def test_an_interruption_is_saved(data: Path, tmp_path: Path, in_process: list[s
 def test_every_variant_has_a_recipe_and_equal_size(scale: Any):
     for experiment in EXPERIMENTS.values():
         sizes = {}
-        for name, one in variants_of(experiment, scale).items():
+        for name, one in experiment.variants(scale).items():
             library = ARCHITECTURES.get(one.model.get("architecture", "swat"))
             if library is not None and library.requires and importlib.util.find_spec("fla") is None:
                 continue
-            budget = scale.benchmarks if one.is_benchmark else scale.analysis
-            sizes[name] = count_model_parameters(configure_model(variant_model(one, scale), budget.vocab_size)).total
+            recipe = experiment.recipe(one, scale, 0, Path("out"), ("text",), "bytes")
+            budget = experiment.budget(scale)
+            sizes[name] = count_model_parameters(configure_model(recipe.model, budget.vocab_size)).total
         reference = sizes.get("llama") or next(iter(sizes.values()))
         assert all(size == pytest.approx(reference, rel=0.02) for size in sizes.values()), sizes
 
@@ -274,10 +272,10 @@ def test_verdicts_need_twice_the_error():
 def test_claims_and_printed_numbers_name_real_variants():
     for claim in CLAIMS:
         names = {claim.worse.variant, claim.better.variant}
-        assert names <= set(EXPERIMENTS[claim.experiment].variants)
+        assert names <= set(EXPERIMENTS[claim.experiment].names)
     for experiment, rows in PRINTED.items():
-        assert set(rows) <= set(EXPERIMENTS[experiment].variants)
-    assert set(ANALYSIS) == {name for one in EXPERIMENTS.values() for name in one.variants}
+        assert set(rows) <= set(EXPERIMENTS[experiment].names)
+    assert set(ANALYSIS) == {name for one in EXPERIMENTS.values() for name in one.names}
 
 
 def test_errors_come_before_any_training(data: Path, tmp_path: Path):
@@ -285,7 +283,7 @@ def test_errors_come_before_any_training(data: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="did you mean table2"):
         find_experiment("tabel2")
     with pytest.raises(ValueError, match="nearest: small"):
-        find_scale("smal")
+        find_scale("smal", SCALES)
     with pytest.raises(ValueError, match="no folder"):
         sources_from_folder(tmp_path / "nothing", table2)
     (tmp_path / "corpus").mkdir()
@@ -296,6 +294,6 @@ def test_errors_come_before_any_training(data: Path, tmp_path: Path):
                   Watcher())  # fmt: skip
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="exists and is no reproduction"):
-        open_plan(data, find_scale("tiny"), sources_from_folder(data, table2))
+        open_plan(data, SCALES["tiny"], sources_from_folder(data, table2))
     # only Table 1 leaves out what the machine cannot run, and says so on its page
     assert "gla" not in check_variants(EXPERIMENTS["table1"], SCALES["small"])

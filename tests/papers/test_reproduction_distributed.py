@@ -12,11 +12,12 @@ WORDS = ["the", "red", "blue", "slow", "quick", "fox", "dog", "tree", "runs", "s
 PROGRAM = """
 import dataclasses, json, os, sys, time
 from pathlib import Path
-from swat_lm.papers import measuring, reproduction, variants
+from swat_lm.evaluate import length
+from swat_lm.papers import PAPERS, reproduction, texts
 from swat_lm.papers.watching import Watcher
 
-whole = variants.EXPERIMENTS["table2"]
-variants.EXPERIMENTS["table2"] = dataclasses.replace(whole, variants=whole.variants[:2])
+tables = PAPERS["swat"].experiments
+tables["table2"] = dataclasses.replace(tables["table2"], names=tables["table2"].names[:2])
 data, out = map(Path, sys.argv[1:])
 rank = os.environ["RANK"]
 
@@ -26,10 +27,10 @@ def slowly(function):
         return function(*arguments, **named)
     return later
 
-reproduction.sample_text = slowly(reproduction.sample_text)
-measuring.loss_on_same_text = slowly(measuring.loss_on_same_text)
+texts.sample_text = slowly(texts.sample_text)
+length.loss_on_same_text = slowly(length.loss_on_same_text)
 for count in (1, 2):
-    sources = reproduction.sources_from_folder(data, variants.EXPERIMENTS["table2"])
+    sources = reproduction.sources_from_folder(data, tables["table2"])
     found = reproduction.reproduce("table2", "miniature", sources, out, [0], Watcher())
     Path(f"{out}.rank{rank}.{count}").write_text(json.dumps(found))
 try:

@@ -3,7 +3,6 @@
 The recipe's steps are the most; a slower machine trains fewer, both models the same number.
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 
 from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.papers.worker import MOST_THREADS, usable_cores
 from swat_lm.recipe import Recipe
 
 __all__ = ["Pace", "find_pace", "steps_within", "threads"]
@@ -22,7 +22,6 @@ TRAINING_SHARE = 0.68
 # a step of the loop, beside its twin (optimizer, clipping, evaluation, shared caches), over the pass timed here
 LOOP_OVERHEAD = 1.35
 FEWEST = 20
-MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,7 @@ class Pace:
 
 
 def find_pace(recipes: Sequence[Recipe], vocab_size: int, minutes: float, timed: int = 5) -> Pace:
-    """Threads for each of the models trained side by side, and the steps that fit.
-
-    A model this small gains nothing from more than a few threads, and each waits for the slowest.
-    """
+    """Threads for each of the models trained side by side, and the steps that fit."""
     cores = usable_cores()
     count = min(MOST_THREADS, max(1, cores // len(recipes)))
     with threads(count):
@@ -45,11 +41,6 @@ def find_pace(recipes: Sequence[Recipe], vocab_size: int, minutes: float, timed:
     # side by side the slowest counts, unless they have to share cores
     together = max(max(seconds), sum(seconds) / cores)
     return Pace(count, steps_within(minutes, recipes[0].train.steps, together))
-
-
-def usable_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

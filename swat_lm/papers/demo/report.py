@@ -1,18 +1,15 @@
 """The demo's results.json, plots and report.html; every sentence about the outcome is decided by the numbers."""
 
-import html
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from swat_lm.evaluate.curves import LengthCurve, difference
+from swat_lm.evaluate.curves import LengthCurve, difference, write_whole
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_state_bytes, plot_training
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.cost import count_parameters, reach
-from swat_lm.papers.page import machine, picture, write_page
+from swat_lm.papers.page import machine, write_page
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.metrics import read_metrics
 from swat_lm.wording import counted
@@ -49,12 +46,19 @@ def write_report(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "machine": machine(threads),
     }
-    beside = out / ".tmp-results.json"
-    beside.write_text(write_figures(results) + "\n", encoding="utf-8")
-    beside.replace(out / "results.json")
+    write_whole(out / "results.json", write_figures(results) + "\n")
     # what was measured is kept before anything is drawn
     draw(out, recipes["swat"], curves, metrics)
-    write_page(out / "report.html", "swat-lm demo", render(out, recipes, results))
+    write_page(
+        out / "report.html",
+        "demo.html",
+        title="swat-lm demo",
+        **results,
+        pictures={name.partition(".")[0]: out / name for name in PICTURES},
+        sources=recipes["swat"].data.sources,
+        recipes={name: dump_recipe(recipe) for name, recipe in recipes.items()},
+        tolerance=TOLERANCE,
+    )
     return results
 
 
@@ -165,71 +169,3 @@ def draw(
     plot_training(training, held_out, out / PICTURES[1])
     kept = [Series(NAMES[name], c.lengths, [p.state_bytes for p in c.points]) for name, c in curves.items()]
     plot_state_bytes(kept, out / PICTURES[2])
-
-
-def render(out: Path, recipes: Mapping[str, Recipe], results: dict[str, Any]) -> str:
-    """The body of the page."""
-    swat, twin = results["models"]["swat"], results["models"]["twin"]
-    template = Template((files("swat_lm.papers.demo") / "report.html").read_text(encoding="utf-8"))
-    values = {name.partition(".")[0]: picture(out / name) for name in PICTURES}
-    values |= {
-        "claims": "\n".join(claim_row(claim) for claim in results["claims"]),
-        "curve_rows": "\n".join(map(curve_row, swat["curve"], twin["curve"], [results["training_length"]] * 99)),
-        "sample_prompt": html.escape(swat["stream"]["prompt"]),
-        "sample_text": html.escape(swat["stream"]["text"]),
-        "sample_tokens": f"{swat['stream']['tokens']:,}",
-        "tolerance": f"{TOLERANCE:g}",
-        "state_rows": "\n".join(state_row(model) for model in (swat, twin)),
-        "model_rows": "\n".join(model_row(model) for model in (swat, twin)),
-        "text_facts": "{documents:,} files, {bytes:,} bytes; {held_out_documents:,} of them ({held_out_tokens:,} "
-        "tokens) held out".format(**results["text"]),
-        "sources": html.escape(", ".join(recipes["swat"].data.sources)),
-        "steps": f"{results['steps']:,}",
-        "recipes": "\n".join(
-            f"<details><summary>{name}/recipe.yaml</summary><pre>{html.escape(dump_recipe(recipe))}</pre></details>"
-            for name, recipe in recipes.items()
-        ),
-        "machine_rows": "\n".join(
-            f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-            for name, value in results["machine"].items()
-        ),
-        "seconds": ", ".join(f"{name} {value:.0f} s" for name, value in results["seconds"].items()),
-    }
-    return template.substitute(values)
-
-
-def claim_row(claim: dict[str, Any]) -> str:
-    """One claim, its verdict and its numbers."""
-    verdict = "held" if claim["held"] else "did not hold"
-    kind = "held" if claim["held"] else "failed"
-    return f'<li class="{kind}"><b>{verdict}</b>: {html.escape(claim["claim"])}. {html.escape(claim["numbers"])}.</li>'
-
-
-def curve_row(swat: dict[str, Any], twin: dict[str, Any], trained: int) -> str:
-    """One evaluation length of both models."""
-    mark = " (training length)" if swat["length"] == trained else ""
-    cells = [f"{swat['length']:,}{mark}"]
-    cells += [f"{model[loss]:.3f}" for loss in ("mean_loss", "tail_loss") for model in (swat, twin)]
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def state_row(model: dict[str, Any]) -> str:
-    """The state of one model while it streamed."""
-    stream = model["stream"]
-    kind = "constant" if stream["state_constant"] else "growing"
-    return (
-        f"<tr><td>{model['name']}</td><td>{stream['state_bytes_first']:,}</td><td>{stream['state_bytes_last']:,}</td>"
-        f"<td>{kind}</td><td>{stream['tokens_per_second']:.0f}</td></tr>"
-    )
-
-
-def model_row(model: dict[str, Any]) -> str:
-    """Size and training of one model."""
-    reached = "everything before" if model["reach"] is None else f"{model['reach']:,}"
-    window = "none" if model["window"] is None else f"{model['window']:,}"
-    held_out = "" if model["held_out_loss"] is None else f"{model['held_out_loss']:.3f}"
-    cells = (
-        model["name"], f"{model['parameters']:,}", window, reached, f"{model['tokens_trained']:,}",
-        f"{model['training_seconds']:.0f}", held_out,
-    )  # fmt: skip
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

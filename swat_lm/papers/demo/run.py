@@ -1,7 +1,7 @@
 """The demo: a SWAT model and its full-attention twin trained on Python's own sources, compared far beyond their length.
 
 Each stage leaves a file, so that the same call continues after an interruption. Draws nothing on the terminal: whoever
-calls it watches. The page is report.py.
+calls it watches. The page is report.py's.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from swat_lm.data import TokenStore, load_tokenizer, prepare, resolve_sources, vocabulary_size
-from swat_lm.evaluate.curves import LengthCurve
+from swat_lm.evaluate.curves import LengthCurve, write_whole
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.length import loss_on_same_text, segments
 from swat_lm.model.modeling import SwatForCausalLM
@@ -32,6 +32,7 @@ from swat_lm.wording import counted
 __all__ = ["DemoSettings", "do_model", "run_demo"]
 
 MODELS = ("swat", "twin")
+WORKER = "swat_lm.papers.demo.run"
 # the longest evaluation, in training lengths
 LONGEST = 16
 SHORTEST = 0.25
@@ -84,7 +85,7 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
     if plan["pace"] is None:
         watcher.stage("measuring this machine")
         plan["pace"] = asdict(find_pace(list(recipes.values()), store.vocab_size, settings.minutes))
-        write_json(out / "plan.json", plan)
+        write_whole(out / "plan.json", write_figures(plan) + "\n")
     pace = Pace(**plan["pace"])
     recipes = {name: load_demo_recipe(name, out, settings, (f"train.steps={pace.steps}",)) for name in MODELS}
     seconds = dict(plan["seconds"])
@@ -95,10 +96,10 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
         )
         started = time.monotonic()
         try:
-            run_workers(out, missing, pace.threads, watcher)
+            run_workers(out, missing, pace.threads, watcher, WORKER)
         finally:
             seconds["training and evaluation"] = seconds.get("training and evaluation", 0) + time.monotonic() - started
-            write_json(out / "plan.json", {**plan, "seconds": seconds})
+            write_whole(out / "plan.json", write_figures({**plan, "seconds": seconds}) + "\n")
     curves = {name: read_curve(recipes[name]) for name in MODELS}
     with threads(pace.threads):
         samples = {
@@ -107,7 +108,7 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
         }
     seconds["last call"] = time.monotonic() - began
     watcher.stage("writing the report")
-    return write_report(out, recipes, curves, samples, asdict(store_facts(store)), seconds, pace.threads)
+    return write_report(out, recipes, curves, samples, text_facts(store), seconds, pace.threads)
 
 
 def open_plan(out: Path, settings: DemoSettings) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def open_plan(out: Path, settings: DemoSettings) -> dict[str, Any]:
     resolve_sources(settings.sources)
     out.mkdir(parents=True, exist_ok=True)
     plan = {"settings": wanted, "pace": None, "seconds": {}}
-    write_json(path, plan)
+    write_whole(path, write_figures(plan) + "\n")
     return plan
 
 
@@ -151,12 +152,6 @@ def evaluation_lengths(trained: int) -> list[int]:
     return lengths
 
 
-def held_out_documents(store: TokenStore) -> list[Any]:
-    """The held-out documents, in the store's order."""
-    split = store.split("held_out")
-    return [split[index] for index in range(len(split))]
-
-
 def do_model(out: Path, name: str, watcher: Watcher) -> None:
     """Train one model and evaluate it, as the plan in the folder says; what is done already is not done again.
 
@@ -172,7 +167,7 @@ def do_model(out: Path, name: str, watcher: Watcher) -> None:
     if result.interrupted:
         raise InterruptedRunError(f"stopped at step {result.last_step} of {recipe.train.steps}")
     lengths = evaluation_lengths(recipe.data.sequence_length)
-    streams = segments(held_out_documents(prepare(recipe.data)), lengths[-1], settings.streams)
+    streams = segments([*prepare(recipe.data).split("held_out")], lengths[-1], settings.streams)
     curve = loss_on_same_text(
         load_trained(recipe),
         streams,
@@ -225,25 +220,13 @@ def stream_one(recipe: Recipe, settings: DemoSettings, watcher: Watcher) -> dict
     }
 
 
-@dataclass(frozen=True)
-class StoreFacts:
+def text_facts(store: TokenStore) -> dict[str, int]:
     """What the page says about the text."""
-
-    documents: int
-    tokens: int
-    bytes: int
-    held_out_documents: int
-    held_out_tokens: int
-
-
-def store_facts(store: TokenStore) -> StoreFacts:
-    """Figures of a token store."""
     held_out = store.split("held_out")
-    return StoreFacts(store.num_documents, store.num_tokens, store.num_bytes, len(held_out), held_out.num_tokens)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write the values beside the place and rename."""
-    beside = path.with_name(f".tmp-{path.name}")
-    beside.write_text(write_figures(values) + "\n", encoding="utf-8")
-    beside.replace(path)
+    return {
+        "documents": store.num_documents,
+        "tokens": store.num_tokens,
+        "bytes": store.num_bytes,
+        "held_out_documents": len(held_out),
+        "held_out_tokens": held_out.num_tokens,
+    }

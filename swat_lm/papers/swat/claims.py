@@ -1,16 +1,9 @@
-"""The paper's claims as data, and their verdicts: held or broken only beyond twice the standard error of a paired gap.
+"""SWAT's claims as data (arXiv 2502.18845), its printed numbers, and what is doubtful in them."""
 
-A gap is what the claim says is positive. It is paired over documents, and over seeds where there are several.
-"""
-
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["CLAIMS", "Claim", "Loss", "Verdict", "judge", "paired_gap"]
-
-Samples = Mapping[int, Sequence[float]]
-"""Per seed, one value per document."""
+__all__ = ["CLAIMS", "DOUBTFUL", "PRINTED", "Claim", "Loss"]
 
 
 @dataclass(frozen=True)
@@ -34,66 +27,6 @@ class Claim:
     """The paper's own numbers for it."""
     worse: Loss
     better: Loss
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the measured gap says about a claim."""
-
-    says: str
-    paper: str
-    outcome: str
-    """held, broken, `undecided at this scale`, or `not measured`."""
-    gap: float | None
-    error: float | None
-    num_documents: int
-    num_seeds: int
-    remark: str = ""
-
-
-def paired_gap(worse: Samples, better: Samples) -> tuple[float, float | None, int, int]:
-    """Mean of `worse - better`, its standard error, documents and seeds.
-
-    The error joins the spread over documents (of gaps averaged over seeds) and, with several seeds, the spread over
-    seeds (of gaps averaged over documents); None where neither can be told. Raises ValueError without common seeds.
-    """
-    seeds = sorted(worse.keys() & better.keys())
-    if not seeds:
-        raise ValueError("no seed has both sides of the gap")
-    gaps = [[a - b for a, b in zip(worse[seed], better[seed], strict=True)] for seed in seeds]
-    by_seed = [math.fsum(one) / len(one) for one in gaps]
-    by_document = [math.fsum(one) / len(one) for one in zip(*gaps, strict=True)]
-    spreads = [spread for spread in (error_of_mean(by_document), error_of_mean(by_seed)) if spread is not None]
-    error = math.sqrt(math.fsum(one**2 for one in spreads)) if spreads else None
-    return math.fsum(by_seed) / len(by_seed), error, len(by_document), len(seeds)
-
-
-def error_of_mean(values: Sequence[float]) -> float | None:
-    """Standard error of the mean; None for one value."""
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((one - mean) ** 2 for one in values) / (len(values) - 1) / len(values))
-
-
-def judge(says: str, paper: str, worse: Samples | None, better: Samples | None, remark: str = "") -> Verdict:
-    """Held if the gap exceeds twice its standard error, broken if its opposite does, else undecided."""
-    if worse is None or better is None or not worse.keys() & better.keys():
-        return Verdict(says, paper, "not measured", None, None, 0, 0, remark)
-    gap, error, documents, seeds = paired_gap(worse, better)
-    outcome = "undecided at this scale"
-    if error is not None and abs(gap) > 2 * error:
-        outcome = "held" if gap > 0 else "broken"
-    return Verdict(says, paper, outcome, gap, error, documents, seeds, remark)
-
-
-def judge_losses(experiment: str, find: Callable[[Loss], Samples | None]) -> list[Verdict]:
-    """Verdicts of an experiment's claims; `find` gives the losses of each document."""
-    return [
-        judge(one.says, one.paper, find(one.worse), find(one.better))
-        for one in CLAIMS
-        if one.experiment == experiment
-    ]  # fmt: skip
 
 
 TEXT, BOOKS = "text", "books"
