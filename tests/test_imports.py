@@ -24,8 +24,8 @@ BELOW = {
 }
 BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data"}
 BELOW["serve"] = BELOW["model"] | {"model"}
-BELOW["papers"] = BELOW["train"] | {"train", "evaluate", "serve"}
-BELOW["cli"] = BELOW["papers"] | {"papers", "named_recipes"}
+BELOW["papers"] = BELOW["train"] | {"train", "evaluate", "serve", "named_recipes"}
+BELOW["cli"] = BELOW["papers"] | {"papers"}
 for allowed in BELOW.values():
     # words alone
     allowed.add("wording")

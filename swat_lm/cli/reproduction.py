@@ -71,10 +71,10 @@ def reproduce(
     source = text or ([offered] if data is None and offered else None)
     if data is None and source is None:
         raise ValueError(f"--scale {scale} needs text: give --data FOLDER, or --text and --books")
-    if data is not None and not (text and (books or "books" not in chosen.texts)):
-        found = sources_from_folder(data, chosen)
-    else:
-        found = Sources((), (), str(data) if data else "hub")
+    is_named = text and (books or "books" not in chosen.texts)
+    found = Sources((), (), "hub") if data is None else (
+        Sources((), (), str(data)) if is_named else sources_from_folder(data, chosen)
+    )  # fmt: skip
     sources = Sources(
         text=tuple(source or found.text),
         books=tuple(books or found.books),

@@ -1,8 +1,10 @@
-"""Papers' tables and figures run anew and judged, the demo, and pages that compare runs."""
+"""Papers' tables and figures run anew and judged, studies, the demo, and pages that compare runs."""
 
 import difflib
 
+from swat_lm.named_recipes import SUFFIXES
 from swat_lm.papers.experiment import Experiment, Paper
+from swat_lm.papers.studies import load_study
 from swat_lm.papers.swat import SWAT
 
 PAPERS: dict[str, Paper] = {"swat": SWAT}
@@ -11,10 +13,12 @@ __all__ = ["PAPERS", "find_experiment"]
 
 
 def find_experiment(name: str) -> Experiment:
-    """A paper's table or figure by its name; raises ValueError naming the nearest."""
+    """A paper's table or figure by its name, or a study by its file; raises ValueError naming the nearest."""
     known = {key: one for paper in PAPERS.values() for key, one in paper.experiments.items()}
     if name in known:
         return known[name]
+    if name.endswith(SUFFIXES):
+        return load_study(name)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"no experiment {name!r}{hint} Expected one of {', '.join(known)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+import swat_lm.model.configuration  # noqa: F401 registers ours
 from swat_lm.evaluate.curves import LengthCurve, write_whole
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.plots import COLOURS, Series, plot_loss_by_length, plot_state_bytes, plot_training
@@ -67,19 +68,12 @@ def read_run(folder: Path, name: str | None = None) -> RunFindings:
         folder=folder,
         recipe=load_recipe(folder / "recipe.yaml"),
         metrics=metrics,
-        config=load_config(folder / "export") if config.exists() else None,
+        config=AutoConfig.from_pretrained(folder / "export") if config.exists() else None,
         lengths={
             str(path.relative_to(folder).with_suffix("")): parse(path, LengthCurve.from_json) for path in sorted(paths)
         },
         recalls=recalls,
     )
-
-
-def load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of an exported model, ours or a library's."""
-    import swat_lm.model.configuration  # noqa: F401 registers ours
-
-    return AutoConfig.from_pretrained(folder)
 
 
 def parse(path: Path, read: Callable[[str], Any]) -> Any:
@@ -184,7 +178,13 @@ def draw(runs: Sequence[RunFindings], out: Path) -> dict[str, Path]:
     for number, place in enumerate(dict.fromkeys(place for one in runs for place in one.lengths)):
         found = [(one, curve) for one in runs if (curve := one.lengths.get(place)) is not None]
         series = [
-            replace(length_series(one.name + how_read(one, curve), curve), style=style[one.name])
+            Series(
+                one.name + how_read(one, curve),
+                curve.lengths,
+                [point.mean_loss for point in curve.points],
+                [point.mean_loss_error for point in curve.points],
+                style[one.name],
+            )
             for one, curve in found
         ]
         plot_loss_by_length(series, at(f"Loss against length ({place})", f"length-{number}"))
@@ -212,12 +212,6 @@ def how_read(one: RunFindings, curve: LengthCurve) -> str:
     own = None if one.config is None else widest_window(one.config)
     window = "" if curve.window == own else f", window {'none' if curve.window is None else f'{curve.window:,}'}"
     return window + (f", first {counted(curve.num_sinks, 'token')} kept" if curve.num_sinks else "")
-
-
-def length_series(name: str, curve: LengthCurve) -> Series:
-    """Loss by length with its standard errors over documents."""
-    losses = [point.mean_loss for point in curve.points]
-    return Series(name, curve.lengths, losses, [point.mean_loss_error for point in curve.points])
 
 
 def columns(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:

@@ -79,11 +79,12 @@ class Experiment(ABC):
     """The paper's own numbers."""
     doubtful: tuple[str, ...] = field(default=(), kw_only=True)
     """What is doubtful in them."""
-    scales: ClassVar[Mapping[str, Scale]]
     texts: ClassVar[tuple[str, ...]] = ()
     """Texts that loss by length is measured on: `text` (held out from training), `books`."""
     reads_benchmarks: ClassVar[bool] = False
     """Whether it asks the questions of lm-evaluation-harness."""
+    lists_losses: ClassVar[bool] = False
+    """Whether the JSON holds the losses of each variant by text and length."""
     leaves_out: ClassVar[bool] = False
     """Whether variants that a machine cannot train are left out instead of refused."""
     budget_name: ClassVar[str] = "analysis"
@@ -96,6 +97,11 @@ class Experiment(ABC):
     def key(self) -> str:
         """What finds the experiment again in another process."""
         return self.name
+
+    @property
+    @abstractmethod
+    def scales(self) -> Mapping[str, Scale]:
+        """How large it can be, by name."""
 
     @abstractmethod
     def variants(self, scale: Scale) -> Mapping[str, Variant]:
@@ -130,10 +136,6 @@ class Experiment(ABC):
     @abstractmethod
     def verdicts(self, found: "Findings") -> list[Verdict]:
         """The outcome of every claim."""
-
-    def losses(self, found: "Findings", one: Any) -> dict[str, Any]:
-        """Mean and standard error of a variant's loss by text and length, where the JSON holds them."""
-        return {}
 
     def sections(self, found: "Findings") -> list[Section]:
         """The tables of its page, beside that of training."""

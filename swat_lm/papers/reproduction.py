@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from swat_lm.data import load_tokenizer, vocabulary_size
 from swat_lm.evaluate.curves import write_whole
-from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
+from swat_lm.model.architectures import check_trainable, configure_model, count_model_parameters, training_flops
 from swat_lm.papers import find_experiment
 from swat_lm.papers.experiment import Experiment, Run, Variant
 from swat_lm.papers.measuring import note_divergence, read_divergence
@@ -104,19 +105,23 @@ def plan_without_running(name: str, scale_name: str) -> list[dict[str, Any]]:
             "rows_per_step": train.batch_size,
         }  # fmt: skip
         try:
-            config = configure_model(recipe.model, experiment.budget(scale).vocab_size)
+            config = configure_model(recipe.model, vocabulary_of(experiment, scale))
         except ValueError as error:
             rows.append(row | {"remark": str(error)})
             continue
-        with torch.device("meta"):
-            counted = sum(parameter.numel() for parameter in build_model(config).parameters())
-        flops = training_flops(config, length)
+        counted, flops = count_model_parameters(config).total, training_flops(config, length)
         total = flops.per_token * tokens
         hours = total / (A800_FLOPS_PER_SECOND * UTILISATION) / 3600
         rows.append(
             row | {"parameters": counted, "flops": total, "flops_by": flops.method, "gpu_hours": hours, "remark": ""}
         )
     return rows
+
+
+def vocabulary_of(experiment: Experiment, scale: Scale) -> int:
+    """Ids that its models are counted with: the most of the budget, or those of its tokenizer."""
+    budget = experiment.budget(scale)
+    return budget.vocab_size or vocabulary_size(load_tokenizer(budget.tokenizer or "bytes"))
 
 
 def check_variants(experiment: Experiment, scale: Scale) -> dict[str, Variant]:
@@ -133,7 +138,7 @@ def check_variants(experiment: Experiment, scale: Scale) -> dict[str, Variant]:
             if not experiment.leaves_out:
                 raise
             continue
-        configure_model(recipe.model, experiment.budget(scale).vocab_size)
+        configure_model(recipe.model, vocabulary_of(experiment, scale))
         able[name] = one
     return able
 

@@ -82,7 +82,14 @@ def describe(found: Findings, one: Any) -> dict[str, Any]:
         "tokens": recipe.train.steps * recipe.train.batch_size * recipe.data.sequence_length,
         "training_loss": mean,
         "training_loss_error": error,
-        "losses": found.experiment.losses(found, one),
+        "losses": {
+            text: {
+                str(length): dict(zip(("mean", "error"), found.mean_loss(one, text, length), strict=True))
+                for length in found.scale.lengths
+            }
+            for text in found.experiment.texts
+            if found.experiment.lists_losses
+        },
     }
 
 

@@ -108,7 +108,9 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
                     raise
                 interrupted = True
                 watcher.stage("stopping after this step, and saving ...")
-                stop(workers)
+                for worker in workers.values():
+                    if worker.poll() is None:
+                        worker.send_signal(signal.SIGINT)
         codes = {name: worker.wait() for name, worker in workers.items()}
     finally:
         # on the way out by an error nothing of ours may go on in the background
@@ -123,13 +125,6 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
     wrong = {name: code for name, code in codes.items() if code}
     if wrong:
         raise RuntimeError(f"the workers ended with {wrong}; their messages are above")
-
-
-def stop(workers: dict[str, subprocess.Popen]) -> None:
-    """Ask the workers that still run to save and end."""
-    for worker in workers.values():
-        if worker.poll() is None:
-            worker.send_signal(signal.SIGINT)
 
 
 def forward(name: str, worker: subprocess.Popen, put: Callable[[tuple[str, str | None]], None]) -> None:

@@ -18,6 +18,7 @@ from swat_lm.papers.demo.pace import steps_within
 from swat_lm.papers.demo.report import judge
 from swat_lm.papers.demo.run import DemoSettings, evaluation_lengths, open_plan, run_demo
 from swat_lm.papers.watching import Watcher
+from swat_lm.papers.worker import work
 
 
 class Notes(Watcher):
@@ -194,14 +195,19 @@ def test_a_workers_error_comes_through(tmp_path: Path, sources: tuple[str, ...])
         run_demo(out, quick(sources), Watcher())
 
 
-def test_a_diverged_run_is_told_in_a_sentence(tmp_path: Path):
+def test_a_diverged_run_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "unstable.py").write_text(
         "from swat_lm.train.events import DivergedError\n"
-        "def do_model(out, name, watcher):\n    raise DivergedError('the loss is nan at step 7')\n"
+        "def do_model(out, name, watcher):\n"
+        "    print('what a library prints', flush=True)\n"
+        "    raise DivergedError('the loss is nan at step 7')\n"
     )
-    command = [sys.executable, "-m", "swat_lm.papers.worker", str(tmp_path), "name", "unstable"]
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-    assert ran.returncode == 2, ran.stderr
-    assert json.loads(ran.stdout) == ["fail", "the loss is nan at step 7"]
-    assert "Traceback" not in ran.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, (tmp_path / name).open("w"))
+    code = work(tmp_path, "name", "unstable")
+    monkeypatch.undo()
+    assert code == 2
+    # the parent reads stdout, so nothing else may be there
+    assert json.loads((tmp_path / "stdout").read_text()) == ["fail", "the loss is nan at step 7"]
+    assert (tmp_path / "stderr").read_text() == "what a library prints\n"

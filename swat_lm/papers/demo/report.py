@@ -9,7 +9,7 @@ from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_state_bytes, plot_training
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.cost import count_parameters, reach
-from swat_lm.papers.page import machine, write_page
+from swat_lm.papers.page import machine, with_error, write_page
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.metrics import read_metrics
 from swat_lm.wording import counted
@@ -81,17 +81,17 @@ def judge(
         {
             "claim": f"SWAT stays flat or falls from its training length ({trained:,}) to {longest:,} tokens",
             "held": swat <= TOLERANCE,
-            "numbers": f"loss changes by {signed(swat, swat_error)} nats per token",
+            "numbers": f"loss changes by {with_error(swat, swat_error, sign='+')} nats per token",
         },
         {
             "claim": f"The full-attention twin breaks beyond its training length, at {longest:,} tokens",
             "held": twin > TOLERANCE and twin > 2 * (twin_error or 0.0),
-            "numbers": f"loss changes by {signed(twin, twin_error)} nats per token",
+            "numbers": f"loss changes by {with_error(twin, twin_error, sign='+')} nats per token",
         },
         {
             "claim": f"At {longest:,} tokens SWAT is the better of the two",
             "held": ahead > 2 * (ahead_error or 0.0),
-            "numbers": f"the twin's loss is {signed(ahead, ahead_error)} nats per token against SWAT's",
+            "numbers": f"the twin's loss is {with_error(ahead, ahead_error, sign='+')} nats per token against SWAT's",
         },
         {
             "claim": "SWAT's stream keeps a state of constant size",
@@ -106,11 +106,6 @@ def change(curve: LengthCurve, trained: int, to: int) -> tuple[float, float | No
     before, after = curve.lengths.index(trained), curve.lengths.index(to)
     losses = curve.document_mean_loss
     return difference([row[after] for row in losses], [row[before] for row in losses])
-
-
-def signed(value: float, error: float | None) -> str:
-    """+0.123 +- 0.004."""
-    return f"{value:+.3f}" + ("" if error is None else f" \u00b1 {error:.3f}")
 
 
 def describe(

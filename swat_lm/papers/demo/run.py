@@ -100,7 +100,8 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
         finally:
             seconds["training and evaluation"] = seconds.get("training and evaluation", 0) + time.monotonic() - started
             write_whole(out / "plan.json", write_figures({**plan, "seconds": seconds}) + "\n")
-    curves = {name: read_curve(recipes[name]) for name in MODELS}
+    texts = {name: Path(recipes[name].out, "length.json").read_text(encoding="utf-8") for name in MODELS}
+    curves = {name: LengthCurve.from_json(text) for name, text in texts.items()}
     with threads(pace.threads):
         samples = {
             name: stream_one(recipes[name], settings, watcher if name == "swat" else Watcher())
@@ -175,11 +176,6 @@ def do_model(out: Path, name: str, watcher: Watcher) -> None:
         on_progress=lambda done, total: watcher.count(f"{name} at all lengths", done, total),
     )
     curve.save(Path(recipe.out, "length.json"))
-
-
-def read_curve(recipe: Recipe) -> LengthCurve:
-    """What `do_model` measured."""
-    return LengthCurve.from_json(Path(recipe.out, "length.json").read_text(encoding="utf-8"))
 
 
 def load_trained(recipe: Recipe) -> SwatForCausalLM:

@@ -17,6 +17,7 @@ from swat_lm.papers.verdicts import Verdict, judge
 
 __all__ = ["StateVariance", "TrainingLoss"]
 
+VARIANCES = Path("evaluation", "variances.json")
 FIRST_POSITIONS = 12
 PARTS = 8
 """Parts of the last third of training, each a document of Figure 5's gaps."""
@@ -31,7 +32,7 @@ class StateVariance(SwatExperiment):
         def measured(told: Progress) -> None:
             from swat_lm.papers.swat.variances import measure_variances
 
-            measure_variances(run, variance_path(run.folder))
+            measure_variances(run, run.folder / VARIANCES)
             told("variances of hidden states", 1, 1)
 
         return [measured] if read_variances(run.folder) is None else []
@@ -87,14 +88,9 @@ class StateVariance(SwatExperiment):
         return drawn
 
 
-def variance_path(run: Path) -> Path:
-    """Where the variances of hidden states lie."""
-    return run / "evaluation" / "variances.json"
-
-
 def read_variances(run: Path) -> dict[str, Any] | None:
     """What was measured, if it was; not what an earlier version measured without an untrained twin."""
-    path = variance_path(run)
+    path = run / VARIANCES
     found = read_json(path) if path.exists() else None
     return found if found is not None and "untrained_first_over_rest" in found else None
 

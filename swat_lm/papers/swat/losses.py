@@ -1,7 +1,7 @@
 """SWAT's Tables 2 and 3 and its Figure 2: loss against length, behind windows, on held-out text and on books."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -45,6 +45,7 @@ class LossTable(SwatExperiment):
     """Losses of every variant at every length, the paper's beside them."""
 
     texts: ClassVar[tuple[str, ...]] = ("text", "books")
+    lists_losses: ClassVar[bool] = True
 
     @override
     def measure(self, one: SizedVariant, run: Run) -> list[Measurement]:
@@ -54,16 +55,6 @@ class LossTable(SwatExperiment):
     @override
     def verdicts(self, found: Findings) -> list[Verdict]:
         return claimed(found)
-
-    @override
-    def losses(self, found: Findings, one: SizedVariant) -> dict[str, Any]:
-        return {
-            text: {
-                str(length): dict(zip(("mean", "error"), found.mean_loss(one, text, length), strict=True))
-                for length in found.scale.lengths
-            }
-            for text in self.texts
-        }
 
     @override
     def sections(self, found: Findings) -> list[Section]:

@@ -6,7 +6,7 @@ A variant that two experiments need is trained once.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from typing_extensions import override
 
@@ -67,7 +67,11 @@ class SwatExperiment(Experiment):
     """Variants of ANALYSIS at SWAT's scales."""
 
     names: tuple[str, ...] = ()
-    scales: ClassVar[Mapping[str, Scale]] = SCALES
+
+    @property
+    @override
+    def scales(self) -> Mapping[str, Scale]:
+        return SCALES
 
     @override
     def variants(self, scale: Scale) -> Mapping[str, SizedVariant]:
