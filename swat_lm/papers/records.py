@@ -15,7 +15,7 @@ from swat_lm.model.architectures import count_model_parameters
 from swat_lm.model.loading import load_causal_lm
 from swat_lm.papers.experiment import Progress, Run
 from swat_lm.papers.findings import Findings
-from swat_lm.papers.measuring import read_json
+from swat_lm.papers.measuring import parsed, read_json
 from swat_lm.papers.page import machine
 from swat_lm.recipe import DataRecipe, TrainRecipe
 from swat_lm.train.metrics import read_metrics
@@ -53,7 +53,8 @@ def has_record(run: Run) -> bool:
     path = record_path(run.out, run.recipe.name)
     if not path.exists():
         return False
-    other = difference(read_json(path).get("identity"), identity(run))
+    held = parsed(path, lambda text: read_figures(text)["identity"])
+    other = difference(held, identity(run))
     if other is not None:
         raise ValueError(f"{path} is of another run ({other}): remove it, or name another folder for --out")
     return True

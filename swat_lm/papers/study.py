@@ -60,15 +60,20 @@ class Study(Experiment):
     claims_heading: ClassVar[str] = "Beside the baseline"
 
     def __post_init__(self) -> None:
-        lengths = list(self.lengths)
-        if not lengths or lengths != sorted(set(lengths)) or lengths[0] < 1 or any(lengths[-1] % x for x in lengths):
+        for key, one in {"overrides": self.overrides, "quick": self.quick, **self.changes}.items():
+            if not isinstance(one, list) or not all(isinstance(each, str) for each in one):
+                raise ValueError(f"{self.path}: {key}: expected a list of overrides, each KEY=VALUE; got {one!r}")
+            if not re.fullmatch(r"[\w.-]+", str(key)):
+                raise ValueError(f"{self.path}: changes: expected a name of letters, digits, . and -; got {key!r}")
+        lengths, numbers = list(self.lengths), [*self.lengths, *self.seeds]
+        if not numbers or not all(isinstance(one, int) and one >= 0 for one in numbers):
+            raise ValueError(f"{self.path}: lengths and seeds: expected lists of whole numbers; got {numbers}")
+        if not lengths or lengths != sorted(set(lengths)) or not lengths[0] or any(lengths[-1] % x for x in lengths):
             raise ValueError(f"{self.path}: lengths: expected rising numbers that divide the last; got {lengths}")
         if self.baseline not in self.changes or len(self.changes) < 2:
-            got = f"{self.baseline!r} of {', '.join(self.changes)}"
+            got = f"{self.baseline!r} of {', '.join(map(str, self.changes))}"
             raise ValueError(f"{self.path}: baseline: expected one of two or more changes; got {got}")
         for name, overrides in self.changes.items():
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"{self.path}: changes: expected a name of letters, digits, . and -; got {name!r}")
             for one in filter(SHARED.match, overrides):
                 raise ValueError(f"{self.path}: {name}: {one}: this is the same for all variants of a study")
             for scale in ("full", "quick"):

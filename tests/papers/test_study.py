@@ -96,9 +96,10 @@ def test_a_study_goes_on_from_its_records(
     (there / "records" / "narrow-seed0.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"narrow-seed0\.json is of another run \(train\.learning_rate is 0\.5 there"):
         reproduce(study, "full", Sources((str(tmp_path / "text"),), (), "hub"), there, [0, 1], Watcher())
-    (there / "records" / "narrow-seed0.json").write_text("{")
-    with pytest.raises(ValueError, match=r"narrow-seed0\.json is damaged .*: remove it"):
-        reproduce(study, "full", Sources((str(tmp_path / "text"),), (), "hub"), there, [0, 1], Watcher())
+    for damaged in ("{", "[1]"):
+        (there / "records" / "narrow-seed0.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"narrow-seed0\.json is damaged .*: remove it"):
+            reproduce(study, "full", Sources((str(tmp_path / "text"),), (), "hub"), there, [0, 1], Watcher())
 
 
 def test_a_text_that_will_not_do_keeps_the_records(study: str, tmp_path: Path, in_process: list[str]):
@@ -116,6 +117,8 @@ def test_a_text_that_will_not_do_keeps_the_records(study: str, tmp_path: Path, i
         ("lengths: [1, 2]", "lengths: [2, 3]", "lengths: expected rising numbers that divide the last"),
         ("lengths: [1, 2]", "lengths: 2", "lengths: expected a list; got 2"),
         ("baseline: wide", "baseline: with", "expected one of two or more changes; got 'with' of wide, narrow"),
+        ("lengths: [1, 2]", "lengths: [1, two]", "expected lists of whole numbers"),
+        ("[model.sliding_window=4]", "model.sliding_window=4", "narrow: expected a list of overrides"),
         ("narrow: [model", "a/b: [model", "expected a name of letters"),
         ("model.sliding_window=4", "data.held_out=0.5", "the same for all variants"),
         ("train.steps=6", "train.stepz=6", r"train\.stepz"),

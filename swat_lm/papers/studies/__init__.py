@@ -42,4 +42,6 @@ def load_study(name: str) -> Study:
     for key, value in values.items():
         if not isinstance(value, offered[key]):
             raise ValueError(f"{path}: {key}: expected a {offered[key].__name__}; got {value!r}")
-    return Study(path.stem, path=path, **values)
+    # a name such as 16 is a number to YAML
+    changes = {str(name): overrides for name, overrides in values.pop("changes").items()}
+    return Study(path.stem, path=path, changes=changes, **values)
