@@ -8,7 +8,7 @@ import typer
 from swat_lm.cli.console import key_value_table, on_main_process, results
 from swat_lm.cli.demonstration import watching
 from swat_lm.cli.outputs import check_folder
-from swat_lm.cli.reproduction import parse_seeds, show_outcome, show_plan
+from swat_lm.cli.reproduction import check_texts, parse_seeds, show_outcome, show_plan
 
 __all__ = ["study"]
 
@@ -49,6 +49,7 @@ def study(
     folder, scale = out or Path("studies", chosen.name), "quick" if quick else "full"
     check_folder(folder, "--out")
     if dry_run:
+        check_texts(chosen, None, text or [])
         show_plan(chosen.key, scale, len(numbers))
         return
     results().print("importing torch and transformers ...", style="dim")

@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_page_shows_what_was_measured(runs: dict[str, Path], tmp_path: Path):
-    swat, llama = read_run(runs["swat"]), read_run(runs["llama"], "full attention")
+    swat, llama = read_run(runs["swat"]), read_run(runs["llama"], "full <attention>")
     curve = summarise([16, 32], [[2.0, 1.9], [2.2, 2.1]], [[2.0, 1.9], [2.2, 2.1]], [8, 8], 100, 8, same_text=True)
     point = RecallPoint(16, 10, 10, 0.5, 0.24, 0.76, 1.0, 0.1)
     swat = replace(swat, lengths={"length": curve}, recalls={"passkey": RecallCurve("passkey", (point,), 8, 15)})
@@ -52,7 +52,9 @@ def test_page_shows_what_was_measured(runs: dict[str, Path], tmp_path: Path):
     assert len(set(ours["state_bytes"].values())) == 1
     assert theirs["state_bytes"][128] == 2 * theirs["state_bytes"][64]
     assert ours["loss_by_length"]["length"][32][0] == pytest.approx(2.0)
-    assert [line.partition(":")[0] for line in found["not_measured"]] == ["full attention"] * 2
+    assert [line.partition(":")[0] for line in found["not_measured"]] == ["full <attention>"] * 2
+    assert "full &lt;attention&gt;" in page
+    assert "<attention>" not in page
     assert "swat-lm evaluate length" in page
 
 

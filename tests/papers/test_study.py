@@ -150,4 +150,5 @@ def test_the_command_lists_and_checks(cli, here: Path, study: str):
     plan = cli("study", study, "--dry-run", "--seeds", "0,1").out
     assert "narrow" in plan
     assert "2 runs a seed, 2 seeds" in plan
+    assert "nothing" in cli("study", study, "--dry-run", "--text", "nothing").err
     assert "cannot write --out run.yaml" in cli("study", study, "--out", "run.yaml").err

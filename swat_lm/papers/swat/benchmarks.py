@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
@@ -86,30 +86,30 @@ class Benchmarks(SwatExperiment):
         return {"Average of the eight accuracies": path}
 
 
+def answers(found: Findings, name: str) -> dict[int, dict[str, Any]]:
+    """A variant's results by seed and task; empty for one that was left out."""
+    return {seed: found.tasks(found.chosen[name], seed) for seed in found.seeds if name in found.chosen}
+
+
 def average_accuracy(found: Findings, name: str) -> Samples | None:
     """Percent per document, weighted so that their mean is the average of the eight tasks."""
     from swat_lm.evaluate.table1 import COLUMNS
 
     columns = [(one.task, one.metric) for one in COLUMNS if one.is_percent]
     samples: dict[int, list[float]] = {}
-    for seed in found.seeds if name in found.chosen else ():
-        results = found.tasks(found.chosen[name], seed)
-        if any(task not in results for task, _ in columns):
-            continue
-        scores = [[float(x) for x in results[task].documents[metric]] for task, metric in columns]
-        total = sum(map(len, scores))
-        samples[seed] = [100 * x * total / (len(columns) * len(row)) for row in scores for x in row]
+    for seed, results in answers(found, name).items():
+        if all(task in results for task, _ in columns):
+            scores = [[float(x) for x in results[task].documents[metric]] for task, metric in columns]
+            total = sum(map(len, scores))
+            samples[seed] = [100 * x * total / (len(columns) * len(row)) for row in scores for x in row]
     return samples or None
 
 
 def wikitext(found: Findings, name: str) -> Samples | None:
     """Nats per word of each article."""
-    samples = {}
-    for seed in found.seeds if name in found.chosen else ():
-        result = found.tasks(found.chosen[name], seed).get("wikitext")
-        if result is not None:
-            samples[seed] = [-value / words for value, words in result.documents["word_perplexity"]]
-    return samples or None
+    task = "wikitext"
+    pairs = {seed: one[task].documents["word_perplexity"] for seed, one in answers(found, name).items() if task in one}
+    return {seed: [-value / words for value, words in row] for seed, row in pairs.items()} or None
 
 
 def mean_average(found: Findings, one: SizedVariant) -> tuple[float | None, float | None]:
