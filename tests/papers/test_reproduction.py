@@ -31,6 +31,7 @@ from swat_lm.train import DivergedError
 from tests.papers.test_demo import Notes
 
 EXPERIMENTS = PAPERS["swat"].experiments
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def keep(monkeypatch: pytest.MonkeyPatch, name: str, names: tuple[str, ...]) -> Any:
@@ -243,12 +244,33 @@ def test_verdicts_need_twice_the_error():
 
 
 def test_claims_and_printed_numbers_name_real_variants():
-    for claim in CLAIMS:
-        names = {claim.worse.variant, claim.better.variant}
-        assert names <= set(EXPERIMENTS[claim.experiment].names)
+    for experiment, claims in CLAIMS.items():
+        names = {side.variant for claim in claims for side in (claim.worse, claim.better)}
+        assert names <= set(EXPERIMENTS[experiment].names)
     for experiment, rows in PRINTED.items():
         assert set(rows) <= set(EXPERIMENTS[experiment].names)
     assert set(ANALYSIS) == {name for one in EXPERIMENTS.values() for name in one.names}
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*-tiny.json")), ids=lambda path: path.stem)
+def test_recorded_verdicts_are_those_of_today(path: Path):
+    held = json.loads(path.read_text())
+    experiment = EXPERIMENTS[held["experiment"]]
+    scale = experiment.scales[held["scale"]]
+    assert [one["name"] for one in held["variants"]] == list(experiment.variants(scale))
+    for one in held["variants"]:
+        recipe = experiment.recipe(experiment.variants(scale)[one["name"]], scale, 0, Path("out"), ("text",), "bytes")
+        vocab_size = experiment.budget(scale).vocab_size
+        assert count_model_parameters(configure_model(recipe.model, vocab_size)).total == one["parameters"]
+        assert recipe.train.steps * recipe.train.batch_size * recipe.data.sequence_length == one["tokens"]
+    assert held["printed_in_the_paper"] == experiment.printed
+    # a gap and its error again, of two documents that have them
+    for claim in held["claims"]:
+        gap, error = claim["gap"], claim["error"]
+        again = judge("", "", {0: [gap + error, gap - error]}, {0: [0.0, 0.0]})
+        assert (again.outcome, again.error) == (claim["outcome"], pytest.approx(error))
+    said = [claim["says"] for claim in held["claims"]]
+    assert said[: len(CLAIMS.get(experiment.name, ()))] == [claim.says for claim in CLAIMS.get(experiment.name, ())]
 
 
 def test_errors_come_before_any_training(data: Path, tmp_path: Path):

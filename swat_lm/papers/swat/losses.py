@@ -34,11 +34,8 @@ def claimed(found: Findings) -> list[Verdict]:
         window = scale.sizes[wanted.window] if wanted.window else found.window(one)
         return found.losses(one, wanted.text, length, window) or None
 
-    return [
-        judge(one.says, one.paper, side(one.worse), side(one.better))
-        for one in CLAIMS
-        if one.experiment == found.experiment.name
-    ]  # fmt: skip
+    claims = CLAIMS[found.experiment.name]
+    return [judge(one.says, one.paper, side(one.worse), side(one.better)) for one in claims]
 
 
 class LossTable(SwatExperiment):
