@@ -88,10 +88,6 @@ class Findings:
 
         return read_metrics(self.run_folder(one, seed) / "metrics.jsonl")
 
-    def final_loss(self, one: Any, seed: int) -> float:
-        """Mean training loss of the last twentieth of the logged steps."""
-        return recent_loss(self.training(one, seed))
-
     def parameters(self, one: Any) -> int:
         """Parameters of a variant, from its configuration."""
         from swat_lm.model.architectures import configure_model, count_model_parameters

@@ -109,12 +109,13 @@ def plan_without_running(name: str, scale_name: str) -> list[dict[str, Any]]:
         except ValueError as error:
             rows.append(row | {"remark": str(error)})
             continue
-        counted, flops = count_model_parameters(config).total, training_flops(config, length)
+        flops = training_flops(config, length)
         total = flops.per_token * tokens
-        hours = total / (A800_FLOPS_PER_SECOND * UTILISATION) / 3600
-        rows.append(
-            row | {"parameters": counted, "flops": total, "flops_by": flops.method, "gpu_hours": hours, "remark": ""}
-        )
+        row |= {
+            "parameters": count_model_parameters(config).total, "flops": total, "flops_by": flops.method,
+            "gpu_hours": total / (A800_FLOPS_PER_SECOND * UTILISATION) / 3600, "remark": "",
+        }  # fmt: skip
+        rows.append(row)
     return rows
 
 
@@ -203,14 +204,13 @@ def is_done(out: Path, job: str) -> bool:
 
 def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
     """Train and measure; on a CPU several at a time, each with few threads, which small models use best."""
-    begun, finished = time.monotonic(), 0
+    begun = time.monotonic()
     in_here = torch.cuda.is_available() or "RANK" in os.environ
     together = 1 if in_here else max(1, min(len(jobs), usable_cores()))
     for first in range(0, len(jobs), together):
         batch = list(jobs[first : first + together])
-        left = (
-            "" if not finished else f"; about {clock((time.monotonic() - begun) / finished * (len(jobs) - first))} left"
-        )
+        # as long a batch as those before it
+        left = f"; about {clock((time.monotonic() - begun) / first * (len(jobs) - first))} left" if first else ""
         names = ", ".join("{1} seed {2}".format(*job.rsplit(":", 2)) for job in batch)
         done = of - len(jobs) + first
         watcher.stage(f"runs {done + 1} to {done + len(batch)} of {of}: {names}{left}")
@@ -219,7 +219,6 @@ def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
         else:
             threads = max(1, min(MOST_THREADS, usable_cores() // len(batch)))
             run_workers(out, batch, threads, watcher, WORKER)
-        finished += len(batch)
 
 
 def clock(seconds: float) -> str:

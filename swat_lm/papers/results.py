@@ -11,7 +11,7 @@ import torch
 from swat_lm.evaluate.curves import mean_and_error, write_whole
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.papers.experiment import Experiment, Section, Variant
-from swat_lm.papers.findings import Findings
+from swat_lm.papers.findings import Findings, recent_loss
 from swat_lm.papers.page import machine, with_error, write_page
 from swat_lm.papers.scales import Scale
 from swat_lm.papers.verdicts import Verdict
@@ -71,7 +71,7 @@ def write_results(
 
 def describe(found: Findings, one: Any) -> dict[str, Any]:
     """The figures of one variant, over seeds."""
-    finals = [found.final_loss(one, seed) for seed in found.finished(one)]
+    finals = [recent_loss(found.training(one, seed)) for seed in found.finished(one)]
     recipe = found.recipe(one)
     mean, error = mean_and_error(finals) if finals else (None, None)
     return {

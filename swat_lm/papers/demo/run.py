@@ -100,8 +100,10 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
         finally:
             seconds["training and evaluation"] = seconds.get("training and evaluation", 0) + time.monotonic() - started
             write_whole(out / "plan.json", write_figures({**plan, "seconds": seconds}) + "\n")
-    texts = {name: Path(recipes[name].out, "length.json").read_text(encoding="utf-8") for name in MODELS}
-    curves = {name: LengthCurve.from_json(text) for name, text in texts.items()}
+    curves = {
+        name: LengthCurve.from_json(Path(recipe.out, "length.json").read_text(encoding="utf-8"))
+        for name, recipe in recipes.items()
+    }
     with threads(pace.threads):
         samples = {
             name: stream_one(recipes[name], settings, watcher if name == "swat" else Watcher())

@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import override
 
 from swat_lm.papers.experiment import Measurement, Progress, Run
-from swat_lm.papers.findings import Findings
+from swat_lm.papers.findings import Findings, recent_loss
 from swat_lm.papers.measuring import read_json
 from swat_lm.papers.swat.variants import ANALYSIS, SwatExperiment
 from swat_lm.papers.variants import SizedVariant
@@ -102,7 +102,9 @@ class TrainingLoss(SwatExperiment):
     def verdicts(self, found: Findings) -> list[Verdict]:
         pair = [ANALYSIS[name] for name in ("sliding-alibi-6-6", "sliding-alirope")]
         plain, rotated = ({seed: unrest(found.training(one, seed)) for seed in found.finished(one)} for one in pair)
-        plain_end, rotated_end = ({seed: [found.final_loss(one, seed)] for seed in found.finished(one)} for one in pair)
+        plain_end, rotated_end = (
+            {seed: [recent_loss(found.training(one, seed))] for seed in found.finished(one)} for one in pair
+        )
         what = "a picture: unstable late in training"
         return [
             judge(
