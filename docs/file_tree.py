@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # in the order in which the parts build on each other; what is not listed follows by name
-READING_ORDER = ("ops", "layers", "model", "data", "train", "evaluate", "serve", "experiments", "cli")
+READING_ORDER = ("ops", "layers", "model", "data", "train", "evaluate", "serve", "papers", "cli")
 FOLDERS = {
     "benchmarks": "speed beside named peers; results/ holds the figures as JSON",
     "verification": "checks too heavy for the suite, and the record of their last run",
@@ -44,14 +44,20 @@ def package_rows(folder: Path, root: Path, depth: int) -> Iterator[tuple[str, st
     known = {name: place for place, name in enumerate(READING_ORDER)}
     for path in sorted(inner, key=lambda path: (known.get(path.name, len(known)), path.name)):
         yield from package_rows(path, root, depth + 1)
-    data = [path for path in folder.iterdir() if path.is_dir() and path not in inner and any(path.glob("*.yaml"))]
+    data = [path for path in folder.iterdir() if path.is_dir() and path not in inner and data_files(path)]
     for path in sorted(data):
         if path.name in LISTED_DATA:
             yield "  " * (depth + 1) + f"{path.name}/", LISTED_DATA[path.name]
             yield from (("  " * (depth + 2) + one.name, describe(one)) for one in sorted(path.glob("*.yaml")))
             continue
-        names = sorted(one.stem for one in path.glob("*.yaml"))
-        yield "  " * (depth + 1) + f"{path.name}/", f"{names[0]} ... {names[-1]} ({len(names)} files)"
+        names = data_files(path)
+        listed = ", ".join(names) if len(names) < 9 else f"{names[0]} ... {names[-1]} ({len(names)} files)"
+        yield "  " * (depth + 1) + f"{path.name}/", listed
+
+
+def data_files(folder: Path) -> list[str]:
+    """Names of the recipes, presets or pages in a folder."""
+    return sorted(path.stem for path in folder.iterdir() if path.suffix in (".yaml", ".html"))
 
 
 def listed_files(folder: Path) -> list[Path]:

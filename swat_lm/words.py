@@ -60,7 +60,8 @@ def type_words(hint: Any) -> str:
     if origin is list:
         return "a list" if arguments[0] is Any else "a list of these, one per layer"
     if origin is tuple:
-        return f"a list of {type_words(arguments[0]).removeprefix('a ').removeprefix('one ')}"
+        entry = type_words(arguments[0]).removeprefix("a ").removeprefix("one ")
+        return f"a list of {entry}s" if entry.endswith("number") else f"a list of {entry}"
     if origin is dict or hint is dict or is_dataclass(hint):
         return "a mapping"
     names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", NoneType: "null"}

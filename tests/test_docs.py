@@ -444,7 +444,7 @@ def test_formula_of_pairs():
 def test_experiments_name_real_recipes():
     text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     swat, twin = (
-        yaml.safe_load((ROOT / "swat_lm" / "experiments" / f"demo_{name}.yaml").read_text(encoding="utf-8"))
+        yaml.safe_load((ROOT / "swat_lm" / "papers" / "demo" / f"{name}.yaml").read_text(encoding="utf-8"))
         for name in ("swat", "twin")
     )
     assert swat["model"]["score_bias"] == "-log(window)"

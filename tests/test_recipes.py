@@ -23,7 +23,7 @@ from swat_lm.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 OURS = ROOT / "swat_lm" / "recipes"
-RECIPES = sorted([*OURS.glob("*.yaml"), *(ROOT / "swat_lm" / "experiments").glob("*.yaml")])
+RECIPES = sorted([*OURS.glob("*.yaml"), *(ROOT / "swat_lm" / "papers" / "demo").glob("*.yaml")])
 # vocabularies of the tokenizers that recipes name; tests have no network
 VOCABULARIES = {"bytes": 259, "NousResearch/Llama-2-7b-hf": 32_000, "openai-community/gpt2": 50_257}
 
@@ -123,8 +123,8 @@ def test_signs_of_table_one():
 
 
 def test_demo_twins_have_equal_size():
-    folder = ROOT / "swat_lm" / "experiments"
-    swat, twin = (load_recipe(folder / f"demo_{name}.yaml") for name in ("swat", "twin"))
+    folder = ROOT / "swat_lm" / "papers" / "demo"
+    swat, twin = (load_recipe(folder / f"{name}.yaml") for name in ("swat", "twin"))
     assert (swat.data, swat.train, swat.seed) == (twin.data, twin.train, twin.seed)
     ours, theirs = (config_from_recipe(one.model, 259) for one in (swat, twin))
     assert count_parameters(ours).total == count_parameters(theirs).total

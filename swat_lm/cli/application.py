@@ -25,6 +25,7 @@ from swat_lm.cli import (
     recall,
     recipes,
     reproduction,
+    studies,
     training,
     tuning,
 )
@@ -75,6 +76,7 @@ measurements.command(name="reach")(located(recall.reach))
 measurements.command(name="diagnose")(located(diagnosis.diagnose))
 measurements.command(name="tasks")(located(benchmarks.tasks))
 application.command(name="reproduce")(located(reproduction.reproduce))
+application.command(name="study")(located(studies.study))
 application.command(name="report")(located(comparison.report))
 application.command(name="recipes")(located(recipes.recipes))
 application.command(name="info")(located(information.info))

@@ -29,8 +29,8 @@ def report(
       swat-lm report runs/swat full=runs/transformer --out comparison
     """
     check_folder(out, "--out")
-    from swat_lm.experiments.comparison import read_run
-    from swat_lm.experiments.comparison import report as write_report
+    from swat_lm.papers.comparison import read_run
+    from swat_lm.papers.comparison import report as write_report
 
     found = []
     for one in runs:

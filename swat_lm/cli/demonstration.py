@@ -1,6 +1,8 @@
 """`swat-lm demo`: train a small model and its twin, compare them, and stream from the first."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +14,10 @@ from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.progress import RunProgress
 
 if TYPE_CHECKING:
+    from swat_lm.papers.watching import Watcher
     from swat_lm.train.events import Event
 
-__all__ = ["demo"]
+__all__ = ["demo", "watching"]
 
 
 def demo(
@@ -43,26 +46,20 @@ def demo(
     if not prompt:
         raise ValueError("--prompt: expected some text, got none")
     results().print("importing torch and transformers ...", style="dim")
-    from swat_lm.experiments.demo import DemoSettings, run_demo
-    from swat_lm.experiments.watching import InterruptedRunError
+    from swat_lm.papers.demo.run import DemoSettings, run_demo
 
     settings = DemoSettings(
         minutes=minutes, quick=quick, sources=tuple(source) if source else ("python:stdlib",), prompt=prompt
     )
-    watcher = make_watcher()
-    try:
+    with watching() as watcher:
         found = run_demo(out, settings, watcher)
-    except InterruptedRunError as stopped:
-        messages().print(f"{stopped}; the same command continues", markup=False)
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        watcher.close()
     show_results(found, out)
 
 
-def make_watcher() -> Any:
-    """A watcher that draws; made late, since its base class comes with torch."""
-    from swat_lm.experiments.watching import Watcher
+@contextmanager
+def watching() -> "Iterator[Watcher]":
+    """A watcher that draws; an interruption that saved ends the command with a sentence."""
+    from swat_lm.papers.watching import InterruptedRunError, Watcher
 
     class TerminalWatcher(Watcher):
         """Stages as lines, counts and runs as bars, generated text as it comes."""
@@ -93,7 +90,6 @@ def make_watcher() -> Any:
             )
 
         def close(self) -> None:
-            """Take the bars down."""
             if self._progress is not None:
                 self._progress.__exit__()
                 self._progress = None
@@ -103,7 +99,14 @@ def make_watcher() -> Any:
                 self._progress = RunProgress().__enter__()
             return self._progress
 
-    return TerminalWatcher()
+    watcher = TerminalWatcher()
+    try:
+        yield watcher
+    except InterruptedRunError as stopped:
+        messages().print(f"{stopped}; the same command continues", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        watcher.close()
 
 
 def show_results(found: dict[str, Any], out: Path) -> None:

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import messages, on_main_process, print_table, results
-from swat_lm.cli.demonstration import make_watcher
-from swat_lm.cli.failures import INTERRUPTED
+from swat_lm.cli.console import on_main_process, print_table, results
+from swat_lm.cli.demonstration import watching
 from swat_lm.cli.outputs import check_folder
 from swat_lm.words import counted
 
 if TYPE_CHECKING:
-    from swat_lm.experiments.variants import Experiment
+    from swat_lm.papers.experiment import Experiment
 
 __all__ = ["reproduce"]
 
@@ -50,10 +49,11 @@ def reproduce(
       swat-lm reproduce table2 --scale paper --dry-run
       torchrun --nproc-per-node 8 -m swat_lm.cli reproduce table3 --scale paper --books books/ --out paper
     """
-    from swat_lm.experiments.scales import SCALES, find_scale
-    from swat_lm.experiments.variants import find_experiment
+    from swat_lm.papers import find_experiment
+    from swat_lm.papers.scales import find_scale
 
-    chosen, size = find_experiment(experiment), find_scale(scale)
+    chosen = find_experiment(experiment)
+    size = find_scale(scale, chosen.scales)
     numbers = parse_seeds(seeds)
     if out is not None:
         check_folder(out, "--out")
@@ -64,32 +64,25 @@ def reproduce(
     if out is None:
         raise ValueError("--out: name the folder for models and results")
     results().print("importing torch and transformers ...", style="dim")
-    from swat_lm.experiments.reproduction import Sources, sources_from_folder
-    from swat_lm.experiments.reproduction import reproduce as run_experiment
-    from swat_lm.experiments.watching import InterruptedRunError
+    from swat_lm.papers.reproduction import Sources, sources_from_folder
+    from swat_lm.papers.reproduction import reproduce as run_experiment
 
-    budget = SCALES[scale].benchmarks if experiment == "table1" else size.analysis
-    source = text or ([budget.source] if data is None and budget.source else None)
+    offered = chosen.budget(size).source
+    source = text or ([offered] if data is None and offered else None)
     if data is None and source is None:
         raise ValueError(f"--scale {scale} needs text: give --data FOLDER, or --text and --books")
-    if data is not None and not (text and (books or not chosen.reads_texts)):
-        found = sources_from_folder(data, chosen)
-    else:
-        found = Sources((), (), str(data) if data else "hub")
+    is_named = text and (books or "books" not in chosen.texts)
+    found = Sources((), (), "hub") if data is None else (
+        Sources((), (), str(data)) if is_named else sources_from_folder(data, chosen)
+    )  # fmt: skip
     sources = Sources(
         text=tuple(source or found.text),
         books=tuple(books or found.books),
         tasks=tasks or found.tasks,
         tokenizer=tokenizer,
     )
-    watcher = make_watcher()
-    try:
+    with watching() as watcher:
         outcome = run_experiment(experiment, scale, sources, out, numbers, watcher)
-    except InterruptedRunError as stopped:
-        messages().print(f"{stopped}; the same command continues", markup=False)
-        raise typer.Exit(INTERRUPTED) from None
-    finally:
-        watcher.close()
     if on_main_process():
         show_outcome(outcome, out)
 
@@ -105,7 +98,7 @@ def parse_seeds(text: str) -> list[int]:
 def check_texts(experiment: "Experiment", data: Path | None, named: list[str]) -> None:
     """Raise ValueError for texts that were given and are not there."""
     from swat_lm.data import resolve_sources
-    from swat_lm.experiments.reproduction import sources_from_folder
+    from swat_lm.papers.reproduction import sources_from_folder
 
     resolve_sources(named)
     if data is not None and not named:
@@ -121,7 +114,7 @@ def lasting(hours: float) -> str:
 
 def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
     """The runs of an experiment without running them."""
-    from swat_lm.experiments.reproduction import plan_without_running
+    from swat_lm.papers.reproduction import plan_without_running
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name in ("variant", "parameters", "length", "steps", "rows a step", "tokens", "FLOPs", "A800 time"):

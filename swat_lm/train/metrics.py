@@ -2,12 +2,12 @@
 
 import importlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from swat_lm.files import write_text
 from swat_lm.recipe import Recipe, dump_recipe
 
 __all__ = ["MetricsFile", "MetricsWriter", "check_loggers", "open_writers", "read_metrics"]
@@ -35,12 +35,7 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int) -> None:
         if path.exists():
             kept = [record for record in read_metrics(path) if record["step"] <= resumed_step]
-            beside = path.with_name(f".tmp-{path.name}")
-            with beside.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         # unbuffered, so that a killed process loses nothing and a full disk is noticed here, not on closing
         self._file = path.open("ab", buffering=0)
 

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from swat_lm.files import BESIDE
 from swat_lm.paths import local_path
 from swat_lm.train.checkpoint import PARTIAL_CHECKPOINT, discard, find_checkpoints, manifest_step
 from swat_lm.train.trained_text import RECORD
@@ -17,8 +18,8 @@ LOCK = ".lock"
 MARK = ".swat-lm-run"
 MARK_TEXT = "A run of `swat-lm train` lies in this folder; when it goes on, it replaces the files that it wrote here.\n"
 # what a run that is killed may leave in its folder, and nothing else of that kind
-PARTIAL = frozenset(
-    {".tmp-probe", ".tmp-recipe.yaml", ".tmp-metrics.jsonl", ".tmp-export", ".tmp-old-export", f".tmp-{RECORD}"}
+PARTIAL = re.compile(
+    rf"{re.escape(BESIDE)}(probe|export|old-export|(recipe\.yaml|metrics\.jsonl|{re.escape(RECORD)})(\.[0-9]+)?)"
 )
 
 CARD = "README.md"
@@ -53,7 +54,9 @@ def check_run_folder(out: Path, cache: str | None = None) -> None:
 def is_of_a_start(path: Path) -> bool:
     """Whether a run that was killed in its first second may have left this."""
     # the lock would be emptied by being taken; ours has no content
-    return path.name in PARTIAL or (path.name == LOCK and path.is_file() and path.stat().st_size == 0)
+    return PARTIAL.fullmatch(path.name) is not None or (
+        path.name == LOCK and path.is_file() and path.stat().st_size == 0
+    )
 
 
 def holds(path: Path, cache: str | None) -> bool:
@@ -70,8 +73,8 @@ def mark_run(out: Path) -> None:
 def remove_leftovers(out: Path) -> None:
     """Remove what a killed run was writing."""
     checkpoints = out / "checkpoints"
-    left = [out / name for name in sorted(PARTIAL)]
-    left += [path for path in checkpoints.glob(".tmp-*") if PARTIAL_CHECKPOINT.fullmatch(path.name)]
+    left = [path for path in out.glob(f"{BESIDE}*") if PARTIAL.fullmatch(path.name)]
+    left += [path for path in checkpoints.glob(f"{BESIDE}*") if PARTIAL_CHECKPOINT.fullmatch(path.name)]
     for path in left:
         if os.path.lexists(path):
             discard(path)

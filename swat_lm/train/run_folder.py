@@ -8,6 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from swat_lm.files import write_text
 from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe, dump_recipe
 from swat_lm.train.checkpoint import (
     Checkpoint,
@@ -105,12 +106,7 @@ def remove_empty(folders: list[Path]) -> None:
 
 def write_recipe(recipe: Recipe, out: Path) -> None:
     """Write `recipe.yaml`, the resolved recipe, in one piece."""
-    beside = out / ".tmp-recipe.yaml"
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(dump_recipe(recipe))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(out / "recipe.yaml")
+    write_text(out / "recipe.yaml", dump_recipe(recipe))
 
 
 def choose_start(out: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:

@@ -10,7 +10,7 @@ from swat_lm.data import DataError, TokenStore, default_cache, prepare, resolve_
 from swat_lm.data.store import INDEX
 from swat_lm.data.synthetic import is_synthetic
 from swat_lm.data.trained import TrainedText, read_trained_text
-from swat_lm.files import naming
+from swat_lm.files import write_bytes
 from swat_lm.paths import local_path
 from swat_lm.recipe import DataRecipe, load_recipe
 from swat_lm.train.checkpoint import MANIFEST, find_checkpoints
@@ -37,10 +37,7 @@ def write_trained_text(out: Path, store: TokenStore | None, earlier: Path | None
         trained = before if trained is None else trained.joined(before)
     if trained is None:
         return
-    beside = out / f".tmp-{RECORD}"
-    with naming(out / RECORD, beside):
-        beside.write_bytes(trained.to_bytes())
-        beside.replace(out / RECORD)
+    write_bytes(out / RECORD, trained.to_bytes())
 
 
 def find_trained_text(folder: Path) -> TrainedText | None:

@@ -37,6 +37,7 @@ def test_help_of_every_command_has_an_example():
         ["evaluate", "length"],
         ["evaluate", "tasks"],
         ["recipes"],
+        ["study"],
         ["info"],
         ["convert"],
         ["tune"],

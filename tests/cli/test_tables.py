@@ -91,7 +91,7 @@ def test_a_plan_names_its_variants_at_any_width(monkeypatch: pytest.MonkeyPatch,
         "label": "SWAT (-+), W 1024", "parameters": 373_867_520, "length": 4096, "steps": 38_147, "rows_per_step": 96,
         "tokens": 15_000_000_000, "flops": 3.46e19, "flops_by": "formula", "gpu_hours": 77.0, "remark": "",
     }  # fmt: skip
-    monkeypatch.setattr("swat_lm.experiments.reproduction.plan_without_running", lambda *_: [row])
+    monkeypatch.setattr("swat_lm.papers.reproduction.plan_without_running", lambda *_: [row])
     for columns in WIDTHS:
         monkeypatch.setenv("COLUMNS", str(columns))
         reproduction.show_plan("table1", "paper", 1)

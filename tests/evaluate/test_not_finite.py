@@ -14,7 +14,7 @@ from swat_lm.evaluate.curves import LengthCurve, LengthPoint, WindowMatrix
 from swat_lm.evaluate.figures import figure_text, perplexity, read_figures, write_figures
 from swat_lm.evaluate.heatmaps import plot_heat_map
 from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_training
-from swat_lm.experiments.reproduction_pictures import plot_rows
+from swat_lm.papers.pictures import plot_rows
 
 
 def strict(text: str) -> Any:

@@ -1,0 +1,21 @@
+"""Papers' tables and figures run anew and judged, studies, the demo, and pages that compare runs."""
+
+from swat_lm.named_recipes import SUFFIXES
+from swat_lm.papers.experiment import Experiment, Paper
+from swat_lm.papers.studies import load_study
+from swat_lm.papers.swat import SWAT
+from swat_lm.words import did_you_mean
+
+PAPERS: dict[str, Paper] = {"swat": SWAT}
+
+__all__ = ["PAPERS", "find_experiment"]
+
+
+def find_experiment(name: str) -> Experiment:
+    """A paper's table or figure by its name, or a study by its file; raises ValueError naming the nearest."""
+    known = {key: one for paper in PAPERS.values() for key, one in paper.experiments.items()}
+    if name in known:
+        return known[name]
+    if name.endswith(SUFFIXES):
+        return load_study(name)
+    raise ValueError(f"no experiment {name!r}{did_you_mean(name, known, '.')} Expected one of {', '.join(known)}")

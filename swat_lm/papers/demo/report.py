@@ -1,0 +1,167 @@
+"""The demo's results.json, plots and report.html; every sentence about the outcome is decided by the numbers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from swat_lm.evaluate.curves import LengthCurve, difference
+from swat_lm.evaluate.figures import write_figures
+from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_state_bytes, plot_training
+from swat_lm.files import write_text
+from swat_lm.model.configuration import SwatConfig
+from swat_lm.model.cost import count_parameters, reach
+from swat_lm.papers.page import machine, with_error, write_page
+from swat_lm.recipe import Recipe, dump_recipe
+from swat_lm.train.metrics import read_metrics
+from swat_lm.words import counted
+
+__all__ = ["TOLERANCE", "judge", "write_report"]
+
+TOLERANCE = 0.05
+"""Nats per token: a smaller change between lengths counts as none."""
+
+NAMES = {"swat": "SWAT (sigmoid, window)", "twin": "full attention (softmax, RoPE)"}
+PICTURES = ("loss_by_length.png", "training.png", "state_bytes.png")
+
+
+def write_report(
+    out: Path,
+    recipes: Mapping[str, Recipe],
+    curves: Mapping[str, LengthCurve],
+    samples: Mapping[str, dict[str, Any]],
+    text: dict[str, int],
+    seconds: dict[str, float],
+    threads: int,
+) -> dict[str, Any]:
+    """Write the plots, `results.json` and, last, `report.html` into the folder; returns the results."""
+    metrics = {name: read_metrics(Path(recipe.out, "metrics.jsonl")) for name, recipe in recipes.items()}
+    trained = recipes["swat"].data.sequence_length
+    results = {
+        "training_length": trained,
+        "steps": recipes["swat"].train.steps,
+        "claims": judge(curves, samples, trained),
+        "models": {
+            name: describe(recipe, curves[name], samples[name], metrics[name]) for name, recipe in recipes.items()
+        },
+        "text": text,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "machine": machine(threads),
+    }
+    write_text(out / "results.json", write_figures(results) + "\n")
+    # what was measured is kept before anything is drawn
+    draw(out, recipes["swat"], curves, metrics)
+    write_page(
+        out / "report.html",
+        "demo.html",
+        title="swat-lm demo",
+        **results,
+        pictures={name.partition(".")[0]: out / name for name in PICTURES},
+        sources=recipes["swat"].data.sources,
+        recipes={name: dump_recipe(recipe) for name, recipe in recipes.items()},
+        tolerance=TOLERANCE,
+    )
+    return results
+
+
+def judge(
+    curves: Mapping[str, LengthCurve], samples: Mapping[str, dict[str, Any]], trained: int
+) -> list[dict[str, Any]]:
+    """What SWAT promises, each with `held` and the numbers that decide it.
+
+    Changes are differences of the loss of the same text, cut into pieces of the longest and of the training length,
+    paired by stream; a change under TOLERANCE, or one within two standard errors, counts as none.
+    """
+    longest = curves["swat"].lengths[-1]
+    changes = {name: change(curve, trained, longest) for name, curve in curves.items()}
+    swat, swat_error = changes["swat"]
+    twin, twin_error = changes["twin"]
+    gap = [curves[name].document_mean_loss for name in ("twin", "swat")]
+    ahead, ahead_error = difference([row[-1] for row in gap[0]], [row[-1] for row in gap[1]])
+    first, last = samples["swat"]["state_bytes_first"], samples["swat"]["state_bytes_last"]
+    return [
+        {
+            "claim": f"SWAT stays flat or falls from its training length ({trained:,}) to {longest:,} tokens",
+            "held": swat <= TOLERANCE,
+            "numbers": f"loss changes by {with_error(swat, swat_error, sign='+')} nats per token",
+        },
+        {
+            "claim": f"The full-attention twin breaks beyond its training length, at {longest:,} tokens",
+            "held": twin > TOLERANCE and twin > 2 * (twin_error or 0.0),
+            "numbers": f"loss changes by {with_error(twin, twin_error, sign='+')} nats per token",
+        },
+        {
+            "claim": f"At {longest:,} tokens SWAT is the better of the two",
+            "held": ahead > 2 * (ahead_error or 0.0),
+            "numbers": f"the twin's loss is {with_error(ahead, ahead_error, sign='+')} nats per token against SWAT's",
+        },
+        {
+            "claim": "SWAT's stream keeps a state of constant size",
+            "held": samples["swat"]["state_constant"],
+            "numbers": f"{counted(first, 'byte')} after the first generated token, {last:,} after the last",
+        },
+    ]
+
+
+def change(curve: LengthCurve, trained: int, to: int) -> tuple[float, float | None]:
+    """Loss at one length minus loss at the training length, paired by stream, with its standard error."""
+    before, after = curve.lengths.index(trained), curve.lengths.index(to)
+    losses = curve.document_mean_loss
+    return difference([row[after] for row in losses], [row[before] for row in losses])
+
+
+def describe(
+    recipe: Recipe, curve: LengthCurve, sample: dict[str, Any], metrics: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The figures of one model."""
+    config = SwatConfig.from_pretrained(Path(recipe.out, "export"))
+    held_out = [record["held_out_loss"] for record in metrics if "held_out_loss" in record]
+    return {
+        "name": NAMES[recipe.name],
+        "parameters": count_parameters(config).total,
+        "window": curve.window,
+        "reach": reach(config),
+        "tokens_trained": metrics[-1]["tokens"],
+        "training_seconds": round(metrics[-1]["seconds"], 1),
+        "held_out_loss": held_out[-1] if held_out else None,
+        "curve": [
+            {
+                "length": point.length,
+                "mean_loss": point.mean_loss,
+                "mean_loss_error": point.mean_loss_error,
+                "tail_loss": point.tail_loss,
+                "tail_loss_error": point.tail_loss_error,
+                "state_bytes": point.state_bytes,
+            }
+            for point in curve.points
+        ],
+        "stream": sample,
+    }
+
+
+def draw(
+    out: Path,
+    recipe: Recipe,
+    curves: Mapping[str, LengthCurve],
+    metrics: Mapping[str, list[dict[str, Any]]],
+) -> None:
+    """The three pictures."""
+    trained = recipe.data.sequence_length
+    # errors of the change since the training length: those of the loss itself only say that texts differ
+    losses = [
+        Series(
+            NAMES[name],
+            curve.lengths,
+            [point.mean_loss for point in curve.points],
+            [change(curve, trained, length)[1] for length in curve.lengths],
+        )
+        for name, curve in curves.items()
+    ]
+    plot_loss_by_length(losses, out / PICTURES[0], training_length=trained, window=curves["swat"].window)
+    training, held_out = [], []
+    for name, records in metrics.items():
+        training.append(Series(NAMES[name], [r["tokens"] for r in records], [r["loss"] for r in records]))
+        some = [r for r in records if "held_out_loss" in r]
+        held_out.append(Series(NAMES[name], [r["tokens"] for r in some], [r["held_out_loss"] for r in some]))
+    plot_training(training, held_out, out / PICTURES[1])
+    kept = [Series(NAMES[name], c.lengths, [p.state_bytes for p in c.points]) for name, c in curves.items()]
+    plot_state_bytes(kept, out / PICTURES[2])

@@ -1,0 +1,56 @@
+"""A picture that pages share: rows of values with their errors."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from swat_lm.evaluate.plots import COLOURS, MARKERS, mark_vertical, new_figure, write_picture
+
+__all__ = ["plot_rows"]
+
+
+def plot_rows(
+    rows: Sequence[tuple[str, float | None, float | None]],
+    path: Path,
+    *,
+    xlabel: str,
+    from_zero: bool = False,
+    title: str | None = None,
+    mark: tuple[float | None, str] | None = None,
+    apart: bool = False,
+) -> None:
+    """One point per row, the names on the left, bars of one standard error; the first row on top.
+
+    `mark` is a value with its name, drawn as a dotted line. `apart`: each row in the colour and with the marker that
+    the lines of other pictures have in its place.
+    """
+    # no axis holds what is not finite
+    rows = [
+        (f"{name} ({value})", None, None)
+        if value is not None and not math.isfinite(value)
+        else (name, value, None if error is None or not math.isfinite(error) else error)
+        for name, value, error in rows
+    ]
+    figure, axes = new_figure()
+    figure.set_size_inches(9, 1.6 + 0.42 * len(rows))
+    if title:
+        axes.set_title(title, loc="left", fontsize=13, color="#333333")
+    if mark is not None and mark[0] is not None:
+        mark_vertical(axes, mark[0], mark[1])
+    for index, (_, value, error) in enumerate(rows):
+        style = index % len(COLOURS) if apart else 0
+        if value is not None:
+            axes.errorbar(
+                [value], [index], xerr=None if error is None else [error], color=COLOURS[style], marker=MARKERS[style],
+                markersize=9, capsize=5, linewidth=2.2,
+            )  # fmt: skip
+    axes.set_yticks(range(len(rows)), labels=[name for name, _, _ in rows])
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    if from_zero:
+        axes.set_xlim(0, 1.08 * max(value or 0.0 for _, value, _ in rows) or 1.0)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.set_xlabel(xlabel)
+    write_picture(figure, path)

@@ -1,0 +1,70 @@
+"""How large an experiment is: budgets, sizes, lengths. Data only; what a paper offers is in the paper's folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from swat_lm.words import did_you_mean
+
+__all__ = ["Budget", "Scale", "find_scale", "shape"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Shape and training of the models of one kind of experiment."""
+
+    shape: Mapping[str, Any]
+    """Fields that SwatConfig and Llama share."""
+    steps: int
+    tokens_per_step: int
+    learning_rate: float
+    warmup_steps: int
+    vocab_size: int | None
+    """Most ids of the tokenizer; None: any."""
+    tokens_per_pass: int | None = None
+    """Of one forward pass of one process; None: the whole step."""
+    source: str | None = None
+    """What the paper trained on, where no data is named; None: data must be named."""
+    tokenizer: str | None = None
+    """Of the hub; None: byte-level BPE trained on the text."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything about a scale that is not a variant."""
+
+    name: str
+    about: str
+    budgets: Mapping[str, Budget]
+    """By kind of experiment."""
+    sizes: Mapping[str, int]
+    """Tokens behind the names of windows and lengths."""
+    lengths: tuple[int, ...]
+    """Evaluation lengths; each divides the last."""
+    pieces: int
+    """Pieces of the greatest length read from the held-out text, and from the books."""
+    text_bytes: int | None = None
+    """Of the training text, spread evenly; None: all of it."""
+    task_limit: int | None = None
+    """Documents of each benchmark; None: all."""
+    held_out: float = 0.03
+    for_people: bool = True
+    """Whether the command line offers it."""
+
+
+def shape(width: int, feed_forward: int, layers: int, heads: int) -> dict[str, Any]:
+    """Names as in Llama's configuration."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+def find_scale(name: str, scales: Mapping[str, Scale]) -> Scale:
+    """A scale by its name; raises ValueError naming the nearest."""
+    if name in scales:
+        return scales[name]
+    offered = [one.name for one in scales.values() if one.for_people]
+    raise ValueError(f"--scale: expected {', '.join(offered)}, got {name!r}{did_you_mean(name, offered)}")

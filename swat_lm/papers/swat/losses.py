@@ -1,0 +1,172 @@
+"""SWAT's Tables 2 and 3 and its Figure 2: loss against length, behind windows, on held-out text and on books."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from typing_extensions import override
+
+from swat_lm.papers.experiment import Measurement, Run, Section
+from swat_lm.papers.findings import Findings
+from swat_lm.papers.measuring import missing_losses
+from swat_lm.papers.page import with_error
+from swat_lm.papers.scales import Scale
+from swat_lm.papers.swat.claims import CLAIMS, Loss
+from swat_lm.papers.swat.variants import SwatExperiment
+from swat_lm.papers.variants import SizedVariant
+from swat_lm.papers.verdicts import Samples, Verdict, judge, paired_gap
+
+__all__ = ["BehindWindows", "LossByLength", "LossOfModules"]
+
+SINKS = 4
+"""First tokens kept in Figure 2's control, as in StreamingLLM."""
+TEXTS = {"text": "held-out text (the paper: OpenWebText)", "books": "books (the paper: PG-19)"}
+SHORT = {"text": "held-out text", "books": "books"}
+
+
+def claimed(found: Findings) -> list[Verdict]:
+    """The verdicts on an experiment's claims about losses."""
+
+    def side(wanted: Loss) -> Samples | None:
+        one, scale = found.chosen.get(wanted.variant), found.scale
+        if one is None:
+            return None
+        length = scale.lengths[-1] if wanted.length == "last" else scale.sizes[wanted.length]
+        window = scale.sizes[wanted.window] if wanted.window else found.window(one)
+        return found.losses(one, wanted.text, length, window) or None
+
+    claims = CLAIMS[found.experiment.name]
+    return [judge(one.says, one.paper, side(one.worse), side(one.better)) for one in claims]
+
+
+class LossTable(SwatExperiment):
+    """Losses of every variant at every length, the paper's beside them."""
+
+    texts: ClassVar[tuple[str, ...]] = ("text", "books")
+    lists_losses: ClassVar[bool] = True
+
+    @override
+    def measure(self, one: SizedVariant, run: Run) -> list[Measurement]:
+        window = self.window(one, run.scale)
+        return [left for text in self.texts for left in missing_losses(run, text, window)]
+
+    @override
+    def verdicts(self, found: Findings) -> list[Verdict]:
+        return claimed(found)
+
+    @override
+    def sections(self, found: Findings) -> list[Section]:
+        return [self.section(found, text) for text in self.texts]
+
+    def section(self, found: Findings, text: str) -> Section:
+        """Ours in rows, and below each row the paper's."""
+        scale, rows, kinds = found.scale, [], []
+        for one in found.chosen.values():
+            values = [with_error(*found.mean_loss(one, text, length)) for length in scale.lengths]
+            rows.append([one.label, f"{found.parameters(one):,}", *values])
+            kinds.append("")
+            theirs = self.printed.get(one.name, {}).get(text)
+            if theirs:
+                cells = {scale.sizes["W"]: theirs.get("W"), scale.lengths[-1]: theirs.get("last")}
+                shown = ["" if cells.get(x) is None else f"{cells[x]:.2f}" for x in scale.lengths]
+                rows.append(["as printed in the paper", "247M", *shown])
+                kinds.append("paper")
+        return Section(
+            f"Loss on {TEXTS[text]}",
+            ("variant", "parameters", *(f"{length:,} tokens" for length in scale.lengths)),
+            rows,
+            kinds,
+            "Nats per token over whole pieces, \u00b1 its standard error over pieces and seeds. "
+            "The paper's rows are on other text and another vocabulary: compare orders and gaps, not values.",
+        )
+
+
+def in_tokens(scale: Scale) -> str:
+    """What the names of windows and lengths stand for."""
+    return ", ".join(f"{one} = {scale.sizes[one]:,}" for one in ("W", "L", "XL")) + " tokens"
+
+
+class LossByLength(LossTable):
+    """Table 2: training and evaluation length."""
+
+    @override
+    def pictures(self, found: Findings, out: Path) -> dict[str, Path]:
+        # bars are errors of the change, which leave out that some texts are harder than others
+        from swat_lm.evaluate.plots import Series, plot_loss_by_length
+
+        lengths, drawn = found.scale.lengths, {}
+        for text in self.texts:
+            series = []
+            for one in found.chosen.values():
+                losses = [found.losses(one, text, length, found.window(one)) for length in lengths]
+                if found.finished(one):
+                    means = [found.mean_loss(one, text, length)[0] or 0.0 for length in lengths]
+                    errors = [paired_gap(each, losses[0])[1] for each in losses]
+                    series.append(Series(one.label, lengths, means, errors))
+            if series:
+                path = drawn[f"Loss on {SHORT[text]}"] = out / f"{self.name}-{text}.png"
+                title = f"{in_tokens(found.scale)}; bars: error of the change"
+                plot_loss_by_length(series, path, window=found.scale.sizes["W"], title=title)
+        return drawn
+
+
+class LossOfModules(LossTable):
+    """Table 3: ablation of score function, slopes and rotary."""
+
+    @override
+    def pictures(self, found: Findings, out: Path) -> dict[str, Path]:
+        from swat_lm.papers.pictures import plot_rows
+
+        last, drawn = found.scale.lengths[-1], {}
+        for text in self.texts:
+            path = drawn[f"Loss at {last:,} tokens on {SHORT[text]}"] = out / f"{self.name}-{text}.png"
+            rows = [(one.label, *found.mean_loss(one, text, last)) for one in found.chosen.values()]
+            what = f"loss at {last:,} tokens on {SHORT[text]} (nats per token)"
+            plot_rows(rows, path, xlabel=what, title=in_tokens(found.scale))
+        return drawn
+
+
+class BehindWindows(SwatExperiment):
+    """Figure 2: a softmax model behind windows that it was not trained with."""
+
+    texts: ClassVar[tuple[str, ...]] = ("text",)
+
+    @override
+    def measure(self, one: SizedVariant, run: Run) -> list[Measurement]:
+        # as a control the smallest window with the first tokens kept, untrained (StreamingLLM)
+        bare = [left for window in windows(run.scale) for left in missing_losses(run, "text", window)]
+        return [*bare, *missing_losses(run, "text", run.scale.sizes["W"], SINKS)]
+
+    @override
+    def verdicts(self, found: Findings) -> list[Verdict]:
+        (one,), scale = found.chosen.values(), found.scale
+        last, window = scale.lengths[-1], scale.sizes["W"]
+        control = judge(
+            f"keeping the first {SINKS} tokens beside the window of W lowers the loss at the greatest length",
+            "not SWAT's claim but StreamingLLM's (arXiv 2309.17453), as a control",
+            found.losses(one, "text", last, window),
+            found.losses(one, "text", last, window, SINKS),
+        )
+        return [*claimed(found), control]
+
+    @override
+    def pictures(self, found: Findings, out: Path) -> dict[str, Path]:
+        from swat_lm.evaluate.heatmaps import plot_heat_map
+
+        (one,), scale = found.chosen.values(), found.scale
+        if not found.finished(one):
+            return {}
+        path, behind = out / f"{self.name}.png", windows(scale)
+        plot_heat_map(
+            [[found.mean_loss(one, "text", length, window)[0] for length in scale.lengths] for window in behind],
+            path,
+            rows=[f"{window:,}" for window in behind],
+            columns=[f"{length:,}" for length in scale.lengths],
+            ylabel="evaluation window (tokens)", xlabel="evaluation length (tokens)", scale="loss (nats per token)",
+            title=f"trained with full attention on {scale.sizes[one.length]:,} tokens",
+        )  # fmt: skip
+        return {"Loss of a softmax model behind windows it was not trained with": path}
+
+
+def windows(scale: Scale) -> list[int]:
+    """The evaluation windows of Figure 2."""
+    return sorted({scale.sizes[name] for name in ("W", "4W", "L", "XL")})

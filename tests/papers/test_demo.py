@@ -1,0 +1,213 @@
+"""The demo end to end with tiny models, its continuation, and verdicts that follow the numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swat_lm.evaluate.curves import summarise
+from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.papers.demo.pace import steps_within
+from swat_lm.papers.demo.report import judge
+from swat_lm.papers.demo.run import DemoSettings, evaluation_lengths, open_plan, run_demo
+from swat_lm.papers.watching import Watcher
+from swat_lm.papers.worker import work
+
+
+class Notes(Watcher):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.steps: dict[str, int] = {}
+        self.written = ""
+        self.sizes: list[tuple[int, int, int]] = []
+
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
+
+    def event(self, name: str, event: Any) -> None:
+        if event.kind == "step":
+            self.steps[name] = event.step
+
+    def text(self, text: str) -> None:
+        self.written += text
+
+    def state(self, first: int, last: int, tokens: int) -> None:
+        self.sizes.append((first, last, tokens))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (folder / f"{number}.py").write_text(f"def function_{number}(value):\n    return value + {number}\n\n" * 60)
+    return (str(folder),)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, sources: tuple[str, ...]) -> tuple[Path, DemoSettings, Notes, dict]:
+    """A finished demo."""
+    out, settings, notes = tmp_path_factory.mktemp("demo") / "demo", quick(sources), Notes()
+    return out, settings, notes, run_demo(out, settings, notes)
+
+
+def quick(sources: tuple[str, ...]) -> DemoSettings:
+    return DemoSettings(quick=True, sources=sources, new_tokens=40, streams=2)
+
+
+def test_demo_leaves_everything_in_one_folder(done: tuple[Path, DemoSettings, Notes, dict]):
+    out, _, notes, results = done
+    assert notes.steps == {"swat": 40, "twin": 40}
+    for name in ("swat", "twin"):
+        for part in ("recipe.yaml", "metrics.jsonl", "length.json", "export/model.safetensors", "checkpoints"):
+            assert (out / name / part).exists(), part
+        assert SwatForCausalLM.from_pretrained(out / name / "export").config.window(0) == (
+            16 if name == "swat" else None
+        )
+    assert json.loads((out / "results.json").read_text()) == results
+    assert not list(out.rglob(".tmp*"))
+
+    curves = {name: model["curve"] for name, model in results["models"].items()}
+    assert [point["length"] for point in curves["swat"]] == [16, 32, 64, 128, 256, 512, 1024]
+    assert len({point["state_bytes"] for point in curves["swat"]}) == 1
+    assert curves["twin"][-1]["state_bytes"] > 20 * curves["twin"][0]["state_bytes"] // 2
+    assert results["models"]["swat"]["parameters"] == results["models"]["twin"]["parameters"]
+    assert results["models"]["swat"]["tokens_trained"] == results["models"]["twin"]["tokens_trained"]
+
+    # the state was weighed while it streamed, far beyond the window of 16
+    stream = results["models"]["swat"]["stream"]
+    assert stream["tokens"] == 40
+    assert stream["state_constant"]
+    assert notes.sizes == [(stream["state_bytes_first"], stream["state_bytes_last"], len("def main(") + 40)]
+    assert notes.written == "def main(" + stream["text"] + "\n"
+
+
+def test_page_is_whole_and_says_what_the_numbers_say(done: tuple[Path, DemoSettings, Notes, dict]):
+    out, _, _, results = done
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.split("</style>")[1].replace("data:", "")
+    assert "{{" not in page
+    assert page.count('<li class="held">') == sum(claim["held"] for claim in results["claims"])
+    assert page.count("<b>did not hold</b>") == sum(not claim["held"] for claim in results["claims"])
+    for point in results["models"]["twin"]["curve"]:
+        assert f"{point['mean_loss']:.3f}" in page
+    assert results["machine"]["torch"] in page
+
+
+def test_again_does_not_train_again(done: tuple[Path, DemoSettings, Notes, dict]):
+    out, settings, _, results = done
+    before = (out / "swat" / "export" / "model.safetensors").stat().st_mtime_ns
+    notes = Notes()
+    again = run_demo(out, replace(settings, minutes=1), notes)
+    assert notes.steps == {}
+    assert (out / "swat" / "export" / "model.safetensors").stat().st_mtime_ns == before
+    assert again["claims"] == results["claims"]
+    with pytest.raises(ValueError, match="holds a demo with other settings"):
+        run_demo(out, replace(settings, prompt="other"), notes)
+
+
+def test_interrupted_demo_saves_and_goes_on(tmp_path: Path, sources: tuple[str, ...]):
+    out = tmp_path / "demo"
+    settings = replace(quick(sources), minutes=6)
+    plan = open_plan(out, settings)
+    (out / "plan.json").write_text(json.dumps({**plan, "pace": {"threads": 1, "steps": 100_000}}))
+    program = (
+        "from pathlib import Path; from swat_lm.papers.demo.run import *; from swat_lm.papers.watching import *\n"
+        "import json, sys\n"
+        f"settings = DemoSettings(quick=True, sources={sources!r}, new_tokens=40, streams=2)\n"
+        "try:\n"
+        f"    run_demo(Path({str(out)!r}), settings, Watcher())\n"
+        "except InterruptedRunError:\n"
+        "    sys.exit(130)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = [out / name / "metrics.jsonl" for name in ("swat", "twin")]
+    try:
+        deadline = time.monotonic() + 120
+        while not all(one.exists() and one.stat().st_size for one in metrics) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 130
+    finally:
+        process.kill()
+    for name in ("swat", "twin"):
+        assert len(list((out / name / "checkpoints").iterdir())) == 1
+        assert not (out / name / "length.json").exists()
+
+
+def curve(losses: dict[int, list[float]]):
+    """A curve of two streams."""
+    rows = [[losses[length][stream] for length in losses] for stream in (0, 1)]
+    return summarise(list(losses), rows, rows, [8] * len(losses), 100, None, same_text=True)
+
+
+@pytest.mark.parametrize(
+    ("swat", "twin", "constant", "held"),
+    [
+        ([1.9, 2.2], [2.9, 3.1], True, [True, True, True, True]),
+        ([2.5, 2.6], [2.02, 2.03], False, [False, False, False, False]),
+        # the twin is worse on average, but within the noise
+        ([2.0, 2.1], [2.0, 2.9], True, [True, False, False, True]),
+    ],
+)
+def test_verdicts_follow_the_numbers(swat: list[float], twin: list[float], constant: bool, held: list[bool]):
+    curves = {"swat": curve({64: [2.0, 2.1], 1024: swat}), "twin": curve({64: [2.0, 2.0], 1024: twin})}
+    stream = {"state_bytes_first": 8, "state_bytes_last": 8, "state_constant": constant}
+    claims = judge(curves, {"swat": stream, "twin": stream}, 64)
+    assert [claim["held"] for claim in claims] == held
+
+
+def test_plan():
+    assert evaluation_lengths(256) == [64, 128, 256, 512, 1024, 2048, 4096]
+    assert steps_within(6, 1200, 0.05) == 1200
+    assert steps_within(6, 1200, 0.5) == 360  # 6 * 60 * 0.68 / (1.35 * 0.5), to a ten below
+    assert steps_within(0.01, 1200, 0.5) == 20
+    with pytest.raises(ValueError, match="minutes"):
+        DemoSettings(minutes=0)
+
+
+def test_foreign_and_damaged_folders_are_left_alone(tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is no demo"):
+        open_plan(tmp_path, DemoSettings())
+    assert [one.name for one in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match=r"plan\.json is damaged"):
+        open_plan(tmp_path, DemoSettings())
+
+
+def test_a_workers_error_comes_through(tmp_path: Path, sources: tuple[str, ...]):
+    out = tmp_path / "demo"
+    plan = open_plan(out, quick(sources))
+    (out / "plan.json").write_text(json.dumps({**plan, "pace": {"threads": 1, "steps": 3}}))
+    # fewer steps than the recipe's warm-up
+    with pytest.raises(ValueError, match="warmup_steps"):
+        run_demo(out, quick(sources), Watcher())
+
+
+def test_a_diverged_run_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "unstable.py").write_text(
+        "from swat_lm.train.events import DivergedError\n"
+        "def do_model(out, name, watcher):\n"
+        "    print('what a library prints', flush=True)\n"
+        "    raise DivergedError('the loss is nan at step 7')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, (tmp_path / name).open("w"))
+    code = work(tmp_path, "name", "unstable")
+    monkeypatch.undo()
+    assert code == 2
+    # the parent reads stdout, so nothing else may be there
+    assert json.loads((tmp_path / "stdout").read_text()) == ["fail", "the loss is nan at step 7"]
+    assert (tmp_path / "stderr").read_text() == "what a library prints\n"
