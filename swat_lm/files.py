@@ -33,10 +33,12 @@ def whole(path: Path) -> Iterator[Path]:
     A file takes the place of another, a folder only that of an empty one; folders on the way are made. Several
     processes may do so at once. Raises OSError, naming the place.
     """
+    path = path if path.name else path.resolve()
     beside = beside_of(path)
+    made = [folder for folder in path.parents if not folder.exists()]
     with naming(path, beside):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield beside
             if beside.is_file():
                 # a name that is there after a crash of the machine must not stand for a file that is not
@@ -46,6 +48,8 @@ def whole(path: Path) -> Iterator[Path]:
         except BaseException:
             with suppress(OSError):
                 shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
             raise
 
 

@@ -114,6 +114,8 @@ def explain(kind: type, error: ValidationError, at: str, place: Origin) -> str:
         key = dotted(at, location[:-2])
         return f"{place(key)}{key}: keys must be words; got {shown(location[-2])}"
     key, around = dotted(at, location), dotted(at, location[:-1])
+    if found["type"] == "invalid_key":
+        return f"{place(around)}{around or 'the recipe'}: keys must be words; got {shown(value)}"
     if found["type"] == "unexpected_keyword_argument":
         siblings = [join(around, one.name) for one in fields(hint_at(kind, location[:-1]))]
         return f"{place(key)}{unknown_key(key, siblings, place.known)}"
@@ -150,7 +152,9 @@ def range_words(kind: type, location: tuple[int | str, ...]) -> str:
     metadata: Sequence[Any]
     if not is_dataclass(hint_at(kind, location[:-1])):
         entries = get_args(get_type_hints(hint_at(kind, location[:-2]), include_extras=True)[str(location[-2])])
-        metadata = get_args(entries[-1])[1].metadata
+        # of a mapping's key and value, or of a tuple's entries, which are alike
+        entry = entries[0] if isinstance(location[-1], int) else entries[1]
+        metadata = get_args(entry)[1].metadata
     else:
         metadata = field_at(kind, location).metadata
     # whole limits in all their digits
@@ -192,12 +196,13 @@ def hint_at(kind: type, location: Sequence[int | str]) -> Any:
 
 
 def unknown_key(key: str, siblings: Sequence[str], everywhere: Sequence[str] = ()) -> str:
-    """The sentence for an unknown key: the nearest sibling, else the same last word elsewhere, else all siblings."""
+    """The sentence for an unknown key: the same last word elsewhere, else the nearest sibling, else all siblings."""
     leaf = key.rpartition(".")[2]
-    for keys in (siblings, everywhere):
-        leaves = {other.rpartition(".")[2]: other for other in keys}
-        if near := nearest(leaf, leaves):
-            return f"unknown key {key}; the nearest valid key is {leaves[near[0]]}"
+    misplaced = {other.rpartition(".")[2]: other for other in everywhere}
+    leaves = {other.rpartition(".")[2]: other for other in siblings}
+    near = [misplaced[leaf]] if leaf in misplaced else [leaves[one] for one in nearest(leaf, leaves)]
+    if near:
+        return f"unknown key {key}; the nearest valid key is {near[0]}"
     return f"unknown key {key}; valid keys here are {', '.join(siblings)}"
 
 

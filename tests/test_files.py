@@ -18,7 +18,7 @@ def test_a_file_takes_the_place_of_another(tmp_path: Path):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
 def test_what_goes_wrong_leaves_what_was_there(tmp_path: Path, error: BaseException):
-    path = tmp_path / "a.json"
+    old = path = tmp_path / "a.json"
     path.write_text("old")
 
     def fail() -> None:
@@ -31,9 +31,14 @@ def test_what_goes_wrong_leaves_what_was_there(tmp_path: Path, error: BaseExcept
         fail()
     assert path.read_text() == "old"
     assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
+    # nor do the folders stay that were made on the way
+    path = tmp_path / "new" / "deep" / "a.json"
+    with pytest.raises(type(error)), whole(path):
+        raise error
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
     if isinstance(error, OSError):
         # it did not say where
-        assert caught.value.filename == str(path)
+        assert caught.value.filename == str(old)
 
 
 def test_a_folder_takes_an_empty_place_only(tmp_path: Path):

@@ -151,6 +151,9 @@ def test_bad_override_names_itself_and_the_key(write, override, parts):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
+        (MINIMAL + "held_out: 0.1\n", [":5: ", "unknown key held_out", "data.held_out"]),
+        (MINIMAL + "train:\n  seed: 3\n", [":6: ", "train.seed", "valid key is seed"]),
+        (MINIMAL + "train:\n  on: 3\n", ["train: keys must be words; got True"]),
         (MINIMAL + "train:\n  stepz: 3\n", [":6: ", "train.stepz", "train.steps"]),
         (MINIMAL + "model:\n  x: 1\n", [":5: ", "model is written twice", ":1"]),
         (MINIMAL + "train:\n  warmup_steps: 2000\n", [":5: ", "train.warmup_steps (2000)"]),

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
+from swat_lm.files import BESIDE
 from swat_lm.paths import check_name
 
 __all__ = ["check_file", "check_folder", "check_new_file"]
@@ -33,7 +34,7 @@ def try_writing(path: Path, option: str, folder: bool) -> None:
     holding = path if folder else path.parent
     missing = [one for one in (holding, *holding.parents) if not one.exists()]
     # as long as the name of the file beside, since its length may be what is refused
-    probe = holding / (".swat-lm-probe" if folder else f".{path.name}.1234567")
+    probe = holding / (".swat-lm-probe" if folder else f"{BESIDE}{path.name}.1234567")
     made: list[Path] = []
     try:
         for one in reversed(missing):

@@ -17,6 +17,7 @@ from swat_lm.data.readers import (
     missing_field,
     parquet_rows,
     read_rows,
+    read_value,
 )
 from swat_lm.data.sources import DataError, HubSource, Source, SourceFile
 from swat_lm.recipe import DataRecipe
@@ -94,7 +95,7 @@ def rows_of(
         )
     for place, row in rows:
         if data.format == "messages":
-            yield place, {name: value.as_py() for name, value in row.items()}
+            yield place, {name: read_value(value.as_py, place, name) for name, value in row.items()}
         else:
             yield place, {name: checked_value(value.as_py, place, name) for name, value in row.items()}
 

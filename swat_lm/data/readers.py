@@ -302,12 +302,16 @@ def hub_rows(
 
 
 def checked_value(read: Callable[[], Any], place: str, field: str) -> str:
-    """The value of a table, which may hold bytes where it says text."""
+    """The text of a table's field."""
+    return checked_text(read_value(read, place, field), place, field)
+
+
+def read_value(read: Callable[[], Any], place: str, field: str) -> Any:
+    """The value of a table's field, which may hold bytes where it says text."""
     try:
-        value = read()
+        return read()
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: field {field!r} is not UTF-8 text (byte {error.start} of its text)") from None
-    return checked_text(value, place, field)
 
 
 def checked_text(value: Any, place: str, field: str) -> str:

@@ -6,7 +6,7 @@ here is said which field it must have meant, what is expected there and what cam
 
 from collections.abc import Mapping
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, is_typeddict
 
 from swat_lm.words import type_words
 
@@ -26,6 +26,8 @@ def fits(value: Any, hint: Any) -> bool:
     if not isinstance(kind, type):
         # Any, or a name that is not imported
         return True
+    if is_typeddict(kind):
+        return isinstance(value, dict)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))

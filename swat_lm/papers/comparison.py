@@ -19,7 +19,7 @@ from swat_lm.evaluate.recall import RecallCurve
 from swat_lm.evaluate.recall_plots import plot_recall
 from swat_lm.evaluate.windows import widest_window
 from swat_lm.files import write_text
-from swat_lm.model.architectures import count_model_parameters, model_state_bytes
+from swat_lm.model.architectures import OURS, count_model_parameters, model_state_bytes, name_of
 from swat_lm.papers.findings import recent_loss
 from swat_lm.papers.page import machine, with_error, write_page
 from swat_lm.papers.pictures import plot_rows
@@ -124,7 +124,7 @@ def describe(one: RunFindings) -> dict[str, Any]:
     return {
         "name": one.name,
         "folder": str(one.folder),
-        "architecture": one.recipe.model.get("architecture", "swat"),
+        "architecture": one.recipe.model.get("architecture", OURS) if one.config is None else name_of(one.config),
         "parameters": None if one.config is None else count_model_parameters(one.config).total,
         "steps": last["step"],
         "of_steps": one.recipe.train.steps,

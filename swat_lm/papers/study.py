@@ -17,6 +17,7 @@ from swat_lm.papers.page import with_error
 from swat_lm.papers.scales import Budget, Scale
 from swat_lm.papers.verdicts import Verdict, judge, paired_gap
 from swat_lm.recipe import Recipe, load_recipe
+from swat_lm.train.initial import init_of
 
 if TYPE_CHECKING:
     from swat_lm.papers.findings import Findings
@@ -66,6 +67,8 @@ class Study(Experiment):
         lengths = list(self.lengths)
         if not lengths or lengths != sorted(set(lengths)) or not lengths[0] or any(lengths[-1] % x for x in lengths):
             raise ValueError(f"{self.path}: lengths: expected rising numbers that divide the last; got {lengths}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"{self.path}: seeds: expected one or more different numbers; got {list(self.seeds)}")
         if self.baseline not in self.changes or len(self.changes) < 2:
             got = f"{self.baseline!r} of {', '.join(map(str, self.changes))}"
             raise ValueError(f"{self.path}: baseline: expected one of two or more changes; got {got}")
@@ -73,7 +76,8 @@ class Study(Experiment):
             for one in filter(SHARED.match, overrides):
                 raise ValueError(f"{self.path}: {name}: {one}: this is the same for all variants of a study")
             for scale in ("full", "quick"):
-                self.load(overrides, scale)
+                if init_of(self.load(overrides, scale)) is not None:
+                    raise ValueError(f"{self.path}: {name}: a study begins its runs anew; leave model.init out")
 
     def shared(self, scale: str) -> list[str]:
         """What all variants override at a scale."""
@@ -115,7 +119,9 @@ class Study(Experiment):
     ) -> Recipe:
         recipe, name = self.load(one.overrides, scale.name), f"{one.name}-seed{seed}"
         data = replace(recipe.data, sources=sources, tokenizer=tokenizer, cache=str(out / "tokens"))
-        return replace(recipe, name=name, seed=seed, out=str(out / "runs" / name), data=data)
+        # what is measured is the exported model
+        train = replace(recipe.train, export=True)
+        return replace(recipe, name=name, seed=seed, out=str(out / "runs" / name), data=data, train=train)
 
     @override
     def measure(self, one: ChangedVariant, run: Run) -> list[Measurement]:

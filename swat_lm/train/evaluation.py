@@ -44,6 +44,16 @@ class HeldOut:
     token_bytes: Tensor | None
     """Bytes each token id stands for, int64 [V]; None if unknown."""
 
+    def check(self, engine: Engine, objective: Objective) -> None:
+        """Raise ValueError where its rows hold nothing to predict, which would look like a loss of 0."""
+        rows = self.source.pass_over(engine.rows(), self.num_batches)
+        found = engine.sum(torch.tensor(int(any(objective.num_targets(batch) for batch in rows))))
+        if not found:
+            raise ValueError(
+                f"train.objective: in the held-out rows there is nothing for {objective.name} to predict: raise "
+                "data.sequence_length, data.held_out or train.evaluate_batches, or set train.evaluate_every=0"
+            )
+
     @torch.no_grad()
     def evaluate(self, engine: Engine, model: nn.Module, objective: Objective) -> HeldOutLoss:
         """Mean cross-entropy per target token, each process by its own rows; leaves the model in training mode."""

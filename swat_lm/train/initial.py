@@ -49,7 +49,7 @@ class Initial(NamedTuple):
     @property
     def folder(self) -> Path | None:
         """The run's or the model's, whose text this model knows; None for a name on the hub."""
-        path = local_path(self.name) if self.checkpoint is None else self.checkpoint.folder.parent.parent
+        path = local_path(self.name) if self.checkpoint is None else self.checkpoint.folder.resolve().parent.parent
         return path if path.exists() else None
 
 
@@ -72,7 +72,7 @@ def find_initial(name: str) -> Initial:
     try:
         checkpoint = find_checkpoint(path)
         if checkpoint is not None:
-            export = checkpoint.folder.parent.parent / "export"
+            export = checkpoint.folder.resolve().parent.parent / "export"
             spec = str(export) if has_tokenizer(export) else checkpoint.recipe["data"]["tokenizer"]
             return Initial(name, config_of(checkpoint.model), checkpoint, spec)
         folder = find_model_folder(name)

@@ -147,6 +147,14 @@ class Run:
         stop = torch.tensor(float(self.interruption.requested), device=engine.device)
         sums = engine.sum(torch.stack([*metrics.values(), stop])).tolist()
         shown, stops, grad_norm = dict(zip(metrics, sums, strict=False)), sums[-1], norm.item()
+        if not targets:
+            # long prompts may leave a step without marked tokens: nothing was learnt, and 0 would look like much
+            if self.loss is None:
+                raise ValueError(
+                    f"step {self.step + 1}: its rows hold nothing for {self.objective.name} to predict: raise "
+                    "data.sequence_length or train.batch_size"
+                )
+            shown["loss"] = self.loss
         mean_loss = shown["loss"]
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise DivergedError(self.describe_divergence(f"loss {mean_loss}, gradient norm {grad_norm}"))

@@ -123,8 +123,10 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     optimizer, objective = make_optimizer(model, recipe.train), make_objective(recipe)
     if start is not None:
         objective.load_state_dict(engine.read_state(start.folder, model, optimizer, objective.state_dict()))
+    if rows.held_out is not None:
+        rows.held_out.check(engine, objective)
     store = rows.source.store if isinstance(rows.source, BatchSource) else None
-    earlier = start.folder.parent.parent if start else initial.folder if initial else None
+    earlier = start.folder.resolve().parent.parent if start else initial.folder if initial else None
     engine.on_main(lambda: write_trained_text(out, store, earlier))
     engine.on_main(lambda: write_recipe(recipe, out))
     flops = training_flops(config, recipe.data.sequence_length).per_token

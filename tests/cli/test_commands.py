@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from swat_lm import SwatConfig
 from swat_lm.cli import failures
 from swat_lm.cli.application import application
-from swat_lm.cli.outputs import check_folder
+from swat_lm.cli.outputs import check_folder, check_new_file
 from swat_lm.cli.progress import RunProgress, clock
 from swat_lm.train import DivergedError, Event
 
@@ -272,6 +272,9 @@ def test_places_for_folders_are_tried(here: Path):
             check_folder(here / place, "--out")
     with pytest.raises(OSError, match="File name too long"):
         check_folder(here / "made" / ("x" * 300), "--out")
+    with pytest.raises(OSError, match="File name too long"):
+        # the file beside it has a longer name
+        check_new_file(here / ("x" * 246), "--out")
     assert files_of(here) == before
     assert not (here / "made").exists()
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -175,3 +176,14 @@ def test_damaged_marks_are_found(tmp_path: Path):
     (folder / "marks.npy").unlink()
     with pytest.raises(DataError, match=r"marks\.npy: damaged: it is missing"):
         _ = prepare(data).marks
+
+
+def test_bad_text_in_messages_of_a_table_is_named_with_its_row(tmp_path: Path):
+    raw = pyarrow.array([b"good", b"ab\xff"], pyarrow.binary())
+    content = pyarrow.StringArray.from_buffers(2, *raw.buffers()[1:])
+    rows = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "assistant"]), content], ["role", "content"])
+    messages = pyarrow.ListArray.from_arrays(pyarrow.array([0, 2], pyarrow.int32()), rows)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), path)
+    with pytest.raises(DataError, match=r"a\.parquet, row 0: field 'messages' is not UTF-8 text \(byte 2"):
+        pieces(recipe(path, "messages"))

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from swat_lm import SwatConfig
+from swat_lm.model.architectures import configure_model
 from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.fitting import fits
 from swat_lm.words import type_words
@@ -173,3 +174,13 @@ def test_words_of_a_choice_are_checked():
         assert not fits("slow", hint)
         assert not fits(["fast"], hint)
     assert type_words(Literal["fast", "exact"]) == "one of fast, exact"
+
+
+def test_a_library_s_fields_are_told_apart():
+    rope = {"rope_theta": 10000.0, "rope_type": "default"}
+    for changes, said in (
+        ({"rope_parameters": rope, "hidden_size": "x"}, "hidden_size must be a whole number; got 'x'"),
+        ({"rope_parameters": 3}, "rope_parameters must be"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            configure_model({"architecture": "llama", **changes}, 260)

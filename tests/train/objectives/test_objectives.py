@@ -165,3 +165,19 @@ def test_settings_come_from_the_recipe(make_recipe):
     assert make_objective(recipe).settings.auxiliary_weights == {"balance": 0.5}
     with pytest.raises(RecipeError, match=r"nearest valid key is train\.objective_settings\.auxiliary_weights"):
         make_objective(make_recipe("run", objective_settings={"auxiliary_weight": {}}))
+
+
+def test_rows_without_an_answer_are_no_perfect_loss(marked_recipe, tmp_path):
+    """A prompt longer than a row fills it, and what is marked lies in another."""
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"prompt": "p" * 2000, "answer": str(n)}) + "\n" for n in range(12)))
+
+    def of_long_prompts(out: str, **train):
+        recipe = marked_recipe(out, batch_size=1, **train)
+        return replace(recipe, data=replace(recipe.data, sources=(str(long),), documents="separate"))
+
+    with pytest.raises(ValueError, match="in the held-out rows there is nothing for masked_next_token to predict"):
+        run(of_long_prompts("held-out", evaluate_batches=1))
+    assert not (tmp_path / "held-out" / "recipe.yaml").exists()
+    with pytest.raises(ValueError, match=r"step \d: its rows hold nothing for masked_next_token to predict"):
+        run(of_long_prompts("steps", evaluate_every=0))
