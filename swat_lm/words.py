@@ -11,8 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 __all__ = ["counted", "did_you_mean", "install_extra", "nearest", "shown", "type_words"]
 
-# of difflib's measure, from 0 to 1: less finds words that nobody meant
-ALIKE = 0.6
+# of difflib's measure, from 0 to 1: one of two letters of a short name may be another (runs/l1 for runs/ll)
+ALIKE = 0.5
 
 
 def counted(count: int, noun: str) -> str:
