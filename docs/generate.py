@@ -21,6 +21,7 @@ from file_tree import tree
 
 from swat_lm.cli.information import describe_model, find_config
 from swat_lm.evaluate.table1 import GUESSING, MEASURED
+from swat_lm.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -93,7 +94,7 @@ def take_over(folder: Path) -> None:
         raise ValueError(f"{folder}: has no {DEMO_PLOT.name}; expected a folder that `swat-lm demo` finished")
     DEMO_RESULT.parent.mkdir(parents=True, exist_ok=True)
     DEMO_PLOT.parent.mkdir(parents=True, exist_ok=True)
-    write(DEMO_RESULT, json.dumps(result, indent=1) + "\n")
+    write_text(DEMO_RESULT, json.dumps(result, indent=1) + "\n")
     shutil.copyfile(folder / DEMO_PLOT.name, DEMO_PLOT)
 
 
@@ -108,13 +109,6 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     if not isinstance(result, dict):
         raise ValueError(f"{path}: holds no mapping; expected {expected}")
     return result
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def records() -> list[Path]:
@@ -145,7 +139,7 @@ def record_experiment(path: Path, commit: str) -> None:
     replace_block(EXPERIMENTS.read_text(encoding="utf-8"), name, block)
     if picture is not None and picture.exists():
         shutil.copyfile(picture, DEMO_PLOT.with_name(f"{name}.png"))
-    write(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_text(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def info(preset: str) -> str:

@@ -1,6 +1,7 @@
 """The one way in which a file or a folder is written: beside its place, and renamed when it is whole.
 
-Whoever looks sees the old one or the new one; an error leaves nothing behind and names the place. No torch here.
+Whoever looks sees the old one or the new one; an error leaves nothing behind and names the place. Checkpoints, exports
+and token stores have rules of their own: they take the place of full folders, or of nobody's. No torch here.
 """
 
 import os
