@@ -12,6 +12,7 @@ from swat_lm.words import install_extra as _install_extra
 
 if TYPE_CHECKING:
     from swat_lm.model.configuration import SwatConfig
+    from swat_lm.model.heads import SwatForQuestionAnswering, SwatForSequenceClassification, SwatForTokenClassification
     from swat_lm.model.modeling import SwatForCausalLM, SwatModel, SwatPreTrainedModel
     from swat_lm.ops import window_attention, window_attention_step
 
@@ -20,6 +21,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "SwatConfig": "swat_lm.model.configuration",
     "SwatForCausalLM": "swat_lm.model.modeling",
+    "SwatForQuestionAnswering": "swat_lm.model.heads",
+    "SwatForSequenceClassification": "swat_lm.model.heads",
+    "SwatForTokenClassification": "swat_lm.model.heads",
     "SwatModel": "swat_lm.model.modeling",
     "SwatPreTrainedModel": "swat_lm.model.modeling",
     "window_attention": "swat_lm.ops",
@@ -31,6 +35,9 @@ _MODEL_PACKAGES = ("transformers", "safetensors", "huggingface_hub", "yaml")
 __all__ = [
     "SwatConfig",
     "SwatForCausalLM",
+    "SwatForQuestionAnswering",
+    "SwatForSequenceClassification",
+    "SwatForTokenClassification",
     "SwatModel",
     "SwatPreTrainedModel",
     "window_attention",

@@ -23,8 +23,8 @@ from swat_lm.model.configuration import SwatConfig, config_from_recipe
 from swat_lm.model.conversion import convert_config
 from swat_lm.model.cost import Parameters, count_parameters, state_bytes, training_flops_per_token
 from swat_lm.model.fitting import explain_misfit
-from swat_lm.model.loss import chunked_cross_entropy
-from swat_lm.model.modeling import SwatForCausalLM, next_tokens
+from swat_lm.model.loss import chunked_cross_entropy, next_tokens
+from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.words import did_you_mean
 
 __all__ = [
@@ -263,9 +263,10 @@ class ChunkedLoss:
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         use_cache: bool = False,
+        return_logits: bool = False,
     ) -> CausalLMOutputWithPast:
         """Loss in nats of the next tokens of `[B, T]`, as SwatForCausalLM's; with `document_ids`, documents apart."""
-        assert not use_cache
+        assert not use_cache and not return_logits
         model = cast(PreTrainedModel, self)
         # positions that start anew are what libraries know documents by; a plain row needs none
         extra = {} if document_ids is None else {"position_ids": position_ids}

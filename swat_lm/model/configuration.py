@@ -5,19 +5,22 @@ settings of attention may be lists with one value per layer, which is all that m
 """
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import AutoConfig
 
+from swat_lm.files import write_text
 from swat_lm.layers import AttentionLayer, AttentionSettings
 from swat_lm.model.fitting import explain_misfit
 from swat_lm.model.plan import LayerEntry, kinds_with, resolve_plan
 from swat_lm.model.presets import preset_fields
+from swat_lm.model.registration import AUTO_CODE, AUTO_MAP, AUTO_MODULE, MODEL_TYPE
 from swat_lm.words import did_you_mean
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -83,8 +86,10 @@ class SwatConfig(PreTrainedConfig):
         ValueError: a value out of range or lists that do not fit the layers; the message names the argument.
     """
 
-    model_type = "swat"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 Hugging Face reads it from the class
+    model_type = MODEL_TYPE
+    # Hugging Face reads these from the class
+    keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "carry", "auxiliary"]  # noqa: RUF012
+    auto_map = AUTO_MAP
 
     vocab_size: int = 32_000
     hidden_size: int = 1024
@@ -124,6 +129,8 @@ class SwatConfig(PreTrainedConfig):
         """Fill what was left open, check everything, then let Hugging Face do its part."""
         # what configurations were called that knew attention alone
         kinds = kwargs.pop("mixers", None)
+        # as it was saved, or with the hub's name of the folder in front
+        kwargs.pop("auto_map", None)
         if self.layers is not None and kinds is not None:
             raise ValueError(f"mixers: layers says what each layer is, mixers {kinds!r} too; drop mixers")
         if kinds is not None:
@@ -141,6 +148,21 @@ class SwatConfig(PreTrainedConfig):
         if self.layers is not None:
             self.layer_types = [entry.layer_type for entry in plan]
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, plain, and where tools that do not know the model type find its classes."""
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json`, and beside it the module that its `auto_map` names."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_text(Path(save_directory, f"{AUTO_MODULE}.py"), AUTO_CODE)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """Nothing to do: what is saved names this package, of which no file is copied."""
 
     @property
     def per_layer_config(self) -> LayerViews:
@@ -324,6 +346,3 @@ def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) 
         return SwatConfig(**values)
     except StrictDataclassError as error:
         raise ValueError(f"model: {explain_misfit(error, SwatConfig, values)}") from error
-
-
-AutoConfig.register(SwatConfig.model_type, SwatConfig, exist_ok=True)

@@ -74,9 +74,6 @@ def load_causal_lm(name: str, device: str | None = None) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    # registers our architecture with the Auto classes
-    import swat_lm.model.modeling  # noqa: F401
-
     place, folder = pick_device(device), find_model_folder(name)
     is_local = Path(folder).exists()
     if is_local:

@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -29,12 +27,15 @@ from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.execution import check_chunk, run_layers, step_layers
 from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk
 from swat_lm.model.kept import check_kept
-from swat_lm.model.loss import IGNORE, chunked_cross_entropy, chunked_cross_entropy_through
+from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
 from swat_lm.model.pasts import CachePast, Carry
 from swat_lm.model.streaming import Streaming
 
-# what Hugging Face's tools pass along and this model has no use for
-TOLERATED = {"cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal"}
+# what Hugging Face's tools pass along and no causal language model has a use for
+TOLERATED = {
+    "cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal", "token_type_ids",
+    "tokenizer", "assistant_tokenizer", "output_hidden_states",
+}  # fmt: skip
 
 
 @dataclass
@@ -75,6 +76,10 @@ class SwatPreTrainedModel(PreTrainedModel):
         # as custom code, modules without parameters of their own would be passed over, layers among them;
         # what layers draw respects what was loaded, parameter by parameter
         super()._initialize_weights(module, is_custom_code=False)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Nothing to do: what is saved names this package, of which no file is copied."""
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Hugging Face asks here which attention to use; there is one answer.
@@ -285,7 +290,6 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         document_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         return_logits: bool | None = None,
         carry: Carry | None = None,
         **kwargs: Any,
@@ -298,7 +302,7 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
             shift_labels: `[B, T]`, labels that are shifted already; instead of `labels`.
             num_items_in_batch: what the summed loss is divided by; the labels of this call when None.
             logits_to_keep: logits of the last n places only (0 = all), or of the given places.
-            return_logits: whether to form logits; by default only without labels, since the loss does not need them.
+            return_logits: whether to form logits; by default always but while training, where the loss needs none.
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, document_ids, carry: see
                 `SwatModel.forward`, which also takes `windows`.
 
@@ -306,7 +310,11 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
             `loss` in nats when labels are given, `logits` `[B, kept, V]`, `past_key_values`; with a carry the next one
             and `last_hidden_state` `[B, T, M]`.
         """
-        learning = labels is not None or shift_labels is not None
+        # by keyword alone: the Trainer takes every parameter with "label" in its name for one that must be there
+        targets: Tensor | None = kwargs.pop("shift_labels", None)
+        if targets is None and labels is not None:
+            targets = next_tokens(labels, document_ids)
+        learning = targets is not None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -320,10 +328,9 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         loss = logits = None
-        if learning:
-            targets = next_tokens(labels, document_ids) if shift_labels is None else shift_labels  # type: ignore[arg-type]
+        if targets is not None:
             loss = self.loss(hidden, targets, num_items_in_batch)
-        if return_logits or (return_logits is None and not learning):
+        if return_logits or (return_logits is None and not (learning and self.training)):
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         return SwatCausalLMOutput(
             loss=loss,  # type: ignore[arg-type]
@@ -339,7 +346,9 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         """Mean cross-entropy in nats of hidden states `[B, T, M]` against the next tokens `[B, T]`, in chunks."""
         hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
         head = self.lm_head
-        if type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks:
+        # a weight of another type is quantised or sharded, and its module knows how to multiply with it
+        is_plain = type(head) is nn.Linear and head.bias is None and type(head.weight) in (Tensor, nn.Parameter)
+        if is_plain and not head._forward_hooks and not head._forward_pre_hooks:
             return chunked_cross_entropy(hidden, head.weight, targets, num_items)
         return chunked_cross_entropy_through(head, hidden, targets, self.config.vocab_size, num_items)
 
@@ -372,23 +381,10 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         )
 
 
-def next_tokens(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """Labels `[B, T]` moved one place to the left; -100 at the end and where the next token begins another document."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    if document_ids is not None:
-        ends = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (0, 1), value=True)
-        targets = targets.masked_fill(ends.to(targets.device), IGNORE)
-    return targets
-
-
 def _refuse_unknown(kwargs: dict[str, Any], name: str, config: SwatConfig) -> None:
     if kwargs.pop("output_attentions", None) or config.output_attentions:
         raise ValueError("output_attentions: windowed attention never forms its weights, so they cannot be returned")
-    kwargs.pop("output_hidden_states", None)
-    unknown = kwargs.keys() - TOLERATED
+    # an argument that says nothing changes nothing, whatever it is called
+    unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in TOLERATED)
     if unknown:
-        raise TypeError(f"{name}.forward got unexpected keyword arguments: {', '.join(sorted(unknown))}")
-
-
-AutoModel.register(SwatConfig, SwatModel, exist_ok=True)
-AutoModelForCausalLM.register(SwatConfig, SwatForCausalLM, exist_ok=True)
+        raise TypeError(f"{name}.forward got unexpected keyword arguments: {', '.join(unknown)}")

@@ -1,14 +1,15 @@
-"""Makes Hugging Face's Auto classes know SwatConfig and its models, without importing `transformers` here.
+"""Makes Hugging Face's tables know our classes by their names, without importing `transformers` here.
 
-Where `transformers` comes later, a finder waits for its Auto modules and registers as soon as they are executed, and
-nothing that our modules are built on is half executed; where they are loaded already, it happens at once. So
-`import swat_lm` stays cheap, and works without `transformers`.
+The tables are filled as soon as the modules that hold them are executed, or at once where they are loaded already; ours
+are imported when somebody asks for one of them. So `import swat_lm` stays cheap, and works without `transformers`.
+
+A hook in `sys.meta_path` is needed: transformers 5.23 has no entry points for classes from other packages, and whoever
+imports it after us has no reason to call us.
 """
 
 import logging
 import sys
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
@@ -16,14 +17,23 @@ from types import ModuleType
 
 from swat_lm.words import install_extra
 
-# each of ours registers itself at its own end, so importing it is enough, also while it is being imported
-WAITED_FOR = {
-    "transformers.models.auto.configuration_auto": "swat_lm.model.configuration",
-    "transformers.models.auto.modeling_auto": "swat_lm.model.modeling",
+MODEL_TYPE = "swat"
+CLASSES = {
+    "MODEL_MAPPING": "SwatModel",
+    "MODEL_FOR_CAUSAL_LM_MAPPING": "SwatForCausalLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "SwatForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "SwatForTokenClassification",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING": "SwatForQuestionAnswering",
 }
+"""By the table of transformers that each belongs in."""
 
-# what ours are built on; some import Auto modules themselves, and ours cannot be imported while one of them is executed
-BUILT_ON = ("transformers.modeling_utils", "transformers.modeling_layers", "transformers.generation.utils")
+AUTO_MODULE = "modeling_swat"
+AUTO_CODE = f"from swat_lm import {', '.join(['SwatConfig', *CLASSES.values()])}  # pip install swat-lm\n"
+"""Of the module beside the weights by which tools that were not told of this package find it."""
+AUTO_MAP = {"AutoConfig": f"{AUTO_MODULE}.SwatConfig"} | {
+    f"AutoModel{name.removeprefix('Swat').removeprefix('Model')}": f"{AUTO_MODULE}.{name}" for name in CLASSES.values()
+}
+"""In `config.json`, by transformers' Auto classes."""
 
 # of transformers; pyproject.toml says the same
 OLDEST = (5, 20)
@@ -45,34 +55,56 @@ def complaint() -> str | None:
     )
 
 
-def register() -> None:
-    """Import those of ours whose Auto modules are there, unless it is too early, or transformers too old."""
-    if any(_is_half_executed(name) for name in BUILT_ON):
-        # when that one is executed, this is called again
+def _name_classes(_: ModuleType) -> None:
+    if complaint() is None:
+        # by the name in config.json its pipelines and its server look for a class there, and so does TRL
+        modules = sys.modules["transformers"]._class_to_module
+        modules |= dict.fromkeys(("SwatConfig", *CLASSES.values()), f"models.{MODEL_TYPE}")
+
+
+def _name_configuration(tables: ModuleType) -> None:
+    problem = complaint()
+    if problem is not None:
+        # said once; who asks for a model class gets it as an error
+        logging.getLogger(__name__).warning(problem)
         return
-    for waited_for, registering in WAITED_FOR.items():
-        if waited_for not in _executed or registering in _registered:
-            continue
-        _registered.add(registering)
-        problem = complaint()
-        if problem is None:
-            import_module(registering)
-        elif registering == WAITED_FOR["transformers.models.auto.configuration_auto"]:
-            # said once; who asks for a model class gets it as an error
-            logging.getLogger(__name__).warning(problem)
+    tables.CONFIG_MAPPING_NAMES[MODEL_TYPE] = "SwatConfig"
+    # where transformers looks for its own
+    sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules["swat_lm"]
 
 
-_executed: set[str] = set()
-_registered: set[str] = set()
+def _name_models(tables: ModuleType) -> None:
+    if complaint() is not None:
+        return
+    for table, name in CLASSES.items():
+        getattr(tables, f"{table}_NAMES")[MODEL_TYPE] = name
+        # made from the configurations' table, which may have been without ours
+        getattr(tables, table)._reverse_config_mapping["SwatConfig"] = MODEL_TYPE
 
 
-def _is_half_executed(name: str) -> bool:
-    module = sys.modules.get(name)
-    return module is not None and name not in _executed and getattr(module.__spec__, "_initializing", False)
+def _name_adapted_modules(tables: ModuleType) -> None:
+    # what adapters take where target_modules is left out: Mistral's, whose names ours are, and Mamba-2's projections
+    for name, table in vars(tables).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "mistral" in table:
+            own = list(table["mistral"])
+            if {"q_proj", "k_proj"} & set(own):
+                own += ["in_proj"] if "IA3" in name else ["in_proj", "out_proj"]
+            table[MODEL_TYPE] = own
 
 
-class _RegisteringLoader(Loader):
-    """Executes a module as its own loader does, then registers what waited for it."""
+FILLED: dict[str, Callable[[ModuleType], None]] = {
+    "transformers": _name_classes,
+    # which executes transformers itself a second time, as another module of this name
+    "transformers.processing_utils": _name_classes,
+    "transformers.models.auto.configuration_auto": _name_configuration,
+    "transformers.models.auto.modeling_auto": _name_models,
+    "peft.utils.constants": _name_adapted_modules,
+}
+"""What is done once such a module is executed."""
+
+
+class _FillingLoader(Loader):
+    """Executes a module as its own loader does, then fills its tables."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -81,18 +113,20 @@ class _RegisteringLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        # whoever asks for the loader later, for a source or a resource, finds the usual one
+        module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _executed.add(module.__name__)
-        register()
+        FILLED[module.__name__](module)
 
 
-class _AutoFinder(MetaPathFinder):
+class _FillingFinder(MetaPathFinder):
     """Stands first in `sys.meta_path` and lets everything pass but the modules waited for."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in WAITED_FOR and fullname not in BUILT_ON:
+        if fullname not in FILLED:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -100,17 +134,16 @@ class _AutoFinder(MetaPathFinder):
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _RegisteringLoader(spec.loader)
+                    spec.loader = _FillingLoader(spec.loader)
                 return spec
         return None
 
 
 def arrange() -> None:
-    """Register now what transformers has loaded, and the rest when it is loaded; calling twice changes nothing."""
-    if not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AutoFinder())
-    for name in (*WAITED_FOR, *BUILT_ON):
-        module = sys.modules.get(name)
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
-            _executed.add(name)
-    register()
+    """Fill the tables that are loaded now, and the rest when they are loaded; calling twice changes nothing."""
+    if any(isinstance(finder, _FillingFinder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _FillingFinder())
+    for name, fill in FILLED.items():
+        if name in sys.modules:
+            fill(sys.modules[name])

@@ -148,21 +148,22 @@ class Slots:
         """Keep which of the chunk's items `[B, T]` are hidden; returns that of the last P items before it."""
         if hidden is None and not self.has_holes:
             return None
-        self.has_holes = True
-        spec = self._hole_spec()
-        if not self._holes:
-            self._holes = {"hidden": self._empty(self.num_slots, spec, self._places(spec), self.position)}
-        self._enlarge({"hidden": spec}, self._holes, self.fullest + rows.num_tokens)
+        spec = self._hold_holes()
+        self._enlarge(spec, self._holes, self.fullest + rows.num_tokens)
         if hidden is None:
             hidden = torch.zeros(len(rows.slot), rows.num_tokens, dtype=torch.bool, device=self.position.device)
-        items, count = SlotPast(self._holes, {"hidden": spec}, rows).extend(hidden=hidden)
+        items, count = SlotPast(self._holes, spec, rows).extend(hidden=hidden)
         return items["hidden"][:, :count]
 
-    def _hole_spec(self) -> StateTensor:
+    def _hold_holes(self) -> dict[str, StateTensor]:
+        """From now on keep which items are hidden, as long as any layer keeps items."""
         items = [one.items for spec in self.specs for one in spec.values() if one.kind != "summary"]
-        if None in items or not items:
-            return StateTensor("hidden", (), "growing" if items else "window", None if items else 1, torch.bool)
-        return StateTensor("hidden", (), "window", max(one for one in items if one is not None), torch.bool)
+        most = None if None in items else max((one for one in items if one is not None), default=1)
+        spec = StateTensor("hidden", (), "growing" if most is None else "window", most, torch.bool)
+        if not self._holes:
+            self._holes = {"hidden": self._empty(self.num_slots, spec, self._places(spec), self.position)}
+        self.has_holes = True
+        return {"hidden": spec}
 
     def reset(self, slot: Tensor | None = None) -> None:
         """Empty slots, all of them by default, for other sequences."""
@@ -226,14 +227,11 @@ class Slots:
     def _restore_holes(self, slot: Tensor, hidden: Tensor | None) -> None:
         if hidden is None and not self._holes:
             return
-        if not self._holes:
-            spec = self._hole_spec()
-            self._holes = {"hidden": self._empty(self.num_slots, spec, self._places(spec), self.position)}
-        self.has_holes = True
+        spec = self._hold_holes()
         if hidden is None:
             self._holes["hidden"][slot] = False
         else:
-            self._enlarge({"hidden": self._hole_spec()}, self._holes, hidden.shape[1])
+            self._enlarge(spec, self._holes, hidden.shape[1])
             put(self._holes["hidden"], slot, hidden)
 
     def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -255,31 +253,46 @@ class Slots:
         check_kept(self.specs, specs, "state")
 
     def crop(self, count: int) -> None:
-        """Take the last `count` columns back, of passes that were recorded; see `record`.
+        """Take the last `count` columns back: of recorded passes (see `record`) any, else what still lies there.
 
-        Raises:
-            ValueError: more than was recorded, or layers whose past is a summary, which cannot be taken back.
+        Raises ValueError, and changes nothing, for more than that, or where a layer's past is a summary.
         """
-        passed, self.passed = self.passed or [], []
         if count == 0:
             return
         self._refuse_summaries()
-        recorded = sum(one.num_tokens for one in passed)
-        if count > recorded:
-            raise ValueError(f"crop: only the last {recorded} tokens can be taken back, got {count}")
+        held = self._untouched() if self.passed is None else sum(one.num_tokens for one in self.passed)
+        if count > held:
+            advice = "activate_past_recording() on the cache, before tokens come, keeps what more need"
+            raise ValueError(f"crop: only the last {held} tokens can be taken back, got {count}; {advice}")
+        if self.passed is None:
+            self.position.sub_(count).clamp_(min=0)
+        else:
+            self._undo(count, self.passed)
+            self.passed = []
+        self.logits = None
+        self.num_columns -= count
+        self.fullest -= count
+
+    def _untouched(self) -> int:
+        """Columns that can be taken back though nothing was recorded: until windows go round, places are positions."""
+        layers = zip(self.specs, self.layers, strict=True)
+        windows = [(one, kept[name].shape[1]) for spec, kept in layers for name, one in spec.items() if one.items]
+        # then they hold a few items more than the next token sees, or none
+        spare = [places - one.items + 1 for one, places in windows if one.items and self.fullest > places]
+        return min([self.num_columns, *spare])
+
+    def _undo(self, count: int, passed: list[Passed]) -> None:
         left = count
         while left > 0:
             last = passed.pop()
             self.position -= last.num_tokens
+            stay = max(0, last.num_tokens - left)
             for past in last.pasts:
                 for name, items in (past.recorded or {}).items():
-                    kept, num_past = past.kept[name], items.shape[1] - last.num_tokens
-                    stay = max(0, last.num_tokens - left)
-                    self._put_back(kept, items[:, : num_past + stay], stay)
-            self.position += max(0, last.num_tokens - left)
+                    num_past = items.shape[1] - last.num_tokens
+                    self._put_back(past.kept[name], items[:, : num_past + stay], stay)
+            self.position += stay
             left -= last.num_tokens
-        self.num_columns -= count
-        self.fullest -= count
 
     def record(self) -> None:
         """From now on keep what `crop` needs to take passes back. Raises ValueError for summaries."""

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from swat_lm.files import BESIDE
+from swat_lm.model.registration import AUTO_MODULE
 from swat_lm.paths import local_path
 from swat_lm.train.checkpoint import PARTIAL_CHECKPOINT, discard, find_checkpoints, manifest_step
 from swat_lm.train.trained_text import RECORD
@@ -26,7 +27,8 @@ CARD = "README.md"
 CARD_MARK = "Trained with swat-lm:"
 # what `save_pretrained` of models and tokenizers writes, the card, and what the model was trained on
 EXPORTED = re.compile(
-    r"config\.json|generation_config\.json|model(-[0-9]+-of-[0-9]+)?\.safetensors|model\.safetensors\.index\.json"
+    rf"config\.json|generation_config\.json|{AUTO_MODULE}\.py"
+    r"|model(-[0-9]+-of-[0-9]+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer\.json|tokenizer_config\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json"
     r"|vocab\.json|merges\.txt|chat_template\.jinja|additional_chat_templates|README\.md"
     rf"|{re.escape(RECORD)}"

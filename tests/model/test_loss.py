@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, token_losses
-from swat_lm.model.modeling import next_tokens
+from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens, token_losses
 
 from .models import VOCABULARY, close, tiny_model, tokens
 
@@ -116,8 +115,12 @@ def test_model_loss_is_hugging_faces():
     logits = model(ids).logits
     expected = model.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY)
     outputs = model(ids, labels=labels)
-    assert outputs.logits is None
+    # whoever evaluates looks at them; training needs none
+    close(outputs.logits, logits)
     assert outputs.past_key_values is None
+    assert model(ids, labels=labels, return_logits=False).logits is None
+    assert model.train()(ids, labels=labels).logits is None
+    model.eval()
     close(outputs.loss, expected)
     items = model.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY, num_items_in_batch=100)
     close(model(ids, labels=labels, num_items_in_batch=torch.tensor(100)).loss, items)

@@ -88,6 +88,7 @@ class Objective(ABC):
             labels=self.labels(batch),
             num_items_in_batch=num_targets,
             use_cache=False,
+            return_logits=False,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
