@@ -5,7 +5,6 @@ Legend: B rows, T tokens of the chunk, P items of a past before it, D head size.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -88,31 +87,41 @@ class Chunk:
         unknown = past.new_zeros(past.shape[0], num_past - past.shape[1])
         return torch.cat((unknown, past, own), dim=1)
 
-    @cached_property
+    # `functools.cached_property` has a lock before Python 3.12, at which torch.compile gives up
+
+    @property
     def real(self) -> Tensor | None:
         """Bool `[B, T]`: tokens that are neither padding nor hidden; None: all of them."""
+        return self._once("real", self._real)
+
+    def _real(self) -> Tensor | None:
         seen = None if self.first is None else self.first <= self.places
         if self.hidden is None:
             return seen
         return ~self.hidden if seen is None else seen & ~self.hidden
 
-    @cached_property
+    @property
     def begins(self) -> Tensor | None:
         """Bool `[B, T]`: places where a document begins, hidden or not; None: none begins in the chunk."""
-        return None if self.first is None else self.first == self.places
+        first = self.first
+        return None if first is None else self._once("begins", lambda: first == self.places)
 
-    @cached_property
+    @property
     def segments(self) -> Tensor | None:
         """Int64 `[B, T]`: 0 where a token's document began before the chunk, and one more for each that begins in it.
 
         None: no document begins in the chunk.
         """
-        return None if self.begins is None else self.begins.cumsum(dim=1)
+        begins = self.begins
+        return None if begins is None else self._once("segments", lambda: begins.cumsum(dim=1))
 
-    @cached_property
+    @property
     def places(self) -> Tensor:
         """int32 `[T]`: 0, 1, ..."""
-        return torch.arange(self.num_tokens, dtype=torch.int32, device=self.positions.device)
+        positions = self.positions
+        return self._once(
+            "places", lambda: torch.arange(positions.shape[1], dtype=torch.int32, device=positions.device)
+        )
 
     def angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the tokens, each `[B or 1, T, D / 2]`, for hidden states of this dtype; made once."""

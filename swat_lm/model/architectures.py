@@ -266,7 +266,8 @@ class ChunkedLoss:
         return_logits: bool = False,
     ) -> CausalLMOutputWithPast:
         """Loss in nats of the next tokens of `[B, T]`, as SwatForCausalLM's; with `document_ids`, documents apart."""
-        assert not use_cache and not return_logits
+        assert not use_cache
+        assert not return_logits
         model = cast(PreTrainedModel, self)
         # positions that start anew are what libraries know documents by; a plain row needs none
         extra = {} if document_ids is None else {"position_ids": position_ids}

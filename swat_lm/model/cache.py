@@ -164,7 +164,8 @@ class SlotCache(Cache):
             # only what stands before a row's first real token is not kept
             begun = (attention_mask != 0).cumsum(dim=1) > 0
             padding = (~begun[:, -num_tokens:]).sum(dim=1)
-            if bool(padding.any()):
+            # a graph that is compiled cannot look
+            if torch.compiler.is_compiling() or bool(padding.any()):
                 begin, slots.ragged = padding, True
         rows = slots.rows(num_tokens, begin=begin)
         if slots.ragged:

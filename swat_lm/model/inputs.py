@@ -42,14 +42,15 @@ def plan_chunk(
     if attention_mask is not None:
         check_mask(attention_mask, batch, num_past + num_tokens)
     if document_ids is not None:
-        return _plan_documents(document_ids, num_tokens, num_past, attention_mask, position_ids)  # type: ignore[call-arg]
+        return _plan_documents(document_ids, num_tokens, num_past, attention_mask, position_ids)
     if attention_mask is not None:
-        return _plan_mask(attention_mask, num_tokens, num_past, position_ids, goes_on)  # type: ignore[call-arg]
+        return _plan_mask(attention_mask, num_tokens, num_past, position_ids, goes_on)
     if position_ids is None:
         return Chunk(torch.arange(num_past, num_past + num_tokens, device=device).unsqueeze(0))
-    if num_tokens == 1:
+    if num_tokens == 1 or (goes_on and torch.compiler.is_compiling()):
+        # a graph cannot look whether documents begin, which a cache would refuse
         return Chunk(position_ids.long())
-    return _plan_positions(position_ids, batch, num_past)  # type: ignore[call-arg]
+    return _plan_positions(position_ids, batch, num_past)
 
 
 def documents_from_lengths(cu_seqlens: Tensor, batch: int, num_tokens: int) -> Tensor:
@@ -66,7 +67,6 @@ def documents_from_lengths(cu_seqlens: Tensor, batch: int, num_tokens: int) -> T
     return first
 
 
-@torch.compiler.disable
 def _plan_documents(
     document_ids: Tensor, num_tokens: int, num_past: int, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> Chunk:
@@ -83,7 +83,6 @@ def _plan_documents(
     return Chunk(positions if position_ids is None else position_ids.long(), first)
 
 
-@torch.compiler.disable
 def _plan_mask(
     attention_mask: Tensor, num_tokens: int, num_past: int, position_ids: Tensor | None, goes_on: bool
 ) -> Chunk:
@@ -97,7 +96,6 @@ def _plan_mask(
     return chunk
 
 
-@torch.compiler.disable
 def _plan_positions(position_ids: Tensor, batch: int, num_past: int) -> Chunk:
     first = from_position_ids(position_ids).first_visible
     if first is None:

@@ -142,7 +142,7 @@ class SwatModel(SwatPreTrainedModel):
             attention_mask: `[B, past + T]`, 1 = real token; padding on either side, and holes, which nobody sees.
             position_ids: `[B or 1, T]` for rotary; without a mask, a break in them begins a packed document.
             past_key_values: a `SlotCache`, or for attention layers a cache of `transformers`.
-            use_cache: keep a cache; by default in inference only.
+            use_cache: keep a cache; by default in inference only, where nothing is compiled.
             document_ids: integers `[B, T]`; a change begins a document, which does not see the one before;
                 negative ids are padding.
             cu_seq_lens_q: `[documents + 1]`, the same for one flattened row, as Hugging Face's collators give it.
@@ -159,7 +159,9 @@ class SwatModel(SwatPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache is None:
+            # nor does a graph that is compiled make one by itself
+            use_cache = self.config.use_cache and not self.training and not torch.compiler.is_compiling()
         if self.gradient_checkpointing and self.training:
             if past_key_values is not None:
                 raise ValueError("past_key_values: activation checkpointing would fill the cache twice; pass none")

@@ -3,6 +3,9 @@
 Row t sees the keys `max(first, last - window + 1) .. last`; `first > last` means that it sees nothing. Every function
 here returns `Visibility(first_visible, last_visible)`, int32 `[B, T]` or None for the default (first 0, last
 S - T + t), checks the values it is given (which costs a device sync on a GPU), and keeps both non-decreasing in t.
+
+A graph that `torch.compile` or `torch.export` makes must not depend on values: there nothing is checked, and what a
+mask or documents could have said is carried along even where they say nothing.
 """
 
 from typing import NamedTuple
@@ -39,9 +42,8 @@ def from_attention_mask(attention_mask: Tensor, num_queries: int | None = None) 
     num_queries = num_keys if num_queries is None else num_queries
     if not 0 <= num_queries <= num_keys:
         raise ValueError(f"num_queries: expected 0 to {num_keys} (the keys in attention_mask), got {num_queries}")
+    _refuse_additive(attention_mask)
     real = attention_mask != 0
-    if attention_mask.dtype != torch.bool and bool((real & (attention_mask != 1)).any()):
-        raise ValueError("attention_mask: expected only 0 (padding) and 1 (real token); additive masks have no meaning")
     if bool(real.all()):
         return Visibility(None, None)
     starts = real.clone()
@@ -52,12 +54,7 @@ def from_attention_mask(attention_mask: Tensor, num_queries: int | None = None) 
             f"attention_mask: row {int(broken[0])} has a hole (real tokens, then padding, then real tokens); "
             "a row must be one run of real tokens, padded on the left or on the right"
         )
-    start = torch.where(real.any(dim=1), real.to(torch.int32).argmax(dim=1), num_keys)
-    index = torch.arange(num_keys - num_queries, num_keys, device=real.device)
-    own = real[:, num_keys - num_queries :]
-    # a padded row after the text must point past every key, one before it already lies left of the first real key
-    first = torch.where(own | (index < start[:, None]), start[:, None], num_keys)
-    return Visibility(first.to(torch.int32), None)
+    return Visibility(_first_real(real, num_queries), None)
 
 
 def from_mask_with_holes(
@@ -76,15 +73,36 @@ def from_mask_with_holes(
     if attention_mask.dim() != 2:
         return from_attention_mask(attention_mask, num_queries), None
     real = attention_mask != 0
-    # after the first real token, and before the last
-    hidden = ~real & (real.cumsum(dim=1) > 0)
-    if not ends_hidden:
-        hidden &= real.flip(1).cumsum(dim=1).flip(1) > 0
+    hidden = _in_holes(real, ends_hidden)
+    if torch.compiler.is_compiling():
+        num_queries = real.shape[1] if num_queries is None else num_queries
+        return Visibility(_first_real(real | hidden, num_queries), None), hidden
     if not bool(hidden.any()):
         return from_attention_mask(attention_mask, num_queries), None
-    if attention_mask.dtype != torch.bool and bool((real & (attention_mask != 1)).any()):
-        raise ValueError("attention_mask: expected only 0 (padding) and 1 (real token); additive masks have no meaning")
+    _refuse_additive(attention_mask)
     return from_attention_mask(real | hidden, num_queries), hidden
+
+
+def _in_holes(real: Tensor, ends_hidden: bool) -> Tensor:
+    # after the first real token, and before the last
+    hidden = ~real & (real.cumsum(dim=1) > 0)
+    return hidden if ends_hidden else hidden & (real.flip(1).cumsum(dim=1).flip(1) > 0)
+
+
+def _refuse_additive(attention_mask: Tensor) -> None:
+    if attention_mask.dtype != torch.bool and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise ValueError("attention_mask: expected only 0 (padding) and 1 (real token); additive masks have no meaning")
+
+
+def _first_real(real: Tensor, num_queries: int) -> Tensor:
+    """First visible key, int32 `[B, T]`, of the last T places of rows `[B, S]` that are one run of real tokens."""
+    num_keys = real.shape[1]
+    start = torch.where(real.any(dim=1), real.to(torch.int32).argmax(dim=1), num_keys)
+    index = torch.arange(num_keys - num_queries, num_keys, device=real.device)
+    own = real[:, num_keys - num_queries :]
+    # a padded row after the text must point past every key, one before it already lies left of the first real key
+    first = torch.where(own | (index < start[:, None]), start[:, None], num_keys)
+    return first.to(torch.int32)
 
 
 def from_document_ids(document_ids: Tensor) -> Visibility:
@@ -102,15 +120,17 @@ def from_document_ids(document_ids: Tensor) -> Visibility:
     batch, num_tokens = document_ids.shape
     if num_tokens == 0:
         return Visibility(None, None)
+    looks = not torch.compiler.is_compiling()
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     padding = document_ids < 0
-    if not bool((starts[:, 1:].any()) | padding.any()):
-        return Visibility(None, None)
-    _refuse_recurring_ids(document_ids, starts & ~padding)
+    if looks:
+        if not bool((starts[:, 1:].any()) | padding.any()):
+            return Visibility(None, None)
+        _refuse_recurring_ids(document_ids, starts & ~padding)
     index = torch.arange(num_tokens, device=document_ids.device).expand(batch, -1)
     first = torch.where(starts & ~padding, index, 0).cummax(dim=1).values
-    if bool(padding.any()):
+    if not looks or bool(padding.any()):
         # a padded row points to the start of the next document (or past the end), so that first stays non-decreasing
         ahead = torch.where(starts & ~padding, index, num_tokens).flip(1).cummin(dim=1).values.flip(1)
         first = torch.where(padding, ahead, first)
@@ -139,12 +159,14 @@ def from_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> Visibility:
             f"cu_seqlens: expected integers [documents + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
     lengths = cu_seqlens.diff()
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((lengths < 0).any()):
+    looks = not torch.compiler.is_compiling()
+    if looks and (int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((lengths < 0).any())):
         raise ValueError(
             f"cu_seqlens: expected a non-decreasing run from 0 to {num_tokens} (the tokens of the row), "
             f"got {cu_seqlens.tolist()}"
         )
-    first = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    index = torch.arange(num_tokens, device=cu_seqlens.device)
+    first = cu_seqlens[torch.searchsorted(cu_seqlens, index.to(cu_seqlens.dtype), right=True) - 1]
     return Visibility(first.to(torch.int32).unsqueeze(0), None)
 
 
