@@ -5,7 +5,7 @@ computed by `swat_lm.ops` alone; Hugging Face's attention implementations would 
 Legend: B batch, T tokens, M model width, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -28,6 +27,8 @@ from swat_lm.model.execution import check_chunk, run_layers, step_layers
 from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk
 from swat_lm.model.kept import check_kept
 from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
+from swat_lm.model.outputs import SwatCausalLMOutput, SwatModelOutput
+from swat_lm.model.paged import PAGED, check_paged, run_paged
 from swat_lm.model.pasts import CachePast, Carry
 from swat_lm.model.streaming import Streaming
 
@@ -36,24 +37,6 @@ TOLERATED = {
     "cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal", "token_type_ids",
     "tokenizer", "assistant_tokenizer", "output_hidden_states",
 }  # fmt: skip
-
-
-@dataclass
-class SwatModelOutput(BaseModelOutputWithPast):
-    """With the carry for the next chunk, and what layers say beside."""
-
-    carry: Carry | None = None
-    auxiliary: tuple[Auxiliary, ...] | None = None
-    """One per layer; None where no layer says anything."""
-
-
-@dataclass
-class SwatCausalLMOutput(CausalLMOutputWithPast):
-    """With the hidden states after the final norm, the carry for the next chunk, and what layers say beside."""
-
-    last_hidden_state: Tensor | None = None
-    carry: Carry | None = None
-    auxiliary: tuple[Auxiliary, ...] | None = None
 
 
 class SwatPreTrainedModel(PreTrainedModel):
@@ -82,11 +65,14 @@ class SwatPreTrainedModel(PreTrainedModel):
         """Nothing to do: what is saved names this package, of which no file is copied."""
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Hugging Face asks here which attention to use; there is one answer.
+        """Hugging Face asks here which attention to use; there is one answer, and its name with a paged cache.
 
         Raises:
-            ValueError: anything but "eager" was asked for.
+            ValueError: anything but "eager" was asked for, or a paged cache that cannot hold what layers keep.
         """
+        if requested_attention == PAGED:
+            check_paged(self.config)
+            return PAGED
         if requested_attention not in (None, "eager"):
             raise ValueError(
                 f"attn_implementation={requested_attention!r} would compute softmax attention of another model; "
@@ -98,7 +84,7 @@ class SwatPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         """Refuse any other attention than this model's own; see `get_correct_attn_implementation`."""
         asked = attn_implementation.get("", "eager") if isinstance(attn_implementation, dict) else attn_implementation
-        self.get_correct_attn_implementation(asked)
+        self.config._attn_implementation = self.get_correct_attn_implementation(asked)
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
@@ -155,10 +141,17 @@ class SwatModel(SwatPreTrainedModel):
         Raises:
             ValueError: inputs that contradict each other; the message names them.
         """
-        _refuse_unknown(kwargs, type(self).__name__, self.config)
+        paged = kwargs.keys() >= {"cache", "read_index"}
+        if not paged:
+            _refuse_unknown(kwargs, type(self).__name__, self.config)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if paged:
+            assert position_ids is not None
+            given = {**kwargs, "cu_seq_lens_q": cu_seq_lens_q}
+            hidden = run_paged(self.stack, self.config, hidden, position_ids, given)
+            return SwatModelOutput(last_hidden_state=self.norm(hidden))  # type: ignore[arg-type]
         if use_cache is None:
             # nor does a graph that is compiled make one by itself
             use_cache = self.config.use_cache and not self.training and not torch.compiler.is_compiling()
