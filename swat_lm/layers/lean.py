@@ -160,7 +160,7 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
         [attention.q_proj, attention.k_proj, attention.v_proj],
         [attention.o_proj],
     ):
-        join([module for module in group if type(module) is nn.Linear])
+        join([module for module in group if type(module) is nn.Linear and type(module.weight) is nn.Parameter])
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *feed_forward.children())
     if attention.q_norm is not None or not all(is_plain(module) for module in linears):
         return None
@@ -187,6 +187,7 @@ def is_plain(module: nn.Module) -> bool:
     """Whether a plan may multiply with the weight instead of calling the module."""
     return (
         type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
         and module.bias is None
         and not module._forward_hooks
         and not module._forward_pre_hooks

@@ -4,7 +4,7 @@ Parameter names and shapes are Llama's. Equations: SWAT (arXiv 2502.18845), Eq. 
 Legend: B rows, T tokens, P kept tokens, M width, H query heads, K key/value heads, D head size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,24 @@ class WindowAttention(Mixer):
         # not a buffer: `.to(bfloat16)` must not round the slopes, nor loading leave them uninitialised
         with torch.device("cpu"):
             self._slopes = slopes_for(settings.num_heads, settings.slopes, settings.slope_schedule)
+
+    def take_heads(self, share: int, num_shares: int) -> None:
+        """Be one of `num_shares` parts, each with as many heads in order; the projections are cut by whoever asks.
+
+        Raises:
+            ValueError: heads that cannot be shared equally.
+        """
+        settings = self.settings
+        for name in ("num_heads", "num_kv_heads"):
+            if getattr(settings, name) % num_shares:
+                raise ValueError(
+                    f"{name}: {getattr(settings, name)} heads cannot be shared by {num_shares} processes; "
+                    "take a number that divides them"
+                )
+        heads = settings.num_heads // num_shares
+        self.settings = replace(settings, num_heads=heads, num_kv_heads=settings.num_kv_heads // num_shares)
+        if self._slopes is not None:
+            self._slopes = self._slopes[share * heads : (share + 1) * heads].clone()
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """Rotated keys and values: `window` places, since a new key is written before it is attended to."""
@@ -209,8 +227,10 @@ class WindowAttention(Mixer):
         """From the operator's `[B, T, H, D]`, with its lse where a sink is learned, to `o_proj`'s `[B, T, H * D]`."""
         if self.sink is not None:
             output, lse = result
+            # cut by tensor parallelism, it is this process's part of a whole
+            sink = getattr(self.sink, "to_local", lambda: self.sink)()
             # softmax with one more key, of score `sink` and value zero
-            share = torch.sigmoid(lse - self.sink.to(lse.dtype))
+            share = torch.sigmoid(lse - sink.to(lse.dtype))
             output = output * share.to(output.dtype).unsqueeze(-1)
         else:
             assert isinstance(result, Tensor)

@@ -28,6 +28,26 @@ PER_LAYER = ("sliding_window", "score_function", "slopes", "score_bias", "use_ro
 """Fields that may be a list with one value per layer."""
 
 
+HEADS = "swat_heads"
+"""The style of swat_lm/model/tensor_parallel.py."""
+TENSOR_PARALLEL_PLAN = {
+    "layers.*.self_attn": HEADS,
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.self_attn.sink": HEADS,
+    # of every head the same weight, of which each process sees its heads' gradient
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.output_norm": "replicated_with_grad_allreduce",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+"""By the names of modules: attention is cut by heads, the feed-forward by its width, the head by the vocabulary."""
+
+
 class LayerView:
     """The configuration as one layer has it: `sliding_window` is the layer's own, everything else is shared.
 
@@ -90,6 +110,7 @@ class SwatConfig(PreTrainedConfig):
     # Hugging Face reads these from the class
     keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "carry", "auxiliary"]  # noqa: RUF012
     auto_map = AUTO_MAP
+    base_model_tp_plan = TENSOR_PARALLEL_PLAN
 
     vocab_size: int = 32_000
     hidden_size: int = 1024

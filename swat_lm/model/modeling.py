@@ -17,6 +17,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+import swat_lm.model.tensor_parallel  # noqa: F401 registers the style that the configuration's plan names
 from swat_lm.layers.base import NOTHING, Auxiliary, Layer
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import RMSNorm
@@ -264,6 +265,7 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
     """The language model: SwatModel and an output embedding, with `generate()` and streaming."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: SwatConfig) -> None:
         super().__init__(config)

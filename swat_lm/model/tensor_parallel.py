@@ -1,0 +1,25 @@
+"""Tensor parallelism as `transformers` does it: what attention must know of its share of the heads.
+
+What is cut how stands in `SwatConfig.base_model_tp_plan`; layers of other kinds are whole on every process.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel
+
+from swat_lm.layers.window_attention import WindowAttention
+from swat_lm.model.configuration import HEADS
+
+
+class HeadsParallel(ColwiseParallel):
+    """Attention that has a share of the heads; of parameters of its own, of which a sink has one entry per head."""
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        """Tell the module its share. Raises ValueError where heads cannot be shared equally."""
+        assert isinstance(module, WindowAttention)
+        module.take_heads(mesh.get_local_rank(), mesh.size())
+        return module
+
+
+ALL_PARALLEL_STYLES.register(HEADS, HeadsParallel())
