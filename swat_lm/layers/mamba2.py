@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTensor
 from swat_lm.layers.chunk import Chunk
-from swat_lm.layers.norm import RMSNorm
+from swat_lm.layers.norm import GatedRMSNorm, RMSNorm
 from swat_lm.layers.pre_norm import start
 from swat_lm.ops.flops import state_space_flops
-from swat_lm.ops.gated_norm import gated_rms_norm
 from swat_lm.ops.short_convolution import short_convolution, short_convolution_step, tail_after
 from swat_lm.ops.state_space import state_space_scan, state_space_step, state_space_summary
 
@@ -101,7 +100,7 @@ class Mamba2Mixer(nn.Module):
 
     def __init__(self, settings: Mamba2Settings, width: int, norm_eps: float) -> None:
         super().__init__()
-        self.settings, self.norm_eps = settings, norm_eps
+        self.settings = settings
         self.inner = settings.expand * width
         self.num_heads = self.inner // settings.ssm_head_dim
         self.num_channels = self.inner + 2 * settings.num_groups * settings.state_size
@@ -117,7 +116,8 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.zeros(self.num_heads))
         self.A_log = nn.Parameter(torch.zeros(self.num_heads))
         self.D = nn.Parameter(torch.ones(self.num_heads))
-        self.norm = RMSNorm(self.inner, norm_eps)
+        # a module that is called, so that adapters can stand in its place
+        self.norm = GatedRMSNorm(self.inner, norm_eps, self.inner // settings.num_groups)
         self.out_proj = nn.Linear(self.inner, width, bias=bias)
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None) -> Tensor:
@@ -181,9 +181,7 @@ class Mamba2Mixer(nn.Module):
     def _finish(self, output: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         """Skip connection, gated norm and output projection."""
         output = (output + value * self.D.to(value.dtype)[:, None]).flatten(2)
-        group_size = self.inner // self.settings.num_groups
-        normed = gated_rms_norm(output, gate, self.norm.weight, eps=self.norm_eps, group_size=group_size)
-        return self.out_proj(normed)
+        return self.out_proj(self.norm(output, gate))
 
 
 class Mamba2Layer(Layer):

@@ -1,8 +1,10 @@
-"""Root mean square norm (arXiv 1910.07467), with Llama's parameter name."""
+"""Root mean square norm (arXiv 1910.07467), with Llama's parameter name, and Mamba-2's, which is gated."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from swat_lm.ops.gated_norm import gated_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -21,3 +23,15 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Size and epsilon."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GatedRMSNorm(RMSNorm):
+    """Of what a gate was multiplied with, over groups of channels (arXiv 2405.21060, section 7)."""
+
+    def __init__(self, size: int, eps: float, group_size: int) -> None:
+        super().__init__(size, eps)
+        self.group_size = group_size
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise `[..., size]`, gated by `silu(gate)`."""
+        return gated_rms_norm(x, gate, self.weight, eps=self.eps, group_size=self.group_size)
