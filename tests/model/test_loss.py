@@ -148,3 +148,19 @@ def test_labels_that_are_no_tokens_are_refused(wrong):
     labels[3] = wrong
     with pytest.raises(ValueError, match=f"labels: expected 0 to 52, or -100 .*; got {wrong}"):
         chunked_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_through_a_quantised_head(learning):
+    """Its weight is a tensor of another type, which only its module knows to multiply with."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, ids = tiny_model(), tokens(2, 20)
+    quantize_(model, Int8WeightOnlyConfig())
+    expected = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss = model.train(learning)(ids, labels=ids).loss
+    close(loss, expected)
+    loss.backward()
+    assert model.model.norm.weight.grad is not None
+    # and it streams
+    close(model.eval().prefill(ids, model.init_state(2))[0], model(ids).logits[:, -1])
