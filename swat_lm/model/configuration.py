@@ -30,22 +30,6 @@ PER_LAYER = ("sliding_window", "score_function", "slopes", "score_bias", "use_ro
 
 HEADS = "swat_heads"
 """The style of swat_lm/model/tensor_parallel.py."""
-TENSOR_PARALLEL_PLAN = {
-    "layers.*.self_attn": HEADS,
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.self_attn.sink": HEADS,
-    # of every head the same weight, of which each process sees its heads' gradient
-    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-    "layers.*.self_attn.output_norm": "replicated_with_grad_allreduce",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
-"""By the names of modules: attention is cut by heads, the feed-forward by its width, the head by the vocabulary."""
 
 
 class LayerView:
@@ -110,7 +94,6 @@ class SwatConfig(PreTrainedConfig):
     # Hugging Face reads these from the class
     keys_to_ignore_at_inference = ["past_key_values", "last_hidden_state", "carry", "auxiliary"]  # noqa: RUF012
     auto_map = AUTO_MAP
-    base_model_tp_plan = TENSOR_PARALLEL_PLAN
 
     vocab_size: int = 32_000
     hidden_size: int = 1024
@@ -169,6 +152,24 @@ class SwatConfig(PreTrainedConfig):
         if self.layers is not None:
             self.layer_types = [entry.layer_type for entry in plan]
         super().__post_init__(**kwargs)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
+        """How tensor parallelism cuts the modules: attention by heads, the feed-forward by its width."""
+        attention = [settings for kind, settings in self.plan() if issubclass(kind, AttentionLayer)]
+        if not attention:
+            return {}
+        own = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
+        # of every head the same weight, of which each process sees its heads' gradient
+        shared = {"qk_norm": ("q_norm", "k_norm"), "output_norm": ("output_norm",)}
+        for name, norms in shared.items():
+            if any(getattr(settings, name) for settings in attention):
+                own |= dict.fromkeys(norms, "replicated_with_grad_allreduce")
+        if any(settings.learned_sink for settings in attention):
+            own["sink"] = HEADS
+        cut = {"self_attn": HEADS} | {f"self_attn.{name}": style for name, style in own.items()}
+        cut |= {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        return {f"layers.*.{name}": style for name, style in cut.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """All values, plain, and where tools that do not know the model type find its classes."""
