@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from swat_lm.data.readers import Piece
+from swat_lm.data.source_text import Piece
 
 # characters per message to a worker: small enough for bounded memory, large enough that messages cost nothing
 BATCH_CHARACTERS = 1 << 19

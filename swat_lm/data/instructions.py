@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from swat_lm.data.cutting import Cuts, Cutter
-from swat_lm.data.readers import (
+from swat_lm.data.source_text import (
     Piece,
     checked_text,
     checked_value,

@@ -23,7 +23,7 @@ from swat_lm.data.cutting import LONGEST, Cuts
 from swat_lm.data.encoding import encode_bytes, encode_parallel
 from swat_lm.data.instructions import LAYOUT, fields_read, is_marked, read_marked_pieces
 from swat_lm.data.passages import PassageSample
-from swat_lm.data.readers import Piece, read_pieces
+from swat_lm.data.source_text import Piece, read_pieces
 from swat_lm.data.sources import DataError, Source, resolve_sources
 from swat_lm.data.store import (
     DOCUMENTS,
@@ -156,7 +156,7 @@ def write_store(
 ) -> None:
     """Read, tokenise and write everything into an empty folder."""
     dtype = np.dtype(np.uint16 if facts.vocab_size <= 1 << 16 else np.uint32)
-    reading = Reading(sources, data, facts.cuts)
+    reading = SourcePieces(sources, data, facts.cuts)
     encoded = (
         encode_bytes(reading.pieces())
         if facts.tokenizer_json is None
@@ -211,7 +211,7 @@ def write_index(folder: Path, data: DataRecipe, facts: TokenizerFacts, writer: "
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-class Reading:
+class SourcePieces:
     """All pieces of all sources, counting the bytes read."""
 
     def __init__(self, sources: list[Source], data: DataRecipe, cuts: Cuts | None) -> None:

@@ -1,7 +1,7 @@
 """What a recipe's `data.sources` name: files, folders, hub data sets, the standard library's own text.
 
 Names are resolved to an ordered list of sources, each with an identity that changes when its content does. Reading is
-`swat_lm/data/readers.py`.
+`swat_lm/data/source_text.py`.
 """
 
 import os

@@ -16,7 +16,7 @@ from swat_lm.data.batches import IGNORED, Batch
 from swat_lm.data.sources import DataError
 from swat_lm.words import counted, did_you_mean
 
-__all__ = ["PREFIX", "Answer", "Row", "SyntheticSource", "SyntheticTask", "is_synthetic", "synthetic_task"]
+__all__ = ["PREFIX", "Answer", "SyntheticRow", "SyntheticSource", "SyntheticTask", "is_synthetic", "synthetic_task"]
 
 PREFIX = "synthetic:"
 # ids: fillers, the mark, keys, values
@@ -38,7 +38,7 @@ class Answer(NamedTuple):
     """From the place that predicts to the token it must recall: a window of W reaches distance W - 1 in one layer."""
 
 
-class Row(NamedTuple):
+class SyntheticRow(NamedTuple):
     """One row of a task."""
 
     tokens: np.ndarray
@@ -76,7 +76,7 @@ class SyntheticTask:
         settings = "&".join(f"{one}={getattr(self, one)}" for one in SETTINGS[self.name])
         return f"{PREFIX}{self.name}?{settings}"
 
-    def row(self, random: np.random.Generator, length: int) -> Row:
+    def row(self, random: np.random.Generator, length: int) -> SyntheticRow:
         """A row of exactly `length` tokens whose distances are drawn; raises DataError if it is too short."""
         self.check_length(length)
         if self.name == "mqar":
@@ -90,9 +90,9 @@ class SyntheticTask:
         before = length - len(row.tokens)
         filler = self.filling(random, before)
         answers = tuple(Answer(one.start + before, one.end + before, one.distance) for one in row.answers)
-        return Row(np.concatenate([filler, row.tokens]), answers)
+        return SyntheticRow(np.concatenate([filler, row.tokens]), answers)
 
-    def row_at(self, random: np.random.Generator, distance: int) -> Row:
+    def row_at(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The shortest row whose answers have exactly this distance; raises DataError if the task cannot have it."""
         low = {"kv": 1, "mqar": 2 * self.pairs - 1, "passkey": self.digits, "copy": 1}[self.name]
         if distance < low or (self.name == "kv" and distance % 2 == 0):
@@ -106,13 +106,13 @@ class SyntheticTask:
             code = self.draw_values(random, self.digits)
             gap = self.fillers(random, distance - self.digits)
             tokens = np.concatenate([[MARK], code, gap, [MARK], code])
-            return Row(tokens, (Answer(len(tokens) - self.digits, len(tokens), distance),))
+            return SyntheticRow(tokens, (Answer(len(tokens) - self.digits, len(tokens), distance),))
         segment = self.draw_values(random, distance)
         # the mark stands before both, so the copy lags by one more than the segment is long
         tokens = np.concatenate([[MARK], segment, [MARK], segment])
-        return Row(tokens, (Answer(distance + 2, len(tokens), distance),))
+        return SyntheticRow(tokens, (Answer(distance + 2, len(tokens), distance),))
 
-    def kv(self, random: np.random.Generator, distance: int) -> Row:
+    def kv(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The wanted pair, pairs with other keys, and the wanted key."""
         others = (distance - 1) // 2
         wanted, *rest = random.choice(self.keys, 1 + min(others, self.keys - 1), replace=False)
@@ -121,16 +121,18 @@ class SyntheticTask:
         pairs[0::2] = FIRST_KEY + np.concatenate([[wanted], drawn])
         pairs[1::2] = self.draw_values(random, others + 1)
         tokens = np.concatenate([pairs, [pairs[0], pairs[1]]])
-        return Row(tokens, (Answer(len(tokens) - 1, len(tokens), distance),))
+        return SyntheticRow(tokens, (Answer(len(tokens) - 1, len(tokens), distance),))
 
-    def gathered(self, random: np.random.Generator, distance: int) -> Row:
+    def gathered(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The pairs, filler, and the pairs again, so that all have the same distance."""
         pairs = self.draw_pairs(random)
         tokens = np.concatenate([pairs, self.fillers(random, distance + 1 - len(pairs)), pairs])
         first = distance + 2
-        return Row(tokens, tuple(Answer(first + 2 * i, first + 2 * i + 1, distance) for i in range(self.pairs)))
+        return SyntheticRow(
+            tokens, tuple(Answer(first + 2 * i, first + 2 * i + 1, distance) for i in range(self.pairs))
+        )
 
-    def scattered(self, random: np.random.Generator, length: int) -> Row:
+    def scattered(self, random: np.random.Generator, length: int) -> SyntheticRow:
         """The pairs, and among filler each of them again, in another order and anywhere."""
         pairs = self.draw_pairs(random)
         tokens = np.concatenate([pairs, self.fillers(random, length - len(pairs))])
@@ -140,7 +142,7 @@ class SyntheticTask:
         for place, which in zip(places.tolist(), random.permutation(self.pairs).tolist(), strict=True):
             tokens[place : place + 2] = pairs[2 * which : 2 * which + 2]
             answers.append(Answer(place + 1, place + 2, place - (2 * which + 1)))
-        return Row(tokens, tuple(answers))
+        return SyntheticRow(tokens, tuple(answers))
 
     def draw_pairs(self, random: np.random.Generator) -> np.ndarray:
         """Different keys, each followed by a value."""
@@ -265,6 +267,6 @@ class SyntheticSource:
         for step in range(self.num_batches if num_batches is None else min(num_batches, self.num_batches)):
             yield self.batch(step, rows)
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> SyntheticRow:
         """The row of this number."""
         return self.task.row(np.random.default_rng((*self.seed, number)), self.sequence_length)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from swat_lm.data.cutting import BYTE_CUTS
 from swat_lm.data.encoding import ended, send, started
-from swat_lm.data.readers import read_pieces
+from swat_lm.data.source_text import read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
 from swat_lm.data.tokenizer import BOS, EOS, PAD, wrap
 from swat_lm.files import whole

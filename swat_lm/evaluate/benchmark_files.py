@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from swat_lm.data.readers import decoded_blocks, read_rows
+from swat_lm.data.source_text import decoded_blocks, read_rows
 from swat_lm.data.sources import COMPRESSIONS, DataError, source_file
 from swat_lm.evaluate.benchmarks import PAGES, Benchmark, Doc, Form
 

@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 
 from swat_lm.evaluate.figures import read_figures, write_figures
+from swat_lm.evaluate.standard_errors import mean_and_error
 from swat_lm.files import write_text
 
 __all__ = ["LengthCurve", "LengthPoint", "WindowMatrix", "difference", "summarise", "with_bytes"]
@@ -183,12 +184,3 @@ def summarise(
     return LengthCurve(
         tuple(points), num_tokens, window, same_text, tuple(map(tuple, means)), tuple(map(tuple, tails)), num_sinks
     )
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard error of the mean; None for one value."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(spread / len(values))

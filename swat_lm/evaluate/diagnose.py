@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.limits import position_limit
-from swat_lm.evaluate.reader import evaluating
+from swat_lm.evaluate.streaming_model import evaluating
 from swat_lm.evaluate.windows import layer_windows
 from swat_lm.files import write_text
 from swat_lm.layers import WindowAttention

@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swat_lm.evaluate.limits import check_length, position_limit
-from swat_lm.evaluate.readings import Row
+from swat_lm.evaluate.prefixes import Request
 from swat_lm.evaluate.scoring import Scorer
 from swat_lm.words import counted
 
@@ -120,7 +120,7 @@ class HarnessModel(TemplateLM):
                     )
                 # one more than is read, since the last token is only predicted
                 before = before[max(0, len(before) + len(continuation) - self.max_length - 1) :]
-            rows.append(Row(before, continuation))
+            rows.append(Request(before, continuation))
         return [(one.log_likelihood, one.is_greedy) for one in self._scorer.score(rows, self.on_progress)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -131,11 +131,11 @@ class HarnessModel(TemplateLM):
             pairs: list[tuple[list[int], list[int]]]
             if self.rolling == "whole":
                 pairs = [([self.prefix_token_id], tokens)] if tokens else []
-                check_length(self._scorer.reader, len(tokens), 1)
+                check_length(self._scorer.streaming, len(tokens), 1)
             else:
                 windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.window_length, context_len=1)
                 pairs = [make_disjoint_window(pair) for pair in windows]
-            rows += [Row(*pair) for pair in pairs]
+            rows += [Request(*pair) for pair in pairs]
             owners += [owner] * len(pairs)
         sums = [0.0] * len(requests)
         for owner, score in zip(owners, self._scorer.score(rows, self.on_progress), strict=True):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.reader import Reader, StateReader, probe
-from swat_lm.evaluate.sinks import SinkReader
+from swat_lm.evaluate.sinks import SinkStreamingModel
+from swat_lm.evaluate.streaming_model import StreamingModel, SwatStreamingModel, probe
 from swat_lm.evaluate.windows import theoretical_reach
 from swat_lm.model.cost import state_bytes
 from swat_lm.words import counted
@@ -19,16 +19,16 @@ __all__ = ["available_bytes", "check_length", "extrapolates_beyond", "position_l
 PROBE_TOKENS = 24
 
 
-def check_length(reader: Reader, length: int, batch_size: int) -> None:
+def check_length(streaming: StreamingModel, length: int, batch_size: int) -> None:
     """Raise ValueError if B streams of this many tokens cannot be read: too many positions, or too little memory."""
-    if isinstance(reader, SinkReader):
+    if isinstance(streaming, SinkStreamingModel):
         # a window and a few tokens, whose positions count within what is kept
         return
-    limit = position_limit(reader.model)
-    name = type(reader.model).__name__
+    limit = position_limit(streaming.model)
+    name = type(streaming.model).__name__
     if limit is not None and length > limit:
         raise ValueError(f"{name} has no position beyond token {limit:,}: it cannot read {length:,}; ask for less")
-    each, free = stream_bytes(reader, length), available_bytes(reader.device)
+    each, free = stream_bytes(streaming, length), available_bytes(streaming.device)
     if free is None or each * batch_size <= free:
         return
     fits = free // each
@@ -71,17 +71,17 @@ def extrapolates_beyond(model: PreTrainedModel) -> int | None:
 
 
 @torch.inference_mode()
-def stream_bytes(reader: Reader, length: int) -> int:
+def stream_bytes(streaming: StreamingModel, length: int) -> int:
     """Bytes that one stream keeps after `length` tokens, from what a short one keeps."""
-    if isinstance(reader, StateReader):
-        weight = cast(torch.Tensor, reader.head.weight)  # type: ignore[union-attr]
+    if isinstance(streaming, SwatStreamingModel):
+        weight = cast(torch.Tensor, streaming.head.weight)  # type: ignore[union-attr]
         # rings without a window are doubled
         context = 1 << (length - 1).bit_length()
-        return state_bytes(reader.model.config, context=context, dtype_bytes=weight.element_size())  # type: ignore[arg-type]
-    tokens = probe(reader.model, reader.vocab_size, PROBE_TOKENS)
-    state = reader.start(len(tokens))
-    reader.extend(tokens, state)
-    total = reader.state_bytes(state)
+        return state_bytes(streaming.model.config, context=context, dtype_bytes=weight.element_size())  # type: ignore[arg-type]
+    tokens = probe(streaming.model, streaming.vocab_size, PROBE_TOKENS)
+    state = streaming.start(len(tokens))
+    streaming.extend(tokens, state)
+    total = streaming.state_bytes(state)
     for layer in getattr(next(iter(state.cache.values())), "layers", ()):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor) or keys.dim() != 4:

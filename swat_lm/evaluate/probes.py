@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from swat_lm.data.readers import read_rows
+from swat_lm.data.source_text import read_rows
 from swat_lm.data.sources import source_file
 from swat_lm.data.synthetic import Answer, SyntheticTask
 from swat_lm.evaluate.recall import RecallItem

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.curves import mean_and_error
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.limits import position_limit
-from swat_lm.evaluate.reader import evaluating
+from swat_lm.evaluate.standard_errors import mean_and_error
+from swat_lm.evaluate.streaming_model import evaluating
 from swat_lm.evaluate.windows import model_window, theoretical_reach
 from swat_lm.files import write_text
 

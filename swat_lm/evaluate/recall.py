@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from swat_lm.data.synthetic import Answer
-from swat_lm.evaluate.curves import mean_and_error
 from swat_lm.evaluate.figures import read_figures, write_figures
 from swat_lm.evaluate.limits import check_length
 from swat_lm.evaluate.partial import PartialResults
-from swat_lm.evaluate.reader import Reader, evaluating, reader_for
+from swat_lm.evaluate.standard_errors import mean_and_error
+from swat_lm.evaluate.streaming_model import StreamingModel, evaluating, streaming_model
 from swat_lm.evaluate.windows import model_window, theoretical_reach
 from swat_lm.files import write_text
 
@@ -110,11 +110,11 @@ def measure_recall(
     Raises:
         ValueError: no items, an item without an answer or with tokens that the model does not know, or one too long.
     """
-    reader = reader_for(model)
-    check_items(items, reader.vocab_size, chunk, batch_size)
+    streaming = streaming_model(model)
+    check_items(items, streaming.vocab_size, chunk, batch_size)
     # of like length side by side, the longest first, so that what does not fit fails at once
     order = sorted(range(len(items)), key=lambda index: -len(items[index].tokens))
-    check_length(reader, len(items[order[0]].tokens), min(batch_size, len(items)))
+    check_length(streaming, len(items[order[0]].tokens), min(batch_size, len(items)))
     known = {} if partial is None else partial.known
     scored = {int(index): Scored(*one) for index, one in known.items()}
     left = [index for index in order if index not in scored]
@@ -122,7 +122,7 @@ def measure_recall(
     with evaluating(model):
         for begin in range(0, len(left), batch_size):
             rows = left[begin : begin + batch_size]
-            found = score_batch(reader, [items[index] for index in rows], chunk)
+            found = score_batch(streaming, [items[index] for index in rows], chunk)
             scored.update(zip(rows, found, strict=True))
             if partial is not None:
                 partial.add({str(index): list(one) for index, one in zip(rows, found, strict=True)})
@@ -153,7 +153,7 @@ def check_items(items: Sequence[RecallItem], vocab_size: int, chunk: int, batch_
             )
 
 
-def score_batch(reader: Reader, items: Sequence[RecallItem], chunk: int) -> list[Scored]:
+def score_batch(streaming: StreamingModel, items: Sequence[RecallItem], chunk: int) -> list[Scored]:
     """Read items side by side, padded on the right, and look only at places before answers."""
     length = max(len(item.tokens) for item in items)
     tokens = torch.zeros(len(items), length, dtype=torch.int64)
@@ -163,18 +163,18 @@ def score_batch(reader: Reader, items: Sequence[RecallItem], chunk: int) -> list
         for answer in item.answers:
             wanted[row, answer.start : answer.end] = True
     hits, losses = torch.zeros(tokens.shape, dtype=torch.bool), torch.zeros(tokens.shape, dtype=torch.float64)
-    state = reader.start(len(items))
+    state = streaming.start(len(items))
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
-        hidden = reader.extend(tokens[:, start:end], state)
+        hidden = streaming.extend(tokens[:, start:end], state)
         here = wanted[:, start + 1 : end + 1]
         if not here.any():
             continue
         chosen = hidden[:, : here.shape[1]][here.to(hidden.device)].unsqueeze(0)
         targets = tokens[:, start + 1 : end + 1][here].unsqueeze(0)
         rows, columns = here.nonzero(as_tuple=True)
-        losses[rows, columns + start + 1] = reader.losses(chosen, targets.to(hidden.device))[0].double().cpu()
-        hits[rows, columns + start + 1] = reader.hits(chosen, targets.to(hidden.device))[0].cpu()
+        losses[rows, columns + start + 1] = streaming.losses(chosen, targets.to(hidden.device))[0].double().cpu()
+        hits[rows, columns + start + 1] = streaming.hits(chosen, targets.to(hidden.device))[0].cpu()
     results = []
     for row, item in enumerate(items):
         right = [bool(hits[row, answer.start : answer.end].all()) for answer in item.answers]

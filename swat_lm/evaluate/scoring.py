@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.reader import reader_for, split_model
-from swat_lm.evaluate.readings import Family, Reading, Row, families, readings
+from swat_lm.evaluate.prefixes import ModelInput, PrefixGroup, Request, distinct_inputs, prefix_groups
+from swat_lm.evaluate.streaming_model import split_model, streaming_model
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.words import counted
@@ -43,7 +43,7 @@ class Score(NamedTuple):
 
 Answer = tuple[int, float, bool]
 """A row's index; log-likelihood of a stretch of its continuation; whether all of it are the likeliest tokens."""
-Work = Callable[[Sequence[Family]], Iterator[Answer]]
+Work = Callable[[Sequence[PrefixGroup]], Iterator[Answer]]
 
 
 class Places(NamedTuple):
@@ -68,7 +68,7 @@ class Scorer:
         self.model = model.eval()
         self.batch_size = batch_size
         # its state is its own business: of another type for each kind of model
-        self.reader: Any = reader_for(model)
+        self.streaming: Any = streaming_model(model)
         self._body, self._head = split_model(model)
         self._streams: bool | None = None
         self._budget = TOKENS_PER_BATCH.get(model.device.type, TOKENS_PER_BATCH["cuda"])
@@ -85,7 +85,7 @@ class Scorer:
         """Whether the model reads in chunks as in one pass; some recurrent models of transformers do not."""
         if self._streams is None:
             try:
-                self.reader.start(1)
+                self.streaming.start(1)
                 self._streams = True
             except ValueError as error:
                 logger.info("long texts are read in one pass: %s", error)
@@ -94,7 +94,7 @@ class Scorer:
 
     def score(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Request],
         on_progress: Callable[[int, int], None] | None = None,
         *,
         stream_above: int = STREAM_ABOVE,
@@ -110,12 +110,12 @@ class Scorer:
             ValueError: a row without context or continuation, a token the model does not know, or one row that does
                 not fit into memory.
         """  # fmt: skip
-        found = families(readings(rows, self.reader.vocab_size))
+        found = prefix_groups(distinct_inputs(rows, self.streaming.vocab_size))
         if not isinstance(self.model, SwatForCausalLM):
             # what others keep of a beginning cannot be repeated for each member without knowing its kind
             found = alone(found)
         sums = [(0.0, True)] * len(rows)
-        done, total = 0, sum(family.num_tokens for family in found)
+        done, total = 0, sum(group.num_tokens for group in found)
         for work, waiting in self._plans(found, stream_above):
             start = 0
             while start < len(waiting):
@@ -130,32 +130,32 @@ class Scorer:
                 for index, value, greedy in answers:
                     sums[index] = (sums[index][0] + value, sums[index][1] and greedy)
                 start += len(batch)
-                done += sum(family.num_tokens for family in batch)
+                done += sum(group.num_tokens for group in batch)
                 if on_progress:
                     on_progress(done, total)
         return [Score(*one) for one in sums]
 
-    def _plans(self, found: Sequence[Family], stream_above: int) -> list[tuple[Work, list[Family]]]:
+    def _plans(self, found: Sequence[PrefixGroup], stream_above: int) -> list[tuple[Work, list[PrefixGroup]]]:
         """Ways to read, and what is read so, the longest first."""
         streams, passes, shared = [], [], []
-        for family in found:
-            if family.longest > stream_above and self.can_stream():
-                streams += alone([family])
-            elif family.num_shared:
-                shared.append(family)
+        for group in found:
+            if group.longest > stream_above and self.can_stream():
+                streams += alone([group])
+            elif group.num_shared:
+                shared.append(group)
             else:
-                passes.append(family)
-        plans: list[tuple[Work, list[Family]]] = [
+                passes.append(group)
+        plans: list[tuple[Work, list[PrefixGroup]]] = [
             (self._stream, streams), (self._shared, shared), (self._one_pass, passes),
         ]  # fmt: skip
         # first by beginnings of about one length, so that neither these nor the rests are padded much
         return [(work, sorted(some, key=lambda one: (-(one.num_shared // 16), -one.longest))) for work, some in plans]
 
-    def _fitting(self, waiting: Sequence[Family], start: int, at_once: int | None) -> list[Family]:
+    def _fitting(self, waiting: Sequence[PrefixGroup], start: int, at_once: int | None) -> list[PrefixGroup]:
         """The next batch, at least one; `at_once` bounds the tokens of a row that count."""
         batch = [waiting[start]]
-        for family in waiting[start + 1 :]:
-            more = [*batch, family]
+        for group in waiting[start + 1 :]:
+            more = [*batch, group]
             if self.batch_size is not None:
                 if sum(len(one.members) for one in more) > self.batch_size:
                     break
@@ -164,56 +164,56 @@ class Scorer:
             batch = more
         return batch
 
-    def _shrink(self, batch: Sequence[Family]) -> None:
+    def _shrink(self, batch: Sequence[PrefixGroup]) -> None:
         """Half the batch next time; raises ValueError where that does not help."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.batch_size is not None or len(batch) == 1:
-            count = sum(len(family.members) for family in batch)
+            count = sum(len(group.members) for group in batch)
             advice = (
                 "use a smaller --batch-size, or auto" if len(batch) > 1 else "shorten the texts, or use another device"
             )
-            longest = max(family.num_shared + family.longest for family in batch)
+            longest = max(group.num_shared + group.longest for group in batch)
             raise ValueError(f"out of memory with {counted(count, 'row')} of {counted(longest, 'token')}: {advice}")
         self._budget = padded_tokens(batch, None) // 2
 
-    def _one_pass(self, batch: Sequence[Family]) -> Iterator[Answer]:
+    def _one_pass(self, batch: Sequence[PrefixGroup]) -> Iterator[Answer]:
         """Rows on their own, whole."""
-        members = [one for family in batch for one in family.members]
+        members = [one for group in batch for one in group.members]
         with torch.inference_mode():
             outputs = self._body(input_ids=self._stack([one.tokens for one in members]), use_cache=False)
         hidden = outputs.logits if self._head is None else outputs[0]
         yield from self._look_up(places(members, hidden, 0))
 
-    def _stream(self, batch: Sequence[Family]) -> Iterator[Answer]:
+    def _stream(self, batch: Sequence[PrefixGroup]) -> Iterator[Answer]:
         """Rows on their own, chunk by chunk in constant memory."""
-        members = [one for family in batch for one in family.members]
-        state = self.reader.start(len(members))
+        members = [one for group in batch for one in group.members]
+        state = self.streaming.start(len(members))
         for start in range(0, max(len(one.tokens) for one in members), CHUNK):
             tokens = self._stack([one.tokens[start : start + CHUNK] for one in members])
-            yield from self._look_up(places(members, self.reader.extend(tokens, state), start))
+            yield from self._look_up(places(members, self.streaming.extend(tokens, state), start))
 
-    def _shared(self, batch: Sequence[Family]) -> Iterator[Answer]:
+    def _shared(self, batch: Sequence[PrefixGroup]) -> Iterator[Answer]:
         """Beginnings once, then the rest of every member after its own."""
         model: Any = self.model
-        longest = max(family.num_shared for family in batch)
+        longest = max(group.num_shared for group in batch)
         tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
         documents = torch.full_like(tokens, -1)
-        for row, family in enumerate(batch):
+        for row, group in enumerate(batch):
             # on the left, so that all end together
-            tokens[row, longest - family.num_shared :] = torch.tensor(family.members[0].tokens[: family.num_shared])
-            documents[row, longest - family.num_shared :] = 0
+            tokens[row, longest - group.num_shared :] = torch.tensor(group.members[0].tokens[: group.num_shared])
+            documents[row, longest - group.num_shared :] = 0
         tokens, documents = tokens.to(model.device), documents.to(model.device)
         with torch.inference_mode():
             carry = model.init_carry("detached")
             for part, ids in zip(tokens.split(CHUNK, dim=1), documents.split(CHUNK, dim=1), strict=True):
                 _, carry = model.forward_chunk(part, carry, ids)
-            counts = torch.tensor([len(family.members) for family in batch], device=model.device)
-            rest = [one.tokens[family.num_shared :] for family in batch for one in family.members]
+            counts = torch.tensor([len(group.members) for group in batch], device=model.device)
+            rest = [one.tokens[group.num_shared :] for group in batch for one in group.members]
             later = self._stack(rest)
             hidden, _ = model.forward_chunk(later, carry.repeated(counts), torch.zeros_like(later))
-        starts = [family.num_shared for family in batch for _ in family.members]
-        members = [one for family in batch for one in family.members]
+        starts = [group.num_shared for group in batch for _ in group.members]
+        members = [one for group in batch for one in group.members]
         yield from self._look_up(places(members, hidden, starts))
 
     def _stack(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -231,9 +231,9 @@ class Scorer:
         hidden = torch.cat([place.hidden for place in found])
         targets = torch.tensor(list(itertools.chain.from_iterable(place.targets for place in found)))
         values, greedy = [], []
-        size = default_chunk(self.reader.vocab_size)
+        size = default_chunk(self.streaming.vocab_size)
         for part, target in zip(hidden.split(size), targets.to(hidden.device).split(size), strict=True):
-            logits = self.reader.logits(part)
+            logits = self.streaming.logits(part)
             of_target = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
             values.append((of_target - logits.logsumexp(-1)).double())
             greedy.append(logits.argmax(-1) == target)
@@ -243,30 +243,30 @@ class Scorer:
             yield place.index, math.fsum(value.tolist()), bool(hit.all())
 
 
-def places(members: Sequence[Reading], hidden: Tensor, start: int | Sequence[int]) -> list[Places]:
+def places(members: Sequence[ModelInput], hidden: Tensor, start: int | Sequence[int]) -> list[Places]:
     """Where in hidden states `[B, T, M]`, of tokens from `start` on, something is looked up."""
     found = []
     starts = [start] * len(members) if isinstance(start, int) else start
-    for row, (reading, begin) in enumerate(zip(members, starts, strict=True)):
-        end = min(begin + hidden.shape[1], len(reading.tokens))
-        for index, targets in reading.wanted:
-            first = len(reading.tokens) - len(targets)
+    for row, (member, begin) in enumerate(zip(members, starts, strict=True)):
+        end = min(begin + hidden.shape[1], len(member.tokens))
+        for index, targets in member.wanted:
+            first = len(member.tokens) - len(targets)
             low = max(begin, first)
             if low < end:
                 found.append(Places(index, hidden[row, low - begin : end - begin], targets[low - first : end - first]))
     return found
 
 
-def alone(found: Sequence[Family]) -> list[Family]:
+def alone(found: Sequence[PrefixGroup]) -> list[PrefixGroup]:
     """Every member by itself."""
-    return [Family(0, [reading]) for family in found for reading in family.members]
+    return [PrefixGroup(0, [member]) for group in found for member in group.members]
 
 
-def padded_tokens(batch: Sequence[Family], at_once: int | None) -> int:
+def padded_tokens(batch: Sequence[PrefixGroup], at_once: int | None) -> int:
     """Tokens of a batch with its padding."""
-    longest = max(family.longest for family in batch)
-    members = sum(len(family.members) for family in batch)
-    return len(batch) * max(family.num_shared for family in batch) + members * min(longest, at_once or longest)
+    longest = max(group.longest for group in batch)
+    members = sum(len(group.members) for group in batch)
+    return len(batch) * max(group.num_shared for group in batch) + members * min(longest, at_once or longest)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

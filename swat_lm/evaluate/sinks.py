@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.reader import StateReader
+from swat_lm.evaluate.streaming_model import SwatStreamingModel
 from swat_lm.evaluate.windows import with_window
 from swat_lm.layers import AttentionLayer, WindowAttention
 from swat_lm.layers.base import InPlace, Output, Past, StateTensor
@@ -18,7 +18,7 @@ from swat_lm.layers.chunk import Chunk
 from swat_lm.ops import window_attention
 from swat_lm.ops.rotary import apply_rotary
 
-__all__ = ["SinkAttention", "SinkReader"]
+__all__ = ["SinkAttention", "SinkStreamingModel"]
 
 
 class SinkAttention(WindowAttention):
@@ -89,7 +89,7 @@ class SinkAttention(WindowAttention):
         return found[0], found[1]
 
 
-class SinkReader(StateReader):
+class SinkStreamingModel(SwatStreamingModel):
     """Reads streams with `num_sinks` first tokens kept beside a window; constant memory."""
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int) -> None:

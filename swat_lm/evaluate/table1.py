@@ -19,7 +19,7 @@ __all__ = [
     "PAPER",
     "Cell",
     "Column",
-    "Row",
+    "TableRow",
     "chance_row",
     "notes",
     "our_row",
@@ -47,7 +47,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A model's line."""
 
     name: str
@@ -105,13 +105,13 @@ PRINTED = {
     ),
 }
 PAPER = tuple(
-    Row(name, PAPER_GROUP.format(size), {"Wiki ppl": Cell(wiki), "LMB ppl": Cell(lambada), AVERAGE: Cell(average)})
+    TableRow(name, PAPER_GROUP.format(size), {"Wiki ppl": Cell(wiki), "LMB ppl": Cell(lambada), AVERAGE: Cell(average)})
     for size, rows in PRINTED.items()
     for name, wiki, lambada, average in rows
 )
 
 
-def our_row(name: str, results: Mapping[str, TaskResult]) -> Row:
+def our_row(name: str, results: Mapping[str, TaskResult]) -> TableRow:
     """A checkpoint's line; the average only where all eight accuracies are there."""
     cells = {}
     for column in COLUMNS:
@@ -119,17 +119,17 @@ def our_row(name: str, results: Mapping[str, TaskResult]) -> Row:
         if found is not None:
             scale = 100 if column.is_percent else 1
             cells[column.heading] = Cell(found[0] * scale, None if found[1] is None else found[1] * scale)
-    return Row(name, MEASURED, cells | averaged(cells))
+    return TableRow(name, MEASURED, cells | averaged(cells))
 
 
-def chance_row(results: Mapping[str, TaskResult]) -> Row:
+def chance_row(results: Mapping[str, TaskResult]) -> TableRow:
     """What guessing among the choices gives."""
     cells = {}
     for column in COLUMNS:
         result = results.get(column.task)
         if column.is_percent and result is not None and result.chance is not None:
             cells[column.heading] = Cell(100 * result.chance)
-    return Row("(guessing)", GUESSING, cells)
+    return TableRow("(guessing)", GUESSING, cells)
 
 
 def averaged(cells: Mapping[str, Cell]) -> dict[str, Cell]:
@@ -142,7 +142,7 @@ def averaged(cells: Mapping[str, Cell]) -> dict[str, Cell]:
     return {AVERAGE: Cell(math.fsum(cell.value for cell in chosen) / len(chosen), error)}
 
 
-def headings(rows: Sequence[Row]) -> list[str]:
+def headings(rows: Sequence[TableRow]) -> list[str]:
     """Headings for which a row has a value, in the table's order."""
     known = [*(column.heading for column in COLUMNS), AVERAGE]
     return [heading for heading in known if any(heading in row.cells for row in rows)]
@@ -199,7 +199,7 @@ def notes(results: Mapping[str, Mapping[str, TaskResult]], limit: int | None) ->
     return found
 
 
-def markdown(rows: Sequence[Row], remarks: Sequence[str]) -> str:
+def markdown(rows: Sequence[TableRow], remarks: Sequence[str]) -> str:
     """The table and its notes."""
     columns = headings(rows)
     lines = [
@@ -238,7 +238,7 @@ li {{ max-width: 60em; }}
 """
 
 
-def page(rows: Sequence[Row], remarks: Sequence[str]) -> str:
+def page(rows: Sequence[TableRow], remarks: Sequence[str]) -> str:
     """The table as one HTML page without anything from elsewhere; the paper's rows stand apart."""
     columns = headings(rows)
     body, group = [], None
@@ -262,7 +262,7 @@ def shown_in_html(cell: Cell | None) -> str:
     return f'{value} <span class="error">{error}</span>' if error else value
 
 
-def save_table(folder: Path, rows: Sequence[Row], remarks: Sequence[str]) -> list[Path]:
+def save_table(folder: Path, rows: Sequence[TableRow], remarks: Sequence[str]) -> list[Path]:
     """Write table.md, table.html and table.json; returns their paths."""
     content = {
         "table.md": markdown(rows, remarks),

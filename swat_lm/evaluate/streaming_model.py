@@ -20,7 +20,7 @@ from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.slots import Slots
 from swat_lm.words import counted
 
-__all__ = ["CachedReader", "Reader", "StateReader", "evaluating", "reader_for"]
+__all__ = ["CachedStreamingModel", "StreamingModel", "SwatStreamingModel", "evaluating", "streaming_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ LOGITS_AT_ONCE = 2**24
 """Elements of logits held where they cannot be formed some tokens at a time; in float32 64 MiB."""
 
 
-class Reader(Protocol):
+class StreamingModel(Protocol):
     """A model that reads B streams side by side. The caller sets `eval` mode and owns the device."""
 
     model: PreTrainedModel
@@ -71,7 +71,7 @@ class Reader(Protocol):
         ...
 
 
-class HeadReader:
+class StreamingModelBase:
     """Losses from hidden states and the head that makes logits of them, some tokens at a time."""
 
     def __init__(self, model: PreTrainedModel, head: nn.Module | None) -> None:
@@ -110,7 +110,7 @@ class HeadReader:
         return list(zip(states.split(size), wanted.split(size), strict=True))
 
 
-class StateReader(HeadReader):
+class SwatStreamingModel(StreamingModelBase):
     """Reads with one of our models and its `Slots`."""
 
     def __init__(self, model: SwatForCausalLM) -> None:
@@ -140,7 +140,7 @@ class CacheState:
         self.tokens_read = 0
 
 
-class CachedReader(HeadReader):
+class CachedStreamingModel(StreamingModelBase):
     """Reads with any other causal model and the cache that it makes itself.
 
     The first `start` reads a few tokens in one pass and in chunks and refuses a model for which they differ, such as
@@ -215,9 +215,9 @@ class CachedReader(HeadReader):
         self._is_proven = True
 
 
-def reader_for(model: PreTrainedModel) -> Reader:
-    """A reader of this model: ours by its state, any other by its cache."""
-    return StateReader(model) if isinstance(model, SwatForCausalLM) else CachedReader(model)
+def streaming_model(model: PreTrainedModel) -> StreamingModel:
+    """This model as streams: ours by its state, any other by its cache."""
+    return SwatStreamingModel(model) if isinstance(model, SwatForCausalLM) else CachedStreamingModel(model)
 
 
 @contextmanager
