@@ -163,7 +163,7 @@ def write_store(
         else encode_parallel(reading.pieces(), facts.tokenizer_json, dtype, data.workers or os.cpu_count() or 1)
     )
     said = time.monotonic()
-    # closing the file writes too, so the path is put into errors around all of it; readers name their own
+    # closing the file writes too, so the path is put into errors around all of it; what reads names its own
     with naming(folder / TOKENS), (folder / TOKENS).open("wb") as file:
         writer = Writer(file, dtype, facts.bos if data.add_bos else None, facts.eos if data.add_eos else None)
         for piece, ids in encoded:
@@ -237,7 +237,7 @@ class SourcePieces:
             self.before, self.current = self.before + source.size, 0
 
     def on_bytes(self, count: int) -> None:
-        """Told by the readers."""
+        """Told by what reads the source."""
         self.current = count
 
 

@@ -8,7 +8,6 @@ Legend: T tokens, H heads, L layers, M model width, W window.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.figures import write_figures
+from swat_lm.evaluate.figures import JsonRecord, write_figures
 from swat_lm.evaluate.limits import position_limit
 from swat_lm.evaluate.streaming_model import evaluating
 from swat_lm.evaluate.windows import layer_windows
-from swat_lm.files import write_text
 from swat_lm.layers import WindowAttention
 from swat_lm.layers.chunk import Chunk
 from swat_lm.ops.reference import distances
@@ -56,7 +54,7 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(JsonRecord):
     """One model on some streams, all read from their first token."""
 
     num_streams: int
@@ -73,9 +71,9 @@ class Diagnosis:
         """Whether any layer showed its weights."""
         return any(one is not None for one in self.weights)
 
-    def save(self, path: Path) -> None:
-        """Write the JSON beside the place and rename it."""
-        write_text(path, write_figures(asdict(self), indent=None) + "\n")
+    def to_json(self) -> str:
+        """Everything as one JSON object, in one line."""
+        return write_figures(asdict(self), indent=None)
 
 
 def diagnose(

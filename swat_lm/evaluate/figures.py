@@ -5,11 +5,34 @@ JSON knows neither infinity nor "not a number": they are written as the texts "I
 
 import json
 import math
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self, cast
 
-__all__ = ["figure_text", "perplexity", "read_figures", "write_figures"]
+from pydantic import TypeAdapter
+
+from swat_lm.files import write_text
+
+__all__ = ["JsonRecord", "figure_text", "perplexity", "read_figures", "write_figures"]
 
 NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+class JsonRecord:
+    """What a dataclass has measured, kept as one JSON file."""
+
+    def to_json(self) -> str:
+        """Everything as one JSON object."""
+        return write_figures(asdict(cast(Any, self)))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote; raises ValueError for anything else."""
+        return TypeAdapter(cls).validate_python(read_figures(text))
+
+    def save(self, path: Path) -> None:
+        """Write the JSON beside the place and rename it."""
+        write_text(path, self.to_json() + "\n")
 
 
 def perplexity(loss: float) -> float:

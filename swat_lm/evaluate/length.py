@@ -18,7 +18,7 @@ from swat_lm.evaluate.curves import LengthCurve, summarise
 from swat_lm.evaluate.limits import check_length
 from swat_lm.evaluate.partial import PartialResults
 from swat_lm.evaluate.sinks import SinkStreamingModel
-from swat_lm.evaluate.streaming_model import StreamingModel, evaluating, streaming_model
+from swat_lm.evaluate.streaming_model import StreamingModel, evaluating, padded, streaming_model
 from swat_lm.evaluate.windows import model_window, with_window
 from swat_lm.words import counted
 
@@ -82,8 +82,8 @@ def loss_by_length(
     done = total - sum(taken[index] - 1 for index in left)
     for begin in range(0, len(left), batch_size):
         rows = left[begin : begin + batch_size]
-        tokens = stack([documents[index] for index in rows], [taken[index] for index in rows])
-        for piece in stream_losses(streaming, tokens, chunk, cuts=sizes):
+        tokens = padded(documents[index][: taken[index]] for index in rows)
+        for piece in position_losses(streaming, tokens, chunk, cuts=sizes):
             for row, index in enumerate(rows):
                 # beyond the document's own end a row is padding
                 losses = piece.losses[row, : max(0, taken[index] - piece.start)]
@@ -153,7 +153,7 @@ def loss_on_same_text(
         together = batch_size * max(1, chunk // size)
         for begin in range(0, len(pieces), together):
             part = pieces[begin : begin + together]
-            tokens = stack([documents[index][start : start + size] for index, start in part], [size] * len(part))
+            tokens = padded(documents[index][start : start + size] for index, start in part)
             heads, tails_here, kept = piece_sums(streaming, tokens, chunk)
             for (index, _), head, tail in zip(part, heads, tails_here, strict=True):
                 sums[index] = (sums[index][0] + head, sums[index][1] + tail)
@@ -193,19 +193,12 @@ class Piece(NamedTuple):
 
 
 def position_losses(
-    model: PreTrainedModel, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()
+    streaming: StreamingModel, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()
 ) -> Iterator[Piece]:
     """Stream `tokens` int64 `[B, T]` through any causal model; yields the loss of every token but the first, in order.
 
     Each chunk's hidden states predict the token after each of its own; chunks also end at the token numbers `cuts`.
     """
-    return stream_losses(streaming_model(model), tokens, chunk, cuts)
-
-
-def stream_losses(
-    streaming: StreamingModel, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()
-) -> Iterator[Piece]:
-    """As `position_losses`, of a streaming model."""
     length = tokens.shape[1]
     tokens = tokens.to(streaming.device)
     edges = sorted({*range(0, length, chunk), *(cut for cut in cuts if cut < length), length})
@@ -251,14 +244,6 @@ def check_arguments(lengths: Iterable[int], documents: Sequence[Any], chunk: int
     return sizes
 
 
-def stack(documents: Sequence[Any], counts: Sequence[int]) -> Tensor:
-    """The first tokens of each document as int64 `[B, T]`, padded on the right, where no earlier token looks."""
-    rows = torch.zeros(len(documents), max(counts), dtype=torch.int64)
-    for row, (document, count) in enumerate(zip(documents, counts, strict=True)):
-        rows[row, :count] = torch.as_tensor(np.asarray(document[:count], dtype=np.int64))
-    return rows
-
-
 def add_to_buckets(sums: list[float], bounds: Sequence[int], start: int, losses: Tensor) -> None:
     """Add the losses of the tokens at index `start ..` to the buckets `bounds[b] <= index < bounds[b + 1]`."""
     for bucket, (low, high) in enumerate(itertools.pairwise(bounds)):
@@ -272,7 +257,7 @@ def piece_sums(streaming: StreamingModel, tokens: Tensor, chunk: int) -> tuple[l
     middle, kept = max(1, tokens.shape[1] // 2), 0
     whole = torch.zeros(len(tokens), dtype=torch.float64)
     late = torch.zeros(len(tokens), dtype=torch.float64)
-    for piece in stream_losses(streaming, tokens, chunk):
+    for piece in position_losses(streaming, tokens, chunk):
         losses = piece.losses.double()
         whole += losses.sum(dim=1)
         late += losses[:, max(0, middle - piece.start) :].sum(dim=1)

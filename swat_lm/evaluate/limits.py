@@ -1,6 +1,6 @@
 """What a model cannot hold, said before any hour is spent: its positions, and the memory of its cache."""
 
-import os
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,15 +50,14 @@ def position_limit(model: PreTrainedModel) -> int | None:
     if not isinstance(most, int):
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
-    changing = [one for one in kinds if one.get("rope_type") in ("dynamic", "longrope")]
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
     if changing:
-        return min(int(one.get("original_max_position_embeddings", most)) for one in changing)
+        return min(int(kind.get("original_max_position_embeddings", most)) for kind in changing)
     words = model.get_input_embeddings()
-    tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and one is not words]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     # some reserve a few rows before the first position
-    learned = [one for one in tables if most <= one.num_embeddings < most + 8]
-    return most if learned else None
+    return most if any(most <= table.num_embeddings < most + 8 for table in tables) else None
 
 
 def extrapolates_beyond(model: PreTrainedModel) -> int | None:
@@ -99,13 +98,8 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     table = Path("/proc/meminfo")
-    if table.exists():
-        for line in table.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    found = re.search(r"MemAvailable: +(\d+) kB", table.read_text()) if table.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def gibibytes(count: int) -> str:

@@ -6,8 +6,7 @@ another matter (docs/evaluation.md). Legend: B streams, T tokens, M model width.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.figures import write_figures
+from swat_lm.evaluate.figures import JsonRecord
 from swat_lm.evaluate.limits import position_limit
 from swat_lm.evaluate.standard_errors import mean_and_error
 from swat_lm.evaluate.streaming_model import evaluating
 from swat_lm.evaluate.windows import model_window, theoretical_reach
-from swat_lm.files import write_text
 
 __all__ = ["ReachCurve", "effective_reach", "gradient_norms"]
 
@@ -31,7 +29,7 @@ CHECKPOINT_ABOVE = 4096
 
 
 @dataclass(frozen=True)
-class ReachCurve:
+class ReachCurve(JsonRecord):
     """Influence of a token on the prediction so many tokens later, averaged over streams.
 
     The influence at distance d is the norm of the gradient of the last token's loss with respect to the embedding of
@@ -56,10 +54,6 @@ class ReachCurve:
     """Widest window of the model; None: a layer sees everything."""
     reach: int | None
     """Tokens, its own included, that a place can depend on."""
-
-    def save(self, path: Path) -> None:
-        """Write the JSON beside the place and rename it."""
-        write_text(path, write_figures(asdict(self)) + "\n")
 
 
 def effective_reach(

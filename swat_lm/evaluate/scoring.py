@@ -8,14 +8,16 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from swat_lm.evaluate.prefixes import ModelInput, PrefixGroup, Request, distinct_inputs, prefix_groups
-from swat_lm.evaluate.streaming_model import split_model, streaming_model
+from swat_lm.evaluate.streaming_model import padded, streaming_model
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.words import counted
@@ -67,30 +69,25 @@ class Scorer:
             raise ValueError(f"batch_size: expected at least 1, or None to let it fit by itself; got {batch_size}")
         self.model = model.eval()
         self.batch_size = batch_size
-        # its state is its own business: of another type for each kind of model
-        self.streaming: Any = streaming_model(model)
-        self._body, self._head = split_model(model)
-        self._streams: bool | None = None
+        self.streaming = streaming_model(model)
         self._budget = TOKENS_PER_BATCH.get(model.device.type, TOKENS_PER_BATCH["cuda"])
 
     @property
     def is_endless(self) -> bool:
         """Whether reading on costs no more memory, however long the text: one of our models, where no layer grows."""
-        model = self.model
-        if not isinstance(model, SwatForCausalLM):
+        if not isinstance(self.model, SwatForCausalLM):
             return False
-        return all(one.kind != "growing" for layer in model.model.stack for one in layer.state_spec())
+        return all(kept.kind != "growing" for layer in self.model.model.stack for kept in layer.state_spec())
 
+    @cached_property
     def can_stream(self) -> bool:
         """Whether the model reads in chunks as in one pass; some recurrent models of transformers do not."""
-        if self._streams is None:
-            try:
-                self.streaming.start(1)
-                self._streams = True
-            except ValueError as error:
-                logger.info("long texts are read in one pass: %s", error)
-                self._streams = False
-        return self._streams
+        try:
+            self.streaming.start(1)
+        except ValueError as error:
+            logger.info("long texts are read in one pass: %s", error)
+            return False
+        return True
 
     def score(
         self,
@@ -139,7 +136,7 @@ class Scorer:
         """Ways to read, and what is read so, the longest first."""
         streams, passes, shared = [], [], []
         for group in found:
-            if group.longest > stream_above and self.can_stream():
+            if group.longest > stream_above and self.can_stream:
                 streams += alone([group])
             elif group.num_shared:
                 shared.append(group)
@@ -157,7 +154,7 @@ class Scorer:
         for group in waiting[start + 1 :]:
             more = [*batch, group]
             if self.batch_size is not None:
-                if sum(len(one.members) for one in more) > self.batch_size:
+                if len(members_of(more)) > self.batch_size:
                     break
             elif padded_tokens(more, at_once) > self._budget:
                 break
@@ -169,59 +166,51 @@ class Scorer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.batch_size is not None or len(batch) == 1:
-            count = sum(len(group.members) for group in batch)
             advice = (
                 "use a smaller --batch-size, or auto" if len(batch) > 1 else "shorten the texts, or use another device"
             )
             longest = max(group.num_shared + group.longest for group in batch)
-            raise ValueError(f"out of memory with {counted(count, 'row')} of {counted(longest, 'token')}: {advice}")
+            raise ValueError(
+                f"out of memory with {counted(len(members_of(batch)), 'row')} of {counted(longest, 'token')}: {advice}"
+            )
         self._budget = padded_tokens(batch, None) // 2
 
     def _one_pass(self, batch: Sequence[PrefixGroup]) -> Iterator[Answer]:
         """Rows on their own, whole."""
-        members = [one for group in batch for one in group.members]
+        members = members_of(batch)
+        tokens = padded(member.tokens for member in members).to(self.model.device)
         with torch.inference_mode():
-            outputs = self._body(input_ids=self._stack([one.tokens for one in members]), use_cache=False)
-        hidden = outputs.logits if self._head is None else outputs[0]
+            outputs = self.streaming.body(input_ids=tokens, use_cache=False)
+        hidden = outputs.logits if self.streaming.head is None else outputs[0]
         yield from self._look_up(places(members, hidden, 0))
 
     def _stream(self, batch: Sequence[PrefixGroup]) -> Iterator[Answer]:
         """Rows on their own, chunk by chunk in constant memory."""
-        members = [one for group in batch for one in group.members]
+        members = members_of(batch)
         state = self.streaming.start(len(members))
-        for start in range(0, max(len(one.tokens) for one in members), CHUNK):
-            tokens = self._stack([one.tokens[start : start + CHUNK] for one in members])
+        for start in range(0, max(len(member.tokens) for member in members), CHUNK):
+            tokens = padded(member.tokens[start : start + CHUNK] for member in members)
             yield from self._look_up(places(members, self.streaming.extend(tokens, state), start))
 
     def _shared(self, batch: Sequence[PrefixGroup]) -> Iterator[Answer]:
         """Beginnings once, then the rest of every member after its own."""
         model: Any = self.model
-        longest = max(group.num_shared for group in batch)
-        tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-        documents = torch.full_like(tokens, -1)
-        for row, group in enumerate(batch):
-            # on the left, so that all end together
-            tokens[row, longest - group.num_shared :] = torch.tensor(group.members[0].tokens[: group.num_shared])
-            documents[row, longest - group.num_shared :] = 0
-        tokens, documents = tokens.to(model.device), documents.to(model.device)
+        # padded on the left, so that all end together
+        shared = [torch.tensor(group.members[0].tokens[: group.num_shared]) for group in batch]
+        tokens = pad_sequence(shared, batch_first=True, padding_side="left").to(model.device)
+        lengths = torch.tensor([group.num_shared for group in batch], device=model.device)
+        ahead = torch.arange(tokens.shape[1], device=model.device) < tokens.shape[1] - lengths[:, None]
+        documents = -ahead.long()
         with torch.inference_mode():
             carry = model.init_carry("detached")
             for part, ids in zip(tokens.split(CHUNK, dim=1), documents.split(CHUNK, dim=1), strict=True):
                 _, carry = model.forward_chunk(part, carry, ids)
             counts = torch.tensor([len(group.members) for group in batch], device=model.device)
-            rest = [one.tokens[group.num_shared :] for group in batch for one in group.members]
-            later = self._stack(rest)
+            rest = [member.tokens[group.num_shared :] for group in batch for member in group.members]
+            later = padded(rest).to(model.device)
             hidden, _ = model.forward_chunk(later, carry.repeated(counts), torch.zeros_like(later))
         starts = [group.num_shared for group in batch for _ in group.members]
-        members = [one for group in batch for one in group.members]
-        yield from self._look_up(places(members, hidden, starts))
-
-    def _stack(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Rows of tokens as int64 `[B, T]`, padded on the right, where no earlier token looks."""
-        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-        for row, ids in enumerate(rows):
-            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        return tokens.to(self.model.device)
+        yield from self._look_up(places(members_of(batch), hidden, starts))
 
     @torch.inference_mode()
     def _look_up(self, found: Sequence[Places]) -> Iterator[Answer]:
@@ -257,16 +246,21 @@ def places(members: Sequence[ModelInput], hidden: Tensor, start: int | Sequence[
     return found
 
 
-def alone(found: Sequence[PrefixGroup]) -> list[PrefixGroup]:
+def members_of(groups: Sequence[PrefixGroup]) -> list[ModelInput]:
+    """The inputs of all groups, in order."""
+    return [member for group in groups for member in group.members]
+
+
+def alone(groups: Sequence[PrefixGroup]) -> list[PrefixGroup]:
     """Every member by itself."""
-    return [PrefixGroup(0, [member]) for group in found for member in group.members]
+    return [PrefixGroup(0, [member]) for member in members_of(groups)]
 
 
 def padded_tokens(batch: Sequence[PrefixGroup], at_once: int | None) -> int:
     """Tokens of a batch with its padding."""
     longest = max(group.longest for group in batch)
-    members = sum(len(group.members) for group in batch)
-    return len(batch) * max(group.num_shared for group in batch) + members * min(longest, at_once or longest)
+    most_shared = max(group.num_shared for group in batch)
+    return len(batch) * most_shared + len(members_of(batch)) * min(longest, at_once or longest)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,6 +5,8 @@ what is kept, so that no query is farther from a sink than n + W - 1. The two ke
 by their log-sum-exp. Legend: B streams, T tokens of a chunk, n sinks, K key/value heads, D head size.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,17 +99,14 @@ class SinkStreamingModel(SwatStreamingModel):
         if num_sinks < 1 or window < 1:
             raise ValueError(f"expected at least 1 sink and a window of at least 1; got {num_sinks} and {window}")
         windowed = with_window(model, window)
-        # layers of other kinds keep what they keep
-        attending = [layer for layer in windowed.model.stack if isinstance(layer, AttentionLayer)]
         settings = [entry.settings for entry in windowed.config.plan() if issubclass(entry.kind, AttentionLayer)]
-        if any(one.score_function != "softmax" or one.slopes != "none" for one in settings):
+        if any(layer.score_function != "softmax" or layer.slopes != "none" for layer in settings):
             raise ValueError(
                 "sinks are kept for softmax attention without slopes only: sigmoid weights do not compete, and a slope "
                 "has no distance to a token that left the window"
             )
-        for layer in attending:
-            attention = layer.self_attn
-            assert isinstance(attention, WindowAttention)
-            layer.self_attn = SinkAttention(attention, num_sinks)
+        for layer in windowed.model.stack:
+            # layers of other kinds keep what they keep
+            if isinstance(layer, AttentionLayer):
+                layer.self_attn = SinkAttention(cast(WindowAttention, layer.self_attn), num_sinks)
         super().__init__(windowed)
-        self.num_sinks, self.window = num_sinks, window

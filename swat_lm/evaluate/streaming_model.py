@@ -5,13 +5,17 @@ assumed. Legend: B streams, T tokens of a chunk, M model width, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from swat_lm.model.architectures import streaming_inputs
@@ -20,7 +24,7 @@ from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.slots import Slots
 from swat_lm.words import counted
 
-__all__ = ["CachedStreamingModel", "StreamingModel", "SwatStreamingModel", "evaluating", "streaming_model"]
+__all__ = ["CachedStreamingModel", "StreamingModel", "SwatStreamingModel", "evaluating", "padded", "streaming_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,57 +37,30 @@ LOGITS_AT_ONCE = 2**24
 """Elements of logits held where they cannot be formed some tokens at a time; in float32 64 MiB."""
 
 
-class StreamingModel(Protocol):
+class StreamingModel(ABC):
     """A model that reads B streams side by side. The caller sets `eval` mode and owns the device."""
 
-    model: PreTrainedModel
-    head: nn.Module | None
-    """Makes logits of what `extend` returns; None where these are logits already."""
-    vocab_size: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where tokens are read."""
-        ...
-
-    def start(self, batch_size: int) -> Any:
-        """What B streams keep before their first token; raises ValueError for a model that cannot read in chunks."""
-        ...
-
-    def extend(self, tokens: Tensor, state: Any) -> Tensor:
-        """Read `[B, T]` tokens, changing the state in place; returns what `losses` takes, `[B, T, M]`."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, `[..., M]` to `[..., V]`, in at least float32."""
-        ...
-
-    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Loss of `targets` `[B, t]`, the tokens after the first t places of `hidden`: float32 `[B, t]` in nats."""
-        ...
-
-    def hits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Whether each target is the likeliest token, bool `[B, t]`."""
-        ...
-
-    def state_bytes(self, state: Any) -> int:
-        """Bytes that one stream keeps of its past."""
-        ...
-
-
-class StreamingModelBase:
-    """Losses from hidden states and the head that makes logits of them, some tokens at a time."""
-
-    def __init__(self, model: PreTrainedModel, head: nn.Module | None) -> None:
-        """`head` is None where `hidden` are logits already."""
-        self.model = model
-        self.head = head
+    def __init__(self, model: PreTrainedModel, body: nn.Module, head: nn.Module | None) -> None:
+        """`body` and `head` as `split_model` gives them: the head makes logits, None where the body does."""
+        self.model, self.body, self.head = model, body, head
         self.vocab_size = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
 
     @property
     def device(self) -> torch.device:
         """Where tokens are read."""
         return self.model.device
+
+    @abstractmethod
+    def start(self, batch_size: int) -> Any:
+        """What B streams keep before their first token; raises ValueError for a model that cannot read in chunks."""
+
+    @abstractmethod
+    def extend(self, tokens: Tensor, state: Any) -> Tensor:
+        """Read `[B, T]` tokens, changing the state in place; returns hidden states `[B, T, M]`, or logits."""
+
+    @abstractmethod
+    def state_bytes(self, state: Any) -> int:
+        """Bytes that one stream keeps of its past."""
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -110,37 +87,36 @@ class StreamingModelBase:
         return list(zip(states.split(size), wanted.split(size), strict=True))
 
 
-class SwatStreamingModel(StreamingModelBase):
+class SwatStreamingModel(StreamingModel):
     """Reads with one of our models and its `Slots`."""
 
     def __init__(self, model: SwatForCausalLM) -> None:
-        super().__init__(model, model.lm_head)
-        self._model = model
+        super().__init__(model, model.model, model.lm_head)
 
     def start(self, batch_size: int) -> Slots:
         """What B streams keep before their first token."""
-        return self._model.init_state(batch_size)
+        return cast(SwatForCausalLM, self.model).init_state(batch_size)
 
     @torch.inference_mode()
     def extend(self, tokens: Tensor, state: Slots) -> Tensor:
         """Read `[B, T]` tokens, changing the state in place; returns hidden states `[B, T, M]`."""
-        return self._model.extend(tokens.to(self.device), state)
+        return cast(SwatForCausalLM, self.model).extend(tokens.to(self.device), state)
 
     def state_bytes(self, state: Slots) -> int:
         """Bytes that one stream keeps of its past."""
         return state.num_bytes // state.batch_size
 
 
+@dataclass
 class CacheState:
     """The cache of a model of `transformers`, under the name by which it takes it back; none before the first token."""
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.cache: dict[str, Any] = {}
-        self.tokens_read = 0
+    batch_size: int
+    cache: dict[str, Any] = field(default_factory=dict)
+    tokens_read: int = 0
 
 
-class CachedStreamingModel(StreamingModelBase):
+class CachedStreamingModel(StreamingModel):
     """Reads with any other causal model and the cache that it makes itself.
 
     The first `start` reads a few tokens in one pass and in chunks and refuses a model for which they differ, such as
@@ -149,9 +125,7 @@ class CachedStreamingModel(StreamingModelBase):
 
     def __init__(self, model: PreTrainedModel) -> None:
         with evaluating(model):
-            body, head = split_model(model)
-        super().__init__(model, head)
-        self._body = body
+            super().__init__(model, *split_model(model))
         self._is_proven = False
 
     def start(self, batch_size: int) -> CacheState:
@@ -176,12 +150,12 @@ class CachedStreamingModel(StreamingModelBase):
 
     def state_bytes(self, state: CacheState) -> int:
         """Bytes that one stream keeps of its past: every tensor of the cache."""
-        found = {id(one): one.numel() * one.element_size() for one in tensors_of(state.cache, set())}
+        found = {id(tensor): tensor.nbytes for tensor in tensors_of(state.cache, set())}
         return sum(found.values()) // state.batch_size
 
     def _read(self, tokens: Tensor, state: CacheState) -> Tensor:
         extra = streaming_inputs(self.model.config, state.tokens_read, tokens.shape[1], tokens.device)
-        outputs = self._body(input_ids=tokens, use_cache=True, **state.cache, **extra)
+        outputs = self.body(input_ids=tokens, use_cache=True, **state.cache, **extra)
         # state-space models of transformers call theirs otherwise
         name = "cache_params" if "cache_params" in outputs else "past_key_values"
         if outputs.get(name) is None:
@@ -193,7 +167,7 @@ class CachedStreamingModel(StreamingModelBase):
     @torch.inference_mode()
     def _prove(self) -> None:
         tokens = probe(self.model, self.vocab_size, sum(PROBE_CHUNKS))
-        outputs = self._body(input_ids=tokens, use_cache=False)
+        outputs = self.body(input_ids=tokens, use_cache=False)
         whole = self.logits(outputs.logits if self.head is None else outputs[0])
         name = type(self.model).__name__
         try:
@@ -269,10 +243,11 @@ def tensors_of(thing: Any, seen: set[int]) -> list[Tensor]:
     if id(thing) in seen or isinstance(thing, (str, bytes, int, float, type(None), type, nn.Module, torch.dtype)):
         return []
     seen.add(id(thing))
-    if isinstance(thing, dict):
-        inner = list(thing.values())
-    elif isinstance(thing, (list, tuple)):
-        inner = list(thing)
-    else:
-        inner = list(getattr(thing, "__dict__", {}).values())
-    return [tensor for one in inner for tensor in tensors_of(one, seen)]
+    held = thing if isinstance(thing, (dict, list, tuple)) else getattr(thing, "__dict__", {})
+    parts = held.values() if isinstance(held, dict) else held
+    return [tensor for part in parts for tensor in tensors_of(part, seen)]
+
+
+def padded(rows: Iterable[Sequence[int] | np.ndarray | Tensor]) -> Tensor:
+    """Rows of tokens as int64 `[B, T]` on the CPU, padded with 0 on the right, where no earlier token looks."""
+    return pad_sequence([torch.as_tensor(np.asarray(row, dtype=np.int64)) for row in rows], batch_first=True)

@@ -12,9 +12,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from swat_lm.evaluate.figures import perplexity, read_figures, write_figures
 from swat_lm.evaluate.tasks import LoadedTask
@@ -104,11 +106,8 @@ class Suite:
         """
         self.subject, self.tasks = subject, list(tasks)
         self.folder = None if folder is None else folder / subject.label
-        self.results: dict[str, TaskResult] = {}
-        for task in self.tasks:
-            kept = self._read(task)
-            if kept is not None:
-                self.results[task.name] = kept
+        kept = {task.name: self._read(task) for task in self.tasks}
+        self.results = {name: result for name, result in kept.items() if result is not None}
 
     @property
     def missing(self) -> list[LoadedTask]:
@@ -126,9 +125,7 @@ class Suite:
             # before any work, so that a place that cannot be written costs none
             self.folder.mkdir(parents=True, exist_ok=True)
         for task in self.missing:
-            model.on_progress = None
-            if on_progress is not None:
-                model.on_progress = lambda done, total, name=task.name: on_progress(name, done, total)
+            model.on_progress = None if on_progress is None else partial(on_progress, task.name)
             result = measure(model, task, self.subject, self._identity(task))
             self.results[task.name] = result
             if self.folder is not None:
@@ -148,8 +145,7 @@ class Suite:
         return merged | {"config": config, "lm_eval_version": harness_version()}
 
     def _identity(self, task: LoadedTask) -> dict[str, Any]:
-        subject = asdict(self.subject)
-        del subject["label"]
+        subject = {name: value for name, value in asdict(self.subject).items() if name != "label"}
         return subject | {"documents": task.fingerprint, "lm_eval": harness_version()}
 
     def _path(self, task: str) -> Path:
@@ -165,8 +161,7 @@ class Suite:
             result.harness["results"][task.name]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: not a result of this command ({error}): remove it") from None
-        here = self._identity(task)
-        for name, value in here.items():
+        for name, value in self._identity(task).items():
             if result.identity.get(name) != value:
                 raise ValueError(
                     f"{path} holds another measurement: {name} is {short(result.identity.get(name))} there, "
@@ -230,25 +225,14 @@ def quiet_harness() -> Iterator[None]:
     """
     from tqdm import tqdm
 
-    # its type does not let a method be replaced
-    bars: Any = tqdm
-    draw = bars.__init__
+    draw = tqdm.__init__
 
     def disabled(bar: Any, *arguments: Any, **options: Any) -> None:
         draw(bar, *arguments, **{**options, "disable": True})
 
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    bars.__init__ = disabled
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        bars.__init__ = draw
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
+    single = patch.dict(os.environ, DISABLE_MULTIPROC="1")
+    with single, patch.object(tqdm, "__init__", disabled), contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager
@@ -256,9 +240,7 @@ def unbounded_perplexities() -> Iterator[None]:
     """Let the harness's perplexities be infinite where they are beyond any float; its own end with an error."""
     from lm_eval.api import metrics
 
-    # the module's types do not let its names be replaced
-    module: Any = metrics
-    mathematics, spread = module.math, module.sample_stddev
+    spread = metrics.sample_stddev
 
     def sample_stddev(values: Sequence[float]) -> float:
         try:
@@ -266,12 +248,9 @@ def unbounded_perplexities() -> Iterator[None]:
         except OverflowError:
             return math.inf
 
-    module.math = SimpleNamespace(**{**vars(math), "exp": perplexity})
-    module.sample_stddev = sample_stddev
-    try:
+    mathematics = SimpleNamespace(**{**vars(math), "exp": perplexity})
+    with patch.multiple(metrics, math=mathematics, sample_stddev=sample_stddev):
         yield
-    finally:
-        module.math, module.sample_stddev = mathematics, spread
 
 
 def perplexity_error(documents: Sequence[Sequence[float]]) -> float | None:
