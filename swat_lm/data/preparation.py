@@ -14,16 +14,17 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from swat_lm.data.cutting import LONGEST, Cuts
+from swat_lm.data.cutting import LONGEST
 from swat_lm.data.encoding import encode_bytes, encode_parallel
 from swat_lm.data.instructions import LAYOUT, fields_read, is_marked, read_marked_pieces
 from swat_lm.data.passages import PassageSample
-from swat_lm.data.source_text import Piece, read_pieces
+from swat_lm.data.source_text import Piece, SourcePieces, read_pieces
 from swat_lm.data.sources import DataError, Source, resolve_sources
 from swat_lm.data.store import (
     DOCUMENTS,
@@ -156,11 +157,15 @@ def write_store(
 ) -> None:
     """Read, tokenise and write everything into an empty folder."""
     dtype = np.dtype(np.uint16 if facts.vocab_size <= 1 << 16 else np.uint32)
-    reading = SourcePieces(sources, data, facts.cuts)
+    if is_marked(data):
+        read = partial(read_marked_pieces, data=data, cuts=facts.cuts)
+    else:
+        read = partial(read_pieces, text_field=data.text_field, cuts=facts.cuts)
+    pieces = SourcePieces(sources, read)
     encoded = (
-        encode_bytes(reading.pieces())
+        encode_bytes(pieces)
         if facts.tokenizer_json is None
-        else encode_parallel(reading.pieces(), facts.tokenizer_json, dtype, data.workers or os.cpu_count() or 1)
+        else encode_parallel(pieces, facts.tokenizer_json, dtype, data.workers or os.cpu_count() or 1)
     )
     said = time.monotonic()
     # closing the file writes too, so the path is put into errors around all of it; what reads names its own
@@ -169,13 +174,13 @@ def write_store(
         for piece, ids in encoded:
             writer.add(piece, ids)
             if progress and time.monotonic() - said > 0.1:
-                progress(Progress(reading.bytes_read, reading.total, len(writer.firsts), writer.tokens))
+                progress(Progress(pieces.bytes_read, pieces.total, len(writer.firsts), writer.tokens))
                 said = time.monotonic()
         writer.close()
     if not writer.text_bytes:
         raise DataError(f"no text in {', '.join(data.sources)}")
     if progress:
-        progress(Progress(reading.total, reading.total, len(writer.firsts), writer.tokens))
+        progress(Progress(pieces.total, pieces.total, len(writer.firsts), writer.tokens))
     with naming(folder):
         np.save(folder / DOCUMENTS, writer.table())
         np.save(folder / PASSAGES, writer.passages.table())
@@ -209,36 +214,6 @@ def write_index(folder: Path, data: DataRecipe, facts: TokenizerFacts, writer: "
     if is_marked(data):
         index["format"] = data.format
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-class SourcePieces:
-    """All pieces of all sources, counting the bytes read."""
-
-    def __init__(self, sources: list[Source], data: DataRecipe, cuts: Cuts | None) -> None:
-        self.sources = sources
-        self.data = data
-        self.cuts = cuts
-        self.total = sum(source.size for source in sources)
-        self.before = 0
-        self.current = 0
-
-    @property
-    def bytes_read(self) -> int:
-        """Of `total`."""
-        return self.before + self.current
-
-    def pieces(self) -> Iterator[Piece]:
-        """In order."""
-        for source in self.sources:
-            if is_marked(self.data):
-                yield from read_marked_pieces(source, self.data, self.cuts, self.on_bytes)
-            else:
-                yield from read_pieces(source, self.data.text_field, self.cuts, self.on_bytes)
-            self.before, self.current = self.before + source.size, 0
-
-    def on_bytes(self, count: int) -> None:
-        """Told by what reads the source."""
-        self.current = count
 
 
 class Writer:

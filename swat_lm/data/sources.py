@@ -40,6 +40,9 @@ class SourceFile:
     named: bool = True
     """Whether the user named the file itself rather than a folder around it."""
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @property
     def compression(self) -> str:
         """`.gz`, `.xz` or nothing."""

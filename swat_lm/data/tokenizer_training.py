@@ -8,12 +8,13 @@ import logging
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swat_lm.data.cutting import BYTE_CUTS
 from swat_lm.data.encoding import ended, send, started
-from swat_lm.data.source_text import read_pieces
+from swat_lm.data.source_text import SourcePieces, read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
 from swat_lm.data.tokenizer import BOS, EOS, PAD, wrap
 from swat_lm.files import whole
@@ -113,21 +114,13 @@ def long_runs(text: str) -> Iterator[tuple[int, int]]:
 
 def texts(sources: Iterable[str], text_field: str, progress: Callable[[int, int], None] | None) -> Iterator[str]:
     """Every piece of text of the sources, reporting bytes read."""
-    found = resolve_sources(sources)
-    total, before = sum(source.size for source in found), 0
+    read = partial(read_pieces, text_field=text_field, cuts=BYTE_CUTS, longest=PIECE)
+    pieces = SourcePieces(resolve_sources(sources), read)
     any_text = False
-    for source in found:
-        read = 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal read
-            read = count
-
-        for piece in read_pieces(source, text_field, BYTE_CUTS, on_bytes, PIECE):
-            any_text = True
-            yield piece.text
-            if progress:
-                progress(before + read, total)
-        before += source.size
+    for piece in pieces:
+        any_text = True
+        yield piece.text
+        if progress:
+            progress(pieces.bytes_read, pieces.total)
     if not any_text:
         raise DataError(f"no text in {', '.join(map(str, sources))}")

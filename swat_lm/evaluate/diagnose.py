@@ -8,6 +8,7 @@ Legend: T tokens, H heads, L layers, M model width, W window.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -186,50 +187,34 @@ class Observer:
         """Hooked; the model is as it was at the end."""
         with ExitStack() as stack:
             for index, (layer, mixer) in enumerate(zip(self.layers, self.mixers, strict=True)):
-                for handle in (
-                    layer.register_forward_pre_hook(self.before_layer(index), with_kwargs=True),
-                    layer.register_forward_hook(self.after_layer(index)),
-                    mixer.register_forward_hook(self.after_mixer(index), with_kwargs=True),
-                ):
-                    stack.callback(handle.remove)
+                # a handle is a context that ends by removing its hook
+                before, after = partial(self.before_layer, index), partial(self.after_mixer, index)
+                stack.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+                stack.enter_context(mixer.register_forward_hook(after, with_kwargs=True))
+            stack.enter_context(self.layers[-1].register_forward_hook(self.after_last_layer))
             yield
 
-    def before_layer(self, index: int) -> Callable[..., None]:
+    def before_layer(self, index: int, _: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
         """The residual stream that enters a layer."""
+        hidden = arguments[0] if arguments else named["hidden_states"]
+        self.variances[index] += hidden[0].double().var(dim=-1, correction=0).cpu()
 
-        def hook(_: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-            hidden = arguments[0] if arguments else named["hidden_states"]
-            self.variances[index] += hidden[0].double().var(dim=-1, correction=0).cpu()
-
-        return hook
-
-    def after_layer(self, index: int) -> Callable[..., None]:
+    def after_last_layer(self, _: nn.Module, arguments: tuple, output: Any) -> None:
         """The residual stream that leaves the last layer."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        self.variances[-1] += hidden[0].double().var(dim=-1, correction=0).cpu()
 
-        def hook(_: nn.Module, arguments: tuple, output: Any) -> None:
-            if index == len(self.layers) - 1:
-                hidden = output[0] if isinstance(output, tuple) else output
-                self.variances[index + 1] += hidden[0].double().var(dim=-1, correction=0).cpu()
-
-        return hook
-
-    def after_mixer(self, index: int) -> Callable[..., None]:
+    def after_mixer(self, index: int, mixer: nn.Module, arguments: tuple, _: dict[str, Any], output: Any) -> None:
         """Norms of the output, and the weights where there are any."""
-
-        def hook(mixer: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
-            mixed = output[0] if isinstance(output, tuple) else output
-            self.norms[index] += mixed[0].double().norm(dim=-1).cpu()
-            weights = None
-            if isinstance(mixer, WindowAttention):
-                weights = attention_weights(mixer, arguments[0], arguments[1])
-            elif isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
-                weights = output[1] if output[1].dim() == 4 else None
-            if weights is not None and weights.shape[-2:] == (self.length, self.length):
-                found = weight_sums(weights[0].float(), self.windows[index])
-                before = self.sums[index]
-                self.sums[index] = found if before is None else before + found
-
-        return hook
+        mixed, *rest = output if isinstance(output, tuple) else (output,)
+        self.norms[index] += mixed[0].double().norm(dim=-1).cpu()
+        weights = rest[0] if rest else None
+        if isinstance(mixer, WindowAttention):
+            weights = attention_weights(mixer, arguments[0], arguments[1])
+        if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-2:] == (self.length, self.length):
+            found = weight_sums(weights[0].float(), self.windows[index])
+            before = self.sums[index]
+            self.sums[index] = found if before is None else before + found
 
     def diagnosis(self, num_streams: int) -> Diagnosis:
         """Means over the streams."""

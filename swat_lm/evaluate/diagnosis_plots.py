@@ -12,27 +12,28 @@ from swat_lm.evaluate.plots import short_number
 __all__ = ["plot_diagnosis"]
 
 
+# file, score function, field of LayerWeights (None: saturated weights) and what its colours mean
+BY_HEAD = (
+    ("first_token.png", "softmax", "first_token_mass", "weight of the first token"),
+    ("first_token_sigmoid.png", "sigmoid", "first_token_mass", "weight of the first token"),
+    ("row_sum.png", "sigmoid", "row_sum", "sum of a query's weights"),
+    ("saturated.png", "sigmoid", None, "share of weights below 0.01 or above 0.99"),
+)
+
+
 def plot_diagnosis(diagnosis: Diagnosis, out: Path, *, title: str | None = None) -> list[Path]:
     """Write all pictures that the diagnosis has numbers for; returns their paths."""
-    made = []
-    kinds = {one.score_function for one in diagnosis.weights if one is not None}
-    wanted = []
-    if "softmax" in kinds:
-        wanted.append(("first_token.png", "softmax", "first_token_mass", "weight of the first token"))
-    if "sigmoid" in kinds:
-        wanted.append(("first_token_sigmoid.png", "sigmoid", "first_token_mass", "weight of the first token"))
-        wanted.append(("row_sum.png", "sigmoid", "row_sum", "sum of a query's weights"))
-        wanted.append(("saturated.png", "sigmoid", None, "share of weights below 0.01 or above 0.99"))
-    for name, kind, field, scale in wanted:
-        made.append(by_head(diagnosis, out / name, kind, field, scale, title))
-    made.append(
-        by_position(diagnosis.output_norm, out / "output_norm.png", "layer", "norm of the mixer's output", title)
-    )
-    made.append(
+    kinds = {layer.score_function for layer in diagnosis.weights if layer is not None}
+    made = [
+        by_head(diagnosis, out / name, kind, field, scale, title)
+        for name, kind, field, scale in BY_HEAD if kind in kinds
+    ]  # fmt: skip
+    return [
+        *made,
+        by_position(diagnosis.output_norm, out / "output_norm.png", "layer", "norm of the mixer's output", title),
         by_position(diagnosis.hidden_variance, out / "variance.png", "before layer (last: after all)",
-                    "log10 of the hidden state's variance", title, logarithm=True)
-    )  # fmt: skip
-    return made
+                    "log10 of the hidden state's variance", title, logarithm=True),
+    ]  # fmt: skip
 
 
 def by_head(diagnosis: Diagnosis, path: Path, kind: str, field: str | None, scale: str, title: str | None) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from swat_lm.files import write_text
 
@@ -28,7 +28,11 @@ class JsonRecord:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote; raises ValueError for anything else."""
-        return TypeAdapter(cls).validate_python(read_figures(text))
+        try:
+            return TypeAdapter(cls).validate_python(read_figures(text))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""
