@@ -84,13 +84,8 @@ def find_cuts(tokenizer_json: str) -> Cuts | None:
             break
     is_bytes = normalizer is None and step["type"] == "ByteLevel" and not step["add_prefix_space"]
     model = content["model"]
-    if (
-        is_bytes
-        and model["type"] == "BPE"
-        and not any(model.get(one) for one in ("merges", "ignore_merges", "fuse_unk"))
-    ):
-        return BYTE_CUTS
-    return None
+    merges = model["type"] != "BPE" or any(model.get(setting) for setting in ("merges", "ignore_merges", "fuse_unk"))
+    return BYTE_CUTS if is_bytes and not merges else None
 
 
 def is_plain(token: dict[str, Any]) -> bool:
@@ -131,22 +126,15 @@ def places_of_pattern(pattern: str) -> str | None:
 
 def alternatives(pattern: str) -> Iterator[str]:
     """The parts of a regular expression between the bars that stand in no group, class or escape."""
-    depth, in_class, start, at = 0, False, 0, 0
-    while at < len(pattern):
-        character = pattern[at]
-        if character == "\\":
-            at += 1
-        elif in_class:
-            in_class = character != "]"
-        elif character == "[":
-            in_class = True
-        elif character in "()":
-            depth += 1 if character == "(" else -1
-        elif character == "|" and not depth:
-            yield pattern[start:at]
-            start = at + 1
-        at += 1
-    yield pattern[start:]
+    depth, part = 0, ""
+    for unit in re.findall(r"\\.|\[(?:\\.|[^\]\\])*\]|.", pattern, re.DOTALL):
+        depth += {"(": 1, ")": -1}.get(unit, 0)
+        if unit == "|" and not depth:
+            yield part
+            part = ""
+        else:
+            part += unit
+    yield part
 
 
 def treats_parts_alike(step: dict[str, Any]) -> bool:
@@ -200,7 +188,8 @@ class Cutter:
             end = last_place(self._places, text, at, at + self.longest)
             if end is None:
                 end = at + self.longest
-                self._say_forced()
+                if self.cuts is not None and not self.cuts.anywhere:
+                    say_forced(self.name, self.longest)
             ends.append(end)
             at = end
         if final and len(text) > at:
@@ -214,10 +203,6 @@ class Cutter:
             at = end
         kept = max(at - CONTEXT, 0)
         self._bits, self._given, self._size = [text[kept:]], at - kept, len(text) - at
-
-    def _say_forced(self) -> None:
-        if self.cuts is not None and not self.cuts.anywhere:
-            say_forced(self.name, self.longest)
 
 
 @cache
@@ -236,12 +221,9 @@ def last_place(places: re.Pattern[str], text: str, after: int, last: int) -> int
     end, width = last, 1 << 8
     while end > after:
         begin = max(after + 1, end - width + 1)
-        found = None
-        for one in places.finditer(text, begin, min(end + CONTEXT, len(text))):
-            if one.start() <= end:
-                found = one.start()
-        if found is not None:
-            return found
+        starts = [match.start() for match in places.finditer(text, begin, min(end + CONTEXT, len(text)))]
+        if found := [start for start in starts if start <= end]:
+            return found[-1]
         end, width = begin - 1, 2 * width
     return None
 

@@ -63,8 +63,7 @@ class LinkedWalk:
         """Take the regular files below a folder that are not yet known; returns the links, sorted."""
         links: list[Path] = []
         for parent, folders, files in os.walk(folder, onerror=raise_error):
-            place = Path(parent)
-            real = place.resolve()
+            place, real = Path(parent), Path(parent).resolve()
             if real in self.folders:
                 # the folder itself, or one below a link to a folder around it
                 self.say(place, f"the same folder as {self.folders[real]}, which is read under that name")
@@ -82,19 +81,17 @@ class LinkedWalk:
 
     def is_new_folder(self, link: Path) -> bool:
         """Whether a link leads to a folder that is to be visited; says why not where it is not."""
+        # unlike Path.resolve this ends for links in a circle
+        real = Path(os.path.realpath(link))
         if not link.exists():
             self.say(link, f"a link that leads nowhere (to {os.readlink(link)})")
-            return False
-        if not link.is_dir():
-            return False
-        real = link.resolve()
-        if link.parent.resolve().is_relative_to(real):
+        elif link.is_dir() and link.parent.resolve().is_relative_to(real):
             self.say(link, f"a link to {real}, a folder around it")
-            return False
-        if real in self.folders:
+        elif real in self.folders:
             self.say(link, f"a link to {self.folders[real]}, which is read under that name")
-            return False
-        return True
+        else:
+            return link.is_dir()
+        return False
 
     def say(self, path: Path, what: str) -> None:
         """Name what is left out."""

@@ -137,15 +137,14 @@ def remove_abandoned(cache: Path, prefix: str) -> None:
 
 def is_running(process: int) -> bool:
     """Whether another process has this number; our own number in an old name means an earlier process had it."""
-    if process == os.getpid():
-        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        # it is another user's
+        pass
+    return process != os.getpid()
 
 
 def write_store(
@@ -170,7 +169,9 @@ def write_store(
     said = time.monotonic()
     # closing the file writes too, so the path is put into errors around all of it; what reads names its own
     with naming(folder / TOKENS), (folder / TOKENS).open("wb") as file:
-        writer = Writer(file, dtype, facts.bos if data.add_bos else None, facts.eos if data.add_eos else None)
+        # no separator is an empty list of tokens
+        before, after = [facts.bos] if data.add_bos else [], [facts.eos] if data.add_eos else []
+        writer = Writer(file, np.array(before, dtype), np.array(after, dtype))
         for piece, ids in encoded:
             writer.add(piece, ids)
             if progress and time.monotonic() - said > 0.1:
@@ -219,13 +220,10 @@ def write_index(folder: Path, data: DataRecipe, facts: TokenizerFacts, writer: "
 class Writer:
     """Writes tokens with separators around documents and keeps the table of documents."""
 
-    def __init__(self, file: BinaryIO, dtype: np.dtype, bos: int | None, eos: int | None) -> None:
-        self.file = file
-        self.dtype = dtype
-        self.bos = bos
-        self.eos = eos
-        self.tokens = 0
-        self.text_bytes = 0
+    def __init__(self, file: BinaryIO, bos: np.ndarray, eos: np.ndarray) -> None:
+        """`bos` and `eos` hold the separators, at most one each, in the type of all tokens."""
+        self.file, self.dtype, self.bos, self.eos = file, bos.dtype, bos, eos
+        self.tokens = self.text_bytes = 0
         # the first token, first byte and content hash of each document
         self.firsts, self.bytes, self.hashes = array("q"), array("q"), array("Q")
         # first token and end of each run of marked tokens, one after another
@@ -240,7 +238,7 @@ class Writer:
             self.firsts.append(self.tokens)
             self.bytes.append(self.text_bytes)
             self.passages.open_document()
-            self.put(self.bos)
+            self.write(self.bos)
         content = piece.text.encode("utf-8")
         self.hash.update(content)
         self.passages.add(content)
@@ -253,7 +251,7 @@ class Writer:
         if not self.firsts:
             return
         # what ends an answer is part of it
-        self.put(self.eos)
+        self.write(self.eos)
         self.in_answer = False
         if self.firsts[-1] == self.tokens:
             self.firsts.pop()
@@ -262,11 +260,6 @@ class Writer:
         else:
             self.hashes.append(int.from_bytes(self.hash.digest(), "little"))
         self.hash = hashlib.blake2b(digest_size=8)
-
-    def put(self, token: int | None) -> None:
-        """Append one separator, if wanted."""
-        if token is not None:
-            self.write(np.array([token]))
 
     def write(self, ids: np.ndarray) -> None:
         """Append tokens."""

@@ -109,21 +109,14 @@ class TokenStore:
         if not path.exists():
             return None
         # a copy in memory: it is small, and torch wants arrays it may write to
-        counts = np.array(read_array(path))
-        if counts.dtype != np.int64 or counts.shape != (self.vocab_size,):
-            raise damaged(path, f"{counts.dtype} {list(counts.shape)}, expected int64 [{self.vocab_size}]")
-        return counts
+        return np.array(read_array(path, np.int64, (self.vocab_size,), f"int64 [{self.vocab_size}]"))
 
     @cached_property
     def passages(self) -> np.ndarray:
         """A sample of the text's passages by their hashes, PASSAGE [passages]; see `swat_lm/data/passages.py`."""
         if not self.passages_below:
             return np.empty(0, dtype=PASSAGE)
-        path = self.folder / PASSAGES
-        table = read_array(path)
-        if table.dtype != PASSAGE or table.ndim != 1:
-            raise damaged(path, f"{table.dtype} {list(table.shape)}, expected a list of passages")
-        return table
+        return read_array(self.folder / PASSAGES, PASSAGE, (None,), "a list of passages")
 
     @cached_property
     def marks(self) -> np.ndarray | None:
@@ -134,9 +127,7 @@ class TokenStore:
         if not self.is_marked:
             return None
         path = self.folder / MARKS
-        table = read_array(path)
-        if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != 2:
-            raise damaged(path, f"{table.dtype} {list(table.shape)}, expected int64 [runs, 2]")
+        table = read_array(path, np.int64, (None, 2), "int64 [runs, 2]")
         places = table.ravel()
         if len(places) and (places[0] < 0 or places[-1] > self.num_tokens or (np.diff(places) < 1).any()):
             raise damaged(path, "its runs are empty, not in order, or beyond the end")
@@ -193,8 +184,7 @@ class TokenStore:
         table, num_bytes = self.token_bytes, None
         if table is not None:
             self.check(self.tokens[first:end])
-            counts = np.bincount(self.tokens[first:end], minlength=len(table))
-            num_bytes = int(counts @ table)
+            num_bytes = int(np.bincount(self.tokens[first:end], minlength=len(table)) @ table)
         return Documents(self.tokens, np.array([[first, end]], dtype=np.int64), num_bytes)
 
 
@@ -241,12 +231,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 def read_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     """The table of documents, memory-mapped, TABLE [documents + 1]; DataError if it contradicts the index."""
     path = folder / DOCUMENTS
-    table = read_array(path)
-    if table.dtype != TABLE or table.shape != (index["num_documents"] + 1,):
-        raise damaged(
-            path,
-            f"{table.dtype} {list(table.shape)}, expected {counted(index['num_documents'], 'document')} and an end",
-        )
+    count = index["num_documents"]
+    table = read_array(path, TABLE, (count + 1,), f"{counted(count, 'document')} and an end")
     for column, end in (("token", index["num_tokens"]), ("byte", index["num_bytes"])):
         places = table[column]
         if places[0] != 0 or places[-1] != end:
@@ -256,15 +242,22 @@ def read_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     return table
 
 
-def read_array(path: Path) -> np.ndarray:
-    """An array file, memory-mapped; DataError if it is missing, cut off or no such file."""
+def read_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int | None, ...], expected: str) -> np.ndarray:
+    """An array file, memory-mapped; `shape` has None where any number serves.
+
+    DataError if it is missing, cut off, no such file, or not what is `expected`.
+    """
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise damaged(path, "it is missing") from None
     except (ValueError, EOFError, SyntaxError, TokenError) as error:
         # numpy parses the header as Python
         raise damaged(path, str(error)) from None
+    wanted = tuple(own if size is None else size for size, own in zip(shape, array.shape, strict=False))
+    if array.dtype != dtype or array.ndim != len(shape) or array.shape != wanted:
+        raise damaged(path, f"{array.dtype} {list(array.shape)}, expected {expected}")
+    return array
 
 
 def damaged(path: Path, what: str) -> DataError:

@@ -5,7 +5,6 @@ or of white space counts as several words, which changes nothing for text that h
 """
 
 import logging
-import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swat_lm.data.cutting import BYTE_CUTS
-from swat_lm.data.encoding import ended, send, started
+from swat_lm.data.encoding import receive, send, started
 from swat_lm.data.source_text import SourcePieces, read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
 from swat_lm.data.tokenizer import BOS, EOS, PAD, wrap
@@ -66,16 +65,11 @@ def train_tokenizer(
 
 def trained_json(batches: Iterable[list[str]], vocab_size: int) -> str:
     """The trained tokenizer in the library's form; the training process is ended by whatever ends this call."""
-    with started(1, "training_worker.py", parallel=True) as (process,):
-        send(process, (vocab_size, [BOS, EOS, PAD]))
+    with started(1, "train", vocab_size, [BOS, EOS, PAD], parallel=True) as (process,):
         for batch in batches:
             send(process, batch)
         send(process, None)
-        assert process.stdout is not None
-        try:
-            return pickle.load(process.stdout)
-        except (EOFError, pickle.UnpicklingError):
-            raise ended(process, "training on less text needs less memory") from None
+        return receive(process, "training on less text needs less memory")
 
 
 def short_words(pieces: Iterable[str]) -> Iterator[list[str]]:

@@ -1,6 +1,8 @@
 """Reads the benchmarks' local files: rows of .jsonl with known fields, and WikiText's lines as whole pages."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from swat_lm.data.source_text import decoded_blocks, read_rows
@@ -33,15 +35,9 @@ def kinds_of(benchmark: Benchmark) -> tuple[str, ...]:
 
 def find_file(folder: Path, benchmark: Benchmark) -> Path | None:
     """The first of the benchmark's files that the folder holds."""
-    kinds = kinds_of(benchmark)
-    for stem in benchmark.files:
-        for place in (folder / stem, folder / Path(stem).name):
-            for kind in kinds:
-                for packed in ("", *COMPRESSIONS):
-                    path = place.with_name(f"{place.name}{kind}{packed}")
-                    if path.is_file():
-                        return path
-    return None
+    places = [place for stem in benchmark.files for place in (stem, Path(stem).name)]
+    names = map("".join, itertools.product(places, kinds_of(benchmark), ("", *COMPRESSIONS)))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def is_plain_text(path: Path) -> bool:
@@ -105,25 +101,21 @@ def read_pages(path: Path) -> list[Doc]:
     return found
 
 
-def pages(lines: Iterable[str]) -> Iterator[str]:
+def pages(lines: Sequence[str]) -> Iterator[str]:
     """Articles, cut before each heading of the first level (` = Title = `) as the harness's data set is.
 
     A line of an article that looks like such a heading cuts there too, as in that data set (two formulas do in the
     test split, which so has 62 documents).
     """
-    page: list[str] = []
-    for line in lines:
-        # "= = Section = =" begins with "==" afterwards
-        squeezed = line.replace("= = =", "===").replace("= =", "==").strip()
-        if squeezed.startswith("= ") and squeezed.endswith(" ="):
-            yield from joined(page)
-            page = []
-        page.append(line)
-    yield from joined(page)
+    numbers = itertools.accumulate(map(is_heading, lines))
+    for _, numbered in itertools.groupby(zip(numbers, lines, strict=True), key=itemgetter(0)):
+        text = "\n".join(line for _, line in numbered)
+        if text.strip():
+            yield text
 
 
-def joined(lines: Sequence[str]) -> Iterator[str]:
-    """The lines as one text, unless nothing is in them."""
-    text = "\n".join(lines)
-    if text.strip():
-        yield text
+def is_heading(line: str) -> bool:
+    """Whether a line is a heading of the first level."""
+    # "= = Section = =" begins with "==" afterwards
+    squeezed = line.replace("= = =", "===").replace("= =", "==").strip()
+    return squeezed.startswith("= ") and squeezed.endswith(" =")

@@ -180,7 +180,7 @@ class Observer:
         self.windows = windows or [None] * count
         self.norms = torch.zeros(count, length, dtype=torch.float64)
         self.variances = torch.zeros(count + 1, length, dtype=torch.float64)
-        self.sums: list[Tensor | None] = [None] * count
+        self.sums: dict[int, Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -212,15 +212,13 @@ class Observer:
         if isinstance(mixer, WindowAttention):
             weights = attention_weights(mixer, arguments[0], arguments[1])
         if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-2:] == (self.length, self.length):
-            found = weight_sums(weights[0].float(), self.windows[index])
-            before = self.sums[index]
-            self.sums[index] = found if before is None else before + found
+            self.sums[index] = self.sums.get(index, 0) + weight_sums(weights[0].float(), self.windows[index])
 
     def diagnosis(self, num_streams: int) -> Diagnosis:
         """Means over the streams."""
         weights = tuple(
-            None if sums is None else layer_weights(sums / num_streams, mixer, window, self.length)
-            for sums, mixer, window in zip(self.sums, self.mixers, self.windows, strict=True)
+            layer_weights(self.sums[index] / num_streams, mixer, window, self.length) if index in self.sums else None
+            for index, (mixer, window) in enumerate(zip(self.mixers, self.windows, strict=True))
         )
         norms, variances = self.norms / num_streams, self.variances / num_streams
         return Diagnosis(

@@ -4,7 +4,7 @@ Windowed models read contexts of any length, since that costs what their window 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lm_eval.api.instance import Instance
@@ -18,6 +18,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swat_lm.evaluate.limits import check_length, position_limit
@@ -128,7 +129,6 @@ class HarnessModel(TemplateLM):
         rows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            pairs: list[tuple[list[int], list[int]]]
             if self.rolling == "whole":
                 pairs = [([self.prefix_token_id], tokens)] if tokens else []
                 check_length(self._scorer.streaming, len(tokens), 1)
@@ -182,15 +182,11 @@ class HarnessModel(TemplateLM):
             )
         # a context without tokens begins as a text does
         rows = [self.tok_encode(context)[-room if room else None :] or [self.prefix_token_id] for context in contexts]
-        longest = max(map(len, rows))
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.prefix_token_id
-        tokens = torch.full((len(rows), longest), padding, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, ids in enumerate(rows):
-            tokens[row, longest - len(ids) :] = torch.tensor(ids)
-            mask[row, longest - len(ids) :] = 1
-        model: Any = self.model
-        made = model.generate(
+        tokens = pad_sequence([torch.tensor(ids) for ids in rows], True, padding, "left")
+        mask = pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids in rows], True, 0, "left")
+        longest = tokens.shape[1]
+        made = cast(Any, self.model).generate(
             input_ids=tokens.to(self._device),
             attention_mask=mask.to(self._device),
             max_new_tokens=most,

@@ -72,12 +72,10 @@ def loss_by_length(
     )
     taken = {index: min(len(documents[index]), sizes[-1]) for index in order}
     bounds = sorted({1, *sizes, *(max(1, size // 2) for size in sizes)})
-    sums: dict[int, list[float]] = {index: [0.0] * (len(bounds) - 1) for index in order}
-    state_bytes: dict[int, int] = {}
-    if partial is not None:
-        sums.update({index: partial.known[str(index)] for index in order if str(index) in partial.known})
-        state_bytes = {int(size): kept for size, kept in partial.known.get("state bytes", {}).items()}
-    left = [index for index in order if partial is None or str(index) not in partial.known]
+    known = partial.known if partial else {}
+    sums: dict[int, list[float]] = {index: known.get(str(index), [0.0] * (len(bounds) - 1)) for index in order}
+    state_bytes = {int(size): kept for size, kept in known.get("state bytes", {}).items()}
+    left = [index for index in order if str(index) not in known]
     total = sum(count - 1 for count in taken.values())
     done = total - sum(taken[index] - 1 for index in left)
     for begin in range(0, len(left), batch_size):
@@ -101,12 +99,15 @@ def loss_by_length(
             return None
         return math.fsum(sums[index][bounds.index(low) : bounds.index(high)]) / (high - low)
 
-    everyone = range(len(documents))
-    means = [[mean(index, 1, size) for size in sizes] for index in everyone]
-    tails = [[mean(index, max(1, size // 2), size) for size in sizes] for index in everyone]
-    kept = [state_bytes[size] for size in sizes]
     return summarise(
-        sizes, means, tails, kept, total, model_window(streaming.model), same_text=False, num_sinks=num_sinks
+        sizes,
+        [[mean(index, 1, size) for size in sizes] for index in range(len(documents))],
+        [[mean(index, max(1, size // 2), size) for size in sizes] for index in range(len(documents))],
+        [state_bytes[size] for size in sizes],
+        total,
+        model_window(streaming.model),
+        same_text=False,
+        num_sinks=num_sinks,
     )
 
 
@@ -255,8 +256,7 @@ def add_to_buckets(sums: list[float], bounds: Sequence[int], start: int, losses:
 def piece_sums(streaming: StreamingModel, tokens: Tensor, chunk: int) -> tuple[list[float], list[float], int]:
     """Of each row of `tokens` `[B, N]` the summed loss of tokens 2 .. N and N/2+1 .. N; bytes kept after the last."""
     middle, kept = max(1, tokens.shape[1] // 2), 0
-    whole = torch.zeros(len(tokens), dtype=torch.float64)
-    late = torch.zeros(len(tokens), dtype=torch.float64)
+    whole, late = torch.zeros(2, len(tokens), dtype=torch.float64)
     for piece in position_losses(streaming, tokens, chunk):
         losses = piece.losses.double()
         whole += losses.sum(dim=1)

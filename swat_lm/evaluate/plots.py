@@ -175,8 +175,9 @@ def new_figure() -> tuple[Figure, Axes]:
 
 def line_style(style: int, marker: str | None = None) -> dict[str, Any]:
     """How the line of this style is drawn, with its own marker or another."""
+    marker = MARKERS[style] if marker is None else marker
     return {
-        "color": COLOURS[style], "marker": MARKERS[style] if marker is None else marker, "linestyle": DASHES[style], "linewidth": 2.2, "markersize": 7
+        "color": COLOURS[style], "marker": marker, "linestyle": DASHES[style], "linewidth": 2.2, "markersize": 7
     }  # fmt: skip
 
 

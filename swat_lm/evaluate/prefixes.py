@@ -97,7 +97,4 @@ def prefix_groups(found: Sequence[ModelInput]) -> list[PrefixGroup]:
 
 def common_length(first: Sequence[int], second: Sequence[int], most: int) -> int:
     """Equal tokens at the beginning, at most so many."""
-    for place in range(most):
-        if first[place] != second[place]:
-            return place
-    return most
+    return next((place for place in range(most) if first[place] != second[place]), most)

@@ -50,12 +50,10 @@ def guessed_share(task: SyntheticTask | None, items: Sequence[RecallItem]) -> fl
 
 def synthetic_items(task: SyntheticTask, distances: Sequence[int], count: int, seed: int = 0) -> list[RecallItem]:
     """Items of a synthetic task, `count` for each distance; raises DataError for a distance that it cannot have."""
-    items = []
-    for distance in distances:
-        for number in range(count):
-            row = task.row_at(np.random.default_rng((seed, 2, distance, number)), distance)
-            items.append(RecallItem(row.tokens, row.answers, distance))
-    return items
+    return [
+        RecallItem(*task.row_at(np.random.default_rng((seed, 2, distance, number)), distance), distance)
+        for distance in distances for number in range(count)
+    ]  # fmt: skip
 
 
 def text_items(name: str, encode: Encode, distances: Sequence[int], count: int, seed: int = 0) -> list[RecallItem]:

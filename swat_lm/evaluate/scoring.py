@@ -134,19 +134,17 @@ class Scorer:
 
     def _plans(self, found: Sequence[PrefixGroup], stream_above: int) -> list[tuple[Work, list[PrefixGroup]]]:
         """Ways to read, and what is read so, the longest first."""
-        streams, passes, shared = [], [], []
+        plans: dict[Work, list[PrefixGroup]] = {self._stream: [], self._shared: [], self._one_pass: []}
         for group in found:
             if group.longest > stream_above and self.can_stream:
-                streams += alone([group])
-            elif group.num_shared:
-                shared.append(group)
+                plans[self._stream] += alone([group])
             else:
-                passes.append(group)
-        plans: list[tuple[Work, list[PrefixGroup]]] = [
-            (self._stream, streams), (self._shared, shared), (self._one_pass, passes),
-        ]  # fmt: skip
+                plans[self._shared if group.num_shared else self._one_pass].append(group)
         # first by beginnings of about one length, so that neither these nor the rests are padded much
-        return [(work, sorted(some, key=lambda one: (-(one.num_shared // 16), -one.longest))) for work, some in plans]
+        return [
+            (work, sorted(some, key=lambda one: (-(one.num_shared // 16), -one.longest)))
+            for work, some in plans.items()
+        ]
 
     def _fitting(self, waiting: Sequence[PrefixGroup], start: int, at_once: int | None) -> list[PrefixGroup]:
         """The next batch, at least one; `at_once` bounds the tokens of a row that count."""

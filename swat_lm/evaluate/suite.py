@@ -106,8 +106,10 @@ class Suite:
         """
         self.subject, self.tasks = subject, list(tasks)
         self.folder = None if folder is None else folder / subject.label
-        kept = {task.name: self._read(task) for task in self.tasks}
-        self.results = {name: result for name, result in kept.items() if result is not None}
+        self.results: dict[str, TaskResult] = {}
+        for task in self.tasks:
+            if self.folder is not None and (self.folder / f"{task.name}.json").exists():
+                self.results[task.name] = self._read(task, self.folder / f"{task.name}.json")
 
     @property
     def missing(self) -> list[LoadedTask]:
@@ -129,18 +131,18 @@ class Suite:
             result = measure(model, task, self.subject, self._identity(task))
             self.results[task.name] = result
             if self.folder is not None:
-                write_text(self._path(task.name), write_figures(asdict(result)) + "\n")
+                write_text(self.folder / f"{task.name}.json", write_figures(asdict(result)) + "\n")
             yield result
         if self.folder is not None:
             write_text(self.folder / "results.json", write_figures(self.harness_json()) + "\n")
 
     def harness_json(self) -> dict[str, Any]:
         """All results in the form of the harness's own results file."""
-        merged: dict[str, Any] = {section: {} for section in HARNESS_SECTIONS}
-        for task in self.tasks:
-            if task.name in self.results:
-                for section in HARNESS_SECTIONS:
-                    merged[section] |= self.results[task.name].harness.get(section, {})
+        found = [self.results[task.name].harness for task in self.tasks if task.name in self.results]
+        merged: dict[str, Any] = {
+            section: {name: value for harness in found for name, value in harness.get(section, {}).items()}
+            for section in HARNESS_SECTIONS
+        }
         config = {"model": self.subject.label, "limit": self.subject.limit, "bootstrap_iters": RESAMPLES}
         return merged | {"config": config, "lm_eval_version": harness_version()}
 
@@ -148,14 +150,7 @@ class Suite:
         subject = {name: value for name, value in asdict(self.subject).items() if name != "label"}
         return subject | {"documents": task.fingerprint, "lm_eval": harness_version()}
 
-    def _path(self, task: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{task}.json"
-
-    def _read(self, task: LoadedTask) -> TaskResult | None:
-        if self.folder is None or not self._path(task.name).exists():
-            return None
-        path = self._path(task.name)
+    def _read(self, task: LoadedTask, path: Path) -> TaskResult:
         try:
             result = TaskResult(**read_figures(path.read_text(encoding="utf-8")))
             result.harness["results"][task.name]

@@ -1,12 +1,15 @@
 """SWAT's Table 1 with our rows beside the paper's: as text, Markdown, HTML and JSON."""
 
-import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from jinja2 import Environment
+
 from swat_lm.evaluate.figures import write_figures
+from swat_lm.evaluate.standard_errors import joined_error
 from swat_lm.evaluate.suite import TaskResult
 from swat_lm.evaluate.tasks import STREAMED
 from swat_lm.files import write_text
@@ -124,11 +127,9 @@ def our_row(name: str, results: Mapping[str, TaskResult]) -> TableRow:
 
 def chance_row(results: Mapping[str, TaskResult]) -> TableRow:
     """What guessing among the choices gives."""
-    cells = {}
-    for column in COLUMNS:
-        result = results.get(column.task)
-        if column.is_percent and result is not None and result.chance is not None:
-            cells[column.heading] = Cell(100 * result.chance)
+    chances = {task: result.chance for task, result in results.items() if result.chance is not None}
+    guessed = [column for column in COLUMNS if column.is_percent and column.task in chances]
+    cells = {column.heading: Cell(100 * chances[column.task]) for column in guessed}
     return TableRow("(guessing)", GUESSING, cells)
 
 
@@ -137,8 +138,8 @@ def averaged(cells: Mapping[str, Cell]) -> dict[str, Cell]:
     if not set(ACCURACIES) <= cells.keys():
         return {}
     chosen = [cells[heading] for heading in ACCURACIES]
-    errors = [cell.error for cell in chosen if cell.error is not None]
-    error = math.sqrt(math.fsum(one**2 for one in errors)) / len(chosen) if len(errors) == len(chosen) else None
+    together = joined_error(*(cell.error for cell in chosen))
+    error = None if together is None or any(cell.error is None for cell in chosen) else together / len(chosen)
     return {AVERAGE: Cell(math.fsum(cell.value for cell in chosen) / len(chosen), error)}
 
 
@@ -170,7 +171,7 @@ def other_metrics(results: Mapping[str, TaskResult]) -> list[tuple[str, str, flo
 
 def notes(results: Mapping[str, Mapping[str, TaskResult]], limit: int | None) -> list[str]:
     """What a reader must know to compare the rows."""
-    everything = [result for one in results.values() for result in one.values()]
+    everything = [result for by_task in results.values() for result in by_task.values()]
     found = [
         "Errors are standard errors over documents. n: log-likelihoods divided by the choice's length in characters."
     ]
@@ -216,23 +217,34 @@ def markdown(rows: Sequence[TableRow], remarks: Sequence[str]) -> str:
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Benchmarks</title>
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25em .7em; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
-thead th {{ border-bottom: 2px solid #222; }}
-tr.group th {{ text-align: left; padding-top: 1em; font-weight: 600; border-bottom: 1px solid #999; }}
-tr.paper td {{ color: #666; font-style: italic; }}
-.error {{ color: #888; font-size: 85%; }}
-li {{ max-width: 60em; }}
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .7em; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid #222; }
+tr.group th { text-align: left; padding-top: 1em; font-weight: 600; border-bottom: 1px solid #999; }
+tr.paper td { color: #666; font-style: italic; }
+.error { color: #888; font-size: 85%; }
+li { max-width: 60em; }
 </style></head><body>
 <h1>Benchmarks of SWAT's Table 1</h1>
-<div class="scroll"><table><thead><tr><th>model</th>{headings}</tr></thead><tbody>
-{body}
+<div class="scroll"><table><thead><tr><th>model</th>
+{%- for heading in columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead><tbody>
+{% for group, members in groups -%}
+<tr class="group"><th colspan="{{ columns | length + 1 }}">{{ group }}</th></tr>
+{% for row in members -%}
+<tr class="{{ "ours" if group in ours else "paper" }}"><td>{{ row.name }}</td>
+{%- for heading in columns -%}
+{%- set value, _, error = shown(row.cells.get(heading), "\u00b1").partition(" ") -%}
+<td>{{ value }}{% if error %} <span class="error">{{ error }}</span>{% endif %}</td>
+{%- endfor %}</tr>
+{% endfor %}
+{%- endfor -%}
 </tbody></table></div>
 <ul>
-{notes}
+{% for remark in remarks %}<li>{{ remark }}</li>
+{% endfor -%}
 </ul>
 </body></html>
 """
@@ -240,26 +252,10 @@ li {{ max-width: 60em; }}
 
 def page(rows: Sequence[TableRow], remarks: Sequence[str]) -> str:
     """The table as one HTML page without anything from elsewhere; the paper's rows stand apart."""
-    columns = headings(rows)
-    body, group = [], None
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            body.append(f'<tr class="group"><th colspan="{len(columns) + 1}">{html.escape(group)}</th></tr>')
-        cells = "".join(f"<td>{shown_in_html(row.cells.get(one))}</td>" for one in columns)
-        kind = "ours" if row.group in (MEASURED, GUESSING) else "paper"
-        body.append(f'<tr class="{kind}"><td>{html.escape(row.name)}</td>{cells}</tr>')
-    return PAGE.format(
-        headings="".join(f"<th>{html.escape(one)}</th>" for one in columns),
-        body="\n".join(body),
-        notes="\n".join(f"<li>{html.escape(one)}</li>" for one in remarks),
-    )
-
-
-def shown_in_html(cell: Cell | None) -> str:
-    """The error smaller than the value."""
-    value, _, error = shown(cell, "\u00b1").partition(" ")
-    return f'{value} <span class="error">{error}</span>' if error else value
+    groups = [(group, list(members)) for group, members in itertools.groupby(rows, lambda row: row.group)]
+    template = Environment(autoescape=True, keep_trailing_newline=True).from_string(PAGE)
+    ours = (MEASURED, GUESSING)
+    return template.render(columns=headings(rows), groups=groups, ours=ours, remarks=remarks, shown=shown)
 
 
 def save_table(folder: Path, rows: Sequence[TableRow], remarks: Sequence[str]) -> list[Path]:
