@@ -153,10 +153,7 @@ class Cutter:
 
     def __init__(self, cuts: Cuts | None, name: str, longest: int = LONGEST, eager: bool = False) -> None:
         """`name` is what the text is called where something must be said of it."""
-        self.cuts = cuts
-        self.name = name
-        self.longest = longest
-        self.eager = eager
+        self.cuts, self.name, self.longest, self.eager = cuts, name, longest, eager
         self._places = None if cuts is None else re.compile(cuts.places)
         # joined only when there is something to cut: bits may be small
         self._bits: list[str] = []

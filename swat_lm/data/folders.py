@@ -23,28 +23,22 @@ def raise_error(error: OSError) -> None:
     raise error
 
 
-def walk_with_links(folder: Path, skipped: Callable[[str], bool], wanted: Callable[[Path], bool]) -> list[Path]:
-    """Paths of the wanted files below a folder and below the folders that links lead to; `skipped(name)` prunes.
+class LinkedWalk:
+    """The wanted files below a folder and below the folders that links lead to, by real path; `skipped(name)` prunes.
 
     A file or folder to which several names lead is found once: by its own name if that lies below the folder, else by
     the first link in the order of paths. A link that is left out because of this, that leads to a folder around it or
-    nowhere, is named in the log. Raises OSError, naming it, for a folder that cannot be read.
+    nowhere, is named in the log.
     """
-    return LinkedWalk(skipped, wanted).files_below(folder)
-
-
-class LinkedWalk:
-    """One walk with what it has found, by real path."""
 
     def __init__(self, skipped: Callable[[str], bool], wanted: Callable[[Path], bool]) -> None:
-        self.skipped = skipped
-        self.wanted = wanted
+        self.skipped, self.wanted = skipped, wanted
         # real path -> the path by which it was found
         self.folders: dict[Path, Path] = {}
         self.files: dict[Path, Path] = {}
 
     def files_below(self, folder: Path) -> list[Path]:
-        """All files found; call once."""
+        """Paths of all files found, sorted; call once. Raises OSError, naming it, for a folder that cannot be read."""
         links = self.visit(folder)
         # what lies below a link may hold links; each round follows those of the one before
         file_links: list[Path] = []

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swat_lm.data.folders import walk, walk_with_links
+from swat_lm.data.folders import LinkedWalk, walk
 from swat_lm.hub import nearest_name
 from swat_lm.paths import local_path
 
@@ -150,7 +150,7 @@ def hub_source(name: str) -> HubSource:
 
 def folder_files(folder: Path) -> list[Source]:
     """Every readable file below a folder and its links, sorted by path; names that begin with a dot are skipped."""
-    files = walk_with_links(folder, lambda name: name.startswith("."), is_readable_kind)
+    files = LinkedWalk(lambda name: name.startswith("."), is_readable_kind).files_below(folder)
     if not files:
         raise DataError(f"{folder}: the folder holds no file to read; {accepted()}")
     return [source_file(one, named=False) for one in files]

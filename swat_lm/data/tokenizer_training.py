@@ -52,7 +52,12 @@ def train_tokenizer(
     out = local_path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; name another folder, or remove it first")
-    backend = Tokenizer.from_str(trained_json(short_words(texts(sources, text_field, progress)), vocab_size))
+    # ended by whatever ends this call
+    with started(1, "train", vocab_size, [BOS, EOS, PAD], parallel=True) as (process,):
+        for batch in short_words(texts(sources, text_field, progress)):
+            send(process, batch)
+        send(process, None)
+        backend = Tokenizer.from_str(receive(process, "training on less text needs less memory"))
     if backend.get_vocab_size() < vocab_size:
         logger.warning("the text supports a vocabulary of %d, not %d", backend.get_vocab_size(), vocab_size)
     tokenizer = wrap(backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
@@ -61,15 +66,6 @@ def train_tokenizer(
         beside.mkdir()
         tokenizer.save_pretrained(beside)
     return tokenizer
-
-
-def trained_json(batches: Iterable[list[str]], vocab_size: int) -> str:
-    """The trained tokenizer in the library's form; the training process is ended by whatever ends this call."""
-    with started(1, "train", vocab_size, [BOS, EOS, PAD], parallel=True) as (process,):
-        for batch in batches:
-            send(process, batch)
-        send(process, None)
-        return receive(process, "training on less text needs less memory")
 
 
 def short_words(pieces: Iterable[str]) -> Iterator[list[str]]:

@@ -9,7 +9,7 @@ from swat_lm.data.source_text import decoded_blocks, read_rows
 from swat_lm.data.sources import COMPRESSIONS, DataError, source_file
 from swat_lm.evaluate.benchmarks import PAGES, Benchmark, Doc, Form
 
-__all__ = ["find_files", "is_plain_text", "pages", "read_documents", "read_pages"]
+__all__ = ["find_files", "pages", "read_documents", "read_pages"]
 
 
 def find_files(folder: Path, benchmarks: Sequence[Benchmark]) -> list[Path]:
@@ -38,11 +38,6 @@ def find_file(folder: Path, benchmark: Benchmark) -> Path | None:
     places = [place for stem in benchmark.files for place in (stem, Path(stem).name)]
     names = map("".join, itertools.product(places, kinds_of(benchmark), ("", *COMPRESSIONS)))
     return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def is_plain_text(path: Path) -> bool:
-    """Whether a file holds text rather than rows."""
-    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix == ".txt"
 
 
 def read_documents(path: Path, benchmark: Benchmark) -> tuple[Form, list[Doc]]:

@@ -144,31 +144,37 @@ def loss_on_same_text(
     chosen = [index for index in range(len(documents)) if len(documents[index]) >= sizes[-1]]
     used = {index: len(documents[index]) // sizes[-1] * sizes[-1] for index in chosen}
     done, total = 0, sum(used.values()) * len(sizes)
-    means: list[list[float | None]] = [[None] * len(sizes) for _ in documents]
-    tails: list[list[float | None]] = [[None] * len(sizes) for _ in documents]
-    state_bytes = []
-    for at, size in enumerate(sizes):
+    means, tails, state_bytes = [], [], []
+    for size in sizes:
         pieces = [(index, start) for index in chosen for start in range(0, used[index], size)]
-        sums = dict.fromkeys(chosen, (0.0, 0.0))
+        sums = np.zeros((len(documents), 2))
         kept = 0
         together = batch_size * max(1, chunk // size)
         for begin in range(0, len(pieces), together):
             part = pieces[begin : begin + together]
             tokens = padded(documents[index][start : start + size] for index, start in part)
-            heads, tails_here, kept = piece_sums(streaming, tokens, chunk)
-            for (index, _), head, tail in zip(part, heads, tails_here, strict=True):
-                sums[index] = (sums[index][0] + head, sums[index][1] + tail)
+            heads_and_tails, kept = piece_sums(streaming, tokens, chunk)
+            for (index, _), both in zip(part, heads_and_tails, strict=True):
+                sums[index] += both
             done += tokens.numel()
             if on_progress:
                 on_progress(done, total)
         state_bytes.append(kept)
-        for index in chosen:
-            count, (head, tail) = used[index] // size, sums[index]
-            means[index][at] = head / (count * (size - 1))
-            tails[index][at] = tail / (count * (size - max(1, size // 2)))
+        for found, column, count in ((means, 0, size - 1), (tails, 1, size - max(1, size // 2))):
+            found.append([
+                float(sums[index, column]) / (used[index] // size * count) if index in used else None
+                for index in range(len(documents))
+            ])  # fmt: skip
     predicted = sum(count // size * (size - 1) for count in used.values() for size in sizes)
     return summarise(
-        sizes, means, tails, state_bytes, predicted, model_window(streaming.model), same_text=True, num_sinks=num_sinks
+        sizes,
+        list(zip(*means, strict=True)),
+        list(zip(*tails, strict=True)),
+        state_bytes,
+        predicted,
+        model_window(streaming.model),
+        same_text=True,
+        num_sinks=num_sinks,
     )
 
 
@@ -201,7 +207,7 @@ def position_losses(
     Each chunk's hidden states predict the token after each of its own; chunks also end at the token numbers `cuts`.
     """
     length = tokens.shape[1]
-    tokens = tokens.to(streaming.device)
+    tokens = tokens.to(streaming.model.device)
     edges = sorted({*range(0, length, chunk), *(cut for cut in cuts if cut < length), length})
     with evaluating(streaming.model):
         state = streaming.start(len(tokens))
@@ -253,13 +259,13 @@ def add_to_buckets(sums: list[float], bounds: Sequence[int], start: int, losses:
             sums[bucket] += part.double().sum().item()
 
 
-def piece_sums(streaming: StreamingModel, tokens: Tensor, chunk: int) -> tuple[list[float], list[float], int]:
-    """Of each row of `tokens` `[B, N]` the summed loss of tokens 2 .. N and N/2+1 .. N; bytes kept after the last."""
+def piece_sums(streaming: StreamingModel, tokens: Tensor, chunk: int) -> tuple[np.ndarray, int]:
+    """Of each row of `tokens` `[B, N]` the summed loss of tokens 2 .. N and N/2+1 .. N, float64; bytes kept at last."""
     middle, kept = max(1, tokens.shape[1] // 2), 0
-    whole, late = torch.zeros(2, len(tokens), dtype=torch.float64)
+    sums = torch.zeros(len(tokens), 2, dtype=torch.float64)
     for piece in position_losses(streaming, tokens, chunk):
         losses = piece.losses.double()
-        whole += losses.sum(dim=1)
-        late += losses[:, max(0, middle - piece.start) :].sum(dim=1)
+        sums[:, 0] += losses.sum(dim=1)
+        sums[:, 1] += losses[:, max(0, middle - piece.start) :].sum(dim=1)
         kept = piece.state_bytes
-    return whole.tolist(), late.tolist(), kept
+    return sums.numpy(), kept

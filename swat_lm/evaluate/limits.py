@@ -28,7 +28,7 @@ def check_length(streaming: StreamingModel, length: int, batch_size: int) -> Non
     name = type(streaming.model).__name__
     if limit is not None and length > limit:
         raise ValueError(f"{name} has no position beyond token {limit:,}: it cannot read {length:,}; ask for less")
-    each, free = stream_bytes(streaming, length), available_bytes(streaming.device)
+    each, free = stream_bytes(streaming, length), available_bytes(streaming.model.device)
     if free is None or each * batch_size <= free:
         return
     fits = free // each

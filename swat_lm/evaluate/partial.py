@@ -23,8 +23,7 @@ class PartialResults:
 
     def __init__(self, path: Path, key: str) -> None:
         """Raises ValueError if the file holds another measurement's results, or is damaged."""
-        self.path = path
-        self.key = key
+        self.path, self.key = path, key
         self.known: dict[str, Any] = {}
         if not path.exists():
             return
@@ -41,7 +40,6 @@ class PartialResults:
     def add(self, results: Mapping[str, Any]) -> None:
         """Keep these results; written beside the place and renamed."""
         self.known.update(results)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, write_figures({"key": self.key, "results": self.known}, indent=None))
 
     def remove(self) -> None:

@@ -99,8 +99,12 @@ def gradient_norms(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     with evaluating(model), torch.enable_grad():
         embedded = words(tokens[:, :-1]).detach().requires_grad_(True)
         if long:
-            # layers are recomputed in training mode only; no model of this size is evaluated with dropout on
-            refuse_dropout(model)
+            # layers are recomputed in training mode only, in which dropout would draw random numbers
+            dropping = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+            if dropping or getattr(model.config, "attention_dropout", 0):
+                raise ValueError(
+                    f"more than {CHECKPOINT_ABOVE} tokens of a model with dropout: measure shorter streams"
+                )
             model.activation_checkpointing_enable()
             model.train()
         try:
@@ -113,13 +117,6 @@ def gradient_norms(model: PreTrainedModel, tokens: Tensor) -> Tensor:
             if long:
                 model.activation_checkpointing_disable()
     return gradient.float().norm(dim=-1).flip(1).cpu()
-
-
-def refuse_dropout(model: PreTrainedModel) -> None:
-    """Raise ValueError if training mode would draw random numbers."""
-    active = [name for name, one in model.named_modules() if isinstance(one, torch.nn.Dropout) and one.p]
-    if active or getattr(model.config, "attention_dropout", 0):
-        raise ValueError(f"more than {CHECKPOINT_ABOVE} tokens of a model with dropout: measure shorter streams")
 
 
 def summary(shares: Tensor, length: int, window: int | None, reach: int | None) -> ReachCurve:

@@ -119,7 +119,7 @@ class Scorer:
                 batch = self._fitting(waiting, start, CHUNK if work == self._stream else None)
                 try:
                     answers = list(work(batch))
-                except (torch.OutOfMemoryError, RuntimeError) as error:
+                except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
                     self._shrink(batch)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from swat_lm.model.architectures import streaming_inputs
 from swat_lm.model.loss import default_chunk
@@ -44,11 +45,6 @@ class StreamingModel(ABC):
         """`body` and `head` as `split_model` gives them: the head makes logits, None where the body does."""
         self.model, self.body, self.head = model, body, head
         self.vocab_size = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
-
-    @property
-    def device(self) -> torch.device:
-        """Where tokens are read."""
-        return self.model.device
 
     @abstractmethod
     def start(self, batch_size: int) -> Any:
@@ -93,17 +89,17 @@ class SwatStreamingModel(StreamingModel):
     def __init__(self, model: SwatForCausalLM) -> None:
         super().__init__(model, model.model, model.lm_head)
 
+    @override
     def start(self, batch_size: int) -> Slots:
-        """What B streams keep before their first token."""
         return cast(SwatForCausalLM, self.model).init_state(batch_size)
 
+    @override
     @torch.inference_mode()
     def extend(self, tokens: Tensor, state: Slots) -> Tensor:
-        """Read `[B, T]` tokens, changing the state in place; returns hidden states `[B, T, M]`."""
-        return cast(SwatForCausalLM, self.model).extend(tokens.to(self.device), state)
+        return cast(SwatForCausalLM, self.model).extend(tokens.to(self.model.device), state)
 
+    @override
     def state_bytes(self, state: Slots) -> int:
-        """Bytes that one stream keeps of its past."""
         return state.num_bytes // state.batch_size
 
 
@@ -128,8 +124,8 @@ class CachedStreamingModel(StreamingModel):
             super().__init__(model, *split_model(model))
         self._is_proven = False
 
+    @override
     def start(self, batch_size: int) -> CacheState:
-        """What B streams keep before their first token; raises ValueError for a model that cannot read in chunks."""
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if not self._is_proven:
@@ -137,16 +133,16 @@ class CachedStreamingModel(StreamingModel):
                 self._prove()
         return CacheState(batch_size)
 
+    @override
     @torch.inference_mode()
     def extend(self, tokens: Tensor, state: CacheState) -> Tensor:
-        """Read `[B, T]` tokens, changing the state in place; returns hidden states (without a head, logits)."""
         if len(tokens) != state.batch_size:
             raise ValueError(f"tokens: expected {counted(state.batch_size, 'stream')}, got {len(tokens)}")
         size = tokens.shape[1]
         if self.head is None:
             size = max(1, LOGITS_AT_ONCE // (self.vocab_size * len(tokens)))
         # smaller parts bound what a forward pass holds, not what is returned
-        return torch.cat([self._read(part, state) for part in tokens.to(self.device).split(size, dim=1)], dim=1)
+        return torch.cat([self._read(part, state) for part in tokens.to(self.model.device).split(size, dim=1)], dim=1)
 
     def state_bytes(self, state: CacheState) -> int:
         """Bytes that one stream keeps of its past: every tensor of the cache."""

@@ -174,7 +174,7 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
     model.rolling = "whole" if task.rolling == "whole" else "windows"
     began = time.monotonic()
     inner = task.task.task_name
-    with quiet_harness(), unbounded_perplexities():
+    with patched_harness():
         found = evaluate(
             lm=model,
             task_dict={"tasks": {inner: task.task}},
@@ -213,29 +213,19 @@ def by_document(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 @contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Without the harness's words on stdout, where results go, its bars, and its processes for a second of resampling.
+def patched_harness() -> Iterator[None]:
+    """The harness quiet, and its perplexities infinite where they are beyond any float; its own end with an error.
 
-    Some of its bars are switched on whatever TQDM_DISABLE says; ours is drawn by another library.
+    Without its words on stdout, where results go, its bars, and its processes for a second of resampling. Some of its
+    bars are switched on whatever TQDM_DISABLE says; ours is drawn by another library.
     """
+    from lm_eval.api import metrics
     from tqdm import tqdm
 
-    draw = tqdm.__init__
+    draw, spread = tqdm.__init__, metrics.sample_stddev
 
     def disabled(bar: Any, *arguments: Any, **options: Any) -> None:
         draw(bar, *arguments, **{**options, "disable": True})
-
-    single = patch.dict(os.environ, DISABLE_MULTIPROC="1")
-    with single, patch.object(tqdm, "__init__", disabled), contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-@contextlib.contextmanager
-def unbounded_perplexities() -> Iterator[None]:
-    """Let the harness's perplexities be infinite where they are beyond any float; its own end with an error."""
-    from lm_eval.api import metrics
-
-    spread = metrics.sample_stddev
 
     def sample_stddev(values: Sequence[float]) -> float:
         try:
@@ -244,7 +234,12 @@ def unbounded_perplexities() -> Iterator[None]:
             return math.inf
 
     mathematics = SimpleNamespace(**{**vars(math), "exp": perplexity})
-    with patch.multiple(metrics, math=mathematics, sample_stddev=sample_stddev):
+    with (
+        patch.dict(os.environ, DISABLE_MULTIPROC="1"),
+        patch.object(tqdm, "__init__", disabled),
+        patch.multiple(metrics, math=mathematics, sample_stddev=sample_stddev),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         yield
 
 

@@ -265,7 +265,6 @@ def save_table(folder: Path, rows: Sequence[TableRow], remarks: Sequence[str]) -
         "table.html": page(rows, remarks),
         "table.json": write_figures({"rows": [asdict(row) for row in rows], "notes": list(remarks)}) + "\n",
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in content.items():
         write_text(folder / name, text)
     return [folder / name for name in content]

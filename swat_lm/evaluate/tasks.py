@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from swat_lm.data.sources import DataError
-from swat_lm.evaluate.benchmark_files import find_files, is_plain_text, read_documents, read_pages
+from swat_lm.data.sources import DataError, source_file
+from swat_lm.evaluate.benchmark_files import find_files, read_documents, read_pages
 from swat_lm.evaluate.benchmarks import BENCHMARKS, PAGES, Benchmark, Doc
 from swat_lm.paths import local_path
 from swat_lm.words import did_you_mean, install_extra
@@ -110,7 +110,7 @@ def load_local(folder: Path, name: str) -> LoadedTask:
     """A benchmark from the folder's file, asked as the harness's own task asks."""
     benchmark = known_benchmark(name)
     (path,) = find_files(folder, [benchmark])
-    if is_plain_text(path):
+    if source_file(path).kind == ".txt":
         docs, changes = read_pages(path), {}
         remark = text_remark(path, docs)
     else:

@@ -73,7 +73,7 @@ def test_pretrained_models_run_with_a_window():
 
 
 def test_windows_and_reach():
-    assert layer_windows(tiny_swat([3, 5])) == [3, 5]
+    assert layer_windows(tiny_swat([3, 5]).config) == [3, 5]
     assert (model_window(tiny_swat([3, 5])), theoretical_reach(tiny_swat([3, 5]))) == (5, 7)
     assert (model_window(tiny_mistral()), theoretical_reach(tiny_mistral())) == (7, 13)
     for model in (tiny_llama(), tiny_gpt2(), tiny_mamba2(), tiny_qwen3_next()):

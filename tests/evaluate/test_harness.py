@@ -217,7 +217,7 @@ def test_batches_shrink_until_they_fit(monkeypatch: pytest.MonkeyPatch):
 def test_a_long_context_costs_what_the_window_costs():
     model, tokenizer = tiny_swat(), load_tokenizer("bytes")
     ours = HarnessModel(model, tokenizer)
-    assert ours.is_endless
+    assert ours._scorer.is_endless
     assert ours.max_length is None
     reached = []
     extend = model.extend
@@ -238,7 +238,7 @@ def test_a_long_context_costs_what_the_window_costs():
     expected = logits.gather(-1, ids[0, -4:, None]).sum().item()
     assert value == pytest.approx(expected, rel=1e-4)
     # a model without windows in all layers loses the beginning, as with the harness
-    assert not HarnessModel(tiny_llama(), tokenizer).is_endless
+    assert not HarnessModel(tiny_llama(), tokenizer)._scorer.is_endless
     assert HarnessModel(tiny_llama(), tokenizer).max_length == tiny_llama().config.max_position_embeddings
 
 
