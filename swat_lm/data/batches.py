@@ -67,7 +67,7 @@ class Batch:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with each tensor changed."""
-        held = {one.name: getattr(self, one.name) for one in fields(self)}
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: change(tensor) for name, tensor in held.items() if tensor is not None})
 
 
@@ -127,8 +127,7 @@ class BatchSource(RowSource):
             raise DataError(f"need sequence_length >= 2; got {sequence_length}")
         self.store = store
         self.documents = store.split(split)
-        self.sequence_length = sequence_length
-        self.separate = documents == "separate"
+        self.sequence_length, self.separate = sequence_length, documents == "separate"
         self.seed, self.shuffle = seed, shuffle
         lengths = self.documents.spans[:, 1] - self.documents.spans[:, 0]
         # where each document begins in the stream
@@ -222,14 +221,9 @@ class BatchSource(RowSource):
             count = min(len(into) - filled, int(run_end - self.run_starts[run] - within))
             place = self.run_places[run] + within
             into[filled : filled + count] = self.documents.tokens[place : place + count]
-            if marked is not None:
-                self.copy_marks(int(place), marked[filled : filled + count])
+            if marked is not None and self.marks is not None:
+                low = np.searchsorted(self.marks[:, 1], place, side="right")
+                high = np.searchsorted(self.marks[:, 0], place + count, side="left")
+                for first, end in self.marks[low:high] - place:
+                    marked[filled : filled + count][max(first, 0) : end] = True
             filled, run = filled + count, run + 1
-
-    def copy_marks(self, place: int, into: np.ndarray) -> None:
-        """Say which of the store's tokens from `place` on are marked."""
-        assert self.marks is not None
-        low = np.searchsorted(self.marks[:, 1], place, side="right")
-        high = np.searchsorted(self.marks[:, 0], place + len(into), side="left")
-        for first, end in self.marks[low:high] - place:
-            into[max(first, 0) : end] = True

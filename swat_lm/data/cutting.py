@@ -77,10 +77,12 @@ def find_cuts(tokenizer_json: str) -> Cuts | None:
     if step is None or not all(map(is_plain, content["added_tokens"])):
         return None
     steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
-    for number, one in enumerate(steps):
-        if places := places_of(one):
+    for number, part in enumerate(steps):
+        if places := places_of(part):
             return Cuts(places) if all(map(treats_parts_alike, steps[number + 1 :])) else None
-        if not (one["type"] in NEIGHBOURS and one.get("behavior", "Isolated") in ("Isolated", "Removed", "Contiguous")):
+        if not (
+            part["type"] in NEIGHBOURS and part.get("behavior", "Isolated") in ("Isolated", "Removed", "Contiguous")
+        ):
             break
     is_bytes = normalizer is None and step["type"] == "ByteLevel" and not step["add_prefix_space"]
     model = content["model"]
@@ -117,7 +119,7 @@ def places_of_pattern(pattern: str) -> str | None:
     parts = set(alternatives(pattern))
     known = CONTRACTIONS | LETTERS | CASED_LETTERS | NUMBERS | OTHERS | OTHERS_WITH_SLASH | SPACES | LAST_SPACES
     cased = parts & CASED_LETTERS
-    letters = parts & LETTERS or (any(UPPER + "*" in one for one in cased) and any(UPPER + "+" in one for one in cased))
+    letters = parts & LETTERS or all(any(f"{UPPER}{count}" in word for word in cased) for count in "*+")
     others = parts & (OTHERS | OTHERS_WITH_SLASH)
     if not (parts <= known and letters and parts & NUMBERS and others and parts & LAST_SPACES):
         return None

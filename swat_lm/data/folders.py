@@ -44,7 +44,7 @@ class LinkedWalk:
         file_links: list[Path] = []
         while links:
             file_links += [link for link in links if link.is_file() and self.wanted(link)]
-            links = [one for link in links if self.is_new_folder(link) for one in self.visit(link)]
+            links = [found for link in links if self.is_new_folder(link) for found in self.visit(link)]
         for link in sorted(file_links):
             real = link.resolve()
             if real in self.files:

@@ -112,7 +112,11 @@ def request_key(data: DataRecipe, sources: list[Source], facts: TokenizerFacts) 
 def written_beside(folder: Path) -> Iterator[Path]:
     """A folder to write in, renamed to `folder` when all went well and removed otherwise."""
     prefix = f".{folder.name}.{platform.node()}."
-    remove_abandoned(folder.parent, prefix)
+    for left in folder.parent.glob(f"{prefix}*"):
+        # half a store of a process of this machine that was killed
+        process = left.name.removeprefix(prefix)
+        if process.isdigit() and not is_running(int(process)):
+            shutil.rmtree(left)
     beside = folder.parent / f"{prefix}{os.getpid()}"
     try:
         beside.mkdir()
@@ -125,14 +129,6 @@ def written_beside(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def remove_abandoned(cache: Path, prefix: str) -> None:
-    """Remove half-written stores of processes of this machine that were killed."""
-    for left in cache.glob(f"{prefix}*"):
-        process = left.name.removeprefix(prefix)
-        if process.isdigit() and not is_running(int(process)):
-            shutil.rmtree(left)
 
 
 def is_running(process: int) -> bool:
@@ -177,7 +173,9 @@ def write_store(
             if progress and time.monotonic() - said > 0.1:
                 progress(Progress(pieces.bytes_read, pieces.total, len(writer.firsts), writer.tokens))
                 said = time.monotonic()
-        writer.close()
+        writer.end_document()
+        file.flush()
+        os.fsync(file.fileno())
     if not writer.text_bytes:
         raise DataError(f"no text in {', '.join(data.sources)}")
     if progress:
@@ -271,12 +269,6 @@ class Writer:
                 self.marked.append(self.tokens)
             self.marked.append(self.tokens + len(ids))
         self.tokens += len(ids)
-
-    def close(self) -> None:
-        """End the last document and bring everything to the disk."""
-        self.end_document()
-        self.file.flush()
-        os.fsync(self.file.fileno())
 
     def marks(self) -> np.ndarray:
         """First token and end of each run of marked tokens, int64 [runs, 2]."""

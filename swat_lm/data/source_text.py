@@ -165,7 +165,7 @@ def read_python(source: SourceFile, on_bytes: Callable[[int], None]) -> str:
 def declared_encoding(text: str) -> str | None:
     """The encoding that the first two lines of a Python source declare, if any."""
     found = map(tokenize.cookie_re.match, text.split("\n", 2)[:2])
-    return next((one[1] for one in found if one), None)
+    return next((match[1] for match in found if match), None)
 
 
 def read_fields(

@@ -73,8 +73,7 @@ class TokenStore:
         """The `passages` of the text are those with hashes below; 0 for a store of a version that took none."""
         self.is_marked: bool = "format" in index
         """Whether it is instruction data, whose answers are marked."""
-        self.held_out = held_out
-        self.split_seed = split_seed
+        self.held_out, self.split_seed = held_out, split_seed
         self.dtype = np.dtype(index["dtype"])
         table = read_table(folder, index)
         self.offsets: np.ndarray = table["token"]
@@ -173,13 +172,22 @@ class TokenStore:
             share = tokens / self.num_tokens
             # what is left to train on counts as much
             if not self.held_out / FAR <= share <= self.held_out * FAR or (1 - share) * FAR < 1 - self.held_out:
-                warn_share(self.folder, self.held_out, tokens, self.num_tokens, int(chosen.sum()), self.num_documents)
+                say_once(
+                    self.folder, logging.WARNING,
+                    "held out are %s of %s tokens, %.3g %%, where %.3g %% were asked for (data.held_out=%g): whole "
+                    "documents are drawn by their content, here %s of %s; cut long documents into several, add "
+                    "documents, or try another data.split_seed",
+                    f"{tokens:,}", f"{self.num_tokens:,}", 100 * share, 100 * self.held_out, self.held_out,
+                    f"{chosen.sum():,}", f"{self.num_documents:,}",
+                )  # fmt: skip
         return chosen
 
     def split_single(self, name: str) -> Documents:
         """The two parts of a store that holds one document."""
         place = min(max(round(self.num_tokens * (1 - self.held_out)), 1), self.num_tokens - 1)
-        say_single(self.folder, self.num_tokens - place)
+        left = self.num_tokens - place
+        are = "token is" if left == 1 else "tokens are"
+        say_once(self.folder, logging.INFO, "only one document: its last %d %s held out", left, are)
         first, end = (0, place) if name == "train" else (place, self.num_tokens)
         table, num_bytes = self.token_bytes, None
         if table is not None:
@@ -189,21 +197,9 @@ class TokenStore:
 
 
 @cache
-def warn_share(folder: Path, asked: float, tokens: int, all_tokens: int, documents: int, all_documents: int) -> None:
-    """Say once of a store that the documents drawn are another share of its tokens than was asked for."""
-    logger.warning(
-        "held out are %s of %s tokens, %.3g %%, where %.3g %% were asked for (data.held_out=%g): whole documents are "
-        "drawn by their content, here %s of %s; cut long documents into several, add documents, or try another "
-        "data.split_seed",
-        f"{tokens:,}", f"{all_tokens:,}", 100 * tokens / all_tokens, 100 * asked, asked, f"{documents:,}",
-        f"{all_documents:,}",
-    )  # fmt: skip
-
-
-@cache
-def say_single(folder: Path, held_out: int) -> None:
-    """Say once of a store, which is opened for each split, how a single document is divided."""
-    logger.info("only one document: its last %d %s held out", held_out, "token is" if held_out == 1 else "tokens are")
+def say_once(folder: Path, level: int, message: str, *arguments: object) -> None:
+    """Say something once of a store, which is opened for each split."""
+    logger.log(level, message, *arguments)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

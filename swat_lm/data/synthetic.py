@@ -73,7 +73,7 @@ class SyntheticTask:
         return FIRST_KEY + self.keys + self.values
 
     def __str__(self) -> str:
-        settings = "&".join(f"{one}={getattr(self, one)}" for one in SETTINGS[self.name])
+        settings = "&".join(f"{setting}={getattr(self, setting)}" for setting in SETTINGS[self.name])
         return f"{PREFIX}{self.name}?{settings}"
 
     def row(self, random: np.random.Generator, length: int) -> SyntheticRow:
@@ -178,7 +178,7 @@ SETTINGS = {
 
 def is_synthetic(sources: tuple[str, ...]) -> bool:
     """Whether a recipe's sources are a task; raises DataError if a task stands beside something else."""
-    found = [one for one in sources if one.startswith(PREFIX)]
+    found = [source for source in sources if source.startswith(PREFIX)]
     if found and len(sources) > 1:
         raise DataError(f"{found[0]}: a task is the only source of its run; got {len(sources)} sources")
     return bool(found)
@@ -188,7 +188,7 @@ def synthetic_task(name: str) -> SyntheticTask:
     """`synthetic:NAME?setting=number&...`; raises DataError for an unknown task or setting."""
     kind, _, settings = name.removeprefix(PREFIX).partition("?")
     if kind not in SETTINGS:
-        raise DataError(f"{name}: no task of that name; known: {', '.join(PREFIX + one for one in SETTINGS)}")
+        raise DataError(f"{name}: no task of that name; known: {', '.join(PREFIX + task for task in SETTINGS)}")
     task = replace(SyntheticTask(kind), **settings_of(name, settings, SETTINGS[kind]))
     if kind == "mqar" and task.pairs > task.keys:
         raise DataError(f"{name}: {task.pairs} pairs need as many keys; got {task.keys}")

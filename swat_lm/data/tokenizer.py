@@ -64,7 +64,7 @@ def load_folder(folder: Path) -> "PreTrainedTokenizerFast":
             f"{folder}: no tokenizer in this folder; expected tokenizer.json, encoder.json + vocab.bpe, "
             "vocab.json + merges.txt or tokenizer.model"
         )
-    needs = [one for one in ("sentencepiece", "google.protobuf") if not is_installed(one)]
+    needs = [module for module in ("sentencepiece", "google.protobuf") if not is_installed(module)]
     if "tokenizer.model" in names and "tokenizer.json" not in names and needs:
         raise DataError(
             f"{folder}: reading a SentencePiece tokenizer.model needs sentencepiece and protobuf: "
@@ -159,7 +159,7 @@ def known_specials(backend: "Backend") -> dict[str, str]:
     """The special tokens of a vocabulary that go by a usual name."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     names = {"bos_token": KNOWN_BOS, "eos_token": KNOWN_EOS, "pad_token": KNOWN_PAD}
-    found = {role: next((one for one in known if one in vocabulary), None) for role, known in names.items()}
+    found = {role: next((token for token in known if token in vocabulary), None) for role, known in names.items()}
     return {role: token for role, token in found.items() if token is not None}
 
 
@@ -168,7 +168,11 @@ def is_byte_level(tokenizer_json: str) -> bool:
     content: dict[str, Any] = json.loads(tokenizer_json)
     step = content.get("pre_tokenizer") or {}
     levels = [part for part in (step, *step.get("pretokenizers", ())) if part.get("type") == "ByteLevel"]
-    return bool(levels) and content.get("normalizer") is None and not any(one.get("add_prefix_space") for one in levels)
+    return (
+        bool(levels)
+        and content.get("normalizer") is None
+        and not any(level.get("add_prefix_space") for level in levels)
+    )
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:

@@ -14,12 +14,12 @@ __all__ = ["find_files", "pages", "read_documents", "read_pages"]
 
 def find_files(folder: Path, benchmarks: Sequence[Benchmark]) -> list[Path]:
     """The first of each benchmark's files that the folder holds; raises DataError that names all that are missing."""
-    found = [find_file(folder, one) for one in benchmarks]
-    lacking = {one.task: one for one, path in zip(benchmarks, found, strict=True) if path is None}
+    found = [find_file(folder, benchmark) for benchmark in benchmarks]
+    lacking = {benchmark.task: benchmark for benchmark, path in zip(benchmarks, found, strict=True) if path is None}
     if lacking:
         each = "; of task ".join(
-            f"{task}: expected " + " or ".join(f"{stem}{kinds_of(one)[0]}" for stem in one.files)
-            for task, one in lacking.items()
+            f"{task}: expected " + " or ".join(f"{stem}{kinds_of(benchmark)[0]}" for stem in benchmark.files)
+            for task, benchmark in lacking.items()
         )
         raise DataError(
             f"{folder} lacks the file of task {each}, maybe with .xz or .gz added; "
@@ -80,9 +80,9 @@ def check_fields(row: Doc, form: Form, place: str) -> None:
         value = row[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            expected = " or ".join(one.__name__ for one in kinds)
+            expected = " or ".join(alternative.__name__ for alternative in kinds)
             raise DataError(f"{place}: field {name!r} must be {expected}; got {type(value).__name__}")
-        if isinstance(value, list) and not (value and all(isinstance(one, str) and one for one in value)):
+        if isinstance(value, list) and not (value and all(isinstance(text, str) and text for text in value)):
             raise DataError(f"{place}: field {name!r} must be a list of texts that are not empty")
 
 

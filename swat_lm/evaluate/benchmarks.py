@@ -105,13 +105,13 @@ ARC_FORMS = (
     Form({"question": str, "choices": list, "gold": int}, arc_document),
     Form({"question": str, "choices": dict, "answerKey": str}, arc_original),
 )
-WIKITEXT = ("wikitext/wikitext.yaml", "test")
 PAGES = (Form({"page": str}, lambda row: {"page": row["page"]}),)
 
 BENCHMARKS: dict[str, Benchmark] = {
-    one.task: one
-    for one in (
-        Benchmark("wikitext", *WIKITEXT, ("lm/wikitext-2-raw.test", "lm/wikitext-103-raw.test", "lm/wikitext-103.test",
+    benchmark.task: benchmark
+    for benchmark in (
+        Benchmark("wikitext", "wikitext/wikitext.yaml", "test",
+                  ("lm/wikitext-2-raw.test", "lm/wikitext-103-raw.test", "lm/wikitext-103.test",
                   "lm/wikitext-2.test"), PAGES),
         Benchmark("lambada_openai", "lambada/lambada_openai.yaml", "test", ("commonsense/lambada_openai_test",),
                   (Form({"text": str}, lambada_document),)),

@@ -72,10 +72,7 @@ class LengthCurve(JsonRecord):
 
     def to_json(self) -> str:
         """Everything as one JSON object."""
-        values = asdict(self)
-        if not self.num_sinks:
-            del values["num_sinks"]
-        return write_figures(values)
+        return write_figures({name: value for name, value in asdict(self).items() if value or name != "num_sinks"})
 
 
 def with_bytes(curve: LengthCurve, streams: Sequence[np.ndarray], token_bytes: np.ndarray | None) -> LengthCurve:

@@ -70,7 +70,7 @@ class Diagnosis(JsonRecord):
     @property
     def has_weights(self) -> bool:
         """Whether any layer showed its weights."""
-        return any(one is not None for one in self.weights)
+        return any(layer is not None for layer in self.weights)
 
     def to_json(self) -> str:
         """Everything as one JSON object, in one line."""
@@ -89,7 +89,7 @@ def diagnose(
         ValueError: no streams, of unequal lengths, shorter than two tokens or longer than the model's positions, or a
             model whose layers cannot be told apart.
     """
-    sizes = {len(one) for one in streams}
+    sizes = {len(stream) for stream in streams}
     if len(sizes) != 1 or min(sizes) < 2:
         raise ValueError(f"streams: expected at least one, of equal length and at least 2 tokens; got {sorted(sizes)}")
     length, limit = min(sizes), position_limit(model)
@@ -129,7 +129,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention that forms its weights, where the model has a choice; as it was before at the end."""
     config = cast(Any, model.config)
     before = config._attn_implementation
-    if before in (None, "eager") or any(isinstance(one, WindowAttention) for one in model.modules()):
+    if before in (None, "eager") or any(isinstance(module, WindowAttention) for module in model.modules()):
         yield
         return
     model.set_attn_implementation("eager")
@@ -229,7 +229,7 @@ class Observer:
 def weight_sums(weights: Tensor, window: int | None) -> Tensor:
     """Of weights `[H, T, T]`: first token, row sums, near 0, near 1, distance times weight; float64 `[5, H]` means."""
     count = weights.shape[-1]
-    distance, visible = (one[0] for one in distances(1, count, count, None, None, window, weights.device))
+    distance, visible = (matrix[0] for matrix in distances(1, count, count, None, None, window, weights.device))
     visible[0] = False
     seeing = visible[:, 0]
     rows = (weights * visible).double()

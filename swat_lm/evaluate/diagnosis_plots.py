@@ -39,15 +39,15 @@ def plot_diagnosis(diagnosis: Diagnosis, out: Path, *, title: str | None = None)
 def by_head(diagnosis: Diagnosis, path: Path, kind: str, field: str | None, scale: str, title: str | None) -> Path:
     """One number per layer and head; heads of layers of another kind stay white."""
 
-    def row(one: LayerWeights | None, count: int) -> list[float | None]:
-        if one is None or one.score_function != kind:
+    def row(layer: LayerWeights | None, count: int) -> list[float | None]:
+        if layer is None or layer.score_function != kind:
             return [None] * count
         if field is None:
-            return [low + high for low, high in zip(one.near_zero, one.near_one, strict=True)]
-        return list(getattr(one, field))
+            return [low + high for low, high in zip(layer.near_zero, layer.near_one, strict=True)]
+        return list(getattr(layer, field))
 
-    count = max(len(one.row_sum) for one in diagnosis.weights if one is not None)
-    values = [row(one, count) for one in diagnosis.weights]
+    count = max(len(layer.row_sum) for layer in diagnosis.weights if layer is not None)
+    values = [row(layer, count) for layer in diagnosis.weights]
     limits = None if field == "row_sum" else (0.0, 1.0)
     names = [str(layer) for layer in range(len(values))]
     columns = [str(head) for head in range(count)]
@@ -63,8 +63,8 @@ def by_position(
     length = len(values[0])
     edges = [0, *(1 << power for power in range(math.ceil(math.log2(length)))), length]
     rows = []
-    for one in values:
-        means = [sum(one[low:high]) / (high - low) for low, high in itertools.pairwise(edges)]
+    for norms in values:
+        means = [sum(norms[low:high]) / (high - low) for low, high in itertools.pairwise(edges)]
         rows.append([math.log10(max(mean, 1e-30)) for mean in means] if logarithm else means)
     columns = [short_number(edge) for edge in edges[:-1]]
     plot_heat_map(rows, path, rows=[str(index) for index in range(len(rows))], columns=columns, ylabel=ylabel,

@@ -54,21 +54,14 @@ def figure_text(value: float, decimals: int) -> str:
 
 def write_figures(values: Any, indent: int | None = 1) -> str:
     """Plain values as JSON in the strict sense; what is no plain value as its text."""
-    return json.dumps(named(values), indent=indent, default=str, allow_nan=False)
+    # read back, the bare names of numbers that JSON cannot hold become texts
+    plain = json.loads(json.dumps(values, default=str), parse_constant=str)
+    return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 def read_figures(text: str) -> Any:
     """What `write_figures` wrote, and JSON with bare `NaN` and `Infinity` as earlier versions wrote it."""
     return numbered(json.loads(text))
-
-
-def named(values: Any) -> Any:
-    """The values with names for numbers that JSON cannot hold."""
-    if isinstance(values, float) and not math.isfinite(values):
-        return "NaN" if math.isnan(values) else "Infinity" if values > 0 else "-Infinity"
-    if isinstance(values, dict):
-        return {key: named(value) for key, value in values.items()}
-    return [named(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 def numbered(values: Any) -> Any:

@@ -109,7 +109,7 @@ class HarnessModel(TemplateLM):
                 # one more than is read, since the last token is only predicted
                 before = before[max(0, len(before) + len(continuation) - self.max_length - 1) :]
             rows.append(Request(before, continuation))
-        return [(one.log_likelihood, one.is_greedy) for one in self._scorer.score(rows, self.on_progress)]
+        return [(score.log_likelihood, score.is_greedy) for score in self._scorer.score(rows, self.on_progress)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of each text as a whole; see `rolling`."""

@@ -255,8 +255,7 @@ def add_to_buckets(sums: list[float], bounds: Sequence[int], start: int, losses:
     """Add the losses of the tokens at index `start ..` to the buckets `bounds[b] <= index < bounds[b + 1]`."""
     for bucket, (low, high) in enumerate(itertools.pairwise(bounds)):
         part = losses[max(0, low - start) : max(0, high - start)]
-        if len(part):
-            sums[bucket] += part.double().sum().item()
+        sums[bucket] += part.double().sum().item()
 
 
 def piece_sums(streaming: StreamingModel, tokens: Tensor, chunk: int) -> tuple[np.ndarray, int]:

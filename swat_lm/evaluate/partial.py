@@ -59,5 +59,5 @@ def measurement_key(model: PreTrainedModel, documents: Iterable[Any], settings: 
     for document in documents:
         found.update(np.ascontiguousarray(np.asarray(document, dtype=np.int64)).tobytes())
         found.update(b"/")
-    found.update(json.dumps([str(one) for one in settings]).encode())
+    found.update(json.dumps([str(setting) for setting in settings]).encode())
     return found.hexdigest()

@@ -40,17 +40,17 @@ class Series:
 
 def styled(series: Sequence[Series]) -> list[tuple[int, Series]]:
     """Each line with the number of its style."""
-    return [((index if one.style is None else one.style) % len(COLOURS), one) for index, one in enumerate(series)]
+    return [((index if line.style is None else line.style) % len(COLOURS), line) for index, line in enumerate(series)]
 
 
-def drawable(one: Series) -> Series:
+def drawable(line: Series) -> Series:
     """The line without points that are not finite, which no axis holds; its name says how many these are."""
-    y = [value if math.isfinite(value) else math.nan for value in one.y]
+    y = [value if math.isfinite(value) else math.nan for value in line.y]
     missing = sum(map(math.isnan, y))
     if not missing:
-        return one
-    error = None if one.error is None else [None if e is None or not math.isfinite(e) else e for e in one.error]
-    return replace(one, name=f"{one.name} ({missing} of {len(y)} not finite)", y=y, error=error)
+        return line
+    error = None if line.error is None else [None if e is None or not math.isfinite(e) else e for e in line.error]
+    return replace(line, name=f"{line.name} ({missing} of {len(y)} not finite)", y=y, error=error)
 
 
 def plot_loss_by_length(
@@ -67,7 +67,7 @@ def plot_loss_by_length(
     `training_length` and `window` are marked by vertical lines. Raises ValueError if there is nothing to draw.
     """
     check_series(series)
-    series = [drawable(one) for one in series]
+    series = [drawable(line) for line in series]
     figure, axes = new_figure()
     for style, line in styled(series):
         errors = None if line.error is None else [0.0 if e is None else e for e in line.error]
@@ -89,9 +89,9 @@ def plot_training(
     `held_out[i]` belongs to `training[i]` and shares its colour; it may be empty. Raises ValueError without any line.
     """
     check_series(training)
-    training, held_out = [drawable(one) for one in training], [drawable(one) for one in held_out]
+    training, held_out = [drawable(line) for line in training], [drawable(line) for line in held_out]
     figure, axes = new_figure()
-    kind = ", training" if any(one.x for one in held_out) else ""
+    kind = ", training" if any(line.x for line in held_out) else ""
     for style, line in styled(training):
         axes.plot(line.x, line.y, color=COLOURS[style], linewidth=0.8, alpha=0.3)
         axes.plot(line.x, running_mean(line.y), **line_style(style, marker=""), label=f"{line.name}{kind}")
@@ -154,8 +154,8 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 def smoothed_range(training: Sequence[Series], held_out: Sequence[Series]) -> tuple[float, float]:
     """Limits of the loss axis: the lowest value, and the smoothed loss after a tenth of training."""
-    lowest = min((value for one in (*training, *held_out) for value in one.y if math.isfinite(value)), default=0.0)
-    smooth = [[value for value in running_mean(one.y) if math.isfinite(value)] for one in training]
+    lowest = min((value for line in (*training, *held_out) for value in line.y if math.isfinite(value)), default=0.0)
+    smooth = [[value for value in running_mean(line.y) if math.isfinite(value)] for line in training]
     highest = max((curve[len(curve) // 10] for curve in smooth if curve), default=lowest)
     return lowest, max(highest, lowest + 1e-3)
 
@@ -207,10 +207,10 @@ def check_series(series: Sequence[Series]) -> None:
     """Raise ValueError if a line is empty or its parts differ in length."""
     if not series:
         raise ValueError("nothing to draw: expected at least one series")
-    for one in series:
-        sizes = {len(one.x), len(one.y)} | ({len(one.error)} if one.error is not None else set())
+    for line in series:
+        sizes = {len(line.x), len(line.y)} | ({len(line.error)} if line.error is not None else set())
         if len(sizes) != 1 or 0 in sizes:
-            raise ValueError(f"series {one.name!r}: x, y and error must be equally long and not empty; got {sizes}")
+            raise ValueError(f"series {line.name!r}: x, y and error must be equally long and not empty; got {sizes}")
 
 
 def finish(figure: Figure, path: Path, title: str | None) -> None:

@@ -45,12 +45,12 @@ class PrefixGroup:
     @property
     def num_tokens(self) -> int:
         """Tokens to read, the shared ones once."""
-        return self.num_shared + sum(len(one.tokens) - self.num_shared for one in self.members)
+        return self.num_shared + sum(len(member.tokens) - self.num_shared for member in self.members)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest member after the shared ones."""
-        return max(len(one.tokens) for one in self.members) - self.num_shared
+        return max(len(member.tokens) for member in self.members) - self.num_shared
 
 
 def distinct_inputs(rows: Sequence[Request], vocab_size: int) -> list[ModelInput]:
@@ -84,9 +84,8 @@ def prefix_groups(found: Sequence[ModelInput]) -> list[PrefixGroup]:
             first = last.members[0]
             most = min(last.num_shared or first.first_place, model_input.first_place)
             shared = common_length(first.tokens, model_input.tokens, most)
-            count = len(last.members)
             # one more must save more than the others lose by sharing less
-            saves = shared * count > (last.num_shared * (count - 1))
+            saves = shared * len(last.members) > last.num_shared * (len(last.members) - 1)
             if saves and shared >= max(SMALLEST_SHARE, len(model_input.tokens) // 4):
                 last.num_shared = shared
                 last.members.append(model_input)

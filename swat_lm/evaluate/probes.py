@@ -44,7 +44,7 @@ def guessed_share(task: SyntheticTask | None, items: Sequence[RecallItem]) -> fl
     """
     if task is None:
         return 1 / 90_000
-    shares = [task.values ** -(one.end - one.start) for item in items for one in item.answers]
+    shares = [task.values ** -(answer.end - answer.start) for item in items for answer in item.answers]
     return math.fsum(shares) / len(shares)
 
 
@@ -117,7 +117,7 @@ def key_value(encode: Encode, random: np.random.Generator, distance: int) -> tup
 
 def queries(encode: Encode, random: np.random.Generator, distance: int) -> tuple[list[int], list[Answer]]:
     """Some pairs, filler, and all the keys again in another order."""
-    words = [str(one) for one in random.permutation(WORDS)[:PAIRS]]
+    words = [str(word) for word in random.permutation(WORDS)[:PAIRS]]
     pairs = [(encode(f"\n{word}:"), encode(f" {random.integers(10_000, 100_000)}")) for word in words]
     tokens, stored = filler(encode, LEAD), []
     for key, value in pairs:
@@ -138,7 +138,7 @@ def queries(encode: Encode, random: np.random.Generator, distance: int) -> tuple
 
 def copied(encode: Encode, random: np.random.Generator, distance: int) -> tuple[list[int], list[Answer]]:
     """A list of words, filler, and the list again; its first word says which list is meant."""
-    words = [str(one) for one in random.permutation(WORDS)[:6]]
+    words = [str(word) for word in random.permutation(WORDS)[:6]]
     first, rest = encode(f"\n{words[0]}"), encode("".join(f" {word}" for word in words[1:]))
     stored = [*filler(encode, LEAD), *first]
     needed = len(rest) + len(first) - 1

@@ -70,7 +70,7 @@ def effective_reach(
         ValueError: no streams, of unequal lengths, or shorter than three tokens or longer than the model's
             positions; a model that takes no embeddings.
     """
-    sizes = {len(one) for one in streams}
+    sizes = {len(stream) for stream in streams}
     if len(sizes) != 1 or min(sizes) < 3:
         raise ValueError(f"streams: expected at least one, of equal length and at least 3 tokens; got {sorted(sizes)}")
     reach, length, limit = theoretical_reach(model), min(sizes) - 1, position_limit(model)
@@ -124,7 +124,7 @@ def summary(shares: Tensor, length: int, window: int | None, reach: int | None) 
     first = [0, *(1 << power for power in range(math.ceil(math.log2(length))))]
     last = [min(begin * 2 - 1, length - 1) if begin else 0 for begin in first]
     binned = [shares[:, low : high + 1].mean(dim=1).tolist() for low, high in zip(first, last, strict=True)]
-    means = [mean_and_error(one) for one in binned]
+    means = [mean_and_error(shares_of_bin) for shares_of_bin in binned]
     sums = shares.cumsum(dim=1)
     within = {f"{share:g}": mean_and_error((sums < share).sum(dim=1).double().tolist()) for share in SHARES}
     return ReachCurve(

@@ -111,7 +111,7 @@ def measure_recall(
             found = score_batch(streaming, [items[index] for index in rows], chunk)
             scored.update(zip(rows, found, strict=True))
             if partial is not None:
-                partial.add({str(index): list(one) for index, one in zip(rows, found, strict=True)})
+                partial.add({str(index): list(score) for index, score in zip(rows, found, strict=True)})
             if on_progress:
                 on_progress(sum(len(items[index].tokens) for index in scored), total)
     groups: dict[int, list[int]] = {}
@@ -158,22 +158,19 @@ def score_batch(streaming: StreamingModel, items: Sequence[RecallItem], chunk: i
         targets = tokens[:, after][here].unsqueeze(0).to(hidden.device)
         losses[:, after][here] = streaming.losses(chosen, targets)[0].double().cpu()
         hits[:, after][here] = streaming.hits(chosen, targets)[0].cpu()
-    results = []
-    for row, item in enumerate(items):
-        right = [bool(hits[row, answer.start : answer.end].all()) for answer in item.answers]
-        results.append(Scored(right, losses[row][wanted[row]].mean().item()))
-    return results
+    right = [[bool(hits[row, start:end].all()) for start, end, _ in item.answers] for row, item in enumerate(items)]
+    return [Scored(right[row], losses[row][wanted[row]].mean().item()) for row in range(len(items))]
 
 
 def summary(items: Sequence[RecallItem], scored: Sequence[Scored]) -> RecallPoint:
     """One point of the curve."""
     distances = [answer.distance for item in items for answer in item.answers]
-    right = [sum(one.right) / len(one.right) for one in scored]
+    right = [sum(score.right) / len(score.right) for score in scored]
     accuracy = math.fsum(right) / len(right)
     low, high = wilson(accuracy, len(right))
     return RecallPoint(
         round(sum(distances) / len(distances)), len(items), len(distances), accuracy, low, high,
-        *mean_and_error([one.loss for one in scored]),
+        *mean_and_error([score.loss for score in scored]),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def plot_recall(
         above = [max(0.0, point.high - point.accuracy) for point in curve.points]
         axes.errorbar(at, accuracy, yerr=[below, above], label=curve.task, **line_style(style), capsize=4)
     axes.set(ylim=(-0.03, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="share of answers recalled")
-    for chance in sorted({one.chance for one in curves if one.chance is not None and one.chance >= VISIBLE}):
+    for chance in sorted({curve.chance for curve in curves if curve.chance is not None and curve.chance >= VISIBLE}):
         axes.axhline(chance, color="#555555", linestyle=(0, (1, 3)), linewidth=1.6)
         axes.annotate("guessing", (0.995, chance), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
                       textcoords="offset points", fontsize=12, color="#333333")  # fmt: skip
@@ -78,7 +78,7 @@ def readable_ticks(low: float, high: float) -> list[float]:
     ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
     if len(ticks) >= 3:
         return ticks
-    return [one for one in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= one <= high]
+    return [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
 
 
 def by_distance(axes: Axes, distances: Sequence[int], label: str) -> None:

@@ -33,6 +33,9 @@ CHUNK = 1024
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
 """Padded tokens of a batch to begin with; halved when memory runs out."""
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""What torch's errors say where memory ran out, on a GPU or a CPU."""
+
 
 class Score(NamedTuple):
     """What a model thinks of a continuation."""
@@ -120,7 +123,7 @@ class Scorer:
                 try:
                     answers = list(work(batch))
                 except RuntimeError as error:
-                    if not is_out_of_memory(error):
+                    if not any(words in str(error) for words in OUT_OF_MEMORY):
                         raise
                     self._shrink(batch)
                     continue
@@ -130,7 +133,7 @@ class Scorer:
                 done += sum(group.num_tokens for group in batch)
                 if on_progress:
                     on_progress(done, total)
-        return [Score(*one) for one in sums]
+        return [Score(*score) for score in sums]
 
     def _plans(self, found: Sequence[PrefixGroup], stream_above: int) -> list[tuple[Work, list[PrefixGroup]]]:
         """Ways to read, and what is read so, the longest first."""
@@ -142,7 +145,7 @@ class Scorer:
                 plans[self._shared if group.num_shared else self._one_pass].append(group)
         # first by beginnings of about one length, so that neither these nor the rests are padded much
         return [
-            (work, sorted(some, key=lambda one: (-(one.num_shared // 16), -one.longest)))
+            (work, sorted(some, key=lambda group: (-(group.num_shared // 16), -group.longest)))
             for work, some in plans.items()
         ]
 
@@ -161,8 +164,7 @@ class Scorer:
 
     def _shrink(self, batch: Sequence[PrefixGroup]) -> None:
         """Half the batch next time; raises ValueError where that does not help."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         if self.batch_size is not None or len(batch) == 1:
             advice = (
                 "use a smaller --batch-size, or auto" if len(batch) > 1 else "shorten the texts, or use another device"
@@ -259,9 +261,3 @@ def padded_tokens(batch: Sequence[PrefixGroup], at_once: int | None) -> int:
     longest = max(group.longest for group in batch)
     most_shared = max(group.num_shared for group in batch)
     return len(batch) * most_shared + len(members_of(batch)) * min(longest, at_once or longest)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that memory ran out, on a GPU or a CPU."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error) for one in words)

@@ -32,8 +32,7 @@ class SinkAttention(WindowAttention):
             super().__init__(attention.settings, attention.rotary, attention.index)
         for name, module in attention.named_children():
             setattr(self, name, module)
-        self.sink = attention.sink
-        self.num_sinks = num_sinks
+        self.sink, self.num_sinks = attention.sink, num_sinks
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """Beside the window, rotated keys and values of the sinks."""

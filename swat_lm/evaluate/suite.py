@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 from swat_lm.evaluate.figures import perplexity, read_figures, write_figures
@@ -169,13 +169,12 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
     """Ask the model everything that the task asks, by the harness's evaluation."""
     import lm_eval
 
-    # its decorator hides its parameters from type checkers
-    evaluate: Any = lm_eval.evaluate
     model.rolling = "whole" if task.rolling == "whole" else "windows"
     began = time.monotonic()
     inner = task.task.task_name
     with patched_harness():
-        found = evaluate(
+        # its decorator hides its parameters from type checkers
+        found = cast(Any, lm_eval.evaluate)(
             lm=model,
             task_dict={"tasks": {inner: task.task}},
             limit=subject.limit,
@@ -183,7 +182,7 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
             log_samples=True,
         )
     samples = found["samples"][inner]
-    choices = [len(one["arguments"]) for one in samples]
+    choices = [len(sample["arguments"]) for sample in samples]
     is_choice = task.task.OUTPUT_TYPE == "multiple_choice"
     return TaskResult(
         task=task.name,
@@ -205,10 +204,10 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
 def by_document(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Each metric of each document, in order; under `metric,filter` where there is more than the plain one."""
     found: dict[str, list[Any]] = {}
-    for one in samples:
-        for metric in one["metrics"]:
-            name = metric if one["filter"] == NO_FILTER else f"{metric},{one['filter']}"
-            found.setdefault(name, []).append(one[metric])
+    for sample in samples:
+        for metric in sample["metrics"]:
+            name = metric if sample["filter"] == NO_FILTER else f"{metric},{sample['filter']}"
+            found.setdefault(name, []).append(sample[metric])
     return found
 
 

@@ -179,8 +179,8 @@ def notes(results: Mapping[str, Mapping[str, TaskResult]], limit: int | None) ->
         found.append(f"Of each task only the first {counted(limit, 'document')}.")
     found += sorted({result.remark for result in everything if result.remark})
     lengths = {
-        label: next((r.window_length for r in one.values() if r.task == "wikitext"), None)
-        for label, one in results.items()
+        label: next((r.window_length for r in by_task.values() if r.task == "wikitext"), None)
+        for label, by_task in results.items()
     }
     if any(lengths.values()):
         each = ", ".join(f"{label} {length:,}" for label, length in lengths.items() if length)
@@ -207,7 +207,9 @@ def markdown(rows: Sequence[TableRow], remarks: Sequence[str]) -> str:
         "| model | source | " + " | ".join(columns) + " |",
         "| --- | --- |" + " ---: |" * len(columns),
         *(
-            f"| {row.name} | {row.group} | " + " | ".join(shown(row.cells.get(one), "\u00b1") for one in columns) + " |"
+            f"| {row.name} | {row.group} | "
+            + " | ".join(shown(row.cells.get(heading), "\u00b1") for heading in columns)
+            + " |"
             for row in rows
         ),
     ]

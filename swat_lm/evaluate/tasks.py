@@ -21,7 +21,7 @@ __all__ = ["HUB", "STREAMED", "LoadedTask", "check_harness", "load_tasks", "task
 HUB = "hub"
 STREAMED = "_streamed"
 """Ends the names of tasks whose texts are read as one stream; see `LoadedTask.rolling`."""
-KNOWN = (*BENCHMARKS, *(name + STREAMED for name, one in BENCHMARKS.items() if one.forms is PAGES))
+KNOWN = (*BENCHMARKS, *(name + STREAMED for name, benchmark in BENCHMARKS.items() if benchmark.forms is PAGES))
 
 
 @dataclass(frozen=True)

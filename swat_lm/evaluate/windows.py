@@ -51,7 +51,7 @@ def widest_window(config: PreTrainedConfig) -> int | None:
 def theoretical_reach(model: PreTrainedModel) -> int | None:
     """Tokens, itself included, that a place can depend on: 1 + sum of (window - 1) over layers; None = all."""
     windows = layer_windows(model.config)
-    return None if windows is None or None in windows else 1 + sum(one - 1 for one in cast(list[int], windows))
+    return None if windows is None or None in windows else 1 + sum(window - 1 for window in cast(list[int], windows))
 
 
 def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
