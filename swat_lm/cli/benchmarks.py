@@ -17,7 +17,7 @@ from swat_lm.paths import local_path
 if TYPE_CHECKING:
     from swat_lm.evaluate.harness import HarnessModel
     from swat_lm.evaluate.suite import Subject, Suite, TaskResult
-    from swat_lm.evaluate.table1 import Row
+    from swat_lm.evaluate.table1 import TableRow
 
 __all__ = ["tasks"]
 
@@ -170,7 +170,10 @@ def run_suite(suite: "Suite", model: "HarnessModel", progress: RunProgress) -> N
 
 
 def show(
-    rows: "Sequence[Row]", guess: "Row", others: "Mapping[str, Mapping[str, TaskResult]]", remarks: Sequence[str]
+    rows: "Sequence[TableRow]",
+    guess: "TableRow",
+    others: "Mapping[str, Mapping[str, TaskResult]]",
+    remarks: Sequence[str],
 ) -> None:
     """Print our results, a column for each checkpoint; the paper's rows; what Table 1 does not show; the notes."""
     from swat_lm.evaluate.figures import figure_text
@@ -188,7 +191,7 @@ def show(
         console.print(f"- {remark}", markup=False)
 
 
-def ours_table(rows: "Sequence[Row]", guess: "Row") -> Table:
+def ours_table(rows: "Sequence[TableRow]", guess: "TableRow") -> Table:
     """Our rows of Table 1, standing upright, and apart from them what guessing gives."""
     from swat_lm.evaluate.table1 import headings, shown
 

@@ -78,14 +78,14 @@ def length(
         )
     check_output(out, "length.json", "windows.json")
     from swat_lm.evaluate.curves import WindowMatrix, with_bytes
-    from swat_lm.evaluate.length import reader_behind
+    from swat_lm.evaluate.length import windowed_streaming_model
     from swat_lm.evaluate.limits import extrapolates_beyond
 
     model, tokens = load_any_checkpoint(checkpoint, tokenizer, device)
     twins = {name: model if sinks else model_with_window(model, name) for name in windows}
     if sinks:
         # a model that cannot keep them is refused before any text is read
-        reader_behind(model, int(windows[0]), sinks)
+        windowed_streaming_model(model, int(windows[0]), sinks)
     documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     streams = choose_streams(documents, sizes, whole, most)
     made_for = extrapolates_beyond(model)
@@ -186,9 +186,9 @@ class Measurement:
     def check(self, model: "PreTrainedModel") -> None:
         """Raise ValueError for streams that the model cannot hold."""
         from swat_lm.evaluate.limits import check_length
-        from swat_lm.evaluate.reader import reader_for
+        from swat_lm.evaluate.streaming_model import streaming_model
 
-        check_length(reader_for(model), max(self.sizes), min(self.batch_size, len(self.streams)))
+        check_length(streaming_model(model), max(self.sizes), min(self.batch_size, len(self.streams)))
 
     def __call__(self, model: "PreTrainedModel", name: str) -> "LengthCurve":
         """Loss by length of a model, whose window has this name, or will have with sinks beside it."""

@@ -67,11 +67,37 @@ class Batch:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with each tensor changed."""
-        held = {one.name: getattr(self, one.name) for one in fields(self)}
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: change(tensor) for name, tensor in held.items() if tensor is not None})
 
 
-class BatchSource:
+class RowSource:
+    """Numbered rows in global batches."""
+
+    def __init__(self, num_rows: int, batch_size: int) -> None:
+        """`num_rows` of one pass. Raises DataError for batches without a row."""
+        if batch_size < 1:
+            raise DataError(f"need batch_size >= 1; got {batch_size}")
+        self.num_rows, self.batch_size = num_rows, batch_size
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one pass; the last may be filled up."""
+        return -(-self.num_rows // self.batch_size)
+
+    def steps(self, num_batches: int | None) -> range:
+        """The first steps of a pass, all if None or more than there are."""
+        return range(self.num_batches)[:num_batches]
+
+    def checked(self, rows: range | None) -> np.ndarray:
+        """Row numbers within the global batch, int64; raises DataError for others."""
+        rows = range(self.batch_size) if rows is None else rows
+        if not rows or min(rows[0], rows[-1]) < 0 or max(rows[0], rows[-1]) >= self.batch_size:
+            raise DataError(f"rows must be a non-empty part of range({self.batch_size}); got {rows}")
+        return np.arange(rows.start, rows.stop, rows.step, dtype=np.int64)
+
+
+class BatchSource(RowSource):
     """The rows of one split, in an order drawn from the seed, anew for each epoch.
 
     The split's documents, laid end to end, are cut into rows of `sequence_length` tokens, each beginning with the last
@@ -97,15 +123,12 @@ class BatchSource:
         """Raises DataError if the split is too small for one row, or a training batch far larger than the data."""
         if documents not in ("separate", "concatenate"):
             raise DataError(f"documents must be separate or concatenate; got {documents!r}")
-        if sequence_length < 2 or batch_size < 1:
-            raise DataError(f"need sequence_length >= 2 and batch_size >= 1; got {sequence_length} and {batch_size}")
+        if sequence_length < 2:
+            raise DataError(f"need sequence_length >= 2; got {sequence_length}")
         self.store = store
         self.documents = store.split(split)
-        self.sequence_length = sequence_length
-        self.separate = documents == "separate"
-        self.seed = seed
-        self.batch_size = batch_size
-        self.shuffle = shuffle
+        self.sequence_length, self.separate = sequence_length, documents == "separate"
+        self.seed, self.shuffle = seed, shuffle
         lengths = self.documents.spans[:, 1] - self.documents.spans[:, 0]
         # where each document begins in the stream
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -119,7 +142,7 @@ class BatchSource:
                 f"{sequence_length}: {advice}"
             )
         # a row brings sequence_length - 1 targets
-        self.num_rows = -(-(self.num_tokens - 1) // (sequence_length - 1))
+        super().__init__(-(-(self.num_tokens - 1) // (sequence_length - 1)), batch_size)
         if split == "train" and batch_size > max(self.num_rows, MOST_REPEATED):
             raise DataError(
                 f"train.batch_size ({batch_size}) is more than the {counted(self.num_rows, 'row')} of "
@@ -130,11 +153,6 @@ class BatchSource:
         firsts = np.flatnonzero(np.r_[True, self.documents.spans[1:, 0] != self.documents.spans[:-1, 1]])
         self.run_starts, self.run_places = self.starts[firsts], self.documents.spans[firsts, 0]
         self.marks = store.marks
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of one epoch; the last may be filled up."""
-        return -(-self.num_rows // self.batch_size)
 
     def batch(self, step: int, rows: range | None = None) -> Batch:
         """Rows `rows` (all if None) of the global batch of a step, 0 for the first; epochs follow without a seam."""
@@ -152,20 +170,13 @@ class BatchSource:
         rows without targets, so that each process gets as many batches as the others.
         """
         chosen = self.checked(rows)
-        for step in range(self.num_batches if num_batches is None else min(num_batches, self.num_batches)):
+        for step in self.steps(num_batches):
             places = step * self.batch_size + chosen
             real = places < self.num_rows
             order = np.where(real, places, 0)
             batch = self.rows(permute(order, self.num_rows, self.seed << 32) if self.shuffle else order)
             batch.labels[torch.from_numpy(~real)] = IGNORED
             yield batch
-
-    def checked(self, rows: range | None) -> np.ndarray:
-        """Row numbers within the global batch."""
-        rows = range(self.batch_size) if rows is None else rows
-        if not rows or min(rows[0], rows[-1]) < 0 or max(rows[0], rows[-1]) >= self.batch_size:
-            raise DataError(f"rows must be a non-empty part of range({self.batch_size}); got {rows}")
-        return np.arange(rows.start, rows.stop, rows.step, dtype=np.int64)
 
     def rows(self, numbers: np.ndarray) -> Batch:
         """The rows of these numbers, `0 .. num_rows - 1` in the order of the text."""
@@ -210,14 +221,9 @@ class BatchSource:
             count = min(len(into) - filled, int(run_end - self.run_starts[run] - within))
             place = self.run_places[run] + within
             into[filled : filled + count] = self.documents.tokens[place : place + count]
-            if marked is not None:
-                self.copy_marks(int(place), marked[filled : filled + count])
+            if marked is not None and self.marks is not None:
+                low = np.searchsorted(self.marks[:, 1], place, side="right")
+                high = np.searchsorted(self.marks[:, 0], place + count, side="left")
+                for first, end in self.marks[low:high] - place:
+                    marked[filled : filled + count][max(first, 0) : end] = True
             filled, run = filled + count, run + 1
-
-    def copy_marks(self, place: int, into: np.ndarray) -> None:
-        """Say which of the store's tokens from `place` on are marked."""
-        assert self.marks is not None
-        low = np.searchsorted(self.marks[:, 1], place, side="right")
-        high = np.searchsorted(self.marks[:, 0], place + len(into), side="left")
-        for first, end in self.marks[low:high] - place:
-            into[max(first, 0) : end] = True

@@ -77,20 +77,17 @@ def find_cuts(tokenizer_json: str) -> Cuts | None:
     if step is None or not all(map(is_plain, content["added_tokens"])):
         return None
     steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
-    for number, one in enumerate(steps):
-        if places := places_of(one):
+    for number, part in enumerate(steps):
+        if places := places_of(part):
             return Cuts(places) if all(map(treats_parts_alike, steps[number + 1 :])) else None
-        if not (one["type"] in NEIGHBOURS and one.get("behavior", "Isolated") in ("Isolated", "Removed", "Contiguous")):
+        if not (
+            part["type"] in NEIGHBOURS and part.get("behavior", "Isolated") in ("Isolated", "Removed", "Contiguous")
+        ):
             break
     is_bytes = normalizer is None and step["type"] == "ByteLevel" and not step["add_prefix_space"]
     model = content["model"]
-    if (
-        is_bytes
-        and model["type"] == "BPE"
-        and not any(model.get(one) for one in ("merges", "ignore_merges", "fuse_unk"))
-    ):
-        return BYTE_CUTS
-    return None
+    merges = model["type"] != "BPE" or any(model.get(setting) for setting in ("merges", "ignore_merges", "fuse_unk"))
+    return BYTE_CUTS if is_bytes and not merges else None
 
 
 def is_plain(token: dict[str, Any]) -> bool:
@@ -122,7 +119,7 @@ def places_of_pattern(pattern: str) -> str | None:
     parts = set(alternatives(pattern))
     known = CONTRACTIONS | LETTERS | CASED_LETTERS | NUMBERS | OTHERS | OTHERS_WITH_SLASH | SPACES | LAST_SPACES
     cased = parts & CASED_LETTERS
-    letters = parts & LETTERS or (any(UPPER + "*" in one for one in cased) and any(UPPER + "+" in one for one in cased))
+    letters = parts & LETTERS or all(any(f"{UPPER}{count}" in word for word in cased) for count in "*+")
     others = parts & (OTHERS | OTHERS_WITH_SLASH)
     if not (parts <= known and letters and parts & NUMBERS and others and parts & LAST_SPACES):
         return None
@@ -131,22 +128,15 @@ def places_of_pattern(pattern: str) -> str | None:
 
 def alternatives(pattern: str) -> Iterator[str]:
     """The parts of a regular expression between the bars that stand in no group, class or escape."""
-    depth, in_class, start, at = 0, False, 0, 0
-    while at < len(pattern):
-        character = pattern[at]
-        if character == "\\":
-            at += 1
-        elif in_class:
-            in_class = character != "]"
-        elif character == "[":
-            in_class = True
-        elif character in "()":
-            depth += 1 if character == "(" else -1
-        elif character == "|" and not depth:
-            yield pattern[start:at]
-            start = at + 1
-        at += 1
-    yield pattern[start:]
+    depth, part = 0, ""
+    for unit in re.findall(r"\\.|\[(?:\\.|[^\]\\])*\]|.", pattern, re.DOTALL):
+        depth += {"(": 1, ")": -1}.get(unit, 0)
+        if unit == "|" and not depth:
+            yield part
+            part = ""
+        else:
+            part += unit
+    yield part
 
 
 def treats_parts_alike(step: dict[str, Any]) -> bool:
@@ -165,10 +155,7 @@ class Cutter:
 
     def __init__(self, cuts: Cuts | None, name: str, longest: int = LONGEST, eager: bool = False) -> None:
         """`name` is what the text is called where something must be said of it."""
-        self.cuts = cuts
-        self.name = name
-        self.longest = longest
-        self.eager = eager
+        self.cuts, self.name, self.longest, self.eager = cuts, name, longest, eager
         self._places = None if cuts is None else re.compile(cuts.places)
         # joined only when there is something to cut: bits may be small
         self._bits: list[str] = []
@@ -200,7 +187,8 @@ class Cutter:
             end = last_place(self._places, text, at, at + self.longest)
             if end is None:
                 end = at + self.longest
-                self._say_forced()
+                if self.cuts is not None and not self.cuts.anywhere:
+                    say_forced(self.name, self.longest)
             ends.append(end)
             at = end
         if final and len(text) > at:
@@ -214,10 +202,6 @@ class Cutter:
             at = end
         kept = max(at - CONTEXT, 0)
         self._bits, self._given, self._size = [text[kept:]], at - kept, len(text) - at
-
-    def _say_forced(self) -> None:
-        if self.cuts is not None and not self.cuts.anywhere:
-            say_forced(self.name, self.longest)
 
 
 @cache
@@ -236,12 +220,9 @@ def last_place(places: re.Pattern[str], text: str, after: int, last: int) -> int
     end, width = last, 1 << 8
     while end > after:
         begin = max(after + 1, end - width + 1)
-        found = None
-        for one in places.finditer(text, begin, min(end + CONTEXT, len(text))):
-            if one.start() <= end:
-                found = one.start()
-        if found is not None:
-            return found
+        starts = [match.start() for match in places.finditer(text, begin, min(end + CONTEXT, len(text)))]
+        if found := [start for start in starts if start <= end]:
+            return found[-1]
         end, width = begin - 1, 2 * width
     return None
 

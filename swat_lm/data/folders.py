@@ -23,34 +23,28 @@ def raise_error(error: OSError) -> None:
     raise error
 
 
-def walk_with_links(folder: Path, skipped: Callable[[str], bool], wanted: Callable[[Path], bool]) -> list[Path]:
-    """Paths of the wanted files below a folder and below the folders that links lead to; `skipped(name)` prunes.
+class LinkedWalk:
+    """The wanted files below a folder and below the folders that links lead to, by real path; `skipped(name)` prunes.
 
     A file or folder to which several names lead is found once: by its own name if that lies below the folder, else by
     the first link in the order of paths. A link that is left out because of this, that leads to a folder around it or
-    nowhere, is named in the log. Raises OSError, naming it, for a folder that cannot be read.
+    nowhere, is named in the log.
     """
-    return LinkedWalk(skipped, wanted).files_below(folder)
-
-
-class LinkedWalk:
-    """One walk with what it has found, by real path."""
 
     def __init__(self, skipped: Callable[[str], bool], wanted: Callable[[Path], bool]) -> None:
-        self.skipped = skipped
-        self.wanted = wanted
+        self.skipped, self.wanted = skipped, wanted
         # real path -> the path by which it was found
         self.folders: dict[Path, Path] = {}
         self.files: dict[Path, Path] = {}
 
     def files_below(self, folder: Path) -> list[Path]:
-        """All files found; call once."""
+        """Paths of all files found, sorted; call once. Raises OSError, naming it, for a folder that cannot be read."""
         links = self.visit(folder)
         # what lies below a link may hold links; each round follows those of the one before
         file_links: list[Path] = []
         while links:
             file_links += [link for link in links if link.is_file() and self.wanted(link)]
-            links = [one for link in links if self.is_new_folder(link) for one in self.visit(link)]
+            links = [found for link in links if self.is_new_folder(link) for found in self.visit(link)]
         for link in sorted(file_links):
             real = link.resolve()
             if real in self.files:
@@ -63,8 +57,7 @@ class LinkedWalk:
         """Take the regular files below a folder that are not yet known; returns the links, sorted."""
         links: list[Path] = []
         for parent, folders, files in os.walk(folder, onerror=raise_error):
-            place = Path(parent)
-            real = place.resolve()
+            place, real = Path(parent), Path(parent).resolve()
             if real in self.folders:
                 # the folder itself, or one below a link to a folder around it
                 self.say(place, f"the same folder as {self.folders[real]}, which is read under that name")
@@ -82,19 +75,17 @@ class LinkedWalk:
 
     def is_new_folder(self, link: Path) -> bool:
         """Whether a link leads to a folder that is to be visited; says why not where it is not."""
+        # unlike Path.resolve this ends for links in a circle
+        real = Path(os.path.realpath(link))
         if not link.exists():
             self.say(link, f"a link that leads nowhere (to {os.readlink(link)})")
-            return False
-        if not link.is_dir():
-            return False
-        real = link.resolve()
-        if link.parent.resolve().is_relative_to(real):
+        elif link.is_dir() and link.parent.resolve().is_relative_to(real):
             self.say(link, f"a link to {real}, a folder around it")
-            return False
-        if real in self.folders:
+        elif real in self.folders:
             self.say(link, f"a link to {self.folders[real]}, which is read under that name")
-            return False
-        return True
+        else:
+            return link.is_dir()
+        return False
 
     def say(self, path: Path, what: str) -> None:
         """Name what is left out."""

@@ -8,18 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from swat_lm.data.cutting import Cuts, Cutter
-from swat_lm.data.readers import (
-    Piece,
-    checked_text,
-    checked_value,
-    cut,
-    hub_rows,
-    missing_field,
-    parquet_rows,
-    read_rows,
-    read_value,
-)
-from swat_lm.data.sources import DataError, HubSource, Source, SourceFile
+from swat_lm.data.source_text import KINDS_WITH_ROWS, Piece, checked_text, cut, read_fields
+from swat_lm.data.sources import DataError, HubSource, Source
 from swat_lm.recipe import DataRecipe
 
 __all__ = ["LAYOUT", "Part", "fields_read", "is_marked", "read_marked_pieces"]
@@ -62,42 +52,17 @@ def read_marked_pieces(
     Raises DataError for a source without rows, and for a row that is not of the recipe's `data.format`.
     """
     lay_out = lay_out_messages if data.format == "messages" else lay_out_pair
-    name = str(source if isinstance(source, HubSource) else source.path)
-    for place, row in rows_of(source, data, on_bytes):
-        opens = True
-        for part in lay_out(row, place, data):
-            for text in cut([part.text], Cutter(cuts, name)):
-                yield Piece(text, opens, part.marked)
-                opens = False
-
-
-def rows_of(
-    source: Source, data: DataRecipe, on_bytes: Callable[[int], None]
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each row with its place."""
-    fields = fields_read(data)
-    if isinstance(source, SourceFile) and source.kind == ".jsonl":
-        expected = f"a JSON object with {' and '.join(map(repr, fields))}"
-        for place, row in read_rows(source, expected, on_bytes, list(fields)[-1]):
-            for field, key in fields.items():
-                if field not in row:
-                    raise missing_field(place, field, list(row), key)
-            yield place, row
-        return
-    if isinstance(source, HubSource):
-        rows = hub_rows(source, fields, on_bytes)
-    elif source.kind == ".parquet":
-        rows = parquet_rows(source, fields, on_bytes)
-    else:
+    if not isinstance(source, HubSource) and source.kind not in KINDS_WITH_ROWS:
         raise DataError(
-            f"{source.path}: a {source.kind} file has no rows, which data.format={data.format} reads; expected .jsonl, "
+            f"{source}: a {source.kind} file has no rows, which data.format={data.format} reads; expected .jsonl, "
             ".parquet or a hub data set"
         )
-    for place, row in rows:
-        if data.format == "messages":
-            yield place, {name: read_value(value.as_py, place, name) for name, value in row.items()}
-        else:
-            yield place, {name: checked_value(value.as_py, place, name) for name, value in row.items()}
+    for place, row in read_fields(source, fields_read(data), on_bytes):
+        opens = True
+        for part in lay_out(row, place, data):
+            for text in cut([part.text], Cutter(cuts, str(source))):
+                yield Piece(text, opens, part.marked)
+                opens = False
 
 
 def lay_out_pair(row: Mapping[str, Any], place: str, data: DataRecipe) -> list[Part]:

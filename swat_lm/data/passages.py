@@ -113,10 +113,7 @@ class PassageSample:
     def table(self) -> np.ndarray:
         """The passages of the whole text by their hashes, PASSAGE [passages]."""
         self.flush()
-        taken = self.thin()
-        table = np.empty(len(taken), dtype=PASSAGE)
-        table["hash"], table["byte"] = taken["hash"], taken["byte"]
-        return table
+        return self.thin()[["hash", "byte"]].astype(PASSAGE)
 
 
 def repeated(values: np.ndarray, distance: int) -> np.ndarray:

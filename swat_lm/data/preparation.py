@@ -14,16 +14,17 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from swat_lm.data.cutting import LONGEST, Cuts
+from swat_lm.data.cutting import LONGEST
 from swat_lm.data.encoding import encode_bytes, encode_parallel
 from swat_lm.data.instructions import LAYOUT, fields_read, is_marked, read_marked_pieces
 from swat_lm.data.passages import PassageSample
-from swat_lm.data.readers import Piece, read_pieces
+from swat_lm.data.source_text import Piece, SourcePieces, read_pieces
 from swat_lm.data.sources import DataError, Source, resolve_sources
 from swat_lm.data.store import (
     DOCUMENTS,
@@ -111,7 +112,11 @@ def request_key(data: DataRecipe, sources: list[Source], facts: TokenizerFacts) 
 def written_beside(folder: Path) -> Iterator[Path]:
     """A folder to write in, renamed to `folder` when all went well and removed otherwise."""
     prefix = f".{folder.name}.{platform.node()}."
-    remove_abandoned(folder.parent, prefix)
+    for left in folder.parent.glob(f"{prefix}*"):
+        # half a store of a process of this machine that was killed
+        process = left.name.removeprefix(prefix)
+        if process.isdigit() and not is_running(int(process)):
+            shutil.rmtree(left)
     beside = folder.parent / f"{prefix}{os.getpid()}"
     try:
         beside.mkdir()
@@ -126,25 +131,16 @@ def written_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def remove_abandoned(cache: Path, prefix: str) -> None:
-    """Remove half-written stores of processes of this machine that were killed."""
-    for left in cache.glob(f"{prefix}*"):
-        process = left.name.removeprefix(prefix)
-        if process.isdigit() and not is_running(int(process)):
-            shutil.rmtree(left)
-
-
 def is_running(process: int) -> bool:
     """Whether another process has this number; our own number in an old name means an earlier process had it."""
-    if process == os.getpid():
-        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        # it is another user's
+        pass
+    return process != os.getpid()
 
 
 def write_store(
@@ -156,26 +152,34 @@ def write_store(
 ) -> None:
     """Read, tokenise and write everything into an empty folder."""
     dtype = np.dtype(np.uint16 if facts.vocab_size <= 1 << 16 else np.uint32)
-    reading = Reading(sources, data, facts.cuts)
+    if is_marked(data):
+        read = partial(read_marked_pieces, data=data, cuts=facts.cuts)
+    else:
+        read = partial(read_pieces, text_field=data.text_field, cuts=facts.cuts)
+    pieces = SourcePieces(sources, read)
     encoded = (
-        encode_bytes(reading.pieces())
+        encode_bytes(pieces)
         if facts.tokenizer_json is None
-        else encode_parallel(reading.pieces(), facts.tokenizer_json, dtype, data.workers or os.cpu_count() or 1)
+        else encode_parallel(pieces, facts.tokenizer_json, dtype, data.workers or os.cpu_count() or 1)
     )
     said = time.monotonic()
-    # closing the file writes too, so the path is put into errors around all of it; readers name their own
+    # closing the file writes too, so the path is put into errors around all of it; what reads names its own
     with naming(folder / TOKENS), (folder / TOKENS).open("wb") as file:
-        writer = Writer(file, dtype, facts.bos if data.add_bos else None, facts.eos if data.add_eos else None)
+        # no separator is an empty list of tokens
+        before, after = [facts.bos] if data.add_bos else [], [facts.eos] if data.add_eos else []
+        writer = Writer(file, np.array(before, dtype), np.array(after, dtype))
         for piece, ids in encoded:
             writer.add(piece, ids)
             if progress and time.monotonic() - said > 0.1:
-                progress(Progress(reading.bytes_read, reading.total, len(writer.firsts), writer.tokens))
+                progress(Progress(pieces.bytes_read, pieces.total, len(writer.firsts), writer.tokens))
                 said = time.monotonic()
-        writer.close()
+        writer.end_document()
+        file.flush()
+        os.fsync(file.fileno())
     if not writer.text_bytes:
         raise DataError(f"no text in {', '.join(data.sources)}")
     if progress:
-        progress(Progress(reading.total, reading.total, len(writer.firsts), writer.tokens))
+        progress(Progress(pieces.total, pieces.total, len(writer.firsts), writer.tokens))
     with naming(folder):
         np.save(folder / DOCUMENTS, writer.table())
         np.save(folder / PASSAGES, writer.passages.table())
@@ -211,46 +215,13 @@ def write_index(folder: Path, data: DataRecipe, facts: TokenizerFacts, writer: "
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-class Reading:
-    """All pieces of all sources, counting the bytes read."""
-
-    def __init__(self, sources: list[Source], data: DataRecipe, cuts: Cuts | None) -> None:
-        self.sources = sources
-        self.data = data
-        self.cuts = cuts
-        self.total = sum(source.size for source in sources)
-        self.before = 0
-        self.current = 0
-
-    @property
-    def bytes_read(self) -> int:
-        """Of `total`."""
-        return self.before + self.current
-
-    def pieces(self) -> Iterator[Piece]:
-        """In order."""
-        for source in self.sources:
-            if is_marked(self.data):
-                yield from read_marked_pieces(source, self.data, self.cuts, self.on_bytes)
-            else:
-                yield from read_pieces(source, self.data.text_field, self.cuts, self.on_bytes)
-            self.before, self.current = self.before + source.size, 0
-
-    def on_bytes(self, count: int) -> None:
-        """Told by the readers."""
-        self.current = count
-
-
 class Writer:
     """Writes tokens with separators around documents and keeps the table of documents."""
 
-    def __init__(self, file: BinaryIO, dtype: np.dtype, bos: int | None, eos: int | None) -> None:
-        self.file = file
-        self.dtype = dtype
-        self.bos = bos
-        self.eos = eos
-        self.tokens = 0
-        self.text_bytes = 0
+    def __init__(self, file: BinaryIO, bos: np.ndarray, eos: np.ndarray) -> None:
+        """`bos` and `eos` hold the separators, at most one each, in the type of all tokens."""
+        self.file, self.dtype, self.bos, self.eos = file, bos.dtype, bos, eos
+        self.tokens = self.text_bytes = 0
         # the first token, first byte and content hash of each document
         self.firsts, self.bytes, self.hashes = array("q"), array("q"), array("Q")
         # first token and end of each run of marked tokens, one after another
@@ -265,7 +236,7 @@ class Writer:
             self.firsts.append(self.tokens)
             self.bytes.append(self.text_bytes)
             self.passages.open_document()
-            self.put(self.bos)
+            self.write(self.bos)
         content = piece.text.encode("utf-8")
         self.hash.update(content)
         self.passages.add(content)
@@ -278,7 +249,7 @@ class Writer:
         if not self.firsts:
             return
         # what ends an answer is part of it
-        self.put(self.eos)
+        self.write(self.eos)
         self.in_answer = False
         if self.firsts[-1] == self.tokens:
             self.firsts.pop()
@@ -287,11 +258,6 @@ class Writer:
         else:
             self.hashes.append(int.from_bytes(self.hash.digest(), "little"))
         self.hash = hashlib.blake2b(digest_size=8)
-
-    def put(self, token: int | None) -> None:
-        """Append one separator, if wanted."""
-        if token is not None:
-            self.write(np.array([token]))
 
     def write(self, ids: np.ndarray) -> None:
         """Append tokens."""
@@ -303,12 +269,6 @@ class Writer:
                 self.marked.append(self.tokens)
             self.marked.append(self.tokens + len(ids))
         self.tokens += len(ids)
-
-    def close(self) -> None:
-        """End the last document and bring everything to the disk."""
-        self.end_document()
-        self.file.flush()
-        os.fsync(self.file.fileno())
 
     def marks(self) -> np.ndarray:
         """First token and end of each run of marked tokens, int64 [runs, 2]."""

@@ -1,7 +1,7 @@
 """What a recipe's `data.sources` name: files, folders, hub data sets, the standard library's own text.
 
 Names are resolved to an ordered list of sources, each with an identity that changes when its content does. Reading is
-`swat_lm/data/readers.py`.
+`swat_lm/data/source_text.py`.
 """
 
 import os
@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swat_lm.data.folders import walk, walk_with_links
+from swat_lm.data.folders import LinkedWalk, walk
 from swat_lm.hub import nearest_name
 from swat_lm.paths import local_path
 
 KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz")
+ACCEPTED = f"accepted are {' '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)} added"
 STANDARD_LIBRARY = "python:stdlib"
 # installed packages are not the library; tests are left out because many distributions do not install them
 OUTSIDE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -39,6 +40,9 @@ class SourceFile:
     """Modification time, nanoseconds."""
     named: bool = True
     """Whether the user named the file itself rather than a folder around it."""
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     @property
     def compression(self) -> str:
@@ -94,8 +98,8 @@ class HubSource:
     def identity(self) -> tuple[Any, ...]:
         """Changes when the downloaded files do: their names carry the version and hash that `datasets` gave them."""
         files = tuple(
-            (one["filename"], os.stat(one["filename"]).st_size, os.stat(one["filename"]).st_mtime_ns)
-            for one in self.dataset.cache_files
+            (file["filename"], os.stat(file["filename"]).st_size, os.stat(file["filename"]).st_mtime_ns)
+            for file in self.dataset.cache_files
         )
         return ("hub", self.name, self.config, self.split, self.dataset.num_rows, files)
 
@@ -124,7 +128,7 @@ def resolve_sources(names: Iterable[str]) -> list[Source]:
             found += folder_files(path)
         elif path.exists():
             if not is_readable_kind(path):
-                raise DataError(f"{path}: unknown kind of file; {accepted()}")
+                raise DataError(f"{path}: unknown kind of file; {ACCEPTED}")
             found.append(source_file(path))
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not is_readable_kind(path) and not path.parent.exists():
             found.append(HubSource(name))
@@ -138,8 +142,6 @@ def hub_source(name: str) -> HubSource:
     _, *parts = name.split(":")
     if not 1 <= len(parts) <= 3 or not all(parts):
         raise DataError(f"{name}: write hub:NAME, hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
-    if len(parts) == 3:
-        return HubSource(*parts)
     if len(parts) == 2 and re.fullmatch(r"(train|test|validation|all)(\[.*\])?", parts[1]):
         return HubSource(parts[0], None, parts[1])
     return HubSource(*parts)
@@ -147,19 +149,19 @@ def hub_source(name: str) -> HubSource:
 
 def folder_files(folder: Path) -> list[Source]:
     """Every readable file below a folder and its links, sorted by path; names that begin with a dot are skipped."""
-    files = walk_with_links(folder, lambda name: name.startswith("."), is_readable_kind)
+    files = LinkedWalk(lambda name: name.startswith("."), is_readable_kind).files_below(folder)
     if not files:
-        raise DataError(f"{folder}: the folder holds no file to read; {accepted()}")
-    return [source_file(one, named=False) for one in files]
+        raise DataError(f"{folder}: the folder holds no file to read; {ACCEPTED}")
+    return [source_file(file, named=False) for file in files]
 
 
 def standard_library() -> list[Source]:
     """The .py files of the running interpreter's standard library, sorted by path, without its tests."""
     folder = Path(sysconfig.get_path("stdlib"))
-    files = sorted(one for one in walk(folder, lambda name: name in OUTSIDE_LIBRARY) if one.suffix == ".py")
+    files = sorted(file for file in walk(folder, lambda name: name in OUTSIDE_LIBRARY) if file.suffix == ".py")
     if not files:
         raise DataError(f"{STANDARD_LIBRARY}: no sources at {folder}; this Python ships without them")
-    return [source_file(one, named=False) for one in files]
+    return [source_file(file, named=False) for file in files]
 
 
 def source_file(path: Path, named: bool = True) -> SourceFile:
@@ -172,8 +174,3 @@ def is_readable_kind(path: Path) -> bool:
     """Whether the suffixes say one of KINDS, maybe compressed."""
     plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
     return plain.suffix.lower() in KINDS
-
-
-def accepted() -> str:
-    """The kinds of files, as an error message lists them."""
-    return f"accepted are {' '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)} added"

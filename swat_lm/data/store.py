@@ -73,8 +73,7 @@ class TokenStore:
         """The `passages` of the text are those with hashes below; 0 for a store of a version that took none."""
         self.is_marked: bool = "format" in index
         """Whether it is instruction data, whose answers are marked."""
-        self.held_out = held_out
-        self.split_seed = split_seed
+        self.held_out, self.split_seed = held_out, split_seed
         self.dtype = np.dtype(index["dtype"])
         table = read_table(folder, index)
         self.offsets: np.ndarray = table["token"]
@@ -109,21 +108,14 @@ class TokenStore:
         if not path.exists():
             return None
         # a copy in memory: it is small, and torch wants arrays it may write to
-        counts = np.array(read_array(path))
-        if counts.dtype != np.int64 or counts.shape != (self.vocab_size,):
-            raise damaged(path, f"{counts.dtype} {list(counts.shape)}, expected int64 [{self.vocab_size}]")
-        return counts
+        return np.array(read_array(path, np.int64, (self.vocab_size,), f"int64 [{self.vocab_size}]"))
 
     @cached_property
     def passages(self) -> np.ndarray:
         """A sample of the text's passages by their hashes, PASSAGE [passages]; see `swat_lm/data/passages.py`."""
         if not self.passages_below:
             return np.empty(0, dtype=PASSAGE)
-        path = self.folder / PASSAGES
-        table = read_array(path)
-        if table.dtype != PASSAGE or table.ndim != 1:
-            raise damaged(path, f"{table.dtype} {list(table.shape)}, expected a list of passages")
-        return table
+        return read_array(self.folder / PASSAGES, PASSAGE, (None,), "a list of passages")
 
     @cached_property
     def marks(self) -> np.ndarray | None:
@@ -134,9 +126,7 @@ class TokenStore:
         if not self.is_marked:
             return None
         path = self.folder / MARKS
-        table = read_array(path)
-        if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != 2:
-            raise damaged(path, f"{table.dtype} {list(table.shape)}, expected int64 [runs, 2]")
+        table = read_array(path, np.int64, (None, 2), "int64 [runs, 2]")
         places = table.ravel()
         if len(places) and (places[0] < 0 or places[-1] > self.num_tokens or (np.diff(places) < 1).any()):
             raise damaged(path, "its runs are empty, not in order, or beyond the end")
@@ -182,38 +172,34 @@ class TokenStore:
             share = tokens / self.num_tokens
             # what is left to train on counts as much
             if not self.held_out / FAR <= share <= self.held_out * FAR or (1 - share) * FAR < 1 - self.held_out:
-                warn_share(self.folder, self.held_out, tokens, self.num_tokens, int(chosen.sum()), self.num_documents)
+                say_once(
+                    self.folder, logging.WARNING,
+                    "held out are %s of %s tokens, %.3g %%, where %.3g %% were asked for (data.held_out=%g): whole "
+                    "documents are drawn by their content, here %s of %s; cut long documents into several, add "
+                    "documents, or try another data.split_seed",
+                    f"{tokens:,}", f"{self.num_tokens:,}", 100 * share, 100 * self.held_out, self.held_out,
+                    f"{chosen.sum():,}", f"{self.num_documents:,}",
+                )  # fmt: skip
         return chosen
 
     def split_single(self, name: str) -> Documents:
         """The two parts of a store that holds one document."""
         place = min(max(round(self.num_tokens * (1 - self.held_out)), 1), self.num_tokens - 1)
-        say_single(self.folder, self.num_tokens - place)
+        left = self.num_tokens - place
+        are = "token is" if left == 1 else "tokens are"
+        say_once(self.folder, logging.INFO, "only one document: its last %d %s held out", left, are)
         first, end = (0, place) if name == "train" else (place, self.num_tokens)
         table, num_bytes = self.token_bytes, None
         if table is not None:
             self.check(self.tokens[first:end])
-            counts = np.bincount(self.tokens[first:end], minlength=len(table))
-            num_bytes = int(counts @ table)
+            num_bytes = int(np.bincount(self.tokens[first:end], minlength=len(table)) @ table)
         return Documents(self.tokens, np.array([[first, end]], dtype=np.int64), num_bytes)
 
 
 @cache
-def warn_share(folder: Path, asked: float, tokens: int, all_tokens: int, documents: int, all_documents: int) -> None:
-    """Say once of a store that the documents drawn are another share of its tokens than was asked for."""
-    logger.warning(
-        "held out are %s of %s tokens, %.3g %%, where %.3g %% were asked for (data.held_out=%g): whole documents are "
-        "drawn by their content, here %s of %s; cut long documents into several, add documents, or try another "
-        "data.split_seed",
-        f"{tokens:,}", f"{all_tokens:,}", 100 * tokens / all_tokens, 100 * asked, asked, f"{documents:,}",
-        f"{all_documents:,}",
-    )  # fmt: skip
-
-
-@cache
-def say_single(folder: Path, held_out: int) -> None:
-    """Say once of a store, which is opened for each split, how a single document is divided."""
-    logger.info("only one document: its last %d %s held out", held_out, "token is" if held_out == 1 else "tokens are")
+def say_once(folder: Path, level: int, message: str, *arguments: object) -> None:
+    """Say something once of a store, which is opened for each split."""
+    logger.log(level, message, *arguments)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -241,12 +227,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 def read_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     """The table of documents, memory-mapped, TABLE [documents + 1]; DataError if it contradicts the index."""
     path = folder / DOCUMENTS
-    table = read_array(path)
-    if table.dtype != TABLE or table.shape != (index["num_documents"] + 1,):
-        raise damaged(
-            path,
-            f"{table.dtype} {list(table.shape)}, expected {counted(index['num_documents'], 'document')} and an end",
-        )
+    count = index["num_documents"]
+    table = read_array(path, TABLE, (count + 1,), f"{counted(count, 'document')} and an end")
     for column, end in (("token", index["num_tokens"]), ("byte", index["num_bytes"])):
         places = table[column]
         if places[0] != 0 or places[-1] != end:
@@ -256,15 +238,22 @@ def read_table(folder: Path, index: dict[str, Any]) -> np.ndarray:
     return table
 
 
-def read_array(path: Path) -> np.ndarray:
-    """An array file, memory-mapped; DataError if it is missing, cut off or no such file."""
+def read_array(path: Path, dtype: np.typing.DTypeLike, shape: tuple[int | None, ...], expected: str) -> np.ndarray:
+    """An array file, memory-mapped; `shape` has None where any number serves.
+
+    DataError if it is missing, cut off, no such file, or not what is `expected`.
+    """
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise damaged(path, "it is missing") from None
     except (ValueError, EOFError, SyntaxError, TokenError) as error:
         # numpy parses the header as Python
         raise damaged(path, str(error)) from None
+    wanted = tuple(own if size is None else size for size, own in zip(shape, array.shape, strict=False))
+    if array.dtype != dtype or array.ndim != len(shape) or array.shape != wanted:
+        raise damaged(path, f"{array.dtype} {list(array.shape)}, expected {expected}")
+    return array
 
 
 def damaged(path: Path, what: str) -> DataError:

@@ -12,11 +12,11 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 
-from swat_lm.data.batches import IGNORED, Batch
+from swat_lm.data.batches import IGNORED, Batch, RowSource
 from swat_lm.data.sources import DataError
 from swat_lm.words import counted, did_you_mean
 
-__all__ = ["PREFIX", "Answer", "Row", "SyntheticSource", "SyntheticTask", "is_synthetic", "synthetic_task"]
+__all__ = ["PREFIX", "Answer", "SyntheticRow", "SyntheticSource", "SyntheticTask", "is_synthetic", "synthetic_task"]
 
 PREFIX = "synthetic:"
 # ids: fillers, the mark, keys, values
@@ -38,7 +38,7 @@ class Answer(NamedTuple):
     """From the place that predicts to the token it must recall: a window of W reaches distance W - 1 in one layer."""
 
 
-class Row(NamedTuple):
+class SyntheticRow(NamedTuple):
     """One row of a task."""
 
     tokens: np.ndarray
@@ -73,10 +73,10 @@ class SyntheticTask:
         return FIRST_KEY + self.keys + self.values
 
     def __str__(self) -> str:
-        settings = "&".join(f"{one}={getattr(self, one)}" for one in SETTINGS[self.name])
+        settings = "&".join(f"{setting}={getattr(self, setting)}" for setting in SETTINGS[self.name])
         return f"{PREFIX}{self.name}?{settings}"
 
-    def row(self, random: np.random.Generator, length: int) -> Row:
+    def row(self, random: np.random.Generator, length: int) -> SyntheticRow:
         """A row of exactly `length` tokens whose distances are drawn; raises DataError if it is too short."""
         self.check_length(length)
         if self.name == "mqar":
@@ -88,11 +88,10 @@ class SyntheticTask:
             distance -= 1 - distance % 2
         row = self.row_at(random, distance)
         before = length - len(row.tokens)
-        filler = self.filling(random, before)
-        answers = tuple(Answer(one.start + before, one.end + before, one.distance) for one in row.answers)
-        return Row(np.concatenate([filler, row.tokens]), answers)
+        answers = tuple(Answer(start + before, end + before, distance) for start, end, distance in row.answers)
+        return SyntheticRow(np.concatenate([self.filling(random, before), row.tokens]), answers)
 
-    def row_at(self, random: np.random.Generator, distance: int) -> Row:
+    def row_at(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The shortest row whose answers have exactly this distance; raises DataError if the task cannot have it."""
         low = {"kv": 1, "mqar": 2 * self.pairs - 1, "passkey": self.digits, "copy": 1}[self.name]
         if distance < low or (self.name == "kv" and distance % 2 == 0):
@@ -102,35 +101,31 @@ class SyntheticTask:
             return self.kv(random, distance)
         if self.name == "mqar":
             return self.gathered(random, distance)
-        if self.name == "passkey":
-            code = self.draw_values(random, self.digits)
-            gap = self.fillers(random, distance - self.digits)
-            tokens = np.concatenate([[MARK], code, gap, [MARK], code])
-            return Row(tokens, (Answer(len(tokens) - self.digits, len(tokens), distance),))
-        segment = self.draw_values(random, distance)
-        # the mark stands before both, so the copy lags by one more than the segment is long
-        tokens = np.concatenate([[MARK], segment, [MARK], segment])
-        return Row(tokens, (Answer(distance + 2, len(tokens), distance),))
+        # the mark stands before both, so a copy lags by one more than the segment is long
+        size = self.digits if self.name == "passkey" else distance
+        recalled, gap = self.draw_values(random, size), self.fillers(random, distance - size)
+        tokens = np.concatenate([[MARK], recalled, gap, [MARK], recalled])
+        return SyntheticRow(tokens, (Answer(len(tokens) - size, len(tokens), distance),))
 
-    def kv(self, random: np.random.Generator, distance: int) -> Row:
+    def kv(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The wanted pair, pairs with other keys, and the wanted key."""
         others = (distance - 1) // 2
         wanted, *rest = random.choice(self.keys, 1 + min(others, self.keys - 1), replace=False)
         drawn = random.choice(rest, others, replace=others > len(rest)) if others else np.zeros(0, np.int64)
-        pairs = np.empty(2 * others + 2, np.int64)
-        pairs[0::2] = FIRST_KEY + np.concatenate([[wanted], drawn])
-        pairs[1::2] = self.draw_values(random, others + 1)
-        tokens = np.concatenate([pairs, [pairs[0], pairs[1]]])
-        return Row(tokens, (Answer(len(tokens) - 1, len(tokens), distance),))
+        pairs = self.with_values(random, np.concatenate([[wanted], drawn]))
+        tokens = np.concatenate([pairs, pairs[:2]])
+        return SyntheticRow(tokens, (Answer(len(tokens) - 1, len(tokens), distance),))
 
-    def gathered(self, random: np.random.Generator, distance: int) -> Row:
+    def gathered(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The pairs, filler, and the pairs again, so that all have the same distance."""
         pairs = self.draw_pairs(random)
         tokens = np.concatenate([pairs, self.fillers(random, distance + 1 - len(pairs)), pairs])
         first = distance + 2
-        return Row(tokens, tuple(Answer(first + 2 * i, first + 2 * i + 1, distance) for i in range(self.pairs)))
+        return SyntheticRow(
+            tokens, tuple(Answer(first + 2 * i, first + 2 * i + 1, distance) for i in range(self.pairs))
+        )
 
-    def scattered(self, random: np.random.Generator, length: int) -> Row:
+    def scattered(self, random: np.random.Generator, length: int) -> SyntheticRow:
         """The pairs, and among filler each of them again, in another order and anywhere."""
         pairs = self.draw_pairs(random)
         tokens = np.concatenate([pairs, self.fillers(random, length - len(pairs))])
@@ -140,14 +135,15 @@ class SyntheticTask:
         for place, which in zip(places.tolist(), random.permutation(self.pairs).tolist(), strict=True):
             tokens[place : place + 2] = pairs[2 * which : 2 * which + 2]
             answers.append(Answer(place + 1, place + 2, place - (2 * which + 1)))
-        return Row(tokens, tuple(answers))
+        return SyntheticRow(tokens, tuple(answers))
 
     def draw_pairs(self, random: np.random.Generator) -> np.ndarray:
         """Different keys, each followed by a value."""
-        found = np.empty(2 * self.pairs, np.int64)
-        found[0::2] = FIRST_KEY + random.choice(self.keys, self.pairs, replace=False)
-        found[1::2] = self.draw_values(random, self.pairs)
-        return found
+        return self.with_values(random, random.choice(self.keys, self.pairs, replace=False))
+
+    def with_values(self, random: np.random.Generator, keys: np.ndarray) -> np.ndarray:
+        """Keys, counted from 0, as tokens, each followed by a value."""
+        return np.stack([FIRST_KEY + keys, self.draw_values(random, len(keys))], axis=1).ravel()
 
     def draw_values(self, random: np.random.Generator, count: int) -> np.ndarray:
         """So many values."""
@@ -161,9 +157,7 @@ class SyntheticTask:
         """What stands before the part of a row that matters: more of the same, which is of no use."""
         if self.name != "kv":
             return self.fillers(random, count)
-        found = np.empty(count + count % 2, np.int64)
-        found[0::2] = FIRST_KEY + random.integers(0, self.keys, len(found) // 2)
-        found[1::2] = self.draw_values(random, len(found) // 2)
+        found = self.with_values(random, random.integers(0, self.keys, -(-count // 2)))
         return found[len(found) - count :]
 
     def check_length(self, length: int) -> None:
@@ -184,7 +178,7 @@ SETTINGS = {
 
 def is_synthetic(sources: tuple[str, ...]) -> bool:
     """Whether a recipe's sources are a task; raises DataError if a task stands beside something else."""
-    found = [one for one in sources if one.startswith(PREFIX)]
+    found = [source for source in sources if source.startswith(PREFIX)]
     if found and len(sources) > 1:
         raise DataError(f"{found[0]}: a task is the only source of its run; got {len(sources)} sources")
     return bool(found)
@@ -194,7 +188,7 @@ def synthetic_task(name: str) -> SyntheticTask:
     """`synthetic:NAME?setting=number&...`; raises DataError for an unknown task or setting."""
     kind, _, settings = name.removeprefix(PREFIX).partition("?")
     if kind not in SETTINGS:
-        raise DataError(f"{name}: no task of that name; known: {', '.join(PREFIX + one for one in SETTINGS)}")
+        raise DataError(f"{name}: no task of that name; known: {', '.join(PREFIX + task for task in SETTINGS)}")
     task = replace(SyntheticTask(kind), **settings_of(name, settings, SETTINGS[kind]))
     if kind == "mqar" and task.pairs > task.keys:
         raise DataError(f"{name}: {task.pairs} pairs need as many keys; got {task.keys}")
@@ -217,7 +211,7 @@ def settings_of(name: str, text: str, known: Sequence[str]) -> Mapping[str, int]
     return {key: int(value) for key, value in pairs}
 
 
-class SyntheticSource:
+class SyntheticSource(RowSource):
     """The rows of one split of a task, without end; used like a `BatchSource`."""
 
     def __init__(
@@ -231,40 +225,26 @@ class SyntheticSource:
                 "or values, or "
                 "another data.tokenizer"
             )
-        if batch_size < 1:
-            raise DataError(f"need batch_size >= 1; got {batch_size}")
-        self.task, self.sequence_length, self.batch_size = task, sequence_length, batch_size
+        super().__init__(ROWS, batch_size)
+        self.task, self.sequence_length = task, sequence_length
         self.seed = (seed, SPLITS.index(split))
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of one pass; training goes on beyond them."""
-        return ROWS
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of one pass."""
-        return -(-self.num_rows // self.batch_size)
 
     def batch(self, step: int, rows: range | None = None) -> Batch:
         """Rows `rows` (all if None) of the global batch of a step."""
-        chosen = range(self.batch_size) if rows is None else rows
-        if not len(chosen) or min(chosen) < 0 or max(chosen) >= self.batch_size:
-            raise DataError(f"rows must be a non-empty part of range({self.batch_size}); got {rows}")
-        drawn = [self.row(step * self.batch_size + place) for place in chosen]
-        ids = torch.from_numpy(np.stack([one.tokens for one in drawn]))
+        drawn = [self.row(number) for number in (step * self.batch_size + self.checked(rows)).tolist()]
+        ids = torch.from_numpy(np.stack([row.tokens for row in drawn]))
         labels = torch.full_like(ids, IGNORED)
-        for place, one in enumerate(drawn):
-            for answer in one.answers:
+        for place, row in enumerate(drawn):
+            for answer in row.answers:
                 labels[place, answer.start : answer.end] = ids[place, answer.start : answer.end]
         positions = torch.arange(self.sequence_length).expand_as(ids).contiguous()
         return Batch(ids, labels, positions, None, labels != IGNORED)
 
     def pass_over(self, rows: range | None = None, num_batches: int | None = None) -> Iterator[Batch]:
         """The first `num_batches` batches, always the same."""
-        for step in range(self.num_batches if num_batches is None else min(num_batches, self.num_batches)):
+        for step in self.steps(num_batches):
             yield self.batch(step, rows)
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> SyntheticRow:
         """The row of this number."""
         return self.task.row(np.random.default_rng((*self.seed, number)), self.sequence_length)

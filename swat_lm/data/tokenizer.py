@@ -7,6 +7,8 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -52,17 +54,17 @@ def load_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
 
 def load_folder(folder: Path) -> "PreTrainedTokenizerFast":
     """A tokenizer folder of any of the known forms."""
-    for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
-        known = (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
-        if not known and (folder / vocabulary).exists() and (folder / merges).exists():
-            return load_gpt2_style(folder / vocabulary, folder / merges)
-    names = {one.name for one in folder.iterdir()}
+    names = {file.name for file in folder.iterdir()}
+    if not names & {"tokenizer.json", "tokenizer_config.json"}:
+        for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+            if {vocabulary, merges} <= names:
+                return load_gpt2_style(folder / vocabulary, folder / merges)
     if not names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}:
         raise DataError(
             f"{folder}: no tokenizer in this folder; expected tokenizer.json, encoder.json + vocab.bpe, "
             "vocab.json + merges.txt or tokenizer.model"
         )
-    needs = [one for one in ("sentencepiece", "google.protobuf") if not is_installed(one)]
+    needs = [module for module in ("sentencepiece", "google.protobuf") if not is_installed(module)]
     if "tokenizer.model" in names and "tokenizer.json" not in names and needs:
         raise DataError(
             f"{folder}: reading a SentencePiece tokenizer.model needs sentencepiece and protobuf: "
@@ -77,30 +79,29 @@ def load_file(path: Path) -> "PreTrainedTokenizerFast":
 
     if (path.parent / "tokenizer_config.json").exists() and path.name == "tokenizer.json":
         return load_folder(path.parent)
+    with parsing(path, "a tokenizer.json"):
+        backend = Tokenizer.from_file(str(path))
+    return wrap(backend, **known_specials(backend))
+
+
+@contextmanager
+def parsing(path: Path, expected: str) -> Iterator[None]:
+    """Turns what the tokenizers library says of files that are something else into DataError."""
     try:
-        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a tokenizer.json: not UTF-8 text") from None
+        yield
     except Exception as error:
         # the Rust library raises plain Exception, and nothing narrower, for a file it cannot parse
         if type(error) is not Exception:
             raise
-        raise DataError(f"{path}: not a tokenizer.json: {error}") from None
-    return wrap(backend, **known_specials(backend))
+        raise DataError(f"{path}: not {expected}: {error}") from None
 
 
 def load_gpt2_style(vocabulary: Path, merges: Path) -> "PreTrainedTokenizerFast":
     """GPT-2's own files: a vocabulary and a list of merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    try:
-        entries = json.loads(vocabulary.read_text(encoding="utf-8"))
-        # the first line is a version; the last may be empty
-        lines = [line.split() for line in merges.read_text(encoding="utf-8").split("\n") if not line.startswith("#ver")]
-        pairs = [(pair[0], pair[1]) for pair in lines if pair]
-    except (ValueError, IndexError) as error:
-        raise DataError(f"{vocabulary.parent}: not GPT-2 tokenizer files: {error}") from None
-    backend = Tokenizer(models.BPE(vocab=entries, merges=pairs))
+    with parsing(vocabulary.parent, "GPT-2 tokenizer files"):
+        backend = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return wrap(backend, **known_specials(backend))
@@ -158,17 +159,20 @@ def known_specials(backend: "Backend") -> dict[str, str]:
     """The special tokens of a vocabulary that go by a usual name."""
     vocabulary = backend.get_vocab(with_added_tokens=True)
     names = {"bos_token": KNOWN_BOS, "eos_token": KNOWN_EOS, "pad_token": KNOWN_PAD}
-    found = {role: next((one for one in known if one in vocabulary), None) for role, known in names.items()}
+    found = {role: next((token for token in known if token in vocabulary), None) for role, known in names.items()}
     return {role: token for role, token in found.items() if token is not None}
 
 
 def is_byte_level(tokenizer_json: str) -> bool:
     """Whether tokens are strings of the text's bytes, with nothing normalised or put before."""
     content: dict[str, Any] = json.loads(tokenizer_json)
-    steps = content.get("pre_tokenizer") or {}
-    parts = [steps, *steps.get("pretokenizers", ())]
-    levels = [one for one in parts if one.get("type") == "ByteLevel"]
-    return bool(levels) and content.get("normalizer") is None and not any(one.get("add_prefix_space") for one in levels)
+    step = content.get("pre_tokenizer") or {}
+    levels = [part for part in (step, *step.get("pretokenizers", ())) if part.get("type") == "ByteLevel"]
+    return (
+        bool(levels)
+        and content.get("normalizer") is None
+        and not any(level.get("add_prefix_space") for level in levels)
+    )
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:

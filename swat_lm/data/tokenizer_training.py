@@ -5,15 +5,15 @@ or of white space counts as several words, which changes nothing for text that h
 """
 
 import logging
-import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swat_lm.data.cutting import BYTE_CUTS
-from swat_lm.data.encoding import ended, send, started
-from swat_lm.data.readers import read_pieces
+from swat_lm.data.encoding import receive, send, started
+from swat_lm.data.source_text import SourcePieces, read_pieces
 from swat_lm.data.sources import DataError, resolve_sources
 from swat_lm.data.tokenizer import BOS, EOS, PAD, wrap
 from swat_lm.files import whole
@@ -52,7 +52,12 @@ def train_tokenizer(
     out = local_path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; name another folder, or remove it first")
-    backend = Tokenizer.from_str(trained_json(short_words(texts(sources, text_field, progress)), vocab_size))
+    # ended by whatever ends this call
+    with started(1, "train", vocab_size, [BOS, EOS, PAD], parallel=True) as (process,):
+        for batch in short_words(texts(sources, text_field, progress)):
+            send(process, batch)
+        send(process, None)
+        backend = Tokenizer.from_str(receive(process, "training on less text needs less memory"))
     if backend.get_vocab_size() < vocab_size:
         logger.warning("the text supports a vocabulary of %d, not %d", backend.get_vocab_size(), vocab_size)
     tokenizer = wrap(backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
@@ -61,20 +66,6 @@ def train_tokenizer(
         beside.mkdir()
         tokenizer.save_pretrained(beside)
     return tokenizer
-
-
-def trained_json(batches: Iterable[list[str]], vocab_size: int) -> str:
-    """The trained tokenizer in the library's form; the training process is ended by whatever ends this call."""
-    with started(1, "training_worker.py", parallel=True) as (process,):
-        send(process, (vocab_size, [BOS, EOS, PAD]))
-        for batch in batches:
-            send(process, batch)
-        send(process, None)
-        assert process.stdout is not None
-        try:
-            return pickle.load(process.stdout)
-        except (EOFError, pickle.UnpicklingError):
-            raise ended(process, "training on less text needs less memory") from None
 
 
 def short_words(pieces: Iterable[str]) -> Iterator[list[str]]:
@@ -113,21 +104,13 @@ def long_runs(text: str) -> Iterator[tuple[int, int]]:
 
 def texts(sources: Iterable[str], text_field: str, progress: Callable[[int, int], None] | None) -> Iterator[str]:
     """Every piece of text of the sources, reporting bytes read."""
-    found = resolve_sources(sources)
-    total, before = sum(source.size for source in found), 0
+    read = partial(read_pieces, text_field=text_field, cuts=BYTE_CUTS, longest=PIECE)
+    pieces = SourcePieces(resolve_sources(sources), read)
     any_text = False
-    for source in found:
-        read = 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal read
-            read = count
-
-        for piece in read_pieces(source, text_field, BYTE_CUTS, on_bytes, PIECE):
-            any_text = True
-            yield piece.text
-            if progress:
-                progress(before + read, total)
-        before += source.size
+    for piece in pieces:
+        any_text = True
+        yield piece.text
+        if progress:
+            progress(pieces.bytes_read, pieces.total)
     if not any_text:
         raise DataError(f"no text in {', '.join(map(str, sources))}")

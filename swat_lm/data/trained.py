@@ -176,7 +176,7 @@ def read_trained_text(path: Path) -> TrainedText:
     """Read what `to_bytes` made; DataError for anything else."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            form, below, whole, split_seed = (int(one) for one in file["numbers"])
+            form, below, whole, split_seed = (int(number) for number in file["numbers"])
             fields = {name: file[name] for name in FIELDS}
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: damaged: {error}; train the run on to write it again, or remove it") from None

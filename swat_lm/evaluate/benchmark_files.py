@@ -1,23 +1,25 @@
 """Reads the benchmarks' local files: rows of .jsonl with known fields, and WikiText's lines as whole pages."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
-from swat_lm.data.readers import decoded_blocks, read_rows
+from swat_lm.data.source_text import decoded_blocks, read_rows
 from swat_lm.data.sources import COMPRESSIONS, DataError, source_file
 from swat_lm.evaluate.benchmarks import PAGES, Benchmark, Doc, Form
 
-__all__ = ["find_files", "is_plain_text", "pages", "read_documents", "read_pages"]
+__all__ = ["find_files", "pages", "read_documents", "read_pages"]
 
 
 def find_files(folder: Path, benchmarks: Sequence[Benchmark]) -> list[Path]:
     """The first of each benchmark's files that the folder holds; raises DataError that names all that are missing."""
-    found = [find_file(folder, one) for one in benchmarks]
-    lacking = {one.task: one for one, path in zip(benchmarks, found, strict=True) if path is None}
+    found = [find_file(folder, benchmark) for benchmark in benchmarks]
+    lacking = {benchmark.task: benchmark for benchmark, path in zip(benchmarks, found, strict=True) if path is None}
     if lacking:
         each = "; of task ".join(
-            f"{task}: expected " + " or ".join(f"{stem}{kinds_of(one)[0]}" for stem in one.files)
-            for task, one in lacking.items()
+            f"{task}: expected " + " or ".join(f"{stem}{kinds_of(benchmark)[0]}" for stem in benchmark.files)
+            for task, benchmark in lacking.items()
         )
         raise DataError(
             f"{folder} lacks the file of task {each}, maybe with .xz or .gz added; "
@@ -33,20 +35,9 @@ def kinds_of(benchmark: Benchmark) -> tuple[str, ...]:
 
 def find_file(folder: Path, benchmark: Benchmark) -> Path | None:
     """The first of the benchmark's files that the folder holds."""
-    kinds = kinds_of(benchmark)
-    for stem in benchmark.files:
-        for place in (folder / stem, folder / Path(stem).name):
-            for kind in kinds:
-                for packed in ("", *COMPRESSIONS):
-                    path = place.with_name(f"{place.name}{kind}{packed}")
-                    if path.is_file():
-                        return path
-    return None
-
-
-def is_plain_text(path: Path) -> bool:
-    """Whether a file holds text rather than rows."""
-    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix == ".txt"
+    places = [place for stem in benchmark.files for place in (stem, Path(stem).name)]
+    names = map("".join, itertools.product(places, kinds_of(benchmark), ("", *COMPRESSIONS)))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def read_documents(path: Path, benchmark: Benchmark) -> tuple[Form, list[Doc]]:
@@ -89,9 +80,9 @@ def check_fields(row: Doc, form: Form, place: str) -> None:
         value = row[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            expected = " or ".join(one.__name__ for one in kinds)
+            expected = " or ".join(alternative.__name__ for alternative in kinds)
             raise DataError(f"{place}: field {name!r} must be {expected}; got {type(value).__name__}")
-        if isinstance(value, list) and not (value and all(isinstance(one, str) and one for one in value)):
+        if isinstance(value, list) and not (value and all(isinstance(text, str) and text for text in value)):
             raise DataError(f"{place}: field {name!r} must be a list of texts that are not empty")
 
 
@@ -105,25 +96,21 @@ def read_pages(path: Path) -> list[Doc]:
     return found
 
 
-def pages(lines: Iterable[str]) -> Iterator[str]:
+def pages(lines: Sequence[str]) -> Iterator[str]:
     """Articles, cut before each heading of the first level (` = Title = `) as the harness's data set is.
 
     A line of an article that looks like such a heading cuts there too, as in that data set (two formulas do in the
     test split, which so has 62 documents).
     """
-    page: list[str] = []
-    for line in lines:
-        # "= = Section = =" begins with "==" afterwards
-        squeezed = line.replace("= = =", "===").replace("= =", "==").strip()
-        if squeezed.startswith("= ") and squeezed.endswith(" ="):
-            yield from joined(page)
-            page = []
-        page.append(line)
-    yield from joined(page)
+    numbers = itertools.accumulate(map(is_heading, lines))
+    for _, numbered in itertools.groupby(zip(numbers, lines, strict=True), key=itemgetter(0)):
+        text = "\n".join(line for _, line in numbered)
+        if text.strip():
+            yield text
 
 
-def joined(lines: Sequence[str]) -> Iterator[str]:
-    """The lines as one text, unless nothing is in them."""
-    text = "\n".join(lines)
-    if text.strip():
-        yield text
+def is_heading(line: str) -> bool:
+    """Whether a line is a heading of the first level."""
+    # "= = Section = =" begins with "==" afterwards
+    squeezed = line.replace("= = =", "===").replace("= =", "==").strip()
+    return squeezed.startswith("= ") and squeezed.endswith(" =")

@@ -35,10 +35,6 @@ class Benchmark:
     """Paths below the data folder without suffix, best first; a folder that holds the file itself also serves."""
     forms: tuple[Form, ...]
     """Known layouts; a file's first row decides."""
-    column: str
-    """Heading in Table 1."""
-    metric: str
-    """The metric of Table 1."""
 
 
 def arc_document(row: Doc) -> Doc:
@@ -109,35 +105,33 @@ ARC_FORMS = (
     Form({"question": str, "choices": list, "gold": int}, arc_document),
     Form({"question": str, "choices": dict, "answerKey": str}, arc_original),
 )
-WIKITEXT = ("wikitext/wikitext.yaml", "test")
 PAGES = (Form({"page": str}, lambda row: {"page": row["page"]}),)
 
 BENCHMARKS: dict[str, Benchmark] = {
-    one.task: one
-    for one in (
-        Benchmark("wikitext", *WIKITEXT, ("lm/wikitext-2-raw.test", "lm/wikitext-103-raw.test", "lm/wikitext-103.test",
-                  "lm/wikitext-2.test"), PAGES, "Wiki ppl", "word_perplexity"),
+    benchmark.task: benchmark
+    for benchmark in (
+        Benchmark("wikitext", "wikitext/wikitext.yaml", "test",
+                  ("lm/wikitext-2-raw.test", "lm/wikitext-103-raw.test", "lm/wikitext-103.test",
+                  "lm/wikitext-2.test"), PAGES),
         Benchmark("lambada_openai", "lambada/lambada_openai.yaml", "test", ("commonsense/lambada_openai_test",),
-                  (Form({"text": str}, lambada_document),), "LMB", "acc"),
+                  (Form({"text": str}, lambada_document),)),
         Benchmark("piqa", "piqa/piqa.yaml", "validation", ("commonsense/piqa_validation",),
                   (Form({"goal": str, "sol1": str, "sol2": str, "label": int},
-                        with_label("label", (0, 1), ("goal", "sol1", "sol2"))),), "PIQA", "acc"),
+                        with_label("label", (0, 1), ("goal", "sol1", "sol2"))),)),
         Benchmark("hellaswag", "hellaswag/hellaswag.yaml", "validation", ("commonsense/hellaswag_validation",),
                   (Form({"query": str, "choices": list, "gold": int}, hellaswag_document, {"process_docs": None}),
                    Form({"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (int, str)},
-                        hellaswag_original)), "Hella", "acc_norm"),
+                        hellaswag_original))),
         Benchmark("winogrande", "winogrande/default.yaml", "validation", ("commonsense/winogrande_xl_validation",),
-                  (Form({"sentence": str, "option1": str, "option2": str, "answer": str}, winogrande_document),),
-                  "Wino", "acc"),
-        Benchmark("arc_easy", "arc/arc_easy.yaml", "test", ("commonsense/arc_easy_test",), ARC_FORMS, "ARC-e", "acc"),
-        Benchmark("arc_challenge", "arc/arc_challenge.yaml", "test", ("commonsense/arc_challenge_test",), ARC_FORMS,
-                  "ARC-c", "acc_norm"),
+                  (Form({"sentence": str, "option1": str, "option2": str, "answer": str}, winogrande_document),)),
+        Benchmark("arc_easy", "arc/arc_easy.yaml", "test", ("commonsense/arc_easy_test",), ARC_FORMS),
+        Benchmark("arc_challenge", "arc/arc_challenge.yaml", "test", ("commonsense/arc_challenge_test",), ARC_FORMS),
         Benchmark("social_iqa", "siqa/siqa.yaml", "validation", ("commonsense/social_i_qa_validation",),
                   (Form({"context": str, "question": str, "answerA": str, "answerB": str, "answerC": str, "label": str},
                         with_label("label", ("1", "2", "3"), ("context", "question", "answerA", "answerB", "answerC"))),
-                  ), "SIQA", "acc"),
+                  )),
         Benchmark("boolq", "super_glue/boolq/default.yaml", "validation", ("commonsense/boolq_validation",),
                   (Form({"passage": str, "question": str, "label": int},
-                        with_label("label", (0, 1), ("passage", "question"))),), "BoolQ", "acc"),
+                        with_label("label", (0, 1), ("passage", "question"))),)),
     )
 }  # fmt: skip

@@ -3,13 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import cast
 
 import numpy as np
 
-from swat_lm.evaluate.figures import read_figures, write_figures
-from swat_lm.files import write_text
+from swat_lm.evaluate.figures import JsonRecord, read_figures, write_figures
+from swat_lm.evaluate.standard_errors import mean_and_error
 
 __all__ = ["LengthCurve", "LengthPoint", "WindowMatrix", "difference", "summarise", "with_bytes"]
 
@@ -43,7 +41,7 @@ class LengthPoint:
 
 
 @dataclass(frozen=True)
-class LengthCurve:
+class LengthCurve(JsonRecord):
     """Loss against evaluation length of one model, with each document's figures, to compare models in pairs."""
 
     points: tuple[LengthPoint, ...]
@@ -74,28 +72,7 @@ class LengthCurve:
 
     def to_json(self) -> str:
         """Everything as one JSON object."""
-        values = asdict(self)
-        if not self.num_sinks:
-            del values["num_sinks"]
-        return write_figures(values)
-
-    @classmethod
-    def from_json(cls, text: str) -> "LengthCurve":
-        """Read what `to_json` wrote."""
-        values = read_figures(text)
-        return cls(
-            points=tuple(LengthPoint(**point) for point in values["points"]),
-            num_tokens=values["num_tokens"],
-            window=values["window"],
-            same_text=values["same_text"],
-            document_mean_loss=tuple(map(tuple, values["document_mean_loss"])),
-            document_tail_loss=tuple(map(tuple, values["document_tail_loss"])),
-            num_sinks=values.get("num_sinks", 0),
-        )
-
-    def save(self, path: Path) -> None:
-        """Write the JSON beside the place and rename it."""
-        write_text(path, self.to_json() + "\n")
+        return write_figures({name: value for name, value in asdict(self).items() if value or name != "num_sinks"})
 
 
 def with_bytes(curve: LengthCurve, streams: Sequence[np.ndarray], token_bytes: np.ndarray | None) -> LengthCurve:
@@ -118,7 +95,7 @@ def with_bytes(curve: LengthCurve, streams: Sequence[np.ndarray], token_bytes: n
 
 
 @dataclass(frozen=True)
-class WindowMatrix:
+class WindowMatrix(JsonRecord):
     """Loss against evaluation length for several evaluation windows of one model (Figure 2 of SWAT)."""
 
     names: tuple[str, ...]
@@ -135,16 +112,16 @@ class WindowMatrix:
         """Mean loss in nats per token, by window and length."""
         return [[point.mean_loss for point in curve.points] for curve in self.curves]
 
-    def save(self, path: Path) -> None:
-        """Write `{window: curve}` as JSON, beside the place and renamed."""
-        curves = {name: read_figures(curve.to_json()) for name, curve in zip(self.names, self.curves, strict=True)}
-        write_text(path, write_figures(curves) + "\n")
+    def to_json(self) -> str:
+        """`{window: curve}`."""
+        curves = (read_figures(curve.to_json()) for curve in self.curves)
+        return write_figures(dict(zip(self.names, curves, strict=True)))
 
     @classmethod
     def from_json(cls, text: str) -> "WindowMatrix":
-        """Read what `save` wrote."""
+        """Read what `to_json` wrote."""
         values = read_figures(text)
-        return cls(tuple(values), tuple(LengthCurve.from_json(write_figures(one)) for one in values.values()))
+        return cls(tuple(values), tuple(LengthCurve.from_json(write_figures(curve)) for curve in values.values()))
 
 
 def difference(first: Sequence[float | None], second: Sequence[float | None]) -> tuple[float, float | None]:
@@ -171,24 +148,11 @@ def summarise(
 ) -> LengthCurve:
     """Means per document and length to means over documents."""
     points = []
-    for at, size in enumerate(sizes):
-        head = [row[at] for row in means if row[at] is not None]
-        tail = [row[at] for row in tails if row[at] is not None]
-        points.append(
-            LengthPoint(
-                size, len(head), *mean_and_error(cast(list[float], head)), *mean_and_error(cast(list[float], tail)),
-                state_bytes[at],
-            )
-        )  # fmt: skip
+    for size, kept, *columns in zip(
+        sizes, state_bytes, zip(*means, strict=True), zip(*tails, strict=True), strict=True
+    ):
+        head, tail = ([loss for loss in column if loss is not None] for column in columns)
+        points.append(LengthPoint(size, len(head), *mean_and_error(head), *mean_and_error(tail), kept))
     return LengthCurve(
         tuple(points), num_tokens, window, same_text, tuple(map(tuple, means)), tuple(map(tuple, tails)), num_sinks
     )
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard error of the mean; None for one value."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    spread = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(spread / len(values))

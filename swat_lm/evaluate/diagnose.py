@@ -8,7 +8,7 @@ Legend: T tokens, H heads, L layers, M model width, W window.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.figures import write_figures
+from swat_lm.evaluate.figures import JsonRecord, write_figures
 from swat_lm.evaluate.limits import position_limit
-from swat_lm.evaluate.reader import evaluating
+from swat_lm.evaluate.streaming_model import evaluating
 from swat_lm.evaluate.windows import layer_windows
-from swat_lm.files import write_text
 from swat_lm.layers import WindowAttention
 from swat_lm.layers.chunk import Chunk
 from swat_lm.ops.reference import distances
@@ -56,7 +55,7 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(JsonRecord):
     """One model on some streams, all read from their first token."""
 
     num_streams: int
@@ -71,11 +70,11 @@ class Diagnosis:
     @property
     def has_weights(self) -> bool:
         """Whether any layer showed its weights."""
-        return any(one is not None for one in self.weights)
+        return any(layer is not None for layer in self.weights)
 
-    def save(self, path: Path) -> None:
-        """Write the JSON beside the place and rename it."""
-        write_text(path, write_figures(asdict(self), indent=None) + "\n")
+    def to_json(self) -> str:
+        """Everything as one JSON object, in one line."""
+        return write_figures(asdict(self), indent=None)
 
 
 def diagnose(
@@ -90,14 +89,14 @@ def diagnose(
         ValueError: no streams, of unequal lengths, shorter than two tokens or longer than the model's positions, or a
             model whose layers cannot be told apart.
     """
-    sizes = {len(one) for one in streams}
+    sizes = {len(stream) for stream in streams}
     if len(sizes) != 1 or min(sizes) < 2:
         raise ValueError(f"streams: expected at least one, of equal length and at least 2 tokens; got {sorted(sizes)}")
     length, limit = min(sizes), position_limit(model)
     if limit is not None and length > limit:
         raise ValueError(f"{type(model).__name__} has no position beyond token {limit}: ask for --length {limit}")
     layers = decoder_layers(model)
-    observer = Observer(layers, [mixer_of(layer) for layer in layers], layer_windows(model), length)
+    observer = Observer(layers, [mixer_of(layer) for layer in layers], layer_windows(model.config), length)
     with evaluating(model), eager_attention(model), observer.watching(), torch.inference_mode():
         for number, stream in enumerate(streams, start=1):
             tokens = torch.from_numpy(np.asarray(stream, dtype=np.int64))[None].to(model.device)
@@ -130,7 +129,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention that forms its weights, where the model has a choice; as it was before at the end."""
     config = cast(Any, model.config)
     before = config._attn_implementation
-    if before in (None, "eager") or any(isinstance(one, WindowAttention) for one in model.modules()):
+    if before in (None, "eager") or any(isinstance(module, WindowAttention) for module in model.modules()):
         yield
         return
     model.set_attn_implementation("eager")
@@ -181,63 +180,45 @@ class Observer:
         self.windows = windows or [None] * count
         self.norms = torch.zeros(count, length, dtype=torch.float64)
         self.variances = torch.zeros(count + 1, length, dtype=torch.float64)
-        self.sums: list[Tensor | None] = [None] * count
+        self.sums: dict[int, Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hooked; the model is as it was at the end."""
         with ExitStack() as stack:
             for index, (layer, mixer) in enumerate(zip(self.layers, self.mixers, strict=True)):
-                for handle in (
-                    layer.register_forward_pre_hook(self.before_layer(index), with_kwargs=True),
-                    layer.register_forward_hook(self.after_layer(index)),
-                    mixer.register_forward_hook(self.after_mixer(index), with_kwargs=True),
-                ):
-                    stack.callback(handle.remove)
+                # a handle is a context that ends by removing its hook
+                before, after = partial(self.before_layer, index), partial(self.after_mixer, index)
+                stack.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+                stack.enter_context(mixer.register_forward_hook(after, with_kwargs=True))
+            stack.enter_context(self.layers[-1].register_forward_hook(self.after_last_layer))
             yield
 
-    def before_layer(self, index: int) -> Callable[..., None]:
+    def before_layer(self, index: int, _: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
         """The residual stream that enters a layer."""
+        hidden = arguments[0] if arguments else named["hidden_states"]
+        self.variances[index] += hidden[0].double().var(dim=-1, correction=0).cpu()
 
-        def hook(_: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-            hidden = arguments[0] if arguments else named["hidden_states"]
-            self.variances[index] += hidden[0].double().var(dim=-1, correction=0).cpu()
-
-        return hook
-
-    def after_layer(self, index: int) -> Callable[..., None]:
+    def after_last_layer(self, _: nn.Module, arguments: tuple, output: Any) -> None:
         """The residual stream that leaves the last layer."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        self.variances[-1] += hidden[0].double().var(dim=-1, correction=0).cpu()
 
-        def hook(_: nn.Module, arguments: tuple, output: Any) -> None:
-            if index == len(self.layers) - 1:
-                hidden = output[0] if isinstance(output, tuple) else output
-                self.variances[index + 1] += hidden[0].double().var(dim=-1, correction=0).cpu()
-
-        return hook
-
-    def after_mixer(self, index: int) -> Callable[..., None]:
+    def after_mixer(self, index: int, mixer: nn.Module, arguments: tuple, _: dict[str, Any], output: Any) -> None:
         """Norms of the output, and the weights where there are any."""
-
-        def hook(mixer: nn.Module, arguments: tuple, named: dict[str, Any], output: Any) -> None:
-            mixed = output[0] if isinstance(output, tuple) else output
-            self.norms[index] += mixed[0].double().norm(dim=-1).cpu()
-            weights = None
-            if isinstance(mixer, WindowAttention):
-                weights = attention_weights(mixer, arguments[0], arguments[1])
-            elif isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
-                weights = output[1] if output[1].dim() == 4 else None
-            if weights is not None and weights.shape[-2:] == (self.length, self.length):
-                found = weight_sums(weights[0].float(), self.windows[index])
-                before = self.sums[index]
-                self.sums[index] = found if before is None else before + found
-
-        return hook
+        mixed, *rest = output if isinstance(output, tuple) else (output,)
+        self.norms[index] += mixed[0].double().norm(dim=-1).cpu()
+        weights = rest[0] if rest else None
+        if isinstance(mixer, WindowAttention):
+            weights = attention_weights(mixer, arguments[0], arguments[1])
+        if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-2:] == (self.length, self.length):
+            self.sums[index] = self.sums.get(index, 0) + weight_sums(weights[0].float(), self.windows[index])
 
     def diagnosis(self, num_streams: int) -> Diagnosis:
         """Means over the streams."""
         weights = tuple(
-            None if sums is None else layer_weights(sums / num_streams, mixer, window, self.length)
-            for sums, mixer, window in zip(self.sums, self.mixers, self.windows, strict=True)
+            layer_weights(self.sums[index] / num_streams, mixer, window, self.length) if index in self.sums else None
+            for index, (mixer, window) in enumerate(zip(self.mixers, self.windows, strict=True))
         )
         norms, variances = self.norms / num_streams, self.variances / num_streams
         return Diagnosis(
@@ -248,7 +229,7 @@ class Observer:
 def weight_sums(weights: Tensor, window: int | None) -> Tensor:
     """Of weights `[H, T, T]`: first token, row sums, near 0, near 1, distance times weight; float64 `[5, H]` means."""
     count = weights.shape[-1]
-    distance, visible = (one[0] for one in distances(1, count, count, None, None, window, weights.device))
+    distance, visible = (matrix[0] for matrix in distances(1, count, count, None, None, window, weights.device))
     visible[0] = False
     seeing = visible[:, 0]
     rows = (weights * visible).double()

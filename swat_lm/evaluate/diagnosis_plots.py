@@ -12,41 +12,42 @@ from swat_lm.evaluate.plots import short_number
 __all__ = ["plot_diagnosis"]
 
 
+# file, score function, field of LayerWeights (None: saturated weights) and what its colours mean
+BY_HEAD = (
+    ("first_token.png", "softmax", "first_token_mass", "weight of the first token"),
+    ("first_token_sigmoid.png", "sigmoid", "first_token_mass", "weight of the first token"),
+    ("row_sum.png", "sigmoid", "row_sum", "sum of a query's weights"),
+    ("saturated.png", "sigmoid", None, "share of weights below 0.01 or above 0.99"),
+)
+
+
 def plot_diagnosis(diagnosis: Diagnosis, out: Path, *, title: str | None = None) -> list[Path]:
     """Write all pictures that the diagnosis has numbers for; returns their paths."""
-    made = []
-    kinds = {one.score_function for one in diagnosis.weights if one is not None}
-    wanted = []
-    if "softmax" in kinds:
-        wanted.append(("first_token.png", "softmax", "first_token_mass", "weight of the first token"))
-    if "sigmoid" in kinds:
-        wanted.append(("first_token_sigmoid.png", "sigmoid", "first_token_mass", "weight of the first token"))
-        wanted.append(("row_sum.png", "sigmoid", "row_sum", "sum of a query's weights"))
-        wanted.append(("saturated.png", "sigmoid", None, "share of weights below 0.01 or above 0.99"))
-    for name, kind, field, scale in wanted:
-        made.append(by_head(diagnosis, out / name, kind, field, scale, title))
-    made.append(
-        by_position(diagnosis.output_norm, out / "output_norm.png", "layer", "norm of the mixer's output", title)
-    )
-    made.append(
+    kinds = {layer.score_function for layer in diagnosis.weights if layer is not None}
+    made = [
+        by_head(diagnosis, out / name, kind, field, scale, title)
+        for name, kind, field, scale in BY_HEAD if kind in kinds
+    ]  # fmt: skip
+    return [
+        *made,
+        by_position(diagnosis.output_norm, out / "output_norm.png", "layer", "norm of the mixer's output", title),
         by_position(diagnosis.hidden_variance, out / "variance.png", "before layer (last: after all)",
-                    "log10 of the hidden state's variance", title, logarithm=True)
-    )  # fmt: skip
-    return made
+                    "log10 of the hidden state's variance", title, logarithm=True),
+    ]  # fmt: skip
 
 
 def by_head(diagnosis: Diagnosis, path: Path, kind: str, field: str | None, scale: str, title: str | None) -> Path:
     """One number per layer and head; heads of layers of another kind stay white."""
 
-    def row(one: LayerWeights | None, count: int) -> list[float | None]:
-        if one is None or one.score_function != kind:
+    def row(layer: LayerWeights | None, count: int) -> list[float | None]:
+        if layer is None or layer.score_function != kind:
             return [None] * count
         if field is None:
-            return [low + high for low, high in zip(one.near_zero, one.near_one, strict=True)]
-        return list(getattr(one, field))
+            return [low + high for low, high in zip(layer.near_zero, layer.near_one, strict=True)]
+        return list(getattr(layer, field))
 
-    count = max(len(one.row_sum) for one in diagnosis.weights if one is not None)
-    values = [row(one, count) for one in diagnosis.weights]
+    count = max(len(layer.row_sum) for layer in diagnosis.weights if layer is not None)
+    values = [row(layer, count) for layer in diagnosis.weights]
     limits = None if field == "row_sum" else (0.0, 1.0)
     names = [str(layer) for layer in range(len(values))]
     columns = [str(head) for head in range(count)]
@@ -62,8 +63,8 @@ def by_position(
     length = len(values[0])
     edges = [0, *(1 << power for power in range(math.ceil(math.log2(length)))), length]
     rows = []
-    for one in values:
-        means = [sum(one[low:high]) / (high - low) for low, high in itertools.pairwise(edges)]
+    for norms in values:
+        means = [sum(norms[low:high]) / (high - low) for low, high in itertools.pairwise(edges)]
         rows.append([math.log10(max(mean, 1e-30)) for mean in means] if logarithm else means)
     columns = [short_number(edge) for edge in edges[:-1]]
     plot_heat_map(rows, path, rows=[str(index) for index in range(len(rows))], columns=columns, ylabel=ylabel,

@@ -5,11 +5,38 @@ JSON knows neither infinity nor "not a number": they are written as the texts "I
 
 import json
 import math
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self, cast
 
-__all__ = ["figure_text", "perplexity", "read_figures", "write_figures"]
+from pydantic import TypeAdapter, ValidationError
+
+from swat_lm.files import write_text
+
+__all__ = ["JsonRecord", "figure_text", "perplexity", "read_figures", "write_figures"]
 
 NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+class JsonRecord:
+    """What a dataclass has measured, kept as one JSON file."""
+
+    def to_json(self) -> str:
+        """Everything as one JSON object."""
+        return write_figures(asdict(cast(Any, self)))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote; raises ValueError for anything else."""
+        try:
+            return TypeAdapter(cls).validate_python(read_figures(text))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the JSON beside the place and rename it."""
+        write_text(path, self.to_json() + "\n")
 
 
 def perplexity(loss: float) -> float:
@@ -27,21 +54,14 @@ def figure_text(value: float, decimals: int) -> str:
 
 def write_figures(values: Any, indent: int | None = 1) -> str:
     """Plain values as JSON in the strict sense; what is no plain value as its text."""
-    return json.dumps(named(values), indent=indent, default=str, allow_nan=False)
+    # read back, the bare names of numbers that JSON cannot hold become texts
+    plain = json.loads(json.dumps(values, default=str), parse_constant=str)
+    return json.dumps(plain, indent=indent, allow_nan=False)
 
 
 def read_figures(text: str) -> Any:
     """What `write_figures` wrote, and JSON with bare `NaN` and `Infinity` as earlier versions wrote it."""
     return numbered(json.loads(text))
-
-
-def named(values: Any) -> Any:
-    """The values with names for numbers that JSON cannot hold."""
-    if isinstance(values, float) and not math.isfinite(values):
-        return "NaN" if math.isnan(values) else "Infinity" if values > 0 else "-Infinity"
-    if isinstance(values, dict):
-        return {key: named(value) for key, value in values.items()}
-    return [named(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 def numbered(values: Any) -> Any:

@@ -4,12 +4,14 @@ Windowed models read contexts of any length, since that costs what their window 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Any, Literal, cast
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
+    Collator,
     handle_stop_sequences,
     has_bos_prefix,
     normalize_gen_kwargs,
@@ -18,10 +20,11 @@ from lm_eval.models.utils import (
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from swat_lm.evaluate.limits import check_length, position_limit
-from swat_lm.evaluate.readings import Row
+from swat_lm.evaluate.prefixes import Request
 from swat_lm.evaluate.scoring import Scorer
 from swat_lm.words import counted
 
@@ -62,7 +65,6 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer  # type: ignore[assignment]
         self._scorer = Scorer(model, batch_size)
-        self._device = model.device
         self._prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if self._prefix is None:
             raise ValueError(
@@ -72,12 +74,7 @@ class HarnessModel(TemplateLM):
         if max_length is not None:
             check_max_length(model, max_length)
         self.window_length: int = max_length or resolve_max_length(model.config, tokenizer)
-        self.max_length: int | None = None if max_length is None and self.is_endless else self.window_length
-
-    @property
-    def is_endless(self) -> bool:
-        """Whether the model reads on in constant memory."""
-        return self._scorer.is_endless
+        self.max_length: int | None = None if max_length is None and self._scorer.is_endless else self.window_length
 
     @property
     def eot_token_id(self) -> int:
@@ -89,21 +86,12 @@ class HarnessModel(TemplateLM):
         """The token that stands before a text's first."""
         return self._prefix  # type: ignore[return-value]
 
-    @property
-    def tokenizer_name(self) -> str:
-        """For the harness's caches."""
-        return self.tokenizer.name_or_path.replace("/", "__")  # type: ignore[union-attr]
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; special tokens as the tokenizer adds them by itself, unless the text has its own."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self._prefix)):  # type: ignore[union-attr]
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **options)  # type: ignore[union-attr]
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-likelihood in nats, and whether greedy decoding would say it, of each continuation after its context."""
-        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
@@ -120,22 +108,21 @@ class HarnessModel(TemplateLM):
                     )
                 # one more than is read, since the last token is only predicted
                 before = before[max(0, len(before) + len(continuation) - self.max_length - 1) :]
-            rows.append(Row(before, continuation))
-        return [(one.log_likelihood, one.is_greedy) for one in self._scorer.score(rows, self.on_progress)]
+            rows.append(Request(before, continuation))
+        return [(score.log_likelihood, score.is_greedy) for score in self._scorer.score(rows, self.on_progress)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood in nats of each text as a whole; see `rolling`."""
         rows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            pairs: list[tuple[list[int], list[int]]]
             if self.rolling == "whole":
                 pairs = [([self.prefix_token_id], tokens)] if tokens else []
-                check_length(self._scorer.reader, len(tokens), 1)
+                check_length(self._scorer.streaming, len(tokens), 1)
             else:
                 windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.window_length, context_len=1)
                 pairs = [make_disjoint_window(pair) for pair in windows]
-            rows += [Row(*pair) for pair in pairs]
+            rows += [Request(*pair) for pair in pairs]
             owners += [owner] * len(pairs)
         sums = [0.0] * len(requests)
         for owner, score in zip(owners, self._scorer.score(rows, self.on_progress), strict=True):
@@ -144,24 +131,17 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Each request's text, greedy unless it asks otherwise, up to its stop strings."""
-        texts = [""] * len(requests)
         # of like length together: with left padding every row costs what the longest does
-        order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
-        alike: dict[str, list[int]] = {}
-        for index in order:
-            alike.setdefault(repr(settings(requests[index])), []).append(index)
-        done = 0
-        for indices in alike.values():
-            size = self._scorer.batch_size or 8
-            for begin in range(0, len(indices), size):
-                part = indices[begin : begin + size]
-                contexts, options = [str(requests[index].args[0]) for index in part], settings(requests[part[0]])
-                for index, text in zip(part, self._generate(contexts, options), strict=True):
-                    texts[index] = text
-                done += len(part)
-                if self.on_progress:
-                    self.on_progress(done, len(requests))
-        return texts
+        alike = Collator(
+            [request.args for request in requests], lambda asked: -len(asked[0]), itemgetter(1), group_by="gen_kwargs"
+        )
+        texts: list[str] = []
+        for part in alike.get_batched(n=self._scorer.batch_size or 8):
+            contexts, options = zip(*part, strict=True)
+            texts += self._generate(list(map(str, contexts)), options[0])
+            if self.on_progress:
+                self.on_progress(len(texts), len(requests))
+        return alike.get_original(texts)
 
     @torch.inference_mode()
     def _generate(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
@@ -182,17 +162,13 @@ class HarnessModel(TemplateLM):
             )
         # a context without tokens begins as a text does
         rows = [self.tok_encode(context)[-room if room else None :] or [self.prefix_token_id] for context in contexts]
-        longest = max(map(len, rows))
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.prefix_token_id
-        tokens = torch.full((len(rows), longest), padding, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, ids in enumerate(rows):
-            tokens[row, longest - len(ids) :] = torch.tensor(ids)
-            mask[row, longest - len(ids) :] = 1
-        model: Any = self.model
-        made = model.generate(
-            input_ids=tokens.to(self._device),
-            attention_mask=mask.to(self._device),
+        tokens = pad_sequence([torch.tensor(ids) for ids in rows], True, padding, "left")
+        mask = pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids in rows], True, 0, "left")
+        longest = tokens.shape[1]
+        made = cast(Any, self.model).generate(
+            input_ids=tokens.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
             max_new_tokens=most,
             pad_token_id=padding,
             stopping_criteria=stop_sequences_criteria(tokenizer, until, longest, len(rows)),
@@ -211,9 +187,3 @@ def check_max_length(model: PreTrainedModel, max_length: int) -> None:
     positions = position_limit(model)
     if positions is not None and max_length > positions:
         raise ValueError(f"max_length: {type(model).__name__} has {counted(positions, 'position')}, got {max_length}")
-
-
-def settings(request: Instance) -> dict[str, Any]:
-    """How a request wants its text generated."""
-    arguments: tuple[Any, ...] = request.args
-    return arguments[1]

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from swat_lm.evaluate.plots import write_picture
@@ -37,7 +36,6 @@ def plot_heat_map(
         raise ValueError(f"heat map: expected {len(rows)} rows of {len(columns)} values, neither of them none")
     numbers = [[math.nan if value is None or math.isinf(value) else value for value in row] for row in values]
     figure = Figure(figsize=(9, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     # without any number the scale has no ends of its own
     drawn = any(not math.isnan(value) for row in numbers for value in row)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from swat_lm.evaluate.curves import LengthCurve, summarise
 from swat_lm.evaluate.limits import check_length
 from swat_lm.evaluate.partial import PartialResults
-from swat_lm.evaluate.reader import Reader, evaluating, reader_for
-from swat_lm.evaluate.sinks import SinkReader
+from swat_lm.evaluate.sinks import SinkStreamingModel
+from swat_lm.evaluate.streaming_model import StreamingModel, evaluating, padded, streaming_model
 from swat_lm.evaluate.windows import model_window, with_window
 from swat_lm.words import counted
 
@@ -26,8 +26,8 @@ __all__ = [
     "loss_by_length",
     "loss_on_same_text",
     "position_losses",
-    "reader_behind",
     "segments",
+    "windowed_streaming_model",
     "with_window",
 ]
 
@@ -64,26 +64,24 @@ def loss_by_length(
         ValueError: no document reaches a length, an argument is out of range, or a length that the model cannot hold.
     """
     sizes = check_arguments(lengths, documents, chunk, batch_size)
-    reader = reader_behind(model, window, num_sinks)
-    check_length(reader, sizes[-1], min(batch_size, len(documents)))
+    streaming = windowed_streaming_model(model, window, num_sinks)
+    check_length(streaming, sizes[-1], min(batch_size, len(documents)))
     # of like length side by side, so that few rows are padded
     order = sorted(
         (i for i in range(len(documents)) if len(documents[i]) >= sizes[0]), key=lambda i: -len(documents[i])
     )
     taken = {index: min(len(documents[index]), sizes[-1]) for index in order}
     bounds = sorted({1, *sizes, *(max(1, size // 2) for size in sizes)})
-    sums: dict[int, list[float]] = {index: [0.0] * (len(bounds) - 1) for index in order}
-    state_bytes: dict[int, int] = {}
-    if partial is not None:
-        sums.update({index: partial.known[str(index)] for index in order if str(index) in partial.known})
-        state_bytes = {int(size): kept for size, kept in partial.known.get("state bytes", {}).items()}
-    left = [index for index in order if partial is None or str(index) not in partial.known]
+    known = partial.known if partial else {}
+    sums: dict[int, list[float]] = {index: known.get(str(index), [0.0] * (len(bounds) - 1)) for index in order}
+    state_bytes = {int(size): kept for size, kept in known.get("state bytes", {}).items()}
+    left = [index for index in order if str(index) not in known]
     total = sum(count - 1 for count in taken.values())
     done = total - sum(taken[index] - 1 for index in left)
     for begin in range(0, len(left), batch_size):
         rows = left[begin : begin + batch_size]
-        tokens = stack([documents[index] for index in rows], [taken[index] for index in rows])
-        for piece in stream_losses(reader, tokens, chunk, cuts=sizes):
+        tokens = padded(documents[index][: taken[index]] for index in rows)
+        for piece in position_losses(streaming, tokens, chunk, cuts=sizes):
             for row, index in enumerate(rows):
                 # beyond the document's own end a row is padding
                 losses = piece.losses[row, : max(0, taken[index] - piece.start)]
@@ -101,11 +99,16 @@ def loss_by_length(
             return None
         return math.fsum(sums[index][bounds.index(low) : bounds.index(high)]) / (high - low)
 
-    everyone = range(len(documents))
-    means = [[mean(index, 1, size) for size in sizes] for index in everyone]
-    tails = [[mean(index, max(1, size // 2), size) for size in sizes] for index in everyone]
-    kept = [state_bytes[size] for size in sizes]
-    return summarise(sizes, means, tails, kept, total, model_window(reader.model), same_text=False, num_sinks=num_sinks)
+    return summarise(
+        sizes,
+        [[mean(index, 1, size) for size in sizes] for index in range(len(documents))],
+        [[mean(index, max(1, size // 2), size) for size in sizes] for index in range(len(documents))],
+        [state_bytes[size] for size in sizes],
+        total,
+        model_window(streaming.model),
+        same_text=False,
+        num_sinks=num_sinks,
+    )
 
 
 def loss_on_same_text(
@@ -136,46 +139,52 @@ def loss_on_same_text(
             raise ValueError(
                 f"lengths: expected divisors of the greatest, {sizes[-1]}, so that all see the same text; got {size}"
             )
-    reader = reader_behind(model, window, num_sinks)
-    check_length(reader, sizes[-1], batch_size)
+    streaming = windowed_streaming_model(model, window, num_sinks)
+    check_length(streaming, sizes[-1], batch_size)
     chosen = [index for index in range(len(documents)) if len(documents[index]) >= sizes[-1]]
     used = {index: len(documents[index]) // sizes[-1] * sizes[-1] for index in chosen}
     done, total = 0, sum(used.values()) * len(sizes)
-    means: list[list[float | None]] = [[None] * len(sizes) for _ in documents]
-    tails: list[list[float | None]] = [[None] * len(sizes) for _ in documents]
-    state_bytes = []
-    for at, size in enumerate(sizes):
+    means, tails, state_bytes = [], [], []
+    for size in sizes:
         pieces = [(index, start) for index in chosen for start in range(0, used[index], size)]
-        sums = dict.fromkeys(chosen, (0.0, 0.0))
+        sums = np.zeros((len(documents), 2))
         kept = 0
         together = batch_size * max(1, chunk // size)
         for begin in range(0, len(pieces), together):
             part = pieces[begin : begin + together]
-            tokens = stack([documents[index][start : start + size] for index, start in part], [size] * len(part))
-            heads, tails_here, kept = piece_sums(reader, tokens, chunk)
-            for (index, _), head, tail in zip(part, heads, tails_here, strict=True):
-                sums[index] = (sums[index][0] + head, sums[index][1] + tail)
+            tokens = padded(documents[index][start : start + size] for index, start in part)
+            heads_and_tails, kept = piece_sums(streaming, tokens, chunk)
+            for (index, _), both in zip(part, heads_and_tails, strict=True):
+                sums[index] += both
             done += tokens.numel()
             if on_progress:
                 on_progress(done, total)
         state_bytes.append(kept)
-        for index in chosen:
-            count, (head, tail) = used[index] // size, sums[index]
-            means[index][at] = head / (count * (size - 1))
-            tails[index][at] = tail / (count * (size - max(1, size // 2)))
+        for found, column, count in ((means, 0, size - 1), (tails, 1, size - max(1, size // 2))):
+            found.append([
+                float(sums[index, column]) / (used[index] // size * count) if index in used else None
+                for index in range(len(documents))
+            ])  # fmt: skip
     predicted = sum(count // size * (size - 1) for count in used.values() for size in sizes)
     return summarise(
-        sizes, means, tails, state_bytes, predicted, model_window(reader.model), same_text=True, num_sinks=num_sinks
+        sizes,
+        list(zip(*means, strict=True)),
+        list(zip(*tails, strict=True)),
+        state_bytes,
+        predicted,
+        model_window(streaming.model),
+        same_text=True,
+        num_sinks=num_sinks,
     )
 
 
-def reader_behind(model: PreTrainedModel, window: int | None, num_sinks: int) -> Reader:
-    """A reader of the model behind another window than its own, with first tokens kept beside it, or as it is."""
+def windowed_streaming_model(model: PreTrainedModel, window: int | None, num_sinks: int) -> StreamingModel:
+    """The model read in chunks behind another window than its own, with first tokens kept beside it, or as it is."""
     if not num_sinks:
-        return reader_for(model if window is None else with_window(model, window))
+        return streaming_model(model if window is None else with_window(model, window))
     if window is None:
         raise ValueError("num_sinks: sinks are kept beside a window: give one")
-    return SinkReader(model, num_sinks, window)
+    return SinkStreamingModel(model, num_sinks, window)
 
 
 class Piece(NamedTuple):
@@ -191,26 +200,21 @@ class Piece(NamedTuple):
 
 
 def position_losses(
-    model: PreTrainedModel, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()
+    streaming: StreamingModel, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()
 ) -> Iterator[Piece]:
     """Stream `tokens` int64 `[B, T]` through any causal model; yields the loss of every token but the first, in order.
 
     Each chunk's hidden states predict the token after each of its own; chunks also end at the token numbers `cuts`.
     """
-    return stream_losses(reader_for(model), tokens, chunk, cuts)
-
-
-def stream_losses(reader: Reader, tokens: Tensor, chunk: int = 512, cuts: Iterable[int] = ()) -> Iterator[Piece]:
-    """As `position_losses`, with a reader."""
     length = tokens.shape[1]
-    tokens = tokens.to(reader.device)
+    tokens = tokens.to(streaming.model.device)
     edges = sorted({*range(0, length, chunk), *(cut for cut in cuts if cut < length), length})
-    with evaluating(reader.model):
-        state = reader.start(len(tokens))
+    with evaluating(streaming.model):
+        state = streaming.start(len(tokens))
         for start, end in itertools.pairwise(edges):
-            hidden = reader.extend(tokens[:, start:end], state)
-            losses = reader.losses(hidden, tokens[:, start + 1 : end + 1])
-            yield Piece(start + 1, losses.cpu(), end, reader.state_bytes(state))
+            hidden = streaming.extend(tokens[:, start:end], state)
+            losses = streaming.losses(hidden, tokens[:, start + 1 : end + 1])
+            yield Piece(start + 1, losses.cpu(), end, streaming.state_bytes(state))
 
 
 def segments(documents: Iterable[np.ndarray], length: int, most: int | None = None) -> list[np.ndarray]:
@@ -247,30 +251,20 @@ def check_arguments(lengths: Iterable[int], documents: Sequence[Any], chunk: int
     return sizes
 
 
-def stack(documents: Sequence[Any], counts: Sequence[int]) -> Tensor:
-    """The first tokens of each document as int64 `[B, T]`, padded on the right, where no earlier token looks."""
-    rows = torch.zeros(len(documents), max(counts), dtype=torch.int64)
-    for row, (document, count) in enumerate(zip(documents, counts, strict=True)):
-        rows[row, :count] = torch.as_tensor(np.asarray(document[:count], dtype=np.int64))
-    return rows
-
-
 def add_to_buckets(sums: list[float], bounds: Sequence[int], start: int, losses: Tensor) -> None:
     """Add the losses of the tokens at index `start ..` to the buckets `bounds[b] <= index < bounds[b + 1]`."""
     for bucket, (low, high) in enumerate(itertools.pairwise(bounds)):
         part = losses[max(0, low - start) : max(0, high - start)]
-        if len(part):
-            sums[bucket] += part.double().sum().item()
+        sums[bucket] += part.double().sum().item()
 
 
-def piece_sums(reader: Reader, tokens: Tensor, chunk: int) -> tuple[list[float], list[float], int]:
-    """Of each row of `tokens` `[B, N]` the summed loss of tokens 2 .. N and N/2+1 .. N; bytes kept after the last."""
+def piece_sums(streaming: StreamingModel, tokens: Tensor, chunk: int) -> tuple[np.ndarray, int]:
+    """Of each row of `tokens` `[B, N]` the summed loss of tokens 2 .. N and N/2+1 .. N, float64; bytes kept at last."""
     middle, kept = max(1, tokens.shape[1] // 2), 0
-    whole = torch.zeros(len(tokens), dtype=torch.float64)
-    late = torch.zeros(len(tokens), dtype=torch.float64)
-    for piece in stream_losses(reader, tokens, chunk):
+    sums = torch.zeros(len(tokens), 2, dtype=torch.float64)
+    for piece in position_losses(streaming, tokens, chunk):
         losses = piece.losses.double()
-        whole += losses.sum(dim=1)
-        late += losses[:, max(0, middle - piece.start) :].sum(dim=1)
+        sums[:, 0] += losses.sum(dim=1)
+        sums[:, 1] += losses[:, max(0, middle - piece.start) :].sum(dim=1)
         kept = piece.state_bytes
-    return whole.tolist(), late.tolist(), kept
+    return sums.numpy(), kept

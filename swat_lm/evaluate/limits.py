@@ -1,6 +1,6 @@
 """What a model cannot hold, said before any hour is spent: its positions, and the memory of its cache."""
 
-import os
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.reader import Reader, StateReader, probe
-from swat_lm.evaluate.sinks import SinkReader
+from swat_lm.evaluate.sinks import SinkStreamingModel
+from swat_lm.evaluate.streaming_model import StreamingModel, SwatStreamingModel, probe
 from swat_lm.evaluate.windows import theoretical_reach
 from swat_lm.model.cost import state_bytes
 from swat_lm.words import counted
@@ -19,16 +19,16 @@ __all__ = ["available_bytes", "check_length", "extrapolates_beyond", "position_l
 PROBE_TOKENS = 24
 
 
-def check_length(reader: Reader, length: int, batch_size: int) -> None:
+def check_length(streaming: StreamingModel, length: int, batch_size: int) -> None:
     """Raise ValueError if B streams of this many tokens cannot be read: too many positions, or too little memory."""
-    if isinstance(reader, SinkReader):
+    if isinstance(streaming, SinkStreamingModel):
         # a window and a few tokens, whose positions count within what is kept
         return
-    limit = position_limit(reader.model)
-    name = type(reader.model).__name__
+    limit = position_limit(streaming.model)
+    name = type(streaming.model).__name__
     if limit is not None and length > limit:
         raise ValueError(f"{name} has no position beyond token {limit:,}: it cannot read {length:,}; ask for less")
-    each, free = stream_bytes(reader, length), available_bytes(reader.device)
+    each, free = stream_bytes(streaming, length), available_bytes(streaming.model.device)
     if free is None or each * batch_size <= free:
         return
     fits = free // each
@@ -50,15 +50,14 @@ def position_limit(model: PreTrainedModel) -> int | None:
     if not isinstance(most, int):
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]
-    changing = [one for one in kinds if one.get("rope_type") in ("dynamic", "longrope")]
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
     if changing:
-        return min(int(one.get("original_max_position_embeddings", most)) for one in changing)
+        return min(int(kind.get("original_max_position_embeddings", most)) for kind in changing)
     words = model.get_input_embeddings()
-    tables = [one for one in model.modules() if isinstance(one, nn.Embedding) and one is not words]
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
     # some reserve a few rows before the first position
-    learned = [one for one in tables if most <= one.num_embeddings < most + 8]
-    return most if learned else None
+    return most if any(most <= table.num_embeddings < most + 8 for table in tables) else None
 
 
 def extrapolates_beyond(model: PreTrainedModel) -> int | None:
@@ -71,17 +70,17 @@ def extrapolates_beyond(model: PreTrainedModel) -> int | None:
 
 
 @torch.inference_mode()
-def stream_bytes(reader: Reader, length: int) -> int:
+def stream_bytes(streaming: StreamingModel, length: int) -> int:
     """Bytes that one stream keeps after `length` tokens, from what a short one keeps."""
-    if isinstance(reader, StateReader):
-        weight = cast(torch.Tensor, reader.head.weight)  # type: ignore[union-attr]
+    if isinstance(streaming, SwatStreamingModel):
+        weight = cast(torch.Tensor, streaming.head.weight)  # type: ignore[union-attr]
         # rings without a window are doubled
         context = 1 << (length - 1).bit_length()
-        return state_bytes(reader.model.config, context=context, dtype_bytes=weight.element_size())  # type: ignore[arg-type]
-    tokens = probe(reader.model, reader.vocab_size, PROBE_TOKENS)
-    state = reader.start(len(tokens))
-    reader.extend(tokens, state)
-    total = reader.state_bytes(state)
+        return state_bytes(streaming.model.config, context=context, dtype_bytes=weight.element_size())  # type: ignore[arg-type]
+    tokens = probe(streaming.model, streaming.vocab_size, PROBE_TOKENS)
+    state = streaming.start(len(tokens))
+    streaming.extend(tokens, state)
+    total = streaming.state_bytes(state)
     for layer in getattr(next(iter(state.cache.values())), "layers", ()):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor) or keys.dim() != 4:
@@ -99,13 +98,8 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     table = Path("/proc/meminfo")
-    if table.exists():
-        for line in table.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    found = re.search(r"MemAvailable: +(\d+) kB", table.read_text()) if table.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def gibibytes(count: int) -> str:

@@ -23,8 +23,7 @@ class PartialResults:
 
     def __init__(self, path: Path, key: str) -> None:
         """Raises ValueError if the file holds another measurement's results, or is damaged."""
-        self.path = path
-        self.key = key
+        self.path, self.key = path, key
         self.known: dict[str, Any] = {}
         if not path.exists():
             return
@@ -41,7 +40,6 @@ class PartialResults:
     def add(self, results: Mapping[str, Any]) -> None:
         """Keep these results; written beside the place and renamed."""
         self.known.update(results)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, write_figures({"key": self.key, "results": self.known}, indent=None))
 
     def remove(self) -> None:
@@ -61,5 +59,5 @@ def measurement_key(model: PreTrainedModel, documents: Iterable[Any], settings: 
     for document in documents:
         found.update(np.ascontiguousarray(np.asarray(document, dtype=np.int64)).tobytes())
         found.update(b"/")
-    found.update(json.dumps([str(one) for one in settings]).encode())
+    found.update(json.dumps([str(setting) for setting in settings]).encode())
     return found.hexdigest()

@@ -5,14 +5,16 @@ Knows numbers only: no model, no data. Draws without a display.
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axis import XAxis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from swat_lm.files import write_bytes
 
@@ -38,17 +40,17 @@ class Series:
 
 def styled(series: Sequence[Series]) -> list[tuple[int, Series]]:
     """Each line with the number of its style."""
-    return [((index if one.style is None else one.style) % len(COLOURS), one) for index, one in enumerate(series)]
+    return [((index if line.style is None else line.style) % len(COLOURS), line) for index, line in enumerate(series)]
 
 
-def drawable(one: Series) -> Series:
+def drawable(line: Series) -> Series:
     """The line without points that are not finite, which no axis holds; its name says how many these are."""
-    y = [value if math.isfinite(value) else math.nan for value in one.y]
+    y = [value if math.isfinite(value) else math.nan for value in line.y]
     missing = sum(map(math.isnan, y))
     if not missing:
-        return one
-    error = None if one.error is None else [None if e is None or not math.isfinite(e) else e for e in one.error]
-    return replace(one, name=f"{one.name} ({missing} of {len(y)} not finite)", y=y, error=error)
+        return line
+    error = None if line.error is None else [None if e is None or not math.isfinite(e) else e for e in line.error]
+    return replace(line, name=f"{line.name} ({missing} of {len(y)} not finite)", y=y, error=error)
 
 
 def plot_loss_by_length(
@@ -65,28 +67,17 @@ def plot_loss_by_length(
     `training_length` and `window` are marked by vertical lines. Raises ValueError if there is nothing to draw.
     """
     check_series(series)
-    series = [drawable(one) for one in series]
+    series = [drawable(line) for line in series]
     figure, axes = new_figure()
-    for index, one in styled(series):
-        errors = None if one.error is None else [0.0 if e is None else e for e in one.error]
-        axes.errorbar(
-            one.x, one.y, yerr=errors, label=one.name, color=COLOURS[index], marker=MARKERS[index],
-            linestyle=DASHES[index], linewidth=2.2, markersize=7, capsize=4,
-        )  # fmt: skip
-    lengths = sorted({x for one in series for x in one.x})
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.set_xlabel("evaluation length (tokens)")
-    axes.set_ylabel(ylabel)
-    leave_headroom(axes)
-    marks: dict[float, list[str]] = {}
-    for at, text in ((training_length, "training length"), (window, "window")):
-        if at is not None:
-            marks.setdefault(float(at), []).append(text)
-    for at, texts in marks.items():
-        mark_vertical(axes, at, " = ".join(texts))
+    for style, line in styled(series):
+        errors = None if line.error is None else [0.0 if e is None else e for e in line.error]
+        axes.errorbar(line.x, line.y, yerr=errors, label=line.name, **line_style(style), capsize=4)
+    doubling_axis(axes.xaxis, sorted({x for line in series for x in line.x}))
+    axes.set(xlabel="evaluation length (tokens)", ylabel=ylabel)
+    low, high = axes.get_ylim()
+    # room above the curves for the words of the vertical marks
+    axes.set_ylim(low, high + 0.1 * (high - low))
+    mark_verticals(axes, {"training length": training_length, "window": window})
     finish(figure, path, title)
 
 
@@ -98,23 +89,20 @@ def plot_training(
     `held_out[i]` belongs to `training[i]` and shares its colour; it may be empty. Raises ValueError without any line.
     """
     check_series(training)
-    training, held_out = [drawable(one) for one in training], [drawable(one) for one in held_out]
+    training, held_out = [drawable(line) for line in training], [drawable(line) for line in held_out]
     figure, axes = new_figure()
-    kind = ", training" if any(one.x for one in held_out) else ""
-    for index, one in styled(training):
-        colour = COLOURS[index]
-        axes.plot(one.x, one.y, color=colour, linewidth=0.8, alpha=0.3)
-        axes.plot(one.x, running_mean(one.y), color=colour, linewidth=2.2, linestyle=DASHES[index],
-                  label=f"{one.name}{kind}")  # fmt: skip
-    for index, one in styled(held_out):
-        if one.x:
-            axes.plot(one.x, one.y, color=COLOURS[index], linestyle="none", marker=MARKERS[index],
-                      markersize=8, markeredgecolor="black", label=f"{one.name}, held out")  # fmt: skip
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.set_xlabel("tokens trained on")
-    axes.set_ylabel("loss (nats per token)")
+    kind = ", training" if any(line.x for line in held_out) else ""
+    for style, line in styled(training):
+        axes.plot(line.x, line.y, color=COLOURS[style], linewidth=0.8, alpha=0.3)
+        axes.plot(line.x, running_mean(line.y), **line_style(style, marker=""), label=f"{line.name}{kind}")
+    for style, line in styled(held_out):
+        if line.x:
+            axes.plot(line.x, line.y, color=COLOURS[style], linestyle="none", marker=MARKERS[style],
+                      markersize=8, markeredgecolor="black", label=f"{line.name}, held out")  # fmt: skip
     low, high = smoothed_range(training, held_out)
+    axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)")
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     finish(figure, path, title)
 
 
@@ -122,24 +110,18 @@ def plot_state_bytes(series: Sequence[Series], path: Path, *, title: str | None 
     """Bytes that a stream keeps against tokens read, both axes doubling. Raises ValueError without any line."""
     check_series(series)
     figure, axes = new_figure()
-    for index, one in styled(series):
-        axes.plot(one.x, one.y, label=one.name, color=COLOURS[index], marker=MARKERS[index],
-                  linestyle=DASHES[index], linewidth=2.2, markersize=7)  # fmt: skip
-    axes.set_xscale("log", base=2)
+    for style, line in styled(series):
+        axes.plot(line.x, line.y, label=line.name, **line_style(style))
+    doubling_axis(axes.xaxis, sorted({x for line in series for x in line.x}))
     axes.set_yscale("log", base=2)
-    lengths = sorted({x for one in series for x in one.x})
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
-    axes.xaxis.set_minor_locator(NullLocator())
-    levels = sorted({y for one in series for y in one.y})
+    levels = sorted({y for line in series for y in line.y})
     if levels[-1] < 4 * levels[0]:
         # powers of two would leave such lines between two ticks
         axes.set_ylim(levels[0] / 2, 2 * levels[-1])
-        axes.yaxis.set_major_locator(FixedLocator(levels[:: max(1, len(levels) // 4)]))
+        axes.set_yticks(levels[:: max(1, len(levels) // 4)])
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_bytes(value)))
-    axes.set_xlabel("tokens read")
-    axes.set_ylabel("state of one stream")
+    axes.yaxis.set_major_formatter(lambda value, _: short_bytes(value))
+    axes.set(xlabel="tokens read", ylabel="state of one stream")
     finish(figure, path, title)
 
 
@@ -165,19 +147,15 @@ def short_bytes(value: float) -> str:
 def running_mean(values: Sequence[float]) -> list[float]:
     """Mean over about a fifteenth of the curve, centred so that it does not lag; the ends use what there is."""
     reach = len(values) // 30
-    means = []
-    for index in range(len(values)):
-        # equally far to both sides, else a falling curve's first means would be too low
-        half = min(reach, index, len(values) - 1 - index)
-        part = values[index - half : index + half + 1]
-        means.append(sum(part) / len(part))
-    return means
+    # equally far to both sides, else a falling curve's first means would be too low
+    halves = [min(reach, index, len(values) - 1 - index) for index in range(len(values))]
+    return [fmean(values[index - half : index + half + 1]) for index, half in enumerate(halves)]
 
 
 def smoothed_range(training: Sequence[Series], held_out: Sequence[Series]) -> tuple[float, float]:
     """Limits of the loss axis: the lowest value, and the smoothed loss after a tenth of training."""
-    lowest = min((value for one in (*training, *held_out) for value in one.y if math.isfinite(value)), default=0.0)
-    smooth = [[value for value in running_mean(one.y) if math.isfinite(value)] for one in training]
+    lowest = min((value for line in (*training, *held_out) for value in line.y if math.isfinite(value)), default=0.0)
+    smooth = [[value for value in running_mean(line.y) if math.isfinite(value)] for line in training]
     highest = max((curve[len(curve) // 10] for curve in smooth if curve), default=lowest)
     return lowest, max(highest, lowest + 1e-3)
 
@@ -185,22 +163,37 @@ def smoothed_range(training: Sequence[Series], held_out: Sequence[Series]) -> tu
 def new_figure() -> tuple[Figure, Axes]:
     """A figure of 9 by 5.4 inches whose text stays readable at half size."""
     figure = Figure(figsize=(9, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.grid(True, color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=13)
     axes.xaxis.label.set_fontsize(14)
     axes.yaxis.label.set_fontsize(14)
     return figure, axes
 
 
-def leave_headroom(axes: Axes) -> None:
-    """Room above the curves for the words of the vertical marks."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.1 * (high - low))
+def line_style(style: int, marker: str | None = None) -> dict[str, Any]:
+    """How the line of this style is drawn, with its own marker or another."""
+    marker = MARKERS[style] if marker is None else marker
+    return {
+        "color": COLOURS[style], "marker": marker, "linestyle": DASHES[style], "linewidth": 2.2, "markersize": 7
+    }  # fmt: skip
+
+
+def doubling_axis(axis: XAxis, ticks: Sequence[float]) -> None:
+    """Numbers of tokens on a doubling axis, labelled at these places only."""
+    axis.axes.set_xscale("log", base=2)
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: short_number(value))
+
+
+def mark_verticals(axes: Axes, marks: Mapping[str, float | None]) -> None:
+    """A line for each mark that has a place; those of one place share it."""
+    places = dict.fromkeys(place for place in marks.values() if place is not None)
+    for place in places:
+        mark_vertical(axes, place, " = ".join(text for text, other in marks.items() if other == place))
 
 
 def mark_vertical(axes: Axes, at: float, text: str) -> None:
@@ -214,10 +207,10 @@ def check_series(series: Sequence[Series]) -> None:
     """Raise ValueError if a line is empty or its parts differ in length."""
     if not series:
         raise ValueError("nothing to draw: expected at least one series")
-    for one in series:
-        sizes = {len(one.x), len(one.y)} | ({len(one.error)} if one.error is not None else set())
+    for line in series:
+        sizes = {len(line.x), len(line.y)} | ({len(line.error)} if line.error is not None else set())
         if len(sizes) != 1 or 0 in sizes:
-            raise ValueError(f"series {one.name!r}: x, y and error must be equally long and not empty; got {sizes}")
+            raise ValueError(f"series {line.name!r}: x, y and error must be equally long and not empty; got {sizes}")
 
 
 def finish(figure: Figure, path: Path, title: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from swat_lm.data.readers import read_rows
+from swat_lm.data.source_text import read_rows
 from swat_lm.data.sources import source_file
 from swat_lm.data.synthetic import Answer, SyntheticTask
 from swat_lm.evaluate.recall import RecallItem
@@ -44,18 +44,16 @@ def guessed_share(task: SyntheticTask | None, items: Sequence[RecallItem]) -> fl
     """
     if task is None:
         return 1 / 90_000
-    shares = [task.values ** -(one.end - one.start) for item in items for one in item.answers]
+    shares = [task.values ** -(answer.end - answer.start) for item in items for answer in item.answers]
     return math.fsum(shares) / len(shares)
 
 
 def synthetic_items(task: SyntheticTask, distances: Sequence[int], count: int, seed: int = 0) -> list[RecallItem]:
     """Items of a synthetic task, `count` for each distance; raises DataError for a distance that it cannot have."""
-    items = []
-    for distance in distances:
-        for number in range(count):
-            row = task.row_at(np.random.default_rng((seed, 2, distance, number)), distance)
-            items.append(RecallItem(row.tokens, row.answers, distance))
-    return items
+    return [
+        RecallItem(*task.row_at(np.random.default_rng((seed, 2, distance, number)), distance), distance)
+        for distance in distances for number in range(count)
+    ]  # fmt: skip
 
 
 def text_items(name: str, encode: Encode, distances: Sequence[int], count: int, seed: int = 0) -> list[RecallItem]:
@@ -119,7 +117,7 @@ def key_value(encode: Encode, random: np.random.Generator, distance: int) -> tup
 
 def queries(encode: Encode, random: np.random.Generator, distance: int) -> tuple[list[int], list[Answer]]:
     """Some pairs, filler, and all the keys again in another order."""
-    words = [str(one) for one in random.permutation(WORDS)[:PAIRS]]
+    words = [str(word) for word in random.permutation(WORDS)[:PAIRS]]
     pairs = [(encode(f"\n{word}:"), encode(f" {random.integers(10_000, 100_000)}")) for word in words]
     tokens, stored = filler(encode, LEAD), []
     for key, value in pairs:
@@ -140,7 +138,7 @@ def queries(encode: Encode, random: np.random.Generator, distance: int) -> tuple
 
 def copied(encode: Encode, random: np.random.Generator, distance: int) -> tuple[list[int], list[Answer]]:
     """A list of words, filler, and the list again; its first word says which list is meant."""
-    words = [str(one) for one in random.permutation(WORDS)[:6]]
+    words = [str(word) for word in random.permutation(WORDS)[:6]]
     first, rest = encode(f"\n{words[0]}"), encode("".join(f" {word}" for word in words[1:]))
     stored = [*filler(encode, LEAD), *first]
     needed = len(rest) + len(first) - 1

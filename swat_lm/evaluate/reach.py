@@ -6,8 +6,7 @@ another matter (docs/evaluation.md). Legend: B streams, T tokens, M model width.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.curves import mean_and_error
-from swat_lm.evaluate.figures import write_figures
+from swat_lm.evaluate.figures import JsonRecord
 from swat_lm.evaluate.limits import position_limit
-from swat_lm.evaluate.reader import evaluating
+from swat_lm.evaluate.standard_errors import mean_and_error
+from swat_lm.evaluate.streaming_model import evaluating
 from swat_lm.evaluate.windows import model_window, theoretical_reach
-from swat_lm.files import write_text
 
 __all__ = ["ReachCurve", "effective_reach", "gradient_norms"]
 
@@ -31,7 +29,7 @@ CHECKPOINT_ABOVE = 4096
 
 
 @dataclass(frozen=True)
-class ReachCurve:
+class ReachCurve(JsonRecord):
     """Influence of a token on the prediction so many tokens later, averaged over streams.
 
     The influence at distance d is the norm of the gradient of the last token's loss with respect to the embedding of
@@ -57,10 +55,6 @@ class ReachCurve:
     reach: int | None
     """Tokens, its own included, that a place can depend on."""
 
-    def save(self, path: Path) -> None:
-        """Write the JSON beside the place and rename it."""
-        write_text(path, write_figures(asdict(self)) + "\n")
-
 
 def effective_reach(
     model: PreTrainedModel,
@@ -76,7 +70,7 @@ def effective_reach(
         ValueError: no streams, of unequal lengths, or shorter than three tokens or longer than the model's
             positions; a model that takes no embeddings.
     """
-    sizes = {len(one) for one in streams}
+    sizes = {len(stream) for stream in streams}
     if len(sizes) != 1 or min(sizes) < 3:
         raise ValueError(f"streams: expected at least one, of equal length and at least 3 tokens; got {sorted(sizes)}")
     reach, length, limit = theoretical_reach(model), min(sizes) - 1, position_limit(model)
@@ -105,8 +99,12 @@ def gradient_norms(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     with evaluating(model), torch.enable_grad():
         embedded = words(tokens[:, :-1]).detach().requires_grad_(True)
         if long:
-            # layers are recomputed in training mode only; no model of this size is evaluated with dropout on
-            refuse_dropout(model)
+            # layers are recomputed in training mode only, in which dropout would draw random numbers
+            dropping = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+            if dropping or getattr(model.config, "attention_dropout", 0):
+                raise ValueError(
+                    f"more than {CHECKPOINT_ABOVE} tokens of a model with dropout: measure shorter streams"
+                )
             model.activation_checkpointing_enable()
             model.train()
         try:
@@ -121,19 +119,12 @@ def gradient_norms(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return gradient.float().norm(dim=-1).flip(1).cpu()
 
 
-def refuse_dropout(model: PreTrainedModel) -> None:
-    """Raise ValueError if training mode would draw random numbers."""
-    active = [name for name, one in model.named_modules() if isinstance(one, torch.nn.Dropout) and one.p]
-    if active or getattr(model.config, "attention_dropout", 0):
-        raise ValueError(f"more than {CHECKPOINT_ABOVE} tokens of a model with dropout: measure shorter streams")
-
-
 def summary(shares: Tensor, length: int, window: int | None, reach: int | None) -> ReachCurve:
     """Bins that double, and quantiles, of shares `[streams, T]` by distance."""
     first = [0, *(1 << power for power in range(math.ceil(math.log2(length))))]
     last = [min(begin * 2 - 1, length - 1) if begin else 0 for begin in first]
     binned = [shares[:, low : high + 1].mean(dim=1).tolist() for low, high in zip(first, last, strict=True)]
-    means = [mean_and_error(one) for one in binned]
+    means = [mean_and_error(shares_of_bin) for shares_of_bin in binned]
     sums = shares.cumsum(dim=1)
     within = {f"{share:g}": mean_and_error((sums < share).sum(dim=1).double().tolist()) for share in SHARES}
     return ReachCurve(

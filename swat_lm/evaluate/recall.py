@@ -6,8 +6,7 @@ model itself would have written (all of them the likeliest). Legend: B items sid
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +14,12 @@ import torch
 from transformers import PreTrainedModel
 
 from swat_lm.data.synthetic import Answer
-from swat_lm.evaluate.curves import mean_and_error
-from swat_lm.evaluate.figures import read_figures, write_figures
+from swat_lm.evaluate.figures import JsonRecord
 from swat_lm.evaluate.limits import check_length
 from swat_lm.evaluate.partial import PartialResults
-from swat_lm.evaluate.reader import Reader, evaluating, reader_for
+from swat_lm.evaluate.standard_errors import mean_and_error
+from swat_lm.evaluate.streaming_model import StreamingModel, evaluating, padded, streaming_model
 from swat_lm.evaluate.windows import model_window, theoretical_reach
-from swat_lm.files import write_text
 
 __all__ = ["RecallCurve", "RecallItem", "RecallPoint", "measure_recall", "wilson"]
 
@@ -59,7 +57,7 @@ class RecallPoint:
 
 
 @dataclass(frozen=True)
-class RecallCurve:
+class RecallCurve(JsonRecord):
     """Recall of one model in one task."""
 
     task: str
@@ -70,17 +68,6 @@ class RecallCurve:
     """Tokens, its own included, that a place can depend on: 1 + sum of (window - 1)."""
     chance: float | None = None
     """Share of answers that guessing among all possible ones gets right; None where that is not known."""
-
-    def save(self, path: Path) -> None:
-        """Write the JSON beside the place and rename it."""
-        write_text(path, write_figures(asdict(self)) + "\n")
-
-    @classmethod
-    def from_json(cls, text: str) -> "RecallCurve":
-        """Read what `save` wrote."""
-        values = read_figures(text)
-        points = tuple(RecallPoint(**one) for one in values["points"])
-        return cls(values["task"], points, values["window"], values["reach"], values.get("chance"))
 
 
 class Scored(NamedTuple):
@@ -110,25 +97,23 @@ def measure_recall(
     Raises:
         ValueError: no items, an item without an answer or with tokens that the model does not know, or one too long.
     """
-    reader = reader_for(model)
-    check_items(items, reader.vocab_size, chunk, batch_size)
+    streaming = streaming_model(model)
+    check_items(items, streaming.vocab_size, chunk, batch_size)
     # of like length side by side, the longest first, so that what does not fit fails at once
     order = sorted(range(len(items)), key=lambda index: -len(items[index].tokens))
-    check_length(reader, len(items[order[0]].tokens), min(batch_size, len(items)))
-    known = {} if partial is None else partial.known
-    scored = {int(index): Scored(*one) for index, one in known.items()}
+    check_length(streaming, len(items[order[0]].tokens), min(batch_size, len(items)))
+    scored = {int(index): Scored(*kept) for index, kept in (partial.known if partial else {}).items()}
     left = [index for index in order if index not in scored]
-    done, total = sum(len(items[index].tokens) for index in scored), sum(len(item.tokens) for item in items)
+    total = sum(len(item.tokens) for item in items)
     with evaluating(model):
         for begin in range(0, len(left), batch_size):
             rows = left[begin : begin + batch_size]
-            found = score_batch(reader, [items[index] for index in rows], chunk)
+            found = score_batch(streaming, [items[index] for index in rows], chunk)
             scored.update(zip(rows, found, strict=True))
             if partial is not None:
-                partial.add({str(index): list(one) for index, one in zip(rows, found, strict=True)})
-            done += sum(len(items[index].tokens) for index in rows)
+                partial.add({str(index): list(score) for index, score in zip(rows, found, strict=True)})
             if on_progress:
-                on_progress(done, total)
+                on_progress(sum(len(items[index].tokens) for index in scored), total)
     groups: dict[int, list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(item.group, []).append(index)
@@ -153,44 +138,39 @@ def check_items(items: Sequence[RecallItem], vocab_size: int, chunk: int, batch_
             )
 
 
-def score_batch(reader: Reader, items: Sequence[RecallItem], chunk: int) -> list[Scored]:
+def score_batch(streaming: StreamingModel, items: Sequence[RecallItem], chunk: int) -> list[Scored]:
     """Read items side by side, padded on the right, and look only at places before answers."""
-    length = max(len(item.tokens) for item in items)
-    tokens = torch.zeros(len(items), length, dtype=torch.int64)
-    wanted = torch.zeros(len(items), length, dtype=torch.bool)
+    tokens = padded(item.tokens for item in items)
+    wanted, hits = torch.zeros(2, *tokens.shape, dtype=torch.bool)
     for row, item in enumerate(items):
-        tokens[row, : len(item.tokens)] = torch.from_numpy(np.asarray(item.tokens, dtype=np.int64))
         for answer in item.answers:
             wanted[row, answer.start : answer.end] = True
-    hits, losses = torch.zeros(tokens.shape, dtype=torch.bool), torch.zeros(tokens.shape, dtype=torch.float64)
-    state = reader.start(len(items))
-    for start in range(0, length, chunk):
-        end = min(start + chunk, length)
-        hidden = reader.extend(tokens[:, start:end], state)
-        here = wanted[:, start + 1 : end + 1]
+    losses = torch.zeros(tokens.shape, dtype=torch.float64)
+    state = streaming.start(len(items))
+    for start in range(0, tokens.shape[1], chunk):
+        hidden = streaming.extend(tokens[:, start : start + chunk], state)
+        # each place predicts the token after it
+        after = slice(start + 1, start + chunk + 1)
+        here = wanted[:, after]
         if not here.any():
             continue
         chosen = hidden[:, : here.shape[1]][here.to(hidden.device)].unsqueeze(0)
-        targets = tokens[:, start + 1 : end + 1][here].unsqueeze(0)
-        rows, columns = here.nonzero(as_tuple=True)
-        losses[rows, columns + start + 1] = reader.losses(chosen, targets.to(hidden.device))[0].double().cpu()
-        hits[rows, columns + start + 1] = reader.hits(chosen, targets.to(hidden.device))[0].cpu()
-    results = []
-    for row, item in enumerate(items):
-        right = [bool(hits[row, answer.start : answer.end].all()) for answer in item.answers]
-        results.append(Scored(right, losses[row][wanted[row]].mean().item()))
-    return results
+        targets = tokens[:, after][here].unsqueeze(0).to(hidden.device)
+        losses[:, after][here] = streaming.losses(chosen, targets)[0].double().cpu()
+        hits[:, after][here] = streaming.hits(chosen, targets)[0].cpu()
+    right = [[bool(hits[row, start:end].all()) for start, end, _ in item.answers] for row, item in enumerate(items)]
+    return [Scored(right[row], losses[row][wanted[row]].mean().item()) for row in range(len(items))]
 
 
 def summary(items: Sequence[RecallItem], scored: Sequence[Scored]) -> RecallPoint:
     """One point of the curve."""
     distances = [answer.distance for item in items for answer in item.answers]
-    right = [sum(one.right) / len(one.right) for one in scored]
+    right = [sum(score.right) / len(score.right) for score in scored]
     accuracy = math.fsum(right) / len(right)
     low, high = wilson(accuracy, len(right))
     return RecallPoint(
         round(sum(distances) / len(distances)), len(items), len(distances), accuracy, low, high,
-        *mean_and_error([one.loss for one in scored]),
+        *mean_and_error([score.loss for score in scored]),
     )  # fmt: skip
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from swat_lm.evaluate.plots import COLOURS, DASHES, MARKERS, finish, mark_vertical, new_figure, short_number
+from swat_lm.evaluate.plots import COLOURS, doubling_axis, finish, line_style, mark_verticals, new_figure
 from swat_lm.evaluate.reach import ReachCurve
 from swat_lm.evaluate.recall import RecallCurve
 
@@ -35,19 +35,14 @@ def plot_recall(
         accuracy = [point.accuracy for point in curve.points]
         below = [max(0.0, point.accuracy - point.low) for point in curve.points]
         above = [max(0.0, point.high - point.accuracy) for point in curve.points]
-        axes.errorbar(
-            at, accuracy, yerr=[below, above], label=curve.task, color=COLOURS[style], marker=MARKERS[style],
-            linestyle=DASHES[style], linewidth=2.2, markersize=7, capsize=4,
-        )  # fmt: skip
-    axes.set_ylim(-0.03, 1.12)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.set_ylabel("share of answers recalled")
-    for chance in sorted({one.chance for one in curves if one.chance is not None and one.chance >= VISIBLE}):
+        axes.errorbar(at, accuracy, yerr=[below, above], label=curve.task, **line_style(style), capsize=4)
+    axes.set(ylim=(-0.03, 1.12), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="share of answers recalled")
+    for chance in sorted({curve.chance for curve in curves if curve.chance is not None and curve.chance >= VISIBLE}):
         axes.axhline(chance, color="#555555", linestyle=(0, (1, 3)), linewidth=1.6)
         axes.annotate("guessing", (0.995, chance), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
                       textcoords="offset points", fontsize=12, color="#333333")  # fmt: skip
     shown = [point.distance for curve in curves for point in curve.points]
-    edges = [one - 1 for curve in curves[:1] for one in (curve.window, curve.reach) if one is not None]
+    edges = [edge - 1 for edge in (curves[0].window, curves[0].reach) if edge is not None]
     by_distance(axes, [*shown, *edges], "distance to recall (tokens)")
     mark_edges(axes, curves[0].window, curves[0].reach)
     finish(figure, path, title)
@@ -62,16 +57,11 @@ def plot_reach(curve: ReachCurve, path: Path, *, title: str | None = None) -> No
     middle = [(curve.first[i] * curve.last[i]) ** 0.5 for i in shown]
     shares = [100 * curve.share[i] for i in shown]
     errors = [100 * min(curve.share_error[i] or 0.0, 0.9 * curve.share[i]) for i in shown]
-    axes.errorbar(
-        middle, shares, yerr=errors, label="influence of one token", color=COLOURS[0], marker=MARKERS[0],
-        linewidth=2.2, markersize=7, capsize=4,
-    )  # fmt: skip
-    axes.set_yscale("log")
-    ticks = readable_ticks(*axes.get_ylim())
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.errorbar(middle, shares, yerr=errors, label="influence of one token", **line_style(0), capsize=4)
+    axes.set(yscale="log", ylabel="share of all influence (%)")
+    axes.set_yticks(readable_ticks(*axes.get_ylim()))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    axes.set_ylabel("share of all influence (%)")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     by_distance(axes, [curve.last[i] for i in shown], "distance to the prediction (tokens)")
     mark_edges(axes, curve.window, curve.reach)
     # in the legend, since the lines may stand close to each other and to the window's edge
@@ -88,25 +78,19 @@ def readable_ticks(low: float, high: float) -> list[float]:
     ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
     if len(ticks) >= 3:
         return ticks
-    return [one for one in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= one <= high]
+    return [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
 
 
 def by_distance(axes: Axes, distances: Sequence[int], label: str) -> None:
     """A doubling axis with a tick at every fourth power of two at most, so that labels do not touch."""
-    axes.set_xscale("log", base=2)
     powers = range(0, max(max(distances, default=1), 2).bit_length() + 1)
     step = 1 if len(powers) <= 14 else 2
     low = max(1, min(distances, default=1))
-    axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in powers if 2**power >= low / 2][::step]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    doubling_axis(axes.xaxis, [2.0**power for power in powers if 2**power >= low / 2][::step])
     axes.set_xlabel(label)
 
 
 def mark_edges(axes: Axes, window: int | None, reach: int | None) -> None:
     """The last distance that one layer sees, and the last that all layers together can carry."""
-    edges = [(one - 1, text) for one, text in ((window, "window"), (reach, "reach")) if one is not None and one > 1]
-    if len({at for at, _ in edges}) == 1 and len(edges) == 2:
-        edges = [(edges[0][0], "window = reach")]
-    for at, text in edges:
-        mark_vertical(axes, at, text)
+    edges = {"window": window, "reach": reach}
+    mark_verticals(axes, {text: edge - 1 for text, edge in edges.items() if edge is not None and edge > 1})

@@ -8,14 +8,16 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.reader import reader_for, split_model
-from swat_lm.evaluate.readings import Family, Reading, Row, families, readings
+from swat_lm.evaluate.prefixes import ModelInput, PrefixGroup, Request, distinct_inputs, prefix_groups
+from swat_lm.evaluate.streaming_model import padded, streaming_model
 from swat_lm.model.loss import default_chunk
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.words import counted
@@ -31,6 +33,9 @@ CHUNK = 1024
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 65536}
 """Padded tokens of a batch to begin with; halved when memory runs out."""
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""What torch's errors say where memory ran out, on a GPU or a CPU."""
+
 
 class Score(NamedTuple):
     """What a model thinks of a continuation."""
@@ -43,7 +48,7 @@ class Score(NamedTuple):
 
 Answer = tuple[int, float, bool]
 """A row's index; log-likelihood of a stretch of its continuation; whether all of it are the likeliest tokens."""
-Work = Callable[[Sequence[Family]], Iterator[Answer]]
+Work = Callable[[Sequence[PrefixGroup]], Iterator[Answer]]
 
 
 class Places(NamedTuple):
@@ -67,34 +72,29 @@ class Scorer:
             raise ValueError(f"batch_size: expected at least 1, or None to let it fit by itself; got {batch_size}")
         self.model = model.eval()
         self.batch_size = batch_size
-        # its state is its own business: of another type for each kind of model
-        self.reader: Any = reader_for(model)
-        self._body, self._head = split_model(model)
-        self._streams: bool | None = None
+        self.streaming = streaming_model(model)
         self._budget = TOKENS_PER_BATCH.get(model.device.type, TOKENS_PER_BATCH["cuda"])
 
     @property
     def is_endless(self) -> bool:
         """Whether reading on costs no more memory, however long the text: one of our models, where no layer grows."""
-        model = self.model
-        if not isinstance(model, SwatForCausalLM):
+        if not isinstance(self.model, SwatForCausalLM):
             return False
-        return all(one.kind != "growing" for layer in model.model.stack for one in layer.state_spec())
+        return all(kept.kind != "growing" for layer in self.model.model.stack for kept in layer.state_spec())
 
+    @cached_property
     def can_stream(self) -> bool:
         """Whether the model reads in chunks as in one pass; some recurrent models of transformers do not."""
-        if self._streams is None:
-            try:
-                self.reader.start(1)
-                self._streams = True
-            except ValueError as error:
-                logger.info("long texts are read in one pass: %s", error)
-                self._streams = False
-        return self._streams
+        try:
+            self.streaming.start(1)
+        except ValueError as error:
+            logger.info("long texts are read in one pass: %s", error)
+            return False
+        return True
 
     def score(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Request],
         on_progress: Callable[[int, int], None] | None = None,
         *,
         stream_above: int = STREAM_ABOVE,
@@ -110,118 +110,107 @@ class Scorer:
             ValueError: a row without context or continuation, a token the model does not know, or one row that does
                 not fit into memory.
         """  # fmt: skip
-        found = families(readings(rows, self.reader.vocab_size))
+        found = prefix_groups(distinct_inputs(rows, self.streaming.vocab_size))
         if not isinstance(self.model, SwatForCausalLM):
             # what others keep of a beginning cannot be repeated for each member without knowing its kind
             found = alone(found)
         sums = [(0.0, True)] * len(rows)
-        done, total = 0, sum(family.num_tokens for family in found)
+        done, total = 0, sum(group.num_tokens for group in found)
         for work, waiting in self._plans(found, stream_above):
             start = 0
             while start < len(waiting):
                 batch = self._fitting(waiting, start, CHUNK if work == self._stream else None)
                 try:
                     answers = list(work(batch))
-                except (torch.OutOfMemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
+                except RuntimeError as error:
+                    if not any(words in str(error) for words in OUT_OF_MEMORY):
                         raise
                     self._shrink(batch)
                     continue
                 for index, value, greedy in answers:
                     sums[index] = (sums[index][0] + value, sums[index][1] and greedy)
                 start += len(batch)
-                done += sum(family.num_tokens for family in batch)
+                done += sum(group.num_tokens for group in batch)
                 if on_progress:
                     on_progress(done, total)
-        return [Score(*one) for one in sums]
+        return [Score(*score) for score in sums]
 
-    def _plans(self, found: Sequence[Family], stream_above: int) -> list[tuple[Work, list[Family]]]:
+    def _plans(self, found: Sequence[PrefixGroup], stream_above: int) -> list[tuple[Work, list[PrefixGroup]]]:
         """Ways to read, and what is read so, the longest first."""
-        streams, passes, shared = [], [], []
-        for family in found:
-            if family.longest > stream_above and self.can_stream():
-                streams += alone([family])
-            elif family.num_shared:
-                shared.append(family)
+        plans: dict[Work, list[PrefixGroup]] = {self._stream: [], self._shared: [], self._one_pass: []}
+        for group in found:
+            if group.longest > stream_above and self.can_stream:
+                plans[self._stream] += alone([group])
             else:
-                passes.append(family)
-        plans: list[tuple[Work, list[Family]]] = [
-            (self._stream, streams), (self._shared, shared), (self._one_pass, passes),
-        ]  # fmt: skip
+                plans[self._shared if group.num_shared else self._one_pass].append(group)
         # first by beginnings of about one length, so that neither these nor the rests are padded much
-        return [(work, sorted(some, key=lambda one: (-(one.num_shared // 16), -one.longest))) for work, some in plans]
+        return [
+            (work, sorted(some, key=lambda group: (-(group.num_shared // 16), -group.longest)))
+            for work, some in plans.items()
+        ]
 
-    def _fitting(self, waiting: Sequence[Family], start: int, at_once: int | None) -> list[Family]:
+    def _fitting(self, waiting: Sequence[PrefixGroup], start: int, at_once: int | None) -> list[PrefixGroup]:
         """The next batch, at least one; `at_once` bounds the tokens of a row that count."""
         batch = [waiting[start]]
-        for family in waiting[start + 1 :]:
-            more = [*batch, family]
+        for group in waiting[start + 1 :]:
+            more = [*batch, group]
             if self.batch_size is not None:
-                if sum(len(one.members) for one in more) > self.batch_size:
+                if len(members_of(more)) > self.batch_size:
                     break
             elif padded_tokens(more, at_once) > self._budget:
                 break
             batch = more
         return batch
 
-    def _shrink(self, batch: Sequence[Family]) -> None:
+    def _shrink(self, batch: Sequence[PrefixGroup]) -> None:
         """Half the batch next time; raises ValueError where that does not help."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         if self.batch_size is not None or len(batch) == 1:
-            count = sum(len(family.members) for family in batch)
             advice = (
                 "use a smaller --batch-size, or auto" if len(batch) > 1 else "shorten the texts, or use another device"
             )
-            longest = max(family.num_shared + family.longest for family in batch)
-            raise ValueError(f"out of memory with {counted(count, 'row')} of {counted(longest, 'token')}: {advice}")
+            longest = max(group.num_shared + group.longest for group in batch)
+            raise ValueError(
+                f"out of memory with {counted(len(members_of(batch)), 'row')} of {counted(longest, 'token')}: {advice}"
+            )
         self._budget = padded_tokens(batch, None) // 2
 
-    def _one_pass(self, batch: Sequence[Family]) -> Iterator[Answer]:
+    def _one_pass(self, batch: Sequence[PrefixGroup]) -> Iterator[Answer]:
         """Rows on their own, whole."""
-        members = [one for family in batch for one in family.members]
+        members = members_of(batch)
+        tokens = padded(member.tokens for member in members).to(self.model.device)
         with torch.inference_mode():
-            outputs = self._body(input_ids=self._stack([one.tokens for one in members]), use_cache=False)
-        hidden = outputs.logits if self._head is None else outputs[0]
+            outputs = self.streaming.body(input_ids=tokens, use_cache=False)
+        hidden = outputs.logits if self.streaming.head is None else outputs[0]
         yield from self._look_up(places(members, hidden, 0))
 
-    def _stream(self, batch: Sequence[Family]) -> Iterator[Answer]:
+    def _stream(self, batch: Sequence[PrefixGroup]) -> Iterator[Answer]:
         """Rows on their own, chunk by chunk in constant memory."""
-        members = [one for family in batch for one in family.members]
-        state = self.reader.start(len(members))
-        for start in range(0, max(len(one.tokens) for one in members), CHUNK):
-            tokens = self._stack([one.tokens[start : start + CHUNK] for one in members])
-            yield from self._look_up(places(members, self.reader.extend(tokens, state), start))
+        members = members_of(batch)
+        state = self.streaming.start(len(members))
+        for start in range(0, max(len(member.tokens) for member in members), CHUNK):
+            tokens = padded(member.tokens[start : start + CHUNK] for member in members)
+            yield from self._look_up(places(members, self.streaming.extend(tokens, state), start))
 
-    def _shared(self, batch: Sequence[Family]) -> Iterator[Answer]:
+    def _shared(self, batch: Sequence[PrefixGroup]) -> Iterator[Answer]:
         """Beginnings once, then the rest of every member after its own."""
         model: Any = self.model
-        longest = max(family.num_shared for family in batch)
-        tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-        documents = torch.full_like(tokens, -1)
-        for row, family in enumerate(batch):
-            # on the left, so that all end together
-            tokens[row, longest - family.num_shared :] = torch.tensor(family.members[0].tokens[: family.num_shared])
-            documents[row, longest - family.num_shared :] = 0
-        tokens, documents = tokens.to(model.device), documents.to(model.device)
+        # padded on the left, so that all end together
+        shared = [torch.tensor(group.members[0].tokens[: group.num_shared]) for group in batch]
+        tokens = pad_sequence(shared, batch_first=True, padding_side="left").to(model.device)
+        lengths = torch.tensor([group.num_shared for group in batch], device=model.device)
+        ahead = torch.arange(tokens.shape[1], device=model.device) < tokens.shape[1] - lengths[:, None]
+        documents = -ahead.long()
         with torch.inference_mode():
             carry = model.init_carry("detached")
             for part, ids in zip(tokens.split(CHUNK, dim=1), documents.split(CHUNK, dim=1), strict=True):
                 _, carry = model.forward_chunk(part, carry, ids)
-            counts = torch.tensor([len(family.members) for family in batch], device=model.device)
-            rest = [one.tokens[family.num_shared :] for family in batch for one in family.members]
-            later = self._stack(rest)
+            counts = torch.tensor([len(group.members) for group in batch], device=model.device)
+            rest = [member.tokens[group.num_shared :] for group in batch for member in group.members]
+            later = padded(rest).to(model.device)
             hidden, _ = model.forward_chunk(later, carry.repeated(counts), torch.zeros_like(later))
-        starts = [family.num_shared for family in batch for _ in family.members]
-        members = [one for family in batch for one in family.members]
-        yield from self._look_up(places(members, hidden, starts))
-
-    def _stack(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Rows of tokens as int64 `[B, T]`, padded on the right, where no earlier token looks."""
-        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-        for row, ids in enumerate(rows):
-            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        return tokens.to(self.model.device)
+        starts = [group.num_shared for group in batch for _ in group.members]
+        yield from self._look_up(places(members_of(batch), hidden, starts))
 
     @torch.inference_mode()
     def _look_up(self, found: Sequence[Places]) -> Iterator[Answer]:
@@ -231,9 +220,9 @@ class Scorer:
         hidden = torch.cat([place.hidden for place in found])
         targets = torch.tensor(list(itertools.chain.from_iterable(place.targets for place in found)))
         values, greedy = [], []
-        size = default_chunk(self.reader.vocab_size)
+        size = default_chunk(self.streaming.vocab_size)
         for part, target in zip(hidden.split(size), targets.to(hidden.device).split(size), strict=True):
-            logits = self.reader.logits(part)
+            logits = self.streaming.logits(part)
             of_target = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
             values.append((of_target - logits.logsumexp(-1)).double())
             greedy.append(logits.argmax(-1) == target)
@@ -243,33 +232,32 @@ class Scorer:
             yield place.index, math.fsum(value.tolist()), bool(hit.all())
 
 
-def places(members: Sequence[Reading], hidden: Tensor, start: int | Sequence[int]) -> list[Places]:
+def places(members: Sequence[ModelInput], hidden: Tensor, start: int | Sequence[int]) -> list[Places]:
     """Where in hidden states `[B, T, M]`, of tokens from `start` on, something is looked up."""
     found = []
     starts = [start] * len(members) if isinstance(start, int) else start
-    for row, (reading, begin) in enumerate(zip(members, starts, strict=True)):
-        end = min(begin + hidden.shape[1], len(reading.tokens))
-        for index, targets in reading.wanted:
-            first = len(reading.tokens) - len(targets)
+    for row, (member, begin) in enumerate(zip(members, starts, strict=True)):
+        end = min(begin + hidden.shape[1], len(member.tokens))
+        for index, targets in member.wanted:
+            first = len(member.tokens) - len(targets)
             low = max(begin, first)
             if low < end:
                 found.append(Places(index, hidden[row, low - begin : end - begin], targets[low - first : end - first]))
     return found
 
 
-def alone(found: Sequence[Family]) -> list[Family]:
+def members_of(groups: Sequence[PrefixGroup]) -> list[ModelInput]:
+    """The inputs of all groups, in order."""
+    return [member for group in groups for member in group.members]
+
+
+def alone(groups: Sequence[PrefixGroup]) -> list[PrefixGroup]:
     """Every member by itself."""
-    return [Family(0, [reading]) for family in found for reading in family.members]
+    return [PrefixGroup(0, [member]) for member in members_of(groups)]
 
 
-def padded_tokens(batch: Sequence[Family], at_once: int | None) -> int:
+def padded_tokens(batch: Sequence[PrefixGroup], at_once: int | None) -> int:
     """Tokens of a batch with its padding."""
-    longest = max(family.longest for family in batch)
-    members = sum(len(family.members) for family in batch)
-    return len(batch) * max(family.num_shared for family in batch) + members * min(longest, at_once or longest)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that memory ran out, on a GPU or a CPU."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error) for one in words)
+    longest = max(group.longest for group in batch)
+    most_shared = max(group.num_shared for group in batch)
+    return len(batch) * most_shared + len(members_of(batch)) * min(longest, at_once or longest)

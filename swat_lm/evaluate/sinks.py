@@ -5,12 +5,14 @@ what is kept, so that no query is farther from a sink than n + W - 1. The two ke
 by their log-sum-exp. Legend: B streams, T tokens of a chunk, n sinks, K key/value heads, D head size.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.reader import StateReader
+from swat_lm.evaluate.streaming_model import SwatStreamingModel
 from swat_lm.evaluate.windows import with_window
 from swat_lm.layers import AttentionLayer, WindowAttention
 from swat_lm.layers.base import InPlace, Output, Past, StateTensor
@@ -18,7 +20,7 @@ from swat_lm.layers.chunk import Chunk
 from swat_lm.ops import window_attention
 from swat_lm.ops.rotary import apply_rotary
 
-__all__ = ["SinkAttention", "SinkReader"]
+__all__ = ["SinkAttention", "SinkStreamingModel"]
 
 
 class SinkAttention(WindowAttention):
@@ -30,8 +32,7 @@ class SinkAttention(WindowAttention):
             super().__init__(attention.settings, attention.rotary, attention.index)
         for name, module in attention.named_children():
             setattr(self, name, module)
-        self.sink = attention.sink
-        self.num_sinks = num_sinks
+        self.sink, self.num_sinks = attention.sink, num_sinks
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """Beside the window, rotated keys and values of the sinks."""
@@ -89,7 +90,7 @@ class SinkAttention(WindowAttention):
         return found[0], found[1]
 
 
-class SinkReader(StateReader):
+class SinkStreamingModel(SwatStreamingModel):
     """Reads streams with `num_sinks` first tokens kept beside a window; constant memory."""
 
     def __init__(self, model: PreTrainedModel, num_sinks: int, window: int) -> None:
@@ -97,17 +98,14 @@ class SinkReader(StateReader):
         if num_sinks < 1 or window < 1:
             raise ValueError(f"expected at least 1 sink and a window of at least 1; got {num_sinks} and {window}")
         windowed = with_window(model, window)
-        # layers of other kinds keep what they keep
-        attending = [layer for layer in windowed.model.stack if isinstance(layer, AttentionLayer)]
         settings = [entry.settings for entry in windowed.config.plan() if issubclass(entry.kind, AttentionLayer)]
-        if any(one.score_function != "softmax" or one.slopes != "none" for one in settings):
+        if any(layer.score_function != "softmax" or layer.slopes != "none" for layer in settings):
             raise ValueError(
                 "sinks are kept for softmax attention without slopes only: sigmoid weights do not compete, and a slope "
                 "has no distance to a token that left the window"
             )
-        for layer in attending:
-            attention = layer.self_attn
-            assert isinstance(attention, WindowAttention)
-            layer.self_attn = SinkAttention(attention, num_sinks)
+        for layer in windowed.model.stack:
+            # layers of other kinds keep what they keep
+            if isinstance(layer, AttentionLayer):
+                layer.self_attn = SinkAttention(cast(WindowAttention, layer.self_attn), num_sinks)
         super().__init__(windowed)
-        self.num_sinks, self.window = num_sinks, window

@@ -12,9 +12,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import patch
 
 from swat_lm.evaluate.figures import perplexity, read_figures, write_figures
 from swat_lm.evaluate.tasks import LoadedTask
@@ -106,9 +108,8 @@ class Suite:
         self.folder = None if folder is None else folder / subject.label
         self.results: dict[str, TaskResult] = {}
         for task in self.tasks:
-            kept = self._read(task)
-            if kept is not None:
-                self.results[task.name] = kept
+            if self.folder is not None and (self.folder / f"{task.name}.json").exists():
+                self.results[task.name] = self._read(task, self.folder / f"{task.name}.json")
 
     @property
     def missing(self) -> list[LoadedTask]:
@@ -126,47 +127,36 @@ class Suite:
             # before any work, so that a place that cannot be written costs none
             self.folder.mkdir(parents=True, exist_ok=True)
         for task in self.missing:
-            model.on_progress = None
-            if on_progress is not None:
-                model.on_progress = lambda done, total, name=task.name: on_progress(name, done, total)
+            model.on_progress = None if on_progress is None else partial(on_progress, task.name)
             result = measure(model, task, self.subject, self._identity(task))
             self.results[task.name] = result
             if self.folder is not None:
-                write_text(self._path(task.name), write_figures(asdict(result)) + "\n")
+                write_text(self.folder / f"{task.name}.json", write_figures(asdict(result)) + "\n")
             yield result
         if self.folder is not None:
             write_text(self.folder / "results.json", write_figures(self.harness_json()) + "\n")
 
     def harness_json(self) -> dict[str, Any]:
         """All results in the form of the harness's own results file."""
-        merged: dict[str, Any] = {section: {} for section in HARNESS_SECTIONS}
-        for task in self.tasks:
-            if task.name in self.results:
-                for section in HARNESS_SECTIONS:
-                    merged[section] |= self.results[task.name].harness.get(section, {})
+        found = [self.results[task.name].harness for task in self.tasks if task.name in self.results]
+        merged: dict[str, Any] = {
+            section: {name: value for harness in found for name, value in harness.get(section, {}).items()}
+            for section in HARNESS_SECTIONS
+        }
         config = {"model": self.subject.label, "limit": self.subject.limit, "bootstrap_iters": RESAMPLES}
         return merged | {"config": config, "lm_eval_version": harness_version()}
 
     def _identity(self, task: LoadedTask) -> dict[str, Any]:
-        subject = asdict(self.subject)
-        del subject["label"]
+        subject = {name: value for name, value in asdict(self.subject).items() if name != "label"}
         return subject | {"documents": task.fingerprint, "lm_eval": harness_version()}
 
-    def _path(self, task: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{task}.json"
-
-    def _read(self, task: LoadedTask) -> TaskResult | None:
-        if self.folder is None or not self._path(task.name).exists():
-            return None
-        path = self._path(task.name)
+    def _read(self, task: LoadedTask, path: Path) -> TaskResult:
         try:
             result = TaskResult(**read_figures(path.read_text(encoding="utf-8")))
             result.harness["results"][task.name]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: not a result of this command ({error}): remove it") from None
-        here = self._identity(task)
-        for name, value in here.items():
+        for name, value in self._identity(task).items():
             if result.identity.get(name) != value:
                 raise ValueError(
                     f"{path} holds another measurement: {name} is {short(result.identity.get(name))} there, "
@@ -179,13 +169,12 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
     """Ask the model everything that the task asks, by the harness's evaluation."""
     import lm_eval
 
-    # its decorator hides its parameters from type checkers
-    evaluate: Any = lm_eval.evaluate
     model.rolling = "whole" if task.rolling == "whole" else "windows"
     began = time.monotonic()
     inner = task.task.task_name
-    with quiet_harness(), unbounded_perplexities():
-        found = evaluate(
+    with patched_harness():
+        # its decorator hides its parameters from type checkers
+        found = cast(Any, lm_eval.evaluate)(
             lm=model,
             task_dict={"tasks": {inner: task.task}},
             limit=subject.limit,
@@ -193,7 +182,7 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
             log_samples=True,
         )
     samples = found["samples"][inner]
-    choices = [len(one["arguments"]) for one in samples]
+    choices = [len(sample["arguments"]) for sample in samples]
     is_choice = task.task.OUTPUT_TYPE == "multiple_choice"
     return TaskResult(
         task=task.name,
@@ -215,50 +204,27 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
 def by_document(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Each metric of each document, in order; under `metric,filter` where there is more than the plain one."""
     found: dict[str, list[Any]] = {}
-    for one in samples:
-        for metric in one["metrics"]:
-            name = metric if one["filter"] == NO_FILTER else f"{metric},{one['filter']}"
-            found.setdefault(name, []).append(one[metric])
+    for sample in samples:
+        for metric in sample["metrics"]:
+            name = metric if sample["filter"] == NO_FILTER else f"{metric},{sample['filter']}"
+            found.setdefault(name, []).append(sample[metric])
     return found
 
 
 @contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Without the harness's words on stdout, where results go, its bars, and its processes for a second of resampling.
+def patched_harness() -> Iterator[None]:
+    """The harness quiet, and its perplexities infinite where they are beyond any float; its own end with an error.
 
-    Some of its bars are switched on whatever TQDM_DISABLE says; ours is drawn by another library.
+    Without its words on stdout, where results go, its bars, and its processes for a second of resampling. Some of its
+    bars are switched on whatever TQDM_DISABLE says; ours is drawn by another library.
     """
+    from lm_eval.api import metrics
     from tqdm import tqdm
 
-    # its type does not let a method be replaced
-    bars: Any = tqdm
-    draw = bars.__init__
+    draw, spread = tqdm.__init__, metrics.sample_stddev
 
     def disabled(bar: Any, *arguments: Any, **options: Any) -> None:
         draw(bar, *arguments, **{**options, "disable": True})
-
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    bars.__init__ = disabled
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        bars.__init__ = draw
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
-
-
-@contextlib.contextmanager
-def unbounded_perplexities() -> Iterator[None]:
-    """Let the harness's perplexities be infinite where they are beyond any float; its own end with an error."""
-    from lm_eval.api import metrics
-
-    # the module's types do not let its names be replaced
-    module: Any = metrics
-    mathematics, spread = module.math, module.sample_stddev
 
     def sample_stddev(values: Sequence[float]) -> float:
         try:
@@ -266,12 +232,14 @@ def unbounded_perplexities() -> Iterator[None]:
         except OverflowError:
             return math.inf
 
-    module.math = SimpleNamespace(**{**vars(math), "exp": perplexity})
-    module.sample_stddev = sample_stddev
-    try:
+    mathematics = SimpleNamespace(**{**vars(math), "exp": perplexity})
+    with (
+        patch.dict(os.environ, DISABLE_MULTIPROC="1"),
+        patch.object(tqdm, "__init__", disabled),
+        patch.multiple(metrics, math=mathematics, sample_stddev=sample_stddev),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         yield
-    finally:
-        module.math, module.sample_stddev = mathematics, spread
 
 
 def perplexity_error(documents: Sequence[Sequence[float]]) -> float | None:

@@ -1,12 +1,15 @@
 """SWAT's Table 1 with our rows beside the paper's: as text, Markdown, HTML and JSON."""
 
-import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from jinja2 import Environment
+
 from swat_lm.evaluate.figures import write_figures
+from swat_lm.evaluate.standard_errors import joined_error
 from swat_lm.evaluate.suite import TaskResult
 from swat_lm.evaluate.tasks import STREAMED
 from swat_lm.files import write_text
@@ -19,7 +22,7 @@ __all__ = [
     "PAPER",
     "Cell",
     "Column",
-    "Row",
+    "TableRow",
     "chance_row",
     "notes",
     "our_row",
@@ -47,7 +50,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A model's line."""
 
     name: str
@@ -105,13 +108,13 @@ PRINTED = {
     ),
 }
 PAPER = tuple(
-    Row(name, PAPER_GROUP.format(size), {"Wiki ppl": Cell(wiki), "LMB ppl": Cell(lambada), AVERAGE: Cell(average)})
+    TableRow(name, PAPER_GROUP.format(size), {"Wiki ppl": Cell(wiki), "LMB ppl": Cell(lambada), AVERAGE: Cell(average)})
     for size, rows in PRINTED.items()
     for name, wiki, lambada, average in rows
 )
 
 
-def our_row(name: str, results: Mapping[str, TaskResult]) -> Row:
+def our_row(name: str, results: Mapping[str, TaskResult]) -> TableRow:
     """A checkpoint's line; the average only where all eight accuracies are there."""
     cells = {}
     for column in COLUMNS:
@@ -119,17 +122,15 @@ def our_row(name: str, results: Mapping[str, TaskResult]) -> Row:
         if found is not None:
             scale = 100 if column.is_percent else 1
             cells[column.heading] = Cell(found[0] * scale, None if found[1] is None else found[1] * scale)
-    return Row(name, MEASURED, cells | averaged(cells))
+    return TableRow(name, MEASURED, cells | averaged(cells))
 
 
-def chance_row(results: Mapping[str, TaskResult]) -> Row:
+def chance_row(results: Mapping[str, TaskResult]) -> TableRow:
     """What guessing among the choices gives."""
-    cells = {}
-    for column in COLUMNS:
-        result = results.get(column.task)
-        if column.is_percent and result is not None and result.chance is not None:
-            cells[column.heading] = Cell(100 * result.chance)
-    return Row("(guessing)", GUESSING, cells)
+    chances = {task: result.chance for task, result in results.items() if result.chance is not None}
+    guessed = [column for column in COLUMNS if column.is_percent and column.task in chances]
+    cells = {column.heading: Cell(100 * chances[column.task]) for column in guessed}
+    return TableRow("(guessing)", GUESSING, cells)
 
 
 def averaged(cells: Mapping[str, Cell]) -> dict[str, Cell]:
@@ -137,12 +138,12 @@ def averaged(cells: Mapping[str, Cell]) -> dict[str, Cell]:
     if not set(ACCURACIES) <= cells.keys():
         return {}
     chosen = [cells[heading] for heading in ACCURACIES]
-    errors = [cell.error for cell in chosen if cell.error is not None]
-    error = math.sqrt(math.fsum(one**2 for one in errors)) / len(chosen) if len(errors) == len(chosen) else None
+    together = joined_error(*(cell.error for cell in chosen))
+    error = None if together is None or any(cell.error is None for cell in chosen) else together / len(chosen)
     return {AVERAGE: Cell(math.fsum(cell.value for cell in chosen) / len(chosen), error)}
 
 
-def headings(rows: Sequence[Row]) -> list[str]:
+def headings(rows: Sequence[TableRow]) -> list[str]:
     """Headings for which a row has a value, in the table's order."""
     known = [*(column.heading for column in COLUMNS), AVERAGE]
     return [heading for heading in known if any(heading in row.cells for row in rows)]
@@ -170,7 +171,7 @@ def other_metrics(results: Mapping[str, TaskResult]) -> list[tuple[str, str, flo
 
 def notes(results: Mapping[str, Mapping[str, TaskResult]], limit: int | None) -> list[str]:
     """What a reader must know to compare the rows."""
-    everything = [result for one in results.values() for result in one.values()]
+    everything = [result for by_task in results.values() for result in by_task.values()]
     found = [
         "Errors are standard errors over documents. n: log-likelihoods divided by the choice's length in characters."
     ]
@@ -178,8 +179,8 @@ def notes(results: Mapping[str, Mapping[str, TaskResult]], limit: int | None) ->
         found.append(f"Of each task only the first {counted(limit, 'document')}.")
     found += sorted({result.remark for result in everything if result.remark})
     lengths = {
-        label: next((r.window_length for r in one.values() if r.task == "wikitext"), None)
-        for label, one in results.items()
+        label: next((r.window_length for r in by_task.values() if r.task == "wikitext"), None)
+        for label, by_task in results.items()
     }
     if any(lengths.values()):
         each = ", ".join(f"{label} {length:,}" for label, length in lengths.items() if length)
@@ -199,14 +200,16 @@ def notes(results: Mapping[str, Mapping[str, TaskResult]], limit: int | None) ->
     return found
 
 
-def markdown(rows: Sequence[Row], remarks: Sequence[str]) -> str:
+def markdown(rows: Sequence[TableRow], remarks: Sequence[str]) -> str:
     """The table and its notes."""
     columns = headings(rows)
     lines = [
         "| model | source | " + " | ".join(columns) + " |",
         "| --- | --- |" + " ---: |" * len(columns),
         *(
-            f"| {row.name} | {row.group} | " + " | ".join(shown(row.cells.get(one), "\u00b1") for one in columns) + " |"
+            f"| {row.name} | {row.group} | "
+            + " | ".join(shown(row.cells.get(heading), "\u00b1") for heading in columns)
+            + " |"
             for row in rows
         ),
     ]
@@ -216,60 +219,54 @@ def markdown(rows: Sequence[Row], remarks: Sequence[str]) -> str:
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Benchmarks</title>
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25em .7em; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
-thead th {{ border-bottom: 2px solid #222; }}
-tr.group th {{ text-align: left; padding-top: 1em; font-weight: 600; border-bottom: 1px solid #999; }}
-tr.paper td {{ color: #666; font-style: italic; }}
-.error {{ color: #888; font-size: 85%; }}
-li {{ max-width: 60em; }}
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25em .7em; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid #222; }
+tr.group th { text-align: left; padding-top: 1em; font-weight: 600; border-bottom: 1px solid #999; }
+tr.paper td { color: #666; font-style: italic; }
+.error { color: #888; font-size: 85%; }
+li { max-width: 60em; }
 </style></head><body>
 <h1>Benchmarks of SWAT's Table 1</h1>
-<div class="scroll"><table><thead><tr><th>model</th>{headings}</tr></thead><tbody>
-{body}
+<div class="scroll"><table><thead><tr><th>model</th>
+{%- for heading in columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead><tbody>
+{% for group, members in groups -%}
+<tr class="group"><th colspan="{{ columns | length + 1 }}">{{ group }}</th></tr>
+{% for row in members -%}
+<tr class="{{ "ours" if group in ours else "paper" }}"><td>{{ row.name }}</td>
+{%- for heading in columns -%}
+{%- set value, _, error = shown(row.cells.get(heading), "\u00b1").partition(" ") -%}
+<td>{{ value }}{% if error %} <span class="error">{{ error }}</span>{% endif %}</td>
+{%- endfor %}</tr>
+{% endfor %}
+{%- endfor -%}
 </tbody></table></div>
 <ul>
-{notes}
+{% for remark in remarks %}<li>{{ remark }}</li>
+{% endfor -%}
 </ul>
 </body></html>
 """
 
 
-def page(rows: Sequence[Row], remarks: Sequence[str]) -> str:
+def page(rows: Sequence[TableRow], remarks: Sequence[str]) -> str:
     """The table as one HTML page without anything from elsewhere; the paper's rows stand apart."""
-    columns = headings(rows)
-    body, group = [], None
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            body.append(f'<tr class="group"><th colspan="{len(columns) + 1}">{html.escape(group)}</th></tr>')
-        cells = "".join(f"<td>{shown_in_html(row.cells.get(one))}</td>" for one in columns)
-        kind = "ours" if row.group in (MEASURED, GUESSING) else "paper"
-        body.append(f'<tr class="{kind}"><td>{html.escape(row.name)}</td>{cells}</tr>')
-    return PAGE.format(
-        headings="".join(f"<th>{html.escape(one)}</th>" for one in columns),
-        body="\n".join(body),
-        notes="\n".join(f"<li>{html.escape(one)}</li>" for one in remarks),
-    )
+    groups = [(group, list(members)) for group, members in itertools.groupby(rows, lambda row: row.group)]
+    template = Environment(autoescape=True, keep_trailing_newline=True).from_string(PAGE)
+    ours = (MEASURED, GUESSING)
+    return template.render(columns=headings(rows), groups=groups, ours=ours, remarks=remarks, shown=shown)
 
 
-def shown_in_html(cell: Cell | None) -> str:
-    """The error smaller than the value."""
-    value, _, error = shown(cell, "\u00b1").partition(" ")
-    return f'{value} <span class="error">{error}</span>' if error else value
-
-
-def save_table(folder: Path, rows: Sequence[Row], remarks: Sequence[str]) -> list[Path]:
+def save_table(folder: Path, rows: Sequence[TableRow], remarks: Sequence[str]) -> list[Path]:
     """Write table.md, table.html and table.json; returns their paths."""
     content = {
         "table.md": markdown(rows, remarks),
         "table.html": page(rows, remarks),
         "table.json": write_figures({"rows": [asdict(row) for row in rows], "notes": list(remarks)}) + "\n",
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in content.items():
         write_text(folder / name, text)
     return [folder / name for name in content]

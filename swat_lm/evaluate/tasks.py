@@ -6,11 +6,12 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from swat_lm.data.sources import DataError
-from swat_lm.evaluate.benchmark_files import find_files, is_plain_text, read_documents, read_pages
+from swat_lm.data.sources import DataError, source_file
+from swat_lm.evaluate.benchmark_files import find_files, read_documents, read_pages
 from swat_lm.evaluate.benchmarks import BENCHMARKS, PAGES, Benchmark, Doc
 from swat_lm.paths import local_path
 from swat_lm.words import did_you_mean, install_extra
@@ -20,7 +21,7 @@ __all__ = ["HUB", "STREAMED", "LoadedTask", "check_harness", "load_tasks", "task
 HUB = "hub"
 STREAMED = "_streamed"
 """Ends the names of tasks whose texts are read as one stream; see `LoadedTask.rolling`."""
-KNOWN = (*BENCHMARKS, *(name + STREAMED for name, one in BENCHMARKS.items() if one.forms is PAGES))
+KNOWN = (*BENCHMARKS, *(name + STREAMED for name, benchmark in BENCHMARKS.items() if benchmark.forms is PAGES))
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,14 @@ def load_tasks(names: Sequence[str], data: str) -> list[LoadedTask]:
         # every missing file is named before any is read
         find_files(folder, [known_benchmark(name) for name in names])
     tasks: list[LoadedTask] = []
-    loaded: dict[str, list[LoadedTask]] = {}
+    load = cache(load_from_hub if folder is None else lambda base: [load_local(folder, base)])
     for name in names:
         base = name.removesuffix(STREAMED)
-        if base not in loaded:
-            loaded[base] = [load_local(folder, base)] if folder is not None else load_from_hub(base)
-        for one in loaded[base]:
+        for task in load(base):
             if name == base:
-                tasks.append(one)
-            elif one.task.OUTPUT_TYPE == "loglikelihood_rolling":
-                tasks.append(replace(one, name=f"{one.name}{STREAMED}", rolling="whole"))
+                tasks.append(task)
+            elif task.task.OUTPUT_TYPE == "loglikelihood_rolling":
+                tasks.append(replace(task, name=f"{task.name}{STREAMED}", rolling="whole"))
             else:
                 raise DataError(f"{name}: only tasks that score whole texts (wikitext) can be streamed")
     return tasks
@@ -111,14 +110,12 @@ def load_local(folder: Path, name: str) -> LoadedTask:
     """A benchmark from the folder's file, asked as the harness's own task asks."""
     benchmark = known_benchmark(name)
     (path,) = find_files(folder, [benchmark])
-    changes: Mapping[str, Any] = {}
-    remark = None
-    if is_plain_text(path):
-        docs = read_pages(path)
+    if source_file(path).kind == ".txt":
+        docs, changes = read_pages(path), {}
         remark = text_remark(path, docs)
     else:
         form, docs = read_documents(path, benchmark)
-        changes = form.changes
+        changes, remark = form.changes, None
     digest = hashlib.sha256("\n".join(json.dumps(doc, sort_keys=True) for doc in docs).encode()).hexdigest()
     return LoadedTask(name, local_task(benchmark, docs, changes, path), str(path), f"sha256:{digest}", remark)
 
@@ -183,10 +180,8 @@ def load_from_hub(name: str) -> list[LoadedTask]:
         raise DataError(
             f"task {name}: no data from the hub: {reason}; or give local files with --data FOLDER"
         ) from error
-    return [from_harness(key, task) for key, task in found.items()]
-
-
-def from_harness(name: str, task: Any) -> LoadedTask:
-    """A task that the harness has loaded."""
-    data = task.dataset[task.config.test_split or task.config.validation_split]
-    return LoadedTask(name, task, f"hub:{task.DATASET_PATH}", f"datasets:{data._fingerprint}")
+    tasks = []
+    for key, task in found.items():
+        data = task.dataset[task.config.test_split or task.config.validation_split]
+        tasks.append(LoadedTask(key, task, f"hub:{task.DATASET_PATH}", f"datasets:{data._fingerprint}"))
+    return tasks

@@ -17,17 +17,12 @@ from swat_lm.model.plan import LayerEntry
 __all__ = ["layer_windows", "model_window", "theoretical_reach", "widest_window", "with_window"]
 
 
-def layer_windows(model: PreTrainedModel) -> list[int | None] | None:
+def layer_windows(outer: PreTrainedConfig) -> list[int | None] | None:
     """The window of every layer, None where a layer sees everything; None for a model whose layers do not say.
 
     Recurrent layers see everything before them. The windows of models of `transformers` are read from `layer_types`
     and `sliding_window`, as its caches do.
     """
-    return config_windows(model.config)
-
-
-def config_windows(outer: PreTrainedConfig) -> list[int | None] | None:
-    """As `layer_windows`, of a configuration."""
     config = cast(Any, outer.get_text_config())
     if isinstance(config, SwatConfig):
         return [getattr(entry.settings, "sliding_window", None) for entry in config.plan()]
@@ -49,14 +44,14 @@ def model_window(model: PreTrainedModel) -> int | None:
 
 def widest_window(config: PreTrainedConfig) -> int | None:
     """As `model_window`, of a configuration."""
-    windows = config_windows(config)
+    windows = layer_windows(config)
     return None if windows is None or None in windows else max(cast(list[int], windows))
 
 
 def theoretical_reach(model: PreTrainedModel) -> int | None:
     """Tokens, itself included, that a place can depend on: 1 + sum of (window - 1) over layers; None = all."""
-    windows = layer_windows(model)
-    return None if windows is None or None in windows else 1 + sum(one - 1 for one in cast(list[int], windows))
+    windows = layer_windows(model.config)
+    return None if windows is None or None in windows else 1 + sum(window - 1 for window in cast(list[int], windows))
 
 
 def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swat_lm.evaluate.curves import LengthCurve
+from swat_lm.evaluate.standard_errors import pooled
 from swat_lm.papers.measuring import read_curve, read_divergence, read_tasks
 from swat_lm.papers.scales import Scale
-from swat_lm.papers.verdicts import pooled
 from swat_lm.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from swat_lm.evaluate.curves import mean_and_error
 from swat_lm.evaluate.figures import write_figures
+from swat_lm.evaluate.standard_errors import mean_and_error
 from swat_lm.files import write_text
 from swat_lm.papers.experiment import Experiment, Section, Variant
 from swat_lm.papers.findings import Findings, recent_loss

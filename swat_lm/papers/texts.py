@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.data import TokenStore, prepare, resolve_sources
-from swat_lm.data.readers import read_pieces
+from swat_lm.data.source_text import read_pieces
 from swat_lm.data.tokenizer_training import train_tokenizer
 from swat_lm.evaluate.length import segments
 from swat_lm.files import write_text

@@ -3,16 +3,11 @@
 A gap is what the claim says is positive. It is paired over documents, and over seeds where there are several.
 """
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from swat_lm.evaluate.curves import mean_and_error
+from swat_lm.evaluate.standard_errors import Samples, pooled
 
-__all__ = ["Samples", "Verdict", "joined_error", "judge", "paired_gap", "pooled"]
-
-Samples = Mapping[int, Sequence[float]]
-"""Per seed, one value per document."""
+__all__ = ["Samples", "Verdict", "judge", "paired_gap"]
 
 
 @dataclass(frozen=True)
@@ -29,24 +24,6 @@ class Verdict:
     num_documents: int
     num_seeds: int
     remark: str = ""
-
-
-def joined_error(*errors: float | None) -> float | None:
-    """The standard error of independent parts together, leaving out those that cannot be told; None without any."""
-    known = [one for one in errors if one is not None]
-    return math.sqrt(math.fsum(one**2 for one in known)) if known else None
-
-
-def pooled(samples: Samples) -> tuple[float, float | None]:
-    """Mean over documents and seeds and its standard error.
-
-    The error joins the spread over documents (of values averaged over seeds) and, with several seeds, the spread over
-    seeds (of values averaged over documents); None where neither can be told.
-    """
-    rows = [samples[seed] for seed in sorted(samples)]
-    mean, over_seeds = mean_and_error([math.fsum(row) / len(row) for row in rows])
-    _, over_documents = mean_and_error([math.fsum(column) / len(column) for column in zip(*rows, strict=True)])
-    return mean, joined_error(over_documents, over_seeds)
 
 
 def paired_gap(worse: Samples, better: Samples) -> tuple[float, float | None, int, int]:

@@ -10,7 +10,7 @@ from swat_lm.cli import benchmarks, diagnosis, evaluation, reproduction, tuning
 from swat_lm.cli.console import print_table
 from swat_lm.cli.recall import reach_table, recall_table
 from swat_lm.evaluate.curves import LengthCurve, LengthPoint
-from swat_lm.evaluate.table1 import Cell, Row
+from swat_lm.evaluate.table1 import Cell, TableRow
 
 WIDTHS = (20, 40, 50, 60, 80, 200)
 
@@ -33,14 +33,14 @@ def tables() -> dict[str, Table]:
     )  # fmt: skip
     trial = tuning_trial()
     cells = {"Wiki ppl": Cell(1234.5, 12.3), "Hella n": Cell(45.21, 1.31)}
-    rows = [Row(name, "measured here", cells) for name in ("a-long-name-of-a-run", "other")]
+    rows = [TableRow(name, "measured here", cells) for name in ("a-long-name-of-a-run", "other")]
     return {
         "length": evaluation.curve_table(curve()),
         "recall": recall_table(recalled),  # type: ignore[arg-type]
         "reach": reach_table(reached),  # type: ignore[arg-type]
         "diagnose": diagnosis.diagnosis_table(looked),  # type: ignore[arg-type]
         "tune": tuning.tiles_table([trial, trial]),  # type: ignore[list-item]
-        "tasks": benchmarks.ours_table(rows, Row("(guessing)", "expected", {"Hella n": Cell(25.0)})),
+        "tasks": benchmarks.ours_table(rows, TableRow("(guessing)", "expected", {"Hella n": Cell(25.0)})),
         "paper": benchmarks.paper_table(),
     }
 

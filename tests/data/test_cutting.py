@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from swat_lm.data.cutting import BYTE_CUTS, Cuts, Cutter, find_cuts, last_place
-from swat_lm.data.readers import read_pieces
+from swat_lm.data.source_text import read_pieces
 from swat_lm.data.sources import SourceFile
 from swat_lm.data.tokenizer import byte_backend
 
@@ -116,7 +116,7 @@ def test_a_file_read_in_blocks_is_cut_like_the_whole_text(tmp_path_factory, text
     path = tmp_path_factory.mktemp("streamed") / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("swat_lm.data.readers.BLOCK", block)
+        patch.setattr("swat_lm.data.source_text.BLOCK", block)
         pieces = list(read_pieces(SourceFile(path, 0, 0, named=False), "text", BYTE_CUTS, longest=longest))
     assert [piece.text for piece in pieces] == pieces_of(text, BYTE_CUTS, 1000, longest, eager=False)
     assert [piece.opens for piece in pieces] == [True, *[False] * (len(pieces) - 1)][: len(pieces)]

@@ -19,8 +19,8 @@ from swat_lm.data import (
     TokenStore,
     load_tokenizer,
     prepare,
-    readers,
     resolve_sources,
+    source_text,
     train_tokenizer,
 )
 from swat_lm.data.preparation import default_cache
@@ -385,12 +385,12 @@ def test_documents_without_tokens_are_dropped(tmp_path):
 
 
 def test_text_that_may_not_be_cut_is_read_in_linear_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK", 100)
+    monkeypatch.setattr(source_text, "BLOCK", 100)
     path = tmp_path / "long.txt"
     path.write_text("caf\u00e9 \n" * 1_000_000)
     source = resolve_sources([str(path)])[0]
     began = time.process_time()
-    pieces = list(readers.read_pieces(source, "text", None))
+    pieces = list(source_text.read_pieces(source, "text", None))
     # 70,000 blocks: to copy all that was read before for each would be 245 gigabytes
     assert time.process_time() - began < 3
     assert [piece.opens for piece in pieces] == [True]

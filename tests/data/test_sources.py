@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from swat_lm.data.readers import Piece, read_pieces
+from swat_lm.data.source_text import Piece, read_pieces
 from swat_lm.data.sources import DataError, HubSource, SourceFile, hub_source, resolve_sources
 
 

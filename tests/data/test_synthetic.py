@@ -6,12 +6,12 @@ import torch
 
 from swat_lm.data.batches import IGNORED
 from swat_lm.data.sources import DataError, resolve_sources
-from swat_lm.data.synthetic import FIRST_KEY, MARK, Row, SyntheticSource, is_synthetic, synthetic_task
+from swat_lm.data.synthetic import FIRST_KEY, MARK, SyntheticRow, SyntheticSource, is_synthetic, synthetic_task
 
 NAMES = ["synthetic:kv", "synthetic:mqar?pairs=4", "synthetic:passkey?digits=3", "synthetic:copy?values=16"]
 
 
-def check_row(name: str, row: Row) -> None:
+def check_row(name: str, row: SyntheticRow) -> None:
     """Each token of an answer is the one that stands `distance` before its predictor."""
     task = synthetic_task(name)
     assert row.answers

@@ -128,7 +128,7 @@ def test_bad_tokenizers_are_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"not a tokenizer\.json"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").write_bytes(b"\xff")
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match="did not contain valid UTF-8"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
     monkeypatch.setattr("swat_lm.data.tokenizer.is_installed", lambda name: name != "sentencepiece")

@@ -13,7 +13,7 @@ from swat_lm.evaluate.heatmaps import plot_heat_map
 from swat_lm.evaluate.length import loss_by_length, loss_on_same_text
 from swat_lm.evaluate.limits import check_length, extrapolates_beyond, position_limit, stream_bytes
 from swat_lm.evaluate.partial import PartialResults, measurement_key
-from swat_lm.evaluate.reader import reader_for
+from swat_lm.evaluate.streaming_model import streaming_model
 from swat_lm.evaluate.windows import layer_windows, model_window, theoretical_reach, with_window
 
 from .models import VOCABULARY, built, tiny_gpt2, tiny_llama, tiny_mamba2, tiny_mistral, tiny_qwen3_next, tiny_swat
@@ -73,7 +73,7 @@ def test_pretrained_models_run_with_a_window():
 
 
 def test_windows_and_reach():
-    assert layer_windows(tiny_swat([3, 5])) == [3, 5]
+    assert layer_windows(tiny_swat([3, 5]).config) == [3, 5]
     assert (model_window(tiny_swat([3, 5])), theoretical_reach(tiny_swat([3, 5]))) == (5, 7)
     assert (model_window(tiny_mistral()), theoretical_reach(tiny_mistral())) == (7, 13)
     for model in (tiny_llama(), tiny_gpt2(), tiny_mamba2(), tiny_qwen3_next()):
@@ -95,18 +95,18 @@ def test_positions_that_end():
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mistral, tiny_mamba2, tiny_swat, tiny_gpt2])
 def test_memory_is_known_before_it_is_used(build, monkeypatch):
-    reader, tokens = reader_for(build()), torch.zeros(1, 100, dtype=torch.int64)
-    state = reader.start(1)
-    reader.extend(tokens, state)
-    assert stream_bytes(reader, 100) == pytest.approx(reader.state_bytes(state), rel=0.2, abs=16)
-    each = stream_bytes(reader, 100)
+    streaming, tokens = streaming_model(build()), torch.zeros(1, 100, dtype=torch.int64)
+    state = streaming.start(1)
+    streaming.extend(tokens, state)
+    assert stream_bytes(streaming, 100) == pytest.approx(streaming.state_bytes(state), rel=0.2, abs=16)
+    each = stream_bytes(streaming, 100)
     monkeypatch.setattr(limits, "available_bytes", lambda _: 3 * each)
-    check_length(reader, 100, 3)
+    check_length(streaming, 100, 3)
     with pytest.raises(ValueError, match="read at most 3 side by side"):
-        check_length(reader, 100, 4)
+        check_length(streaming, 100, 4)
     monkeypatch.setattr(limits, "available_bytes", lambda _: each - 1)
     with pytest.raises(ValueError, match="ask for less, or for a --window"):
-        check_length(reader, 100, 1)
+        check_length(streaming, 100, 1)
 
 
 def test_free_memory_is_found():

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from swat_lm.data import load_tokenizer
 from swat_lm.evaluate import scoring
-from swat_lm.evaluate.readings import Row, families, readings
+from swat_lm.evaluate.prefixes import Request, distinct_inputs, prefix_groups
 from swat_lm.evaluate.scoring import Scorer
 from tests.evaluate import models
 
@@ -122,7 +122,7 @@ def test_greedy_is_found():
     with torch.no_grad():
         likeliest = int(model(input_ids=ids).logits[0, -1].argmax())
     scorer = Scorer(model)
-    rows = [Row(ids[0].tolist(), [likeliest]), Row(ids[0].tolist(), [(likeliest + 1) % 256])]
+    rows = [Request(ids[0].tolist(), [likeliest]), Request(ids[0].tolist(), [(likeliest + 1) % 256])]
     assert [one.is_greedy for one in scorer.score(rows)] == [True, False]
 
 
@@ -133,7 +133,7 @@ def test_batches_and_streams_change_nothing(build, monkeypatch: pytest.MonkeyPat
     rows = []
     for length in (2, 3, 9, 30, 31, 50):
         tokens = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
-        rows += [Row(tokens[:1], tokens[1:]), Row(tokens[:-1], tokens[-1:])]
+        rows += [Request(tokens[:1], tokens[1:]), Request(tokens[:-1], tokens[-1:])]
     expected = Scorer(model, batch_size=1).score(rows)
     monkeypatch.setattr(scoring, "CHUNK", 8)
     monkeypatch.setitem(scoring.TOKENS_PER_BATCH, "cpu", 64)
@@ -158,12 +158,12 @@ def test_beginnings_are_read_once():
     rows = []
     for length in (9, 30, 12, 55, 1):
         context = some(length)
-        rows += [Row(context, some(number)) for number in (3, 1, 1, 8)]
+        rows += [Request(context, some(number)) for number in (3, 1, 1, 8)]
     # the contexts differ, as in WinoGrande
     start, end = some(20), some(6)
-    rows += [Row([*start, *some(3)], end), Row([*start, *some(5)], end), Row(some(40), some(2))]
-    found = readings(rows, 259)
-    groups = families(found)
+    rows += [Request([*start, *some(3)], end), Request([*start, *some(5)], end), Request(some(40), some(2))]
+    found = distinct_inputs(rows, 259)
+    groups = prefix_groups(found)
     # the shortest context is not worth it
     assert [(one.num_shared, len(one.members)) for one in groups[:4]] == [(8, 3), (29, 3), (11, 3), (54, 3)]
     assert (groups[-2].num_shared, len(groups[-2].members), groups[-1].num_shared) == (20, 2, 0)
@@ -182,14 +182,16 @@ def test_beginnings_are_read_once():
 
 def test_progress_counts_every_token_read_once():
     calls: list[tuple[int, int]] = []
-    rows = [Row([1, 2], [3]), Row([1, 2], [4]), Row([1, 2, 3], [4, 5])]
+    rows = [Request([1, 2], [3]), Request([1, 2], [4]), Request([1, 2, 3], [4, 5])]
     Scorer(tiny_llama(), batch_size=1).score(rows, lambda done, total: calls.append((done, total)))
     assert calls == [(4, 6), (6, 6)]
 
 
 def test_batches_shrink_until_they_fit(monkeypatch: pytest.MonkeyPatch):
     model = tiny_llama()
-    rows = [Row([1, 2, 3], [4 + number]) for number in range(9)] + [Row([number, 2, 3], [4]) for number in range(9)]
+    rows = [Request([1, 2, 3], [4 + number]) for number in range(9)] + [
+        Request([number, 2, 3], [4]) for number in range(9)
+    ]
     expected = Scorer(model, batch_size=1).score(rows)
     body, sizes = model.model.forward, []
 
@@ -215,7 +217,7 @@ def test_batches_shrink_until_they_fit(monkeypatch: pytest.MonkeyPatch):
 def test_a_long_context_costs_what_the_window_costs():
     model, tokenizer = tiny_swat(), load_tokenizer("bytes")
     ours = HarnessModel(model, tokenizer)
-    assert ours.is_endless
+    assert ours._scorer.is_endless
     assert ours.max_length is None
     reached = []
     extend = model.extend
@@ -236,7 +238,7 @@ def test_a_long_context_costs_what_the_window_costs():
     expected = logits.gather(-1, ids[0, -4:, None]).sum().item()
     assert value == pytest.approx(expected, rel=1e-4)
     # a model without windows in all layers loses the beginning, as with the harness
-    assert not HarnessModel(tiny_llama(), tokenizer).is_endless
+    assert not HarnessModel(tiny_llama(), tokenizer)._scorer.is_endless
     assert HarnessModel(tiny_llama(), tokenizer).max_length == tiny_llama().config.max_position_embeddings
 
 
@@ -267,9 +269,9 @@ def test_generation_is_the_harness_own():
 def test_what_cannot_be_asked_is_said():
     tokenizer = load_tokenizer("bytes")
     with pytest.raises(ValueError, match="token 259 is not among the 259 of the model"):
-        Scorer(tiny_llama()).score([Row([1], [259])])
+        Scorer(tiny_llama()).score([Request([1], [259])])
     with pytest.raises(ValueError, match="at least one token of context"):
-        Scorer(tiny_llama()).score([Row([], [1])])
+        Scorer(tiny_llama()).score([Request([], [1])])
     with pytest.raises(ValueError, match="batch_size: expected at least 1"):
         Scorer(tiny_llama(), batch_size=0)
     ours = HarnessModel(tiny_llama(), tokenizer, max_length=8)

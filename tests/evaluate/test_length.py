@@ -9,6 +9,7 @@ import torch
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.evaluate.curves import LengthCurve, difference
 from swat_lm.evaluate.length import loss_by_length, loss_on_same_text, position_losses, segments
+from swat_lm.evaluate.streaming_model import streaming_model
 from swat_lm.evaluate.windows import with_window
 
 
@@ -41,7 +42,7 @@ def whole_pass(model: SwatForCausalLM, document: np.ndarray) -> torch.Tensor:
 def test_position_losses_do_not_depend_on_the_chunk(window: int | None, chunk: int):
     model, (document,) = tiny(window), texts(40)
     tokens = torch.from_numpy(document.astype(np.int64))[None]
-    pieces = list(position_losses(model, tokens, chunk))
+    pieces = list(position_losses(streaming_model(model), tokens, chunk))
     assert torch.cat([piece.losses for piece in pieces], 1).shape == (1, 39)
     assert pieces[0].start == 1
     torch.testing.assert_close(

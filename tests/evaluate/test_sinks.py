@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.evaluate.length import loss_by_length, loss_on_same_text
-from swat_lm.evaluate.sinks import SinkReader
+from swat_lm.evaluate.sinks import SinkStreamingModel
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.modeling import SwatForCausalLM
 
@@ -53,21 +53,21 @@ def written_out(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("chunks", [(24,), (2, 1, 9, 12), (1,) * 24], ids=str)
 def test_it_is_what_the_definition_says(model: LlamaForCausalLM, chunks: tuple[int, ...]):
     tokens = torch.randint(40, (2, 24))
-    reader = SinkReader(model, SINKS, WINDOW)
-    state = reader.start(2)
-    found = torch.cat([reader.extend(part, state) for part in tokens.split(chunks, dim=1)], dim=1)
+    streaming = SinkStreamingModel(model, SINKS, WINDOW)
+    state = streaming.start(2)
+    found = torch.cat([streaming.extend(part, state) for part in tokens.split(chunks, dim=1)], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(found, written_out(model, tokens), rtol=1e-4, atol=1e-5)
     # two layers, keys and values, the window and the sinks, 16 channels of 4 bytes, and the position
-    assert reader.state_bytes(state) == 2 * 2 * (WINDOW + SINKS) * 16 * 4 + 8
+    assert streaming.state_bytes(state) == 2 * 2 * (WINDOW + SINKS) * 16 * 4 + 8
 
 
 def test_a_short_text_is_read_with_full_attention(model: LlamaForCausalLM):
     tokens = torch.randint(40, (2, 8))
-    reader = SinkReader(model, SINKS, 8)
+    streaming = SinkStreamingModel(model, SINKS, 8)
     with torch.no_grad():
         whole = model.model(tokens).last_hidden_state
-    torch.testing.assert_close(reader.extend(tokens, reader.start(2)), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(streaming.extend(tokens, streaming.start(2)), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_learned_sink_keeps_its_share():
@@ -82,10 +82,10 @@ def test_a_learned_sink_keeps_its_share():
             layer.self_attn.sink.copy_(torch.tensor([0.5, 2.0]))
     for count in (2, 3):
         tokens = torch.randint(40, (count, 8))
-        reader = SinkReader(model, SINKS, 8)
+        streaming = SinkStreamingModel(model, SINKS, 8)
         with torch.no_grad():
             whole = model.model(tokens).last_hidden_state
-        torch.testing.assert_close(reader.extend(tokens, reader.start(count)), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(streaming.extend(tokens, streaming.start(count)), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_by_length_is_measured_with_sinks(model: LlamaForCausalLM):
@@ -116,6 +116,6 @@ def test_other_models_are_refused(model: LlamaForCausalLM):
         SwatConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     )
     with pytest.raises(ValueError, match="softmax attention without slopes only"):
-        SinkReader(sigmoid, 2, 4)
+        SinkStreamingModel(sigmoid, 2, 4)
     with pytest.raises(ValueError, match="at least 1 sink"):
-        SinkReader(model, 0, 4)
+        SinkStreamingModel(model, 0, 4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from swat_lm.evaluate.reader import reader_for
+from swat_lm.evaluate.streaming_model import streaming_model
 from swat_lm.model.architectures import (
     ARCHITECTURES,
     build_model,
@@ -160,14 +160,14 @@ def test_every_baseline_reads_streams(name: str):
     torch.manual_seed(0)
     model = build_model(tiny(name))
     library = exported_class(type(model))(model.config).eval()
-    reader, tokens = reader_for(library), torch.randint(50, (2, 40))
-    state = reader.start(2)
-    parts = torch.cat([reader.extend(part, state) for part in tokens.split((13, 5, 22), dim=1)], dim=1)
+    streaming, tokens = streaming_model(library), torch.randint(50, (2, 40))
+    state = streaming.start(2)
+    parts = torch.cat([streaming.extend(part, state) for part in tokens.split((13, 5, 22), dim=1)], dim=1)
     with torch.no_grad():
         whole = library.base_model(input_ids=tokens, use_cache=False)[0]
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
     if name in ("mamba2", "gated_deltanet"):
-        assert reader.state_bytes(state) == model_state_bytes(model.config, 40, dtype_bytes=4)
+        assert streaming.state_bytes(state) == model_state_bytes(model.config, 40, dtype_bytes=4)
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from swat_lm.evaluate.standard_errors import joined_error
 from swat_lm.papers.experiment import Measurement, Run, Section
 from swat_lm.papers.findings import Findings
 from swat_lm.papers.measuring import missing_tasks
@@ -14,7 +15,7 @@ from swat_lm.papers.scales import Scale
 from swat_lm.papers.swat.scales import TABLE1
 from swat_lm.papers.swat.variants import TABLE1_LABELS, SwatExperiment
 from swat_lm.papers.variants import SizedVariant
-from swat_lm.papers.verdicts import Samples, Verdict, joined_error, judge
+from swat_lm.papers.verdicts import Samples, Verdict, judge
 
 __all__ = ["Benchmarks"]
 
@@ -114,7 +115,7 @@ def wikitext(found: Findings, name: str) -> Samples | None:
 
 def mean_average(found: Findings, one: SizedVariant) -> tuple[float | None, float | None]:
     """Average of the eight accuracies over seeds, in per cent; its error joins documents and seeds."""
-    from swat_lm.evaluate.curves import mean_and_error
+    from swat_lm.evaluate.standard_errors import mean_and_error
     from swat_lm.evaluate.table1 import AVERAGE, our_row
 
     rows = [our_row(one.label, found.tasks(one, seed)) for seed in found.seeds]

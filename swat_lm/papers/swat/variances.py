@@ -12,7 +12,7 @@ import torch
 
 from swat_lm.data import BatchSource, prepare
 from swat_lm.evaluate.figures import write_figures
-from swat_lm.evaluate.reader import evaluating
+from swat_lm.evaluate.streaming_model import evaluating
 from swat_lm.files import write_text
 from swat_lm.model.architectures import build_model
 from swat_lm.model.loading import load_causal_lm

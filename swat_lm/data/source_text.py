@@ -14,8 +14,9 @@ import sys
 import tempfile
 import tokenize
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 BLOCK = 1 << 20
+KINDS_WITH_ROWS = (".jsonl", ".parquet")
 TEXT_KEY = "data.text_field or --text-field"
 
 
@@ -38,6 +40,26 @@ class Piece(NamedTuple):
     """Whether a document begins with this piece."""
     marked: bool = False
     """Whether it is part of an answer, see `swat_lm/data/instructions.py`."""
+
+
+class SourcePieces:
+    """All pieces of all sources in order, counting the bytes read; `read(source, on_bytes=...)` gives those of one."""
+
+    def __init__(self, sources: Sequence[Source], read: Callable[..., Iterator[Piece]]) -> None:
+        self.sources, self.read = sources, read
+        self.total = sum(source.size for source in sources)
+        self.bytes_read = 0
+        """Of `total`."""
+
+    def __iter__(self) -> Iterator[Piece]:
+        before = 0
+        for source in self.sources:
+            yield from self.read(source, on_bytes=partial(self._count, before))
+            before += source.size
+            self.bytes_read = before
+
+    def _count(self, before: int, count: int) -> None:
+        self.bytes_read = before + count
 
 
 def read_pieces(
@@ -52,20 +74,16 @@ def read_pieces(
     Without `cuts` every document is one piece. `on_bytes` is told, now and then, how many of `source.size` bytes have
     been read. Raises DataError for content that is not what the suffix says, naming the file and the line, row or byte.
     """
-    if isinstance(source, HubSource):
-        texts = read_hub(source, text_field, on_bytes)
-    elif source.kind == ".jsonl":
-        texts = read_jsonl(source, text_field, on_bytes)
-    elif source.kind == ".parquet":
-        texts = read_parquet(source, text_field, on_bytes)
+    if isinstance(source, HubSource) or source.kind in KINDS_WITH_ROWS:
+        rows = read_fields(source, {text_field: TEXT_KEY}, on_bytes)
+        documents = ([checked_text(row[text_field], place, text_field)] for place, row in rows)
     elif source.kind == ".py":
-        texts = iter([read_python(source, on_bytes)])
+        documents = [[read_python(source, on_bytes)]]
     else:
-        yield from read_text(source, cuts, on_bytes, longest)
-        return
-    name = str(source if isinstance(source, HubSource) else source.path)
-    for text in texts:
-        yield from as_pieces(cut([text], Cutter(cuts, name, longest)))
+        documents = [read_text(source, on_bytes)]
+    for texts in documents:
+        for number, text in enumerate(cut(texts, Cutter(cuts, str(source), longest))):
+            yield Piece(text, not number)
 
 
 def cut(texts: Iterable[str], cutter: Cutter) -> Iterator[str]:
@@ -75,21 +93,12 @@ def cut(texts: Iterable[str], cutter: Cutter) -> Iterator[str]:
     yield from cutter.finish()
 
 
-def as_pieces(texts: Iterable[str]) -> Iterator[Piece]:
-    """The pieces of one document."""
-    for number, text in enumerate(texts):
-        yield Piece(text, not number)
-
-
-def read_text(source: SourceFile, cuts: Cuts | None, on_bytes: Callable[[int], None], longest: int) -> Iterator[Piece]:
-    """A text file as one document, read block by block.
-
-    Memory holds a few times `longest` characters, or the whole file if the tokenizer must see it whole.
-    """
+def read_text(source: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[str]:
+    """A text file, block by block: memory holds little more than the cutter does."""
     empty = True
-    for piece in as_pieces(cut(decoded_blocks(source, on_bytes), Cutter(cuts, str(source.path), longest))):
-        empty = False
-        yield piece
+    for text in decoded_blocks(source, on_bytes):
+        empty = empty and not text
+        yield text
     if empty and source.named:
         raise DataError(f"{source.path}: the file is empty")
 
@@ -156,15 +165,25 @@ def read_python(source: SourceFile, on_bytes: Callable[[int], None]) -> str:
 def declared_encoding(text: str) -> str | None:
     """The encoding that the first two lines of a Python source declare, if any."""
     found = map(tokenize.cookie_re.match, text.split("\n", 2)[:2])
-    return next((one[1] for one in found if one), None)
+    return next((match[1] for match in found if match), None)
 
 
-def read_jsonl(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
-    """The text field of each line."""
-    for place, row in read_rows(source, f"a JSON object with field {field!r}", on_bytes, field):
-        if field not in row:
-            raise missing_field(place, field, list(row), TEXT_KEY)
-        yield checked_text(row[field], place, field)
+def read_fields(
+    source: Source, fields: Mapping[str, str], on_bytes: Callable[[int], None]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a source that has them, each with its place and these fields, some at a time in memory.
+
+    `fields`: the wanted ones, each with the key of the recipe that names it; the last must not be twice in a row.
+    """
+    if isinstance(source, HubSource):
+        yield from hub_rows(source, fields, on_bytes)
+    elif source.kind == ".parquet":
+        yield from parquet_rows(source, fields, on_bytes)
+    else:
+        expected = f"a JSON object with {'field ' if len(fields) == 1 else ''}{' and '.join(map(repr, fields))}"
+        for place, row in read_rows(source, expected, on_bytes, list(fields)[-1]):
+            check_fields(fields, row, place)
+            yield place, row
 
 
 def read_rows(
@@ -227,19 +246,10 @@ def parsed_line(line: bytes, place: str, once: str | None) -> Any:
     return row
 
 
-def read_parquet(source: SourceFile, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
-    """The text column."""
-    for place, row in parquet_rows(source, {field: TEXT_KEY}, on_bytes):
-        yield checked_value(row[field].as_py, place, field)
-
-
 def parquet_rows(
     source: SourceFile, fields: Mapping[str, str], on_bytes: Callable[[int], None]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with its place, some at a time in memory: by field a value of pyarrow, to be had by `as_py`.
-
-    `fields`: the wanted ones, each with the key of the recipe that names it.
-    """
+    """As `read_fields`."""
     import pyarrow
 
     with opened(source, on_bytes) as stream, tempfile.TemporaryFile() as plain:
@@ -250,9 +260,8 @@ def parquet_rows(
         try:
             table, row = table_with(source, seekable, fields), 0
             for batch in table.iter_batches(batch_size=256, columns=list(fields)):
-                for values in zip(*(batch.column(field) for field in fields), strict=True):
-                    yield f"{source.path}, row {row}", dict(zip(fields, values, strict=True))
-                    row += 1
+                yield from batch_rows(source, batch, fields, row)
+                row += batch.num_rows
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -271,18 +280,11 @@ def table_with(source: SourceFile, stream: IO[bytes], fields: Mapping[str, str])
         names = table.schema_arrow.names
     except UnicodeDecodeError as error:
         raise DataError(f"{source.path}: the name of a column is not UTF-8 text: {error.object!r}") from None
+    check_fields(fields, names, str(source))
     for field in fields:
-        if field not in names:
-            raise missing_field(str(source.path), field, names, fields[field])
         if names.count(field) > 1:
             raise DataError(f"{source.path}: {names.count(field)} columns are called {field!r}")
     return table
-
-
-def read_hub(source: HubSource, field: str, on_bytes: Callable[[int], None]) -> Iterator[str]:
-    """The text column of a data set."""
-    for place, row in hub_rows(source, {field: TEXT_KEY}, on_bytes):
-        yield checked_value(row[field].as_py, place, field)
 
 
 def hub_rows(
@@ -290,26 +292,24 @@ def hub_rows(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a data set, as of a parquet file."""
     dataset, row = source.dataset, 0
-    for field in fields:
-        if field not in dataset.column_names:
-            raise missing_field(str(source), field, dataset.column_names, fields[field])
-    columns = dataset.select_columns(list(fields)).with_format("arrow")
-    for batch in columns.iter(256):
-        for values in zip(*(batch[field] for field in fields), strict=True):
-            yield f"{source}, row {row}", dict(zip(fields, values, strict=True))
-            row += 1
+    check_fields(fields, dataset.column_names, str(source))
+    for batch in dataset.select_columns(list(fields)).with_format("arrow").iter(256):
+        yield from batch_rows(source, batch, fields, row)
+        row += batch.num_rows
         on_bytes(source.size * row // dataset.num_rows)
 
 
-def checked_value(read: Callable[[], Any], place: str, field: str) -> str:
-    """The text of a table's field."""
-    return checked_text(read_value(read, place, field), place, field)
+def batch_rows(source: Source, batch: Any, fields: Iterable[str], first: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a batch of pyarrow, of which the first has this number, with plain values."""
+    for row, values in enumerate(zip(*(batch.column(field) for field in fields), strict=True), first):
+        place = f"{source}, row {row}"
+        yield place, {field: plain(value, place, field) for field, value in zip(fields, values, strict=True)}
 
 
-def read_value(read: Callable[[], Any], place: str, field: str) -> Any:
-    """The value of a table's field, which may hold bytes where it says text."""
+def plain(value: Any, place: str, field: str) -> Any:
+    """A value of pyarrow as Python's, which may hold bytes where it says text."""
     try:
-        return read()
+        return value.as_py()
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: field {field!r} is not UTF-8 text (byte {error.start} of its text)") from None
 
@@ -329,14 +329,17 @@ def checked_text(value: Any, place: str, field: str) -> str:
     return value
 
 
-def missing_field(place: str, field: str, found: list[str], key: str) -> DataError:
-    """The error for a row or table without a field, whose name `key` of the recipe gives."""
-    # names may hold what no terminal can show
-    names = ", ".join(str(name).encode("utf-8", "backslashreplace").decode() for name in found)
-    instructions = {"messages": {"messages"}, "prompt_answer": {"prompt", "answer"}}
-    form = next((form for form, needed in instructions.items() if needed <= set(found)), None)
-    hint = f"; for instruction data set data.format={form}" if form and key == TEXT_KEY else ""
-    return DataError(f"{place}: no field {field!r}; it has {names or 'none'} (set {key}){hint}")
+def check_fields(fields: Mapping[str, str], found: Collection[str], place: str) -> None:
+    """Raise DataError for a row or table without one of the fields, whose name a key of the recipe gives."""
+    for field, key in fields.items():
+        if field in found:
+            continue
+        # names may hold what no terminal can show
+        names = ", ".join(str(name).encode("utf-8", "backslashreplace").decode() for name in found)
+        instructions = {"messages": {"messages"}, "prompt_answer": {"prompt", "answer"}}
+        form = next((form for form, needed in instructions.items() if needed <= set(found)), None)
+        hint = f"; for instruction data set data.format={form}" if form and key == TEXT_KEY else ""
+        raise DataError(f"{place}: no field {field!r}; it has {names or 'none'} (set {key}){hint}")
 
 
 def check_mark(source: SourceFile, beginning: bytes) -> None:
@@ -363,16 +366,11 @@ def not_text_of(encoding: str, source: SourceFile, offset: int, error: UnicodeDe
 @contextmanager
 def opened(source: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed; damage to the compressed stream becomes a DataError."""
-    with naming(source.path), io.BufferedReader(Counted(source.path, on_bytes), BLOCK) as plain:
+    with naming(source.path), io.BufferedReader(Counted(source.path, on_bytes), BLOCK) as packed:
         try:
-            if source.compression == ".gz":
-                with gzip.GzipFile(fileobj=plain) as stream:
-                    yield cast(IO[bytes], stream)
-            elif source.compression == ".xz":
-                with lzma.LZMAFile(plain) as stream:
-                    yield stream
-            else:
-                yield plain
+            unpacked = {".gz": gzip.open, ".xz": lzma.open}.get(source.compression)
+            with unpacked(packed) if unpacked else packed as stream:
+                yield cast(IO[bytes], stream)
         except EOFError:
             raise DataError(
                 f"{source.path}: the {source.compression} file is cut off: it ends before its end mark"

@@ -5,14 +5,19 @@ assumed. Legend: B streams, T tokens of a chunk, M model width, V vocabulary.
 """
 
 import logging
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from swat_lm.model.architectures import streaming_inputs
 from swat_lm.model.loss import default_chunk
@@ -20,7 +25,7 @@ from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.slots import Slots
 from swat_lm.words import counted
 
-__all__ = ["CachedReader", "Reader", "StateReader", "evaluating", "reader_for"]
+__all__ = ["CachedStreamingModel", "StreamingModel", "SwatStreamingModel", "evaluating", "padded", "streaming_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,57 +38,25 @@ LOGITS_AT_ONCE = 2**24
 """Elements of logits held where they cannot be formed some tokens at a time; in float32 64 MiB."""
 
 
-class Reader(Protocol):
+class StreamingModel(ABC):
     """A model that reads B streams side by side. The caller sets `eval` mode and owns the device."""
 
-    model: PreTrainedModel
-    head: nn.Module | None
-    """Makes logits of what `extend` returns; None where these are logits already."""
-    vocab_size: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where tokens are read."""
-        ...
-
-    def start(self, batch_size: int) -> Any:
-        """What B streams keep before their first token; raises ValueError for a model that cannot read in chunks."""
-        ...
-
-    def extend(self, tokens: Tensor, state: Any) -> Tensor:
-        """Read `[B, T]` tokens, changing the state in place; returns what `losses` takes, `[B, T, M]`."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, `[..., M]` to `[..., V]`, in at least float32."""
-        ...
-
-    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Loss of `targets` `[B, t]`, the tokens after the first t places of `hidden`: float32 `[B, t]` in nats."""
-        ...
-
-    def hits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Whether each target is the likeliest token, bool `[B, t]`."""
-        ...
-
-    def state_bytes(self, state: Any) -> int:
-        """Bytes that one stream keeps of its past."""
-        ...
-
-
-class HeadReader:
-    """Losses from hidden states and the head that makes logits of them, some tokens at a time."""
-
-    def __init__(self, model: PreTrainedModel, head: nn.Module | None) -> None:
-        """`head` is None where `hidden` are logits already."""
-        self.model = model
-        self.head = head
+    def __init__(self, model: PreTrainedModel, body: nn.Module, head: nn.Module | None) -> None:
+        """`body` and `head` as `split_model` gives them: the head makes logits, None where the body does."""
+        self.model, self.body, self.head = model, body, head
         self.vocab_size = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
 
-    @property
-    def device(self) -> torch.device:
-        """Where tokens are read."""
-        return self.model.device
+    @abstractmethod
+    def start(self, batch_size: int) -> Any:
+        """What B streams keep before their first token; raises ValueError for a model that cannot read in chunks."""
+
+    @abstractmethod
+    def extend(self, tokens: Tensor, state: Any) -> Tensor:
+        """Read `[B, T]` tokens, changing the state in place; returns hidden states `[B, T, M]`, or logits."""
+
+    @abstractmethod
+    def state_bytes(self, state: Any) -> int:
+        """Bytes that one stream keeps of its past."""
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -110,37 +83,36 @@ class HeadReader:
         return list(zip(states.split(size), wanted.split(size), strict=True))
 
 
-class StateReader(HeadReader):
+class SwatStreamingModel(StreamingModel):
     """Reads with one of our models and its `Slots`."""
 
     def __init__(self, model: SwatForCausalLM) -> None:
-        super().__init__(model, model.lm_head)
-        self._model = model
+        super().__init__(model, model.model, model.lm_head)
 
+    @override
     def start(self, batch_size: int) -> Slots:
-        """What B streams keep before their first token."""
-        return self._model.init_state(batch_size)
+        return cast(SwatForCausalLM, self.model).init_state(batch_size)
 
+    @override
     @torch.inference_mode()
     def extend(self, tokens: Tensor, state: Slots) -> Tensor:
-        """Read `[B, T]` tokens, changing the state in place; returns hidden states `[B, T, M]`."""
-        return self._model.extend(tokens.to(self.device), state)
+        return cast(SwatForCausalLM, self.model).extend(tokens.to(self.model.device), state)
 
+    @override
     def state_bytes(self, state: Slots) -> int:
-        """Bytes that one stream keeps of its past."""
         return state.num_bytes // state.batch_size
 
 
+@dataclass
 class CacheState:
     """The cache of a model of `transformers`, under the name by which it takes it back; none before the first token."""
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.cache: dict[str, Any] = {}
-        self.tokens_read = 0
+    batch_size: int
+    cache: dict[str, Any] = field(default_factory=dict)
+    tokens_read: int = 0
 
 
-class CachedReader(HeadReader):
+class CachedStreamingModel(StreamingModel):
     """Reads with any other causal model and the cache that it makes itself.
 
     The first `start` reads a few tokens in one pass and in chunks and refuses a model for which they differ, such as
@@ -149,13 +121,11 @@ class CachedReader(HeadReader):
 
     def __init__(self, model: PreTrainedModel) -> None:
         with evaluating(model):
-            body, head = split_model(model)
-        super().__init__(model, head)
-        self._body = body
+            super().__init__(model, *split_model(model))
         self._is_proven = False
 
+    @override
     def start(self, batch_size: int) -> CacheState:
-        """What B streams keep before their first token; raises ValueError for a model that cannot read in chunks."""
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         if not self._is_proven:
@@ -163,25 +133,25 @@ class CachedReader(HeadReader):
                 self._prove()
         return CacheState(batch_size)
 
+    @override
     @torch.inference_mode()
     def extend(self, tokens: Tensor, state: CacheState) -> Tensor:
-        """Read `[B, T]` tokens, changing the state in place; returns hidden states (without a head, logits)."""
         if len(tokens) != state.batch_size:
             raise ValueError(f"tokens: expected {counted(state.batch_size, 'stream')}, got {len(tokens)}")
         size = tokens.shape[1]
         if self.head is None:
             size = max(1, LOGITS_AT_ONCE // (self.vocab_size * len(tokens)))
         # smaller parts bound what a forward pass holds, not what is returned
-        return torch.cat([self._read(part, state) for part in tokens.to(self.device).split(size, dim=1)], dim=1)
+        return torch.cat([self._read(part, state) for part in tokens.to(self.model.device).split(size, dim=1)], dim=1)
 
     def state_bytes(self, state: CacheState) -> int:
         """Bytes that one stream keeps of its past: every tensor of the cache."""
-        found = {id(one): one.numel() * one.element_size() for one in tensors_of(state.cache, set())}
+        found = {id(tensor): tensor.nbytes for tensor in tensors_of(state.cache, set())}
         return sum(found.values()) // state.batch_size
 
     def _read(self, tokens: Tensor, state: CacheState) -> Tensor:
         extra = streaming_inputs(self.model.config, state.tokens_read, tokens.shape[1], tokens.device)
-        outputs = self._body(input_ids=tokens, use_cache=True, **state.cache, **extra)
+        outputs = self.body(input_ids=tokens, use_cache=True, **state.cache, **extra)
         # state-space models of transformers call theirs otherwise
         name = "cache_params" if "cache_params" in outputs else "past_key_values"
         if outputs.get(name) is None:
@@ -193,7 +163,7 @@ class CachedReader(HeadReader):
     @torch.inference_mode()
     def _prove(self) -> None:
         tokens = probe(self.model, self.vocab_size, sum(PROBE_CHUNKS))
-        outputs = self._body(input_ids=tokens, use_cache=False)
+        outputs = self.body(input_ids=tokens, use_cache=False)
         whole = self.logits(outputs.logits if self.head is None else outputs[0])
         name = type(self.model).__name__
         try:
@@ -215,9 +185,9 @@ class CachedReader(HeadReader):
         self._is_proven = True
 
 
-def reader_for(model: PreTrainedModel) -> Reader:
-    """A reader of this model: ours by its state, any other by its cache."""
-    return StateReader(model) if isinstance(model, SwatForCausalLM) else CachedReader(model)
+def streaming_model(model: PreTrainedModel) -> StreamingModel:
+    """This model as streams: ours by its state, any other by its cache."""
+    return SwatStreamingModel(model) if isinstance(model, SwatForCausalLM) else CachedStreamingModel(model)
 
 
 @contextmanager
@@ -269,10 +239,11 @@ def tensors_of(thing: Any, seen: set[int]) -> list[Tensor]:
     if id(thing) in seen or isinstance(thing, (str, bytes, int, float, type(None), type, nn.Module, torch.dtype)):
         return []
     seen.add(id(thing))
-    if isinstance(thing, dict):
-        inner = list(thing.values())
-    elif isinstance(thing, (list, tuple)):
-        inner = list(thing)
-    else:
-        inner = list(getattr(thing, "__dict__", {}).values())
-    return [tensor for one in inner for tensor in tensors_of(one, seen)]
+    held = thing if isinstance(thing, (dict, list, tuple)) else getattr(thing, "__dict__", {})
+    parts = held.values() if isinstance(held, dict) else held
+    return [tensor for part in parts for tensor in tensors_of(part, seen)]
+
+
+def padded(rows: Iterable[Sequence[int] | np.ndarray | Tensor]) -> Tensor:
+    """Rows of tokens as int64 `[B, T]` on the CPU, padded with 0 on the right, where no earlier token looks."""
+    return pad_sequence([torch.as_tensor(np.asarray(row, dtype=np.int64)) for row in rows], batch_first=True)
