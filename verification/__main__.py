@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.files import write_text
-from verification import onnx, packaging, site
+from verification import onnx, packaging, site, torchao
 from verification.workplace import REPOSITORY, CheckFailedError, Workplace
 
-CHECKS = {"packaging": packaging.check, "site": site.check, "onnx": onnx.check}
+CHECKS = {"packaging": packaging.check, "site": site.check, "onnx": onnx.check, "torchao": torchao.check}
 OWN = REPOSITORY / "runs" / "verification.json"
 RECORD = REPOSITORY / "verification" / "record.json"
 
