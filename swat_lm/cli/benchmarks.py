@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import print_table, results
+from swat_lm.cli.console import print_table, results, text_table
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import RunProgress, clock
 from swat_lm.paths import local_path
@@ -192,34 +192,28 @@ def ours_table(rows: "Sequence[Row]", guess: "Row") -> Table:
     """Our rows of Table 1, standing upright, and apart from them what guessing gives."""
     from swat_lm.evaluate.table1 import headings, shown
 
-    table = new_table(f"{rows[0].group} | {guess.group}" if guess.cells else rows[0].group)
-    shown_rows = [*rows, guess] if guess.cells else rows
-    for row in shown_rows:
-        table.add_column(f"| {row.name}" if row is guess else row.name, justify="right", no_wrap=True)
-    for heading in headings(rows):
-        table.add_row(heading, *(shown(row.cells.get(heading), "+-") for row in shown_rows))
-    return table
+    columns = [*rows, guess] if guess.cells else rows
+    return text_table(
+        ["", *(f"| {row.name}" if row is guess else row.name for row in columns)],
+        [[heading, *(shown(row.cells.get(heading), "+-") for row in columns)] for heading in headings(rows)],
+        title=f"{rows[0].group} | {guess.group}" if guess.cells else rows[0].group,
+        left=("",),
+    )
 
 
 def paper_table() -> Table:
     """The paper's rows, both sizes side by side."""
     from swat_lm.evaluate.table1 import PAPER, PRINTED, headings, shown
 
-    groups = list(dict.fromkeys(row.group for row in PAPER))
-    columns = headings(PAPER)
-    table = new_table(f"\nprinted in the paper, not measured here: {' | '.join(PRINTED)}")
-    for number in range(len(groups)):
-        for heading in columns:
-            mark = "| " if number and heading == columns[0] else ""
-            table.add_column(f"{mark}{heading}", justify="right", no_wrap=True)
-    for name in dict.fromkeys(row.name for row in PAPER):
-        cells = [next((row.cells for row in PAPER if (row.name, row.group) == (name, group)), {}) for group in groups]
-        table.add_row(name, *(shown(one.get(heading), "+-") for one in cells for heading in columns))
-    return table
-
-
-def new_table(title: str) -> Table:
-    """A table without lines whose first column names the rows."""
-    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("", no_wrap=True)
-    return table
+    cells = {(row.name, row.group): row.cells for row in PAPER}
+    names, groups = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
+    first, *others = headings(PAPER)
+    # a bar between the sizes
+    bars = [f"| {first}", *others] * (len(groups) - 1)
+    rows = [
+        [name, *(shown(cells.get((name, group), {}).get(heading), "+-") for group in groups
+                 for heading in (first, *others))]
+        for name in names
+    ]  # fmt: skip
+    title = f"\nprinted in the paper, not measured here: {' | '.join(PRINTED)}"
+    return text_table(["", first, *others, *bars], rows, title=title, left=("",))

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from swat_lm.cli.console import messages, on_main_process, print_table, results
+from swat_lm.cli.console import messages, on_main_process, print_table, results, text_table
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.progress import RunProgress
 
@@ -113,25 +112,17 @@ def show_results(found: dict[str, Any], out: Path) -> None:
     """The table, the verdicts and where to look."""
     console = results()
     swat, twin = found["models"]["swat"], found["models"]["twin"]
-    table = Table(
-        title="loss against evaluation length (nats per token)", title_justify="left", box=None, pad_edge=False,
-        padding=(0, 3, 0, 0),
-    )  # fmt: skip
-    for name in ("length", "SWAT", "full attention", "SWAT, 2nd half", "full, 2nd half", "SWAT state", "full state"):
-        table.add_column(name, justify="right")
-    for left, right in zip(swat["curve"], twin["curve"], strict=True):
-        mark = " *" if left["length"] == found["training_length"] else ""
-        table.add_row(
-            f"{left['length']:,}{mark}",
-            f"{left['mean_loss']:.3f}",
-            f"{right['mean_loss']:.3f}",
-            f"{left['tail_loss']:.3f}",
-            f"{right['tail_loss']:.3f}",
-            f"{left['state_bytes']:,}",
-            f"{right['state_bytes']:,}",
-        )
+    headings = ("length", "SWAT", "full attention", "SWAT, 2nd half", "full, 2nd half", "SWAT state", "full state")
+    rows = [
+        [
+            f"{left['length']:,}{' *' if left['length'] == found['training_length'] else ''}",
+            *(f"{point[loss]:.3f}" for loss in ("mean_loss", "tail_loss") for point in (left, right)),
+            *(f"{point['state_bytes']:,}" for point in (left, right)),
+        ]
+        for left, right in zip(swat["curve"], twin["curve"], strict=True)
+    ]
     console.print()
-    print_table(table, console)
+    print_table(text_table(headings, rows, title="loss against evaluation length (nats per token)"), console)
     console.print("* training length; states in bytes per stream", style="dim")
     console.print()
     for claim in found["claims"]:

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from swat_lm.cli.checkpoints import load_any_checkpoint
-from swat_lm.cli.console import messages, print_table, results
+from swat_lm.cli.console import messages, print_table, results, text_table
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import Counter
 from swat_lm.cli.texts import HELD_OUT, read_documents
@@ -242,28 +242,28 @@ def curve_table(curve: "LengthCurve") -> Table:
     """The curve as a table of text."""
     from swat_lm.evaluate.figures import figure_text, perplexity
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    counted = any(point.bits_per_byte is not None for point in curve.points)
-    bits = ["bits per byte"] if counted else []
-    for name in ("length", "loss, first N tokens", "perplexity", *bits, "loss, tokens N/2+1..N", "streams"):
-        table.add_column(name, justify="right")
-    table.add_column("state bytes", justify="right")
-    for point in curve.points:
-        table.add_row(
+    bits = ["bits per byte"] if any(point.bits_per_byte is not None for point in curve.points) else []
+    headings = (
+        "length", "loss, first N tokens", "perplexity", *bits, "loss, tokens N/2+1..N", "streams", "state bytes",
+    )  # fmt: skip
+    rows = [
+        [
             f"{point.length:,}",
             with_error(point.mean_loss, point.mean_loss_error),
             figure_text(perplexity(point.mean_loss), 2),
-            *(["-" if point.bits_per_byte is None else f"{point.bits_per_byte:,.3f}"] if counted else []),
+            *("-" if point.bits_per_byte is None else f"{point.bits_per_byte:,.3f}" for _ in bits),
             with_error(point.tail_loss, point.tail_loss_error),
             f"{point.num_documents}",
             f"{point.state_bytes:,}",
-        )
-    return table
+        ]
+        for point in curve.points
+    ]
+    return text_table(headings, rows)
 
 
-def with_error(value: float, error: float | None) -> str:
-    """3.210 +- 0.012."""
-    return f"{value:.4f}" if error is None else f"{value:.4f} +- {error:.4f}"
+def with_error(value: float, error: float | None, form: str = ".4f") -> str:
+    """3.2104 +- 0.0123."""
+    return f"{value:{form}}" if error is None else f"{value:{form}} +- {error:{form}}"
 
 
 def draw_curve(curve: "LengthCurve", out: Path, name: str) -> None:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from swat_lm.cli.checkpoints import load_any_checkpoint
-from swat_lm.cli.console import print_table, results
+from swat_lm.cli.console import print_table, results, text_table
 from swat_lm.cli.evaluation import OWN, check_output, model_with_window, parse_windows, with_error
 from swat_lm.cli.progress import Counter
 from swat_lm.cli.texts import HELD_OUT, read_documents
@@ -248,30 +248,27 @@ def kept_before(path: Path, model: "PreTrainedModel", name: str, items: "list[Re
 
 def recall_table(curve: "RecallCurve") -> Table:
     """The curve as a table of text."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("distance", "recalled", "95 % interval", "loss of answers", "items"):
-        table.add_column(name, justify="right")
-    for point in curve.points:
-        table.add_row(
+    rows = [
+        [
             f"{point.distance:,}",
             f"{100 * point.accuracy:.1f} %",
             f"{100 * point.low:.1f} .. {100 * point.high:.1f} %",
             with_error(point.loss, point.loss_error),
             f"{point.num_items}",
-        )
-    return table
+        ]
+        for point in curve.points
+    ]
+    return text_table(("distance", "recalled", "95 % interval", "loss of answers", "items"), rows)
 
 
 def reach_table(curve: "ReachCurve") -> Table:
     """The distances within which shares of the influence lie, beside what the windows allow."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("influence")
-    table.add_column("within so many tokens", justify="right")
-    for name, value in curve.within.items():
-        error = curve.within_error[name]
-        table.add_row(f"{100 * float(name):g} %", f"{value:,.1f}" + ("" if error is None else f" +- {error:.1f}"))
-    table.add_row("theoretical reach", "everything" if curve.reach is None else f"{curve.reach - 1:,}")
-    return table
+    rows = [
+        [f"{100 * float(share):g} %", with_error(value, curve.within_error[share], ",.1f")]
+        for share, value in curve.within.items()
+    ]
+    rows.append(["theoretical reach", "everything" if curve.reach is None else f"{curve.reach - 1:,}"])
+    return text_table(("influence", "within so many tokens"), rows, left=("influence",))
 
 
 def write_recall(curves: "list[RecallCurve]", path: Path) -> None:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from swat_lm.cli.console import on_main_process, print_table, results
+from swat_lm.cli.console import on_main_process, print_table, results, text_table
 from swat_lm.cli.demonstration import watching
 from swat_lm.cli.outputs import check_folder
 from swat_lm.words import counted
@@ -116,24 +115,20 @@ def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
     """The runs of an experiment without running them."""
     from swat_lm.papers.reproduction import plan_without_running
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("variant", "parameters", "length", "steps", "rows a step", "tokens", "FLOPs", "A800 time"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
+    headings = ("variant", "parameters", "length", "steps", "rows a step", "tokens", "FLOPs", "A800 time")
     rows = plan_without_running(experiment, scale)
-    for row in rows:
-        known = not row["remark"]
-        table.add_row(
+    cells = [
+        [
             row["label"],
-            f"{row['parameters']:,}" if known else "?",
-            f"{row['length']:,}",
-            f"{row['steps']:,}",
-            f"{row['rows_per_step']:,}",
-            f"{row['tokens']:,}",
-            f"{row['flops']:.2e}{'' if row['flops_by'] == 'formula' else ' *'}" if known else "?",
-            lasting(row["gpu_hours"]) if known else "?",
-        )
+            "?" if row["remark"] else f"{row['parameters']:,}",
+            *(f"{row[name]:,}" for name in ("length", "steps", "rows_per_step", "tokens")),
+            "?" if row["remark"] else f"{row['flops']:.2e}{'' if row['flops_by'] == 'formula' else ' *'}",
+            "?" if row["remark"] else lasting(row["gpu_hours"]),
+        ]
+        for row in rows
+    ]
     console = results()
-    print_table(table, console)
+    print_table(text_table(headings, cells, left=("variant",)), console)
     total = num_seeds * sum(row.get("gpu_hours", 0.0) for row in rows)
     runs, of = counted(len(rows), "run"), counted(num_seeds, "seed")
     console.print(

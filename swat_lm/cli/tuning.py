@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import messages, print_table, results
+from swat_lm.cli.console import messages, print_table, results, text_table
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.progress import RunProgress
 from swat_lm.cli.tuning_plan import (
@@ -176,18 +176,17 @@ def show(found: "list[tuple[Round, list[Trials]]]", call: Call, out: Path) -> No
 
 def tiles_table(finished: "list[Trials]") -> Table:
     """One row per kernel: its own choice, the fastest, and how many times faster that is."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("kernel", "without the file", "ms", "fastest", "ms", "gain"):
-        table.add_column(name, justify="right" if name in ("ms", "gain") else "left", no_wrap=True)
+    rows = []
     for trials in finished:
         assert trials.best is not None
         first, best = trials.times[trials.candidates[0]], trials.times[trials.best]
         assert best is not None
-        table.add_row(
+        rows.append([
             SHORT.get(trials.kernel, trials.kernel), in_short(trials.candidates[0]), milliseconds(first),
             in_short(trials.best), milliseconds(best), "-" if first is None else f"{first / best:.2f} x",
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    headings = ("kernel", "without the file", "ms", "fastest", "ms", "gain")
+    return text_table(headings, rows, left=("kernel", "without the file", "fastest"), gap=2)
 
 
 def in_short(candidate: "Candidate") -> str:
