@@ -62,36 +62,24 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-measurements = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
-application.command(name="demo")(located(demonstration.demo))
-application.command(name="train")(located(training.train))
-application.command(name="tokenizer")(located(preparation.tokenizer))
-application.command(name="prepare")(located(preparation.prepare))
-application.command(name="generate")(located(generation.generate))
+measurements = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a trained model.")
+COMMANDS: dict[typer.Typer, tuple[Callable[..., None], ...]] = {
+    application: (
+        demonstration.demo, training.train, preparation.tokenizer, preparation.prepare, generation.generate,
+        reproduction.reproduce, studies.study, comparison.report, recipes.recipes, information.info,
+        conversion.convert, tuning.tune,
+    ),
+    measurements: (evaluation.length, recall.recall, recall.reach, diagnosis.diagnose, benchmarks.tasks),
+}  # fmt: skip
+for group, commands in COMMANDS.items():
+    for command in commands:
+        group.command()(located(command))
 application.add_typer(measurements, name="evaluate")
-measurements.command(name="length")(located(evaluation.length))
-measurements.command(name="recall")(located(recall.recall))
-measurements.command(name="reach")(located(recall.reach))
-measurements.command(name="diagnose")(located(diagnosis.diagnose))
-measurements.command(name="tasks")(located(benchmarks.tasks))
-application.command(name="reproduce")(located(reproduction.reproduce))
-application.command(name="study")(located(studies.study))
-application.command(name="report")(located(comparison.report))
-application.command(name="recipes")(located(recipes.recipes))
-application.command(name="info")(located(information.info))
-application.command(name="convert")(located(conversion.convert))
-application.command(name="tune")(located(tuning.tune))
 
 # the base of every usage error; typer carries its own copy of click in newer versions
 USAGE_ERROR: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException" and issubclass(kind, Exception)
 )
-
-
-@measurements.callback()
-def measure() -> None:
-    """Measure a trained model."""
 
 
 def show_version(wanted: bool) -> None:

@@ -65,17 +65,17 @@ def watching() -> "Iterator[Watcher]":
 
         def __init__(self) -> None:
             self._console = results()
-            self._progress: RunProgress | None = None
+            self._progress = RunProgress()
 
         def stage(self, text: str) -> None:
             self.close()
             self._console.print(f"[bold]{text}[/bold]")
 
         def count(self, name: str, done: int, total: int) -> None:
-            self._bars().count(name, done, total)
+            self._progress.count(name, done, total)
 
         def event(self, name: str, event: "Event") -> None:
-            self._bars().event(name, event)
+            self._progress.event(name, event)
 
         def text(self, text: str) -> None:
             if on_main_process():
@@ -89,14 +89,8 @@ def watching() -> "Iterator[Watcher]":
             )
 
         def close(self) -> None:
-            if self._progress is not None:
-                self._progress.__exit__()
-                self._progress = None
-
-        def _bars(self) -> RunProgress:
-            if self._progress is None:
-                self._progress = RunProgress().__enter__()
-            return self._progress
+            self._progress.__exit__()
+            self._progress = RunProgress()
 
     watcher = TerminalWatcher()
     try:

@@ -10,7 +10,7 @@ from rich.table import Table
 from swat_lm.cli.checkpoints import load_any_checkpoint
 from swat_lm.cli.console import messages, print_table, results, text_table
 from swat_lm.cli.evaluation import OWN, check_output, model_with_window
-from swat_lm.cli.progress import Counter
+from swat_lm.cli.progress import counting
 from swat_lm.cli.recall import DEVICE, SHARED_CHECKPOINT, TOKENIZER, WINDOW, parse_one_window
 from swat_lm.cli.texts import HELD_OUT, read_documents
 
@@ -54,7 +54,7 @@ def diagnose(
     from swat_lm.evaluate.length import segments
 
     documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
-    with Counter("reading", "streams") as counter:
+    with counting("reading", "streams") as counter:
         found = diagnosing.diagnose(model, segments(documents, length, most), on_progress=counter)
     if not found.has_weights:
         messages().print(f"note: {type(model).__name__} shows no attention weights; norms and variance only")

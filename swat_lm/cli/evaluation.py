@@ -9,7 +9,7 @@ from rich.table import Table
 from swat_lm.cli.checkpoints import load_any_checkpoint
 from swat_lm.cli.console import messages, print_table, results, text_table
 from swat_lm.cli.outputs import check_folder
-from swat_lm.cli.progress import Counter
+from swat_lm.cli.progress import counting
 from swat_lm.cli.texts import HELD_OUT, read_documents
 from swat_lm.words import counted
 
@@ -201,7 +201,7 @@ class Measurement:
             key = measurement_key(model, self.streams, [*self.sizes, *sinks])
             partial = PartialResults(self.out / f"partial-{name}.json", key)
             self.partials.append(partial)
-        with Counter(f"evaluating, window {name}", "tokens") as counter:
+        with counting(f"evaluating, window {name}", "tokens") as counter:
             return loss_by_length(
                 model, self.streams, self.sizes, chunk=self.chunk, batch_size=self.batch_size,
                 window=int(name) if self.num_sinks else None, num_sinks=self.num_sinks, partial=partial,

@@ -8,7 +8,7 @@ import typer
 
 from swat_lm.cli.console import key_value_table, results
 from swat_lm.cli.outputs import check_folder
-from swat_lm.cli.progress import Counter
+from swat_lm.cli.progress import counting
 from swat_lm.named_recipes import is_recipe
 from swat_lm.words import counted
 
@@ -43,7 +43,7 @@ def tokenizer(
     from swat_lm.files import naming
 
     # files that are read name themselves
-    with naming(out), Counter("reading text", "bytes") as counter:
+    with naming(out), counting("reading text", "bytes") as counter:
         trained = train_tokenizer(sources, vocab_size, out, text_field, counter)
     results().print(f"{out}: {counted(vocabulary_size(trained), 'token')}", markup=False)
 
@@ -72,7 +72,7 @@ def prepare(
     from swat_lm.data import prepare as prepare_tokens
 
     data = data_settings(sources, tokenizer, text_field, cache, workers)
-    with Counter("preparing text", "bytes") as counter:
+    with counting("preparing text", "bytes") as counter:
         store = prepare_tokens(data, lambda at: counter(at.bytes_read, at.bytes_total))
     rows = [
         ("folder", str(store.folder)),

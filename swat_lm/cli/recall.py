@@ -10,7 +10,7 @@ from rich.table import Table
 from swat_lm.cli.checkpoints import load_any_checkpoint
 from swat_lm.cli.console import print_table, results, text_table
 from swat_lm.cli.evaluation import OWN, check_output, model_with_window, parse_windows, with_error
-from swat_lm.cli.progress import Counter
+from swat_lm.cli.progress import counting
 from swat_lm.cli.texts import HELD_OUT, read_documents
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def recall(
     for number, (name, items) in enumerate(sets):
         partial = None if out is None else kept_before(out / f"partial-{number}.json", model, name, items)
         partials += [] if partial is None else [partial]
-        with Counter(f"recalling, {name}", "tokens") as counter:
+        with counting(f"recalling, {name}", "tokens") as counter:
             curve = measure_recall(
                 model, items, name, chunk=chunk, batch_size=batch_size, partial=partial, on_progress=counter,
                 chance=chance_of(name, items) if name in names else None,
@@ -132,7 +132,7 @@ def reach(
 
     documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     size = length or min(2 * (theoretical_reach(model) or 1024), 8192)
-    with Counter("measuring", "streams") as counter:
+    with counting("measuring", "streams") as counter:
         curve = effective_reach(model, segments(documents, size + 1, most), on_progress=counter)
     if out is not None:
         # before anything is drawn

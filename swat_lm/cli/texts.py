@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from swat_lm.cli.console import messages
-from swat_lm.cli.progress import Counter
+from swat_lm.cli.progress import counting
 from swat_lm.model.loading import find_model_folder
 from swat_lm.paths import local_path
 from swat_lm.words import counted
@@ -52,7 +52,7 @@ def read_documents(
         add_eos=load_tokenizer(folder).eos_token_id is not None,
         held_out=held_out or 0.0, split_seed=trained.split_seed if trained else 0,
     )  # fmt: skip
-    with Counter("preparing text", "bytes") as counter:
+    with counting("preparing text", "bytes") as counter:
         store = prepare(recipe, lambda at: counter(at.bytes_read, at.bytes_total))
     vocab_size = cast(int, model.config.get_text_config().vocab_size)
     if store.vocab_size > vocab_size:

@@ -274,7 +274,7 @@ def test_places_for_folders_are_tried(here: Path):
         check_folder(here / "made" / ("x" * 300), "--out")
     with pytest.raises(OSError, match="File name too long"):
         # the file beside it has a longer name
-        check_new_file(here / ("x" * 246), "--out")
+        check_new_file(here / ("x" * 249), "--out")
     assert files_of(here) == before
     assert not (here / "made").exists()
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import processors
 
 from swat_lm import SwatForCausalLM
-from swat_lm.cli.generation import SavingInterruption, arriving, prompt_pieces, read_some
+from swat_lm.cli.generation import PIECE_BYTES, SavingInterruption, arriving, prompt_pieces
 from swat_lm.data.cutting import Cutter
 from swat_lm.data.tokenizer import EOS, wrap
 from tests.cli.test_commands import files_of
@@ -96,7 +96,7 @@ class Arriving(io.BytesIO):
 def test_text_that_arrives_keeps_every_character():
     text = "na\u00efve \u20ac\n" * 5000 + "no end"
     source = io.BufferedReader(io.BytesIO(text.encode()), 64)
-    assert "".join(arriving(lambda: read_some(source))) == text
+    assert "".join(arriving(lambda: source.read1(PIECE_BYTES))) == text
     for bits in ([b"a\xe2", b"\x82", b"("], [b"a\xe2\x82("], [b"a", b"\xe2\x82"]):
         with pytest.raises(ValueError, match=r"stdin is not UTF-8 text \(byte 1\)"):
             list(arriving(Arriving(bits).read1))

@@ -1,4 +1,4 @@
-"""Turns Ctrl-C, SIGTERM and the end of a terminal into a request that the loop grants after the current step."""
+"""Turns Ctrl-C, SIGTERM and the end of a terminal into a request that is granted when a step of the work is done."""
 
 import signal
 import threading
