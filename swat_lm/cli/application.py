@@ -14,17 +14,17 @@ import typer
 
 from swat_lm.cli import (
     benchmarks,
-    comparison,
     conversion,
     demonstration,
     diagnosis,
-    evaluation,
     generation,
     information,
+    length,
     preparation,
     recall,
     recipes,
     reproduction,
+    run_report,
     studies,
     training,
     tuning,
@@ -66,10 +66,10 @@ measurements = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Me
 COMMANDS: dict[typer.Typer, tuple[Callable[..., None], ...]] = {
     application: (
         demonstration.demo, training.train, preparation.tokenizer, preparation.prepare, generation.generate,
-        reproduction.reproduce, studies.study, comparison.report, recipes.recipes, information.info,
+        reproduction.reproduce, studies.study, run_report.report, recipes.recipes, information.info,
         conversion.convert, tuning.tune,
     ),
-    measurements: (evaluation.length, recall.recall, recall.reach, diagnosis.diagnose, benchmarks.tasks),
+    measurements: (length.length, recall.recall, recall.reach, diagnosis.diagnose, benchmarks.tasks),
 }  # fmt: skip
 for group, commands in COMMANDS.items():
     for command in commands:

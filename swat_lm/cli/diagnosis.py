@@ -7,32 +7,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from swat_lm.cli.checkpoints import load_any_checkpoint
+from swat_lm.cli.checkpoints import load_behind_window
 from swat_lm.cli.console import messages, print_table, results, text_table
-from swat_lm.cli.evaluation import OWN, check_output, model_with_window
+from swat_lm.cli.evaluation_text import read_documents
+from swat_lm.cli.length import check_output
+from swat_lm.cli.options import CHECKPOINT, DEVICE, HELD_OUT, OWN_WINDOW, TEXT_FIELD, TOKENIZER, WINDOW
 from swat_lm.cli.progress import counting
-from swat_lm.cli.recall import DEVICE, SHARED_CHECKPOINT, TOKENIZER, WINDOW, parse_one_window
-from swat_lm.cli.texts import HELD_OUT, read_documents
 
 if TYPE_CHECKING:
     from swat_lm.evaluate.diagnose import Diagnosis
 
 __all__ = ["diagnose"]
 
-DEFAULT_LENGTH = 512
-
 
 def diagnose(
-    checkpoint: SHARED_CHECKPOINT,
+    checkpoint: CHECKPOINT,
     data: Annotated[list[str], typer.Option("--data", "-d", help="Text to read; may be given several times.")],
-    length: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = DEFAULT_LENGTH,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 512,
     most: Annotated[int, typer.Option(min=1, help="Streams, spread over the text.")] = 16,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the pictures.")] = None,
-    window: WINDOW = OWN,
+    window: WINDOW = OWN_WINDOW,
     held_out: HELD_OUT = None,
-    text_field: Annotated[
-        str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")
-    ] = "text",
+    text_field: TEXT_FIELD = "text",
     tokenizer: TOKENIZER = None,
     device: DEVICE = None,
 ) -> None:
@@ -47,9 +43,7 @@ def diagnose(
       swat-lm evaluate diagnose runs/mine --data books/ --length 1024 --out looked
     """
     check_output(out, "diagnosis.json")
-    model, _ = load_any_checkpoint(checkpoint, tokenizer, device)
-    (view,) = parse_one_window(window)
-    model = model_with_window(model, view)
+    model, _ = load_behind_window(checkpoint, window, tokenizer, device)
     from swat_lm.evaluate import diagnose as diagnosing
     from swat_lm.evaluate.length import segments
 
@@ -60,7 +54,6 @@ def diagnose(
         messages().print(f"note: {type(model).__name__} shows no attention weights; norms and variance only")
     if out is not None:
         # before anything is drawn
-        out.mkdir(parents=True, exist_ok=True)
         found.save(out / "diagnosis.json")
     print_table(diagnosis_table(found))
     if out is not None:

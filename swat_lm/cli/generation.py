@@ -16,6 +16,7 @@ import typer
 from swat_lm.cli.checkpoints import load_checkpoint
 from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED
+from swat_lm.cli.options import DEVICE, TOKENIZER
 from swat_lm.cli.outputs import check_new_file
 from swat_lm.cli.streams import reader_is_gone
 from swat_lm.interruption import Interruption
@@ -52,9 +53,9 @@ def generate(
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after a token that ends a text.")] = False,
     load_from: Annotated[Path | None, typer.Option("--load-state", help="Go on with a stream saved before.")] = None,
     save_to: Annotated[Path | None, typer.Option("--save-state", help="Save the stream's state at the end.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")] = None,
+    tokenizer: TOKENIZER = None,
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens per forward pass; speed and memory only.")] = 512,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+    device: DEVICE = None,
 ) -> None:
     """Continue a text and stream it to stdout.
 

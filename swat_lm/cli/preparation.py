@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swat_lm.cli.console import key_value_table, results
+from swat_lm.cli.options import TEXT_FIELD
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import counting
 from swat_lm.named_recipes import is_recipe
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["prepare", "tokenizer"]
 
-TextField = Annotated[str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")]
 SOURCES_HELP = (
     "Files or folders of .txt .md .py .jsonl .parquet (also .gz .xz), hub:NAME[:CONFIG][:SPLIT], or python:stdlib."
 )
@@ -27,7 +27,7 @@ def tokenizer(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCES...", help=SOURCES_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the tokenizer.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens in all: 256 bytes, 3 special ones, the rest merges.")] = 8192,
-    text_field: TextField = "text",
+    text_field: TEXT_FIELD = "text",
 ) -> None:
     """Train a tokenizer on text.
 

@@ -7,6 +7,7 @@ import typer
 
 from swat_lm.cli.console import on_main_process, print_table, results, text_table
 from swat_lm.cli.demonstration import watching
+from swat_lm.cli.options import whole_numbers
 from swat_lm.cli.outputs import check_folder
 from swat_lm.words import counted
 
@@ -88,10 +89,7 @@ def reproduce(
 
 def parse_seeds(text: str) -> list[int]:
     """`0,1` as numbers; raises ValueError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
-        raise ValueError(f"--seeds: expected different whole numbers with commas between, such as 0,1; got {text!r}")
-    return [int(part) for part in parts]
+    return whole_numbers(text, "--seeds", 0, "0,1", different=True)
 
 
 def check_texts(experiment: "Experiment", data: Path | None, named: list[str]) -> None:

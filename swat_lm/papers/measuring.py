@@ -29,7 +29,7 @@ def parsed(path: Path, read: Callable[[str], Any]) -> Any:
     try:
         return read(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and the same command measures it again") from None
+        raise ValueError(f"{path} is damaged ({error}): remove it and measure again") from None
 
 
 def read_json(path: Path) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swat_lm.cli.evaluation import choose_streams
+from swat_lm.cli.length import choose_streams
 from swat_lm.evaluate.curves import LengthCurve
 
 

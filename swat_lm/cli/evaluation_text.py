@@ -1,8 +1,6 @@
 """Text to evaluate on: which of its documents, and their tokens."""
 
-from typing import TYPE_CHECKING, Annotated, cast
-
-import typer
+from typing import TYPE_CHECKING, cast
 
 from swat_lm.cli.console import messages
 from swat_lm.cli.progress import counting
@@ -17,15 +15,8 @@ if TYPE_CHECKING:
     from swat_lm.data import TokenStore
     from swat_lm.data.trained import Recognised, TrainedText
 
-__all__ = ["HELD_OUT", "read_documents", "trained_text_of"]
+__all__ = ["read_documents", "trained_text_of"]
 
-HELD_OUT = Annotated[
-    float | None,
-    typer.Option(
-        help="Read this held-out share of the documents; 0: all. Default: all but those that the model's run was "
-        "trained on, which are recognised by their content."
-    ),
-]
 # a document that shares more than this with trained text, but not most of it, is read and spoken of
 SHARED = 0.1
 

@@ -1,35 +1,45 @@
 """`swat-lm evaluate length`: loss against the length of the context."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from swat_lm.cli.checkpoints import load_any_checkpoint
+from swat_lm.cli.checkpoints import behind_window, load_any_checkpoint
 from swat_lm.cli.console import messages, print_table, results, text_table
+from swat_lm.cli.evaluation_text import read_documents
+from swat_lm.cli.options import (
+    CHECKPOINT,
+    DEVICE,
+    HELD_OUT,
+    OWN_WINDOW,
+    TEXT_FIELD,
+    TOKENIZER,
+    parse_windows,
+    whole_numbers,
+)
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import counting
-from swat_lm.cli.texts import HELD_OUT, read_documents
 from swat_lm.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
     from swat_lm.evaluate.curves import LengthCurve, WindowMatrix
     from swat_lm.evaluate.partial import PartialResults
 
 __all__ = ["length"]
 
-OWN, NONE = "own", "none"
-DEFAULT_LENGTHS = "128,256,512,1024,2048,4096"
-
 
 def length(
-    checkpoint: Annotated[str, typer.Argument(help="A run's folder, a folder of any causal model, or a hub name.")],
+    checkpoint: CHECKPOINT,
     data: Annotated[list[str], typer.Option("--data", "-d", help="Text to evaluate on; may be given several times.")],
-    lengths: Annotated[str, typer.Option(help="Evaluation lengths in tokens, by commas.")] = DEFAULT_LENGTHS,
+    lengths: Annotated[
+        str, typer.Option(help="Evaluation lengths in tokens, by commas.")
+    ] = "128,256,512,1024,2048,4096",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the picture.")] = None,
     whole: Annotated[
         bool, typer.Option("--whole-documents", help="Read each document from its start, instead of joining them.")
@@ -38,17 +48,15 @@ def length(
     most: Annotated[int, typer.Option(min=1, help="Most streams to read, spread over the text.")] = 64,
     window: Annotated[
         str, typer.Option(help="Window of every layer: a number, none or own; several by commas give a heat map.")
-    ] = OWN,
+    ] = OWN_WINDOW,
     sinks: Annotated[
         int, typer.Option(min=0, help="Keep so many first tokens of each stream beside --window, untrained.")
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Streams read side by side.")] = 8,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass; speed and memory only.")] = 512,
-    text_field: Annotated[
-        str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")
-    ] = "text",
-    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+    text_field: TEXT_FIELD = "text",
+    tokenizer: TOKENIZER = None,
+    device: DEVICE = None,
 ) -> None:
     """Measure loss against the length of the context, of any causal language model.
 
@@ -71,18 +79,20 @@ def length(
       swat-lm evaluate length llama-folder --data books/ --window 64,128,256,none --out windows
       swat-lm evaluate length llama-folder --data books/ --window 128 --sinks 4 --out kept
     """
-    sizes, windows = parse_lengths(lengths), parse_windows(window)
+    sizes, windows = whole_numbers(lengths, "--lengths", 2, "256,1024"), parse_windows(window)
     if sinks and not all(name.isdigit() for name in windows):
         raise ValueError(
             f"--sinks: sinks are kept beside a window: give a number of tokens with --window, not {window}"
         )
     check_output(out, "length.json", "windows.json")
+    from swat_lm.data.tokenizer import tokenizer_facts
     from swat_lm.evaluate.curves import WindowMatrix, with_bytes
     from swat_lm.evaluate.length import reader_behind
-    from swat_lm.evaluate.limits import extrapolates_beyond
+    from swat_lm.evaluate.limits import check_length, extrapolates_beyond
+    from swat_lm.evaluate.reader import reader_for
 
     model, tokens = load_any_checkpoint(checkpoint, tokenizer, device)
-    twins = {name: model if sinks else model_with_window(model, name) for name in windows}
+    twins = {name: model if sinks else behind_window(model, name) for name in windows}
     if sinks:
         # a model that cannot keep them is refused before any text is read
         reader_behind(model, int(windows[0]), sinks)
@@ -92,62 +102,29 @@ def length(
     # sinks count positions within what is kept
     if made_for is not None and max(sizes) > made_for and not sinks:
         messages().print(f"note: this model was made for {counted(made_for, 'token')}; positions beyond are new to it")
-    measure = Measurement(streams, sizes, batch_size, chunk, out, sinks)
     # what a model cannot hold is said before the first one is measured
     for twin in twins.values() if not sinks else ():
-        measure.check(twin)
-    counts = bytes_of_tokens(tokens)
-    curves = [with_bytes(measure(twin, name), streams, counts) for name, twin in twins.items()]
+        check_length(reader_for(twin), max(sizes), min(batch_size, len(streams)))
+    found, partials = measure_behind_windows(twins, streams, sizes, sinks, out, batch_size, chunk)
+    counts = tokenizer_facts(tokens).token_bytes
+    curves = [with_bytes(curve, streams, counts) for curve in found]
     matrix = WindowMatrix(tuple(windows), tuple(curves))
+    is_matrix = len(windows) > 1
+    name = "windows" if is_matrix else "length"
     if out is not None:
         # what was measured is kept before anything is drawn
-        out.mkdir(parents=True, exist_ok=True)
-        if len(windows) > 1:
-            matrix.save(out / "windows.json")
-        else:
-            curves[0].save(out / "length.json")
-        measure.finish()
-    for name, curve in zip(windows, curves, strict=True):
-        if len(windows) > 1:
-            results().print(f"window {name}", markup=False)
+        (matrix if is_matrix else curves[0]).save(out / f"{name}.json")
+        for partial in partials:
+            partial.remove()
+    for behind, curve in zip(windows, curves, strict=True):
+        if is_matrix:
+            results().print(f"window {behind}", markup=False)
         print_table(curve_table(curve))
     if out is not None:
         title = Path(checkpoint).name + (f", window {window} and the first {counted(sinks, 'token')}" if sinks else "")
-        if len(windows) > 1:
-            draw_matrix(matrix, out, title)
-        else:
-            draw_curve(curves[0], out, title)
-
-
-def bytes_of_tokens(tokens: "PreTrainedTokenizerFast") -> "np.ndarray | None":
-    """UTF-8 bytes behind each token id; None if the tokenizer does not let them be counted."""
-    from swat_lm.data.tokenizer import tokenizer_facts
-
-    return tokenizer_facts(tokens).token_bytes
-
-
-def parse_lengths(text: str) -> list[int]:
-    """`128,256` as numbers; raises ValueError for anything else."""
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"--lengths: expected whole numbers with commas between, such as 256,1024; got {text!r}"
-        ) from None
-    if min(sizes) < 2:
-        raise ValueError(f"--lengths: expected at least 2 tokens each; got {min(sizes)}")
-    return sizes
-
-
-def parse_windows(text: str) -> list[str]:
-    """`64,none` as names of windows, each once; raises ValueError for anything else."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        if name not in (OWN, NONE) and not (name.isdigit() and int(name) >= 1):
-            raise ValueError(
-                f"--window: expected numbers of at least 1, `{NONE}` or `{OWN}`, with commas between; got {text!r}"
-            )
-    return names
+        picture = out / f"{name}.png"
+        draw_matrix(matrix, picture, title) if is_matrix else draw_curve(curves[0], picture, title)
+        results().print(f"{out / name}.json, {picture}", markup=False)
 
 
 def check_output(out: Path | None, *names: str) -> None:
@@ -160,58 +137,33 @@ def check_output(out: Path | None, *names: str) -> None:
             raise FileExistsError(f"{out} already holds {name}: name another folder for --out, or remove it")
 
 
-def model_with_window(model: "PreTrainedModel", name: str) -> "PreTrainedModel":
-    """The model itself or a twin that shares its weights."""
-    from swat_lm.evaluate.windows import with_window
+def measure_behind_windows(
+    models: Mapping[str, "PreTrainedModel"],
+    streams: "list[np.ndarray]",
+    sizes: list[int],
+    sinks: int,
+    out: Path | None,
+    batch_size: int,
+    chunk: int,
+) -> "tuple[list[LengthCurve], list[PartialResults]]":
+    """Loss by length of models by the names of the windows that they have, or will have with sinks beside them.
 
-    return model if name == OWN else with_window(model, None if name == NONE else int(name))
+    What is done is kept in `out`; the second list is to be removed when the results are there.
+    """
+    from swat_lm.evaluate.length import loss_by_length
+    from swat_lm.evaluate.partial import PartialResults, measurement_key
 
-
-class Measurement:
-    """One command's streams and lengths, measured for one window after another, keeping what is done in `out`."""
-
-    def __init__(
-        self,
-        streams: "list[np.ndarray]",
-        sizes: list[int],
-        batch_size: int,
-        chunk: int,
-        out: Path | None,
-        num_sinks: int = 0,
-    ) -> None:
-        self.streams, self.sizes, self.batch_size, self.chunk, self.out = streams, sizes, batch_size, chunk, out
-        self.num_sinks = num_sinks
-        self.partials: list[PartialResults] = []
-
-    def check(self, model: "PreTrainedModel") -> None:
-        """Raise ValueError for streams that the model cannot hold."""
-        from swat_lm.evaluate.limits import check_length
-        from swat_lm.evaluate.reader import reader_for
-
-        check_length(reader_for(model), max(self.sizes), min(self.batch_size, len(self.streams)))
-
-    def __call__(self, model: "PreTrainedModel", name: str) -> "LengthCurve":
-        """Loss by length of a model, whose window has this name, or will have with sinks beside it."""
-        from swat_lm.evaluate.length import loss_by_length
-        from swat_lm.evaluate.partial import PartialResults, measurement_key
-
-        partial = None
-        if self.out is not None:
-            sinks = ["window", name, "sinks", self.num_sinks] if self.num_sinks else []
-            key = measurement_key(model, self.streams, [*self.sizes, *sinks])
-            partial = PartialResults(self.out / f"partial-{name}.json", key)
-            self.partials.append(partial)
+    curves, partials = [], []
+    for name, model in models.items():
+        if out is not None:
+            settings = [*sizes, *(["window", name, "sinks", sinks] if sinks else [])]
+            partials.append(PartialResults(out / f"partial-{name}.json", measurement_key(model, streams, settings)))
         with counting(f"evaluating, window {name}", "tokens") as counter:
-            return loss_by_length(
-                model, self.streams, self.sizes, chunk=self.chunk, batch_size=self.batch_size,
-                window=int(name) if self.num_sinks else None, num_sinks=self.num_sinks, partial=partial,
-                on_progress=counter,
-            )  # fmt: skip
-
-    def finish(self) -> None:
-        """The results are written: what was kept of them on the way is removed."""
-        for partial in self.partials:
-            partial.remove()
+            curves.append(loss_by_length(
+                model, streams, sizes, chunk=chunk, batch_size=batch_size, window=int(name) if sinks else None,
+                num_sinks=sinks, partial=partials[-1] if partials else None, on_progress=counter,
+            ))  # fmt: skip
+    return curves, partials
 
 
 def choose_streams(documents: "list[np.ndarray]", sizes: list[int], whole: bool, most: int) -> "list[np.ndarray]":
@@ -224,8 +176,8 @@ def choose_streams(documents: "list[np.ndarray]", sizes: list[int], whole: bool,
 
     if not whole:
         return segments(documents, max(sizes), most)
-    long = [index for index, one in enumerate(documents) if len(one) >= max(sizes)]
-    other = [index for index, one in enumerate(documents) if min(sizes) <= len(one) < max(sizes)]
+    long = [index for index, document in enumerate(documents) if len(document) >= max(sizes)]
+    other = [index for index, document in enumerate(documents) if min(sizes) <= len(document) < max(sizes)]
     chosen = spread(long, most)
     chosen += spread(other, most - len(chosen))
     # with nothing of use all are handed on, so that the measurement says what they lack
@@ -266,8 +218,8 @@ def with_error(value: float, error: float | None, form: str = ".4f") -> str:
     return f"{value:{form}}" if error is None else f"{value:{form}} +- {error:{form}}"
 
 
-def draw_curve(curve: "LengthCurve", out: Path, name: str) -> None:
-    """Draw length.png into the folder."""
+def draw_curve(curve: "LengthCurve", path: Path, title: str) -> None:
+    """Draw one curve of all tokens and one of the later half."""
     from swat_lm.evaluate.plots import Series, plot_loss_by_length
 
     series = [
@@ -276,18 +228,16 @@ def draw_curve(curve: "LengthCurve", out: Path, name: str) -> None:
         Series("tokens N/2+1 .. N", curve.lengths, [p.tail_loss for p in curve.points],
                [p.tail_loss_error for p in curve.points]),
     ]  # fmt: skip
-    plot_loss_by_length(series, out / "length.png", window=curve.window, title=name)
-    results().print(f"{out / 'length.json'}, {out / 'length.png'}", markup=False)
+    plot_loss_by_length(series, path, window=curve.window, title=title)
 
 
-def draw_matrix(matrix: "WindowMatrix", out: Path, name: str) -> None:
-    """Draw windows.png into the folder."""
+def draw_matrix(matrix: "WindowMatrix", path: Path, title: str) -> None:
+    """Draw a heat map of windows and lengths."""
     from swat_lm.evaluate.heatmaps import plot_heat_map
     from swat_lm.evaluate.plots import short_number
 
     plot_heat_map(
-        matrix.losses(), out / "windows.png", rows=matrix.names, columns=[short_number(one) for one in matrix.lengths],
+        matrix.losses(), path, rows=matrix.names, columns=[short_number(length) for length in matrix.lengths],
         ylabel="evaluation window (tokens)", xlabel="evaluation length (tokens)", scale="loss (nats per token)",
-        title=name,
+        title=title,
     )  # fmt: skip
-    results().print(f"{out / 'windows.json'}, {out / 'windows.png'}", markup=False)
