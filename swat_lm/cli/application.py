@@ -49,7 +49,7 @@ def located(command: Callable[..., None]) -> Callable[..., None]:
             os.getcwd()
         except FileNotFoundError:
             raise FileNotFoundError("the current directory was removed: change to another one") from None
-        command(**{name: local_path(one) if isinstance(one, Path) else one for name, one in options.items()})
+        command(**{name: local_path(value) if isinstance(value, Path) else value for name, value in options.items()})
 
     return call
 
@@ -128,7 +128,7 @@ def run_command(given: list[str]) -> int:
     """Run the command line on open streams and return its exit code."""
     # accepted anywhere: whoever adds it does so after a failure, at the end of the line
     debug = "--debug" in given
-    given = [one for one in given if one != "--debug"]
+    given = [argument for argument in given if argument != "--debug"]
     set_up_output(debug)
     try:
         code = application(given, standalone_mode=False, prog_name="swat-lm")

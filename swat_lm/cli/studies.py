@@ -42,7 +42,7 @@ def study(
     from swat_lm.papers.studies import load_study, study_names, study_summary
 
     if name is None:
-        results().print(key_value_table([(one, study_summary(one)) for one in study_names()]))
+        results().print(key_value_table([(known, study_summary(known)) for known in study_names()]))
         return
     chosen = load_study(name)
     numbers = list(chosen.seeds) if seeds is None else parse_seeds(seeds)

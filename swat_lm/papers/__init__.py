@@ -13,7 +13,7 @@ __all__ = ["PAPERS", "find_experiment"]
 
 def find_experiment(name: str) -> Experiment:
     """A paper's table or figure by its name, or a study by its file; raises ValueError naming the nearest."""
-    known = {key: one for paper in PAPERS.values() for key, one in paper.experiments.items()}
+    known = {key: experiment for paper in PAPERS.values() for key, experiment in paper.experiments.items()}
     if name in known:
         return known[name]
     if name.endswith(SUFFIXES):

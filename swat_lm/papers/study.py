@@ -17,7 +17,6 @@ from swat_lm.papers.page import with_error
 from swat_lm.papers.scales import Budget, Scale
 from swat_lm.papers.verdicts import Verdict, judge, paired_gap
 from swat_lm.recipe import Recipe, load_recipe
-from swat_lm.train.initial import init_of
 
 if TYPE_CHECKING:
     from swat_lm.papers.findings import Findings
@@ -73,10 +72,10 @@ class Study(Experiment):
             got = f"{self.baseline!r} of {', '.join(map(str, self.changes))}"
             raise ValueError(f"{self.path}: baseline: expected one of two or more changes; got {got}")
         for name, overrides in self.changes.items():
-            for one in filter(SHARED.match, overrides):
-                raise ValueError(f"{self.path}: {name}: {one}: this is the same for all variants of a study")
+            for change in filter(SHARED.match, overrides):
+                raise ValueError(f"{self.path}: {name}: {change}: this is the same for all variants of a study")
             for scale in ("full", "quick"):
-                if init_of(self.load(overrides, scale)) is not None:
+                if self.load(overrides, scale).model.get("init") is not None:
                     raise ValueError(f"{self.path}: {name}: a study begins its runs anew; leave model.init out")
 
     def shared(self, scale: str) -> list[str]:
@@ -115,24 +114,24 @@ class Study(Experiment):
 
     @override
     def recipe(
-        self, one: ChangedVariant, scale: Scale, seed: int, out: Path, sources: tuple[str, ...], tokenizer: str
+        self, variant: ChangedVariant, scale: Scale, seed: int, out: Path, sources: tuple[str, ...], tokenizer: str
     ) -> Recipe:
-        recipe, name = self.load(one.overrides, scale.name), f"{one.name}-seed{seed}"
+        recipe, name = self.load(variant.overrides, scale.name), f"{variant.name}-seed{seed}"
         data = replace(recipe.data, sources=sources, tokenizer=tokenizer, cache=str(out / "tokens"))
         # what is measured is the exported model
         train = replace(recipe.train, export=True)
         return replace(recipe, name=name, seed=seed, out=str(out / "runs" / name), data=data, train=train)
 
     @override
-    def measure(self, one: ChangedVariant, run: Run) -> list[Measurement]:
+    def measure(self, variant: ChangedVariant, run: Run) -> list[Measurement]:
         from swat_lm.papers.records import has_record, make_record
 
         return [] if has_record(run) else [lambda told: make_record(run, told)]
 
     @override
-    def is_done(self, one: ChangedVariant, run: Run) -> bool:
+    def is_done(self, variant: ChangedVariant, run: Run) -> bool:
         # a record does without the model
-        return not self.measure(one, run)
+        return not self.measure(variant, run)
 
     @override
     def findings(self, scale: Scale, chosen: Mapping[str, Any], seeds: Sequence[int], out: Path) -> "Findings":
@@ -140,9 +139,9 @@ class Study(Experiment):
 
         return RecordedFindings(self, scale, chosen, seeds, out)
 
-    def gap(self, found: "Findings", one: ChangedVariant, length: int) -> tuple[float | None, float | None]:
+    def gap(self, found: "Findings", variant: ChangedVariant, length: int) -> tuple[float | None, float | None]:
         """Loss of a variant less that of the baseline, paired by piece and seed, and its standard error."""
-        ours, theirs = (found.losses(each, "text", length, None) for each in (one, found.chosen[self.baseline]))
+        ours, theirs = (found.losses(each, "text", length, None) for each in (variant, found.chosen[self.baseline]))
         return paired_gap(ours, theirs)[:2] if ours.keys() & theirs.keys() else (None, None)
 
     @override
@@ -150,24 +149,26 @@ class Study(Experiment):
         last, base = found.scale.lengths[-1], found.chosen[self.baseline]
         return [
             judge(
-                f"{one.label} has a lower loss than {base.label} at {last:,} tokens", "",
-                found.losses(base, "text", last, None), found.losses(one, "text", last, None),
+                f"{variant.label} has a lower loss than {base.label} at {last:,} tokens", "",
+                found.losses(base, "text", last, None), found.losses(variant, "text", last, None),
             )
-            for one in found.chosen.values()
-            if one is not base
+            for variant in found.chosen.values()
+            if variant is not base
         ]  # fmt: skip
 
     @override
     def sections(self, found: "Findings") -> list[Section]:
         lengths, ones = found.scale.lengths, found.chosen.values()
         headings = ("variant", *(f"{length:,} tokens" for length in lengths))
-        losses = [[one.label, *(with_error(*found.mean_loss(one, "text", at)) for at in lengths)] for one in ones]
+        losses = [
+            [variant.label, *(with_error(*found.mean_loss(variant, "text", at)) for at in lengths)] for variant in ones
+        ]
         gaps = [
-            [one.label, *(with_error(*self.gap(found, one, at), 4, "+") for at in lengths)]
-            for one in ones
-            if one.name != self.baseline
+            [variant.label, *(with_error(*self.gap(found, variant, at), 4, "+") for at in lengths)]
+            for variant in ones
+            if variant.name != self.baseline
         ]  # fmt: skip
-        overrides = [[one.label, " ".join(one.overrides)] for one in ones]
+        overrides = [[variant.label, " ".join(variant.overrides)] for variant in ones]
         return [
             Section(f"Loss less that of {self.baseline}", headings, gaps, note="Nats per token, paired by piece of the "
                     "held-out text and by seed, \u00b1 one standard error; below zero the variant is the better one."),
@@ -182,18 +183,22 @@ class Study(Experiment):
         from swat_lm.evaluate.plots import Series, plot_loss_by_length, plot_training
         from swat_lm.papers.pictures import plot_rows
 
-        lengths, ones = found.scale.lengths, [one for one in found.chosen.values() if found.finished(one)]
+        lengths, ones = found.scale.lengths, [variant for variant in found.chosen.values() if found.finished(variant)]
         if not ones:
             return {}
         gaps, losses, training = (out / f"{self.name}-{what}.png" for what in ("gaps", "losses", "training"))
-        rows = [(one.label, *self.gap(found, one, lengths[-1])) for one in ones if one.name != self.baseline]
+        rows = [
+            (variant.label, *self.gap(found, variant, lengths[-1])) for variant in ones if variant.name != self.baseline
+        ]
         what = f"loss less that of {self.baseline} at {lengths[-1]:,} tokens (nats per token)"
         plot_rows(rows, gaps, xlabel=what, mark=(0.0, self.baseline))
         by_length, by_step = [], []
-        for one in ones:
-            by_length.append(Series(one.label, lengths, [found.mean_loss(one, "text", at)[0] or 0.0 for at in lengths]))
-            lines = found.training(one, found.finished(one)[0])
-            by_step.append(Series(one.label, [line["tokens"] for line in lines], [line["loss"] for line in lines]))
+        for variant in ones:
+            by_length.append(
+                Series(variant.label, lengths, [found.mean_loss(variant, "text", at)[0] or 0.0 for at in lengths])
+            )
+            lines = found.training(variant, found.finished(variant)[0])
+            by_step.append(Series(variant.label, [line["tokens"] for line in lines], [line["loss"] for line in lines]))
         plot_loss_by_length(by_length, losses)
         plot_training(by_step, [], training)
         return {"Beside the baseline, \u00b1 one standard error": gaps, "Loss by length": losses, "Training": training}

@@ -142,16 +142,16 @@ def check_same_texts(out: Path, kind: str, keys: dict[str, str]) -> None:
 def sample_text(sources: Sequence[str], wanted: int, path: Path, watcher: Watcher) -> None:
     """About so many bytes of the documents, every k-th one of each source, as one .jsonl."""
     found = resolve_sources(sources)
-    total = sum(one.size for one in found)
+    total = sum(source.size for source in found)
     documents: list[str] = []
     read = 0
     for source in found:
         documents += [piece.text for piece in read_pieces(source, "text", None)]
         read += source.size
         watcher.count("reading the text", read, total)
-    held = sum(len(one.encode()) for one in documents)
+    held = sum(len(document.encode()) for document in documents)
     step = max(1, held // wanted)
-    write_text(path, "".join(json.dumps({"text": one}) + "\n" for one in documents[::step]))
+    write_text(path, "".join(json.dumps({"text": document}) + "\n" for document in documents[::step]))
 
 
 def read_by_runs(out: Path, sources: Sources, experiment: Experiment, scale: Scale) -> tuple[tuple[str, ...], str]:

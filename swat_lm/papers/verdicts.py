@@ -33,8 +33,8 @@ class Verdict:
 
 def joined_error(*errors: float | None) -> float | None:
     """The standard error of independent parts together, leaving out those that cannot be told; None without any."""
-    known = [one for one in errors if one is not None]
-    return math.sqrt(math.fsum(one**2 for one in known)) if known else None
+    known = [error for error in errors if error is not None]
+    return math.sqrt(math.fsum(error**2 for error in known)) if known else None
 
 
 def pooled(samples: Samples) -> tuple[float, float | None]:

@@ -117,7 +117,7 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
         for worker in workers.values():
             if worker.poll() is None:
                 worker.kill()
-    sentences = [one for one in failures if one]
+    sentences = [sentence for sentence in failures if sentence]
     if sentences:
         raise ValueError(sentences[0])
     if interrupted or INTERRUPTED in codes.values():

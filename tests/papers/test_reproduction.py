@@ -107,7 +107,7 @@ def test_what_the_first_token_has_from_the_start_is_no_finding(
         torch.manual_seed(0)
         return build_model(AutoConfig.from_pretrained(Path(folder) / "export"))
 
-    monkeypatch.setattr("swat_lm.papers.swat.variances.load_causal_lm", first_weights)
+    monkeypatch.setattr("swat_lm.model.loading.load_causal_lm", first_weights)
     sources = sources_from_folder(data, EXPERIMENTS["figure3"])
     found = reproduce("figure3", "miniature", sources, tmp_path / "out", [0], Watcher())
     assert [(claim["gap"], claim["outcome"]) for claim in found["claims"]] == [(0.0, "undecided at this scale")] * 3

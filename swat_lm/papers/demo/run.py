@@ -141,7 +141,11 @@ def open_plan(out: Path, settings: DemoSettings) -> dict[str, Any]:
 
 def load_demo_recipe(name: str, out: Path, settings: DemoSettings, more: Sequence[str] = ()) -> Recipe:
     """The recipe of one of the two models with everything inside the demo's folder."""
-    overrides = [one for one in QUICK if not (name == "twin" and "sliding_window" in one)] if settings.quick else []
+    overrides = (
+        [override for override in QUICK if not (name == "twin" and "sliding_window" in override)]
+        if settings.quick
+        else []
+    )
     with as_file(files("swat_lm.papers.demo")) as folder:
         recipe = load_recipe(folder / f"{name}.yaml", [*overrides, *more])
     data = replace(recipe.data, sources=settings.sources, cache=str(out / "tokens"))
