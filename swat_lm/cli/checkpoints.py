@@ -30,16 +30,9 @@ def find_export(name: str) -> str:
             f"no checkpoint at {name}: expected a run's folder or its `export` folder{nearest_name(local_path(name))}"
         )
     folder = find_model_folder(name)
-    if Path(folder).exists():
-        check_architecture(Path(folder))
-    return folder
-
-
-def check_architecture(folder: Path) -> None:
-    """Raise ValueError unless the folder's config.json describes a SWAT model."""
+    kind = model_type(Path(folder)) if Path(folder).exists() else "swat"
     from swat_lm.model.families import FAMILIES, family_words
 
-    kind = model_type(folder)
     if kind in FAMILIES:
         raise ValueError(f"{folder} holds a {kind} model: convert it first with `swat-lm convert {folder} OUT`")
     if kind != "swat":
@@ -47,6 +40,7 @@ def check_architecture(folder: Path) -> None:
             f"{folder} holds a model of type {kind!r}: expected swat (or {family_words('and')}, to convert); "
             "transformers' own generate() runs the others"
         )
+    return folder
 
 
 def load_model(name: str, device: str | None = None) -> "SwatForCausalLM":

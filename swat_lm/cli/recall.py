@@ -20,6 +20,7 @@ from swat_lm.files import write_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from swat_lm.data.synthetic import SyntheticTask
     from swat_lm.evaluate.reach import ReachCurve
     from swat_lm.evaluate.recall import RecallCurve, RecallItem
 
@@ -63,17 +64,23 @@ def recall(
     names = list(dict.fromkeys(task or ([] if data else ["passkey"])))
     asked = None if distances is None else sorted(set(whole_numbers(distances, "--distances", 1, "64,256")))
     check_output(out, "recall.json")
-    check_tasks(names)
-    model, tokens = load_behind_window(checkpoint, window, tokenizer, device)
-    where = asked or default_distances(model)
     from swat_lm.data.synthetic import PREFIX, synthetic_task
     from swat_lm.evaluate.partial import PartialResults, measurement_key
-    from swat_lm.evaluate.probes import guessed_share, read_items
+    from swat_lm.evaluate.probes import check_name, guessed_share, read_items
     from swat_lm.evaluate.recall import measure_recall
     from swat_lm.evaluate.recall_plots import plot_recall
 
+    # a task that does not exist is told before a model is loaded
+    trained_on = {name: synthetic_task(name) for name in names if name.startswith(PREFIX)}
+    for name in [name for name in names if name not in trained_on]:
+        check_name(name)
+    model, tokens = load_behind_window(checkpoint, window, tokenizer, device)
+    where = asked or default_distances(model)
     # all items first, so that what cannot be made is said before anything is measured
-    sets = [(name, make_items(name, model, tokens, where, samples, seed, asked is not None)) for name in names]
+    sets = [
+        (name, make_items(name, trained_on.get(name), tokens, where, samples, seed, asked is not None))
+        for name in names
+    ]
     sets += [
         (path.name.partition(".")[0], read_items(path, partial(tokens.encode, add_special_tokens=False), samples))
         for path in data or []
@@ -85,11 +92,10 @@ def recall(
             settings = [name, [(item.answers, item.group) for item in items]]
             key = measurement_key(model, [item.tokens for item in items], settings)
             kept.append(PartialResults(out / f"partial-{number}.json", key))
-        trained_on = synthetic_task(name) if name.startswith(PREFIX) else None
         with counting(f"recalling, {name}", "tokens") as counter:
             curve = measure_recall(
                 model, items, name, chunk=chunk, batch_size=batch_size, partial=kept[-1] if kept else None,
-                on_progress=counter, chance=guessed_share(trained_on, items) if name in names else None,
+                on_progress=counter, chance=guessed_share(trained_on.get(name), items) if name in names else None,
             )  # fmt: skip
         curves.append(curve)
         guess = "" if curve.chance is None else f", guessing {100 * curve.chance:.2g} %"
@@ -150,18 +156,6 @@ def reach(
         results().print(f"{out / 'reach.json'}, {out / 'reach.png'}", markup=False)
 
 
-def check_tasks(names: list[str]) -> None:
-    """Raise ValueError for a task that does not exist, before a model is loaded."""
-    from swat_lm.data.synthetic import PREFIX, synthetic_task
-    from swat_lm.evaluate.probes import check_name
-
-    for name in names:
-        if name.startswith(PREFIX):
-            synthetic_task(name)
-        else:
-            check_name(name)
-
-
 def default_distances(model: "PreTrainedModel") -> list[int]:
     """From a quarter of the window to twice the reach, and both sides of either edge; without a window 64 to 2,048."""
     from swat_lm.evaluate.windows import model_window, theoretical_reach
@@ -177,21 +171,19 @@ def default_distances(model: "PreTrainedModel") -> list[int]:
 
 def make_items(
     name: str,
-    model: "PreTrainedModel",
+    task: "SyntheticTask | None",
     tokens: "PreTrainedTokenizerFast",
     distances: list[int],
     samples: int,
     seed: int,
     asked: bool,
 ) -> "list[RecallItem]":
-    """Items of one task; of default distances, those too short for it are left out."""
-    from swat_lm.data.synthetic import PREFIX, synthetic_task
+    """Items of one task, a synthetic one or one in text; of default distances, those too short for it are left out."""
     from swat_lm.evaluate.probes import synthetic_items, text_items
 
     items: list[RecallItem] = []
     make = partial(text_items, name, partial(tokens.encode, add_special_tokens=False))
-    if name.startswith(PREFIX):
-        task = synthetic_task(name)
+    if task is not None:
         # the task has odd distances only
         distances = (
             [distance - 1 + distance % 2 for distance in distances] if task.name == "kv" and not asked else distances

@@ -9,7 +9,7 @@ from swat_lm.cli.console import on_main_process, print_table, results, text_tabl
 from swat_lm.cli.demonstration import watching
 from swat_lm.cli.options import whole_numbers
 from swat_lm.cli.outputs import check_folder
-from swat_lm.words import counted
+from swat_lm.words import counted, lasting
 
 if TYPE_CHECKING:
     from swat_lm.papers.experiment import Experiment
@@ -102,13 +102,6 @@ def check_texts(experiment: "Experiment", data: Path | None, named: list[str]) -
         sources_from_folder(data, experiment)
 
 
-def lasting(hours: float) -> str:
-    """Hours as people say them: 20 s, 12 min, 1.5 h."""
-    if hours < 1 / 60:
-        return f"{max(1, round(3600 * hours))} s"
-    return f"{60 * hours:.0f} min" if hours < 1.5 else f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
-
-
 def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
     """The runs of an experiment without running them."""
     from swat_lm.papers.reproduction import plan_without_running
@@ -121,7 +114,7 @@ def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
             "?" if row["remark"] else f"{row['parameters']:,}",
             *(f"{row[name]:,}" for name in ("length", "steps", "rows_per_step", "tokens")),
             "?" if row["remark"] else f"{row['flops']:.2e}{'' if row['flops_by'] == 'formula' else ' *'}",
-            "?" if row["remark"] else lasting(row["gpu_hours"]),
+            "?" if row["remark"] else lasting(3600 * row["gpu_hours"]),
         ]
         for row in rows
     ]
@@ -130,7 +123,8 @@ def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
     total = num_seeds * sum(row.get("gpu_hours", 0.0) for row in rows)
     runs, of = counted(len(rows), "run"), counted(num_seeds, "seed")
     console.print(
-        f"\n{runs} a seed, {of}: {lasting(total)} of one A800 at 40 % of 312 TFLOP/s (evaluation apart)", markup=False
+        f"\n{runs} a seed, {of}: {lasting(3600 * total)} of one A800 at 40 % of 312 TFLOP/s (evaluation apart)",
+        markup=False,
     )
     if any(row.get("flops_by", "formula") != "formula" for row in rows):
         console.print("* estimate: 6 x parameters without the input embedding", style="dim", markup=False)

@@ -45,7 +45,7 @@ def study(
         results().print(key_value_table([(known, study_summary(known)) for known in study_names()]))
         return
     chosen = load_study(name)
-    numbers = list(chosen.seeds) if seeds is None else parse_seeds(seeds)
+    numbers = list(chosen.spec.seeds) if seeds is None else parse_seeds(seeds)
     folder, scale = out or Path("studies", chosen.name), "quick" if quick else "full"
     check_folder(folder, "--out")
     if dry_run:

@@ -103,10 +103,10 @@ class Findings:
             # gaps are paired by place, so all must have answered the same documents
             first = self._documents.setdefault(name, result.identity["documents"])
             if result.identity["documents"] != first:
+                folder = self.run_folder(variant, seed) / "evaluation" / "tasks"
                 raise ValueError(
                     f"{name}: {variant.name}, seed {seed}, answered other documents than the runs before it, since the "
-                    f"benchmark's file changed: remove {self.run_folder(variant, seed) / 'evaluation' / 'tasks'}, or those "
-                    "of the others, and run the same command again"
+                    f"benchmark's file changed: remove {folder}, or those of the others, and run the same command again"
                 )
         return found
 

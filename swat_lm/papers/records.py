@@ -80,8 +80,6 @@ def make_record(run: Run, told: Progress) -> None:
         run.scale.lengths,
         on_progress=lambda done, total: told("all lengths", done, total),
     )
-    path = record_path(run.out, run.recipe.name)
-    path.parent.mkdir(exist_ok=True)
     record = {
         "identity": identity(run),
         "parameters": count_model_parameters(model.config).total,
@@ -89,7 +87,7 @@ def make_record(run: Run, told: Progress) -> None:
         "training": [{"tokens": x["tokens"], "loss": x["loss"]} for x in read_metrics(run.folder / "metrics.jsonl")],
         "machine": machine(torch.get_num_threads()),
     }
-    write_text(path, write_figures(record) + "\n")
+    write_text(record_path(run.out, run.recipe.name), write_figures(record) + "\n")
 
 
 class RecordedFindings(Findings):

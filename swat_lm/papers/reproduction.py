@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from swat_lm.papers.worker import MOST_THREADS, run_workers, usable_cores
 from swat_lm.recipe import TrainRecipe
 from swat_lm.train import DivergedError, run
 from swat_lm.train.engine import Engine
+from swat_lm.words import lasting
 
 __all__ = ["Sources", "do_model", "plan_without_running", "reproduce", "sources_from_folder"]
 
@@ -102,20 +104,20 @@ def plan_without_running(name: str, scale_name: str) -> list[dict[str, Any]]:
         tokens = train.steps * train.batch_size * length
         row: dict[str, Any] = {
             "variant": variant.name, "label": variant.label, "length": length, "tokens": tokens, "steps": train.steps,
-            "rows_per_step": train.batch_size,
+            "rows_per_step": train.batch_size, "remark": "",
         }  # fmt: skip
+        rows.append(row)
         try:
             config = configure_model(recipe.model, vocabulary_of(experiment, scale))
         except ValueError as error:
-            rows.append(row | {"remark": str(error)})
+            row["remark"] = str(error)
             continue
         flops = training_flops(config, length)
         total = flops.per_token * tokens
         row |= {
             "parameters": count_model_parameters(config).total, "flops": total, "flops_by": flops.method,
-            "gpu_hours": total / (A800_FLOPS_PER_SECOND * UTILISATION) / 3600, "remark": "",
+            "gpu_hours": total / (A800_FLOPS_PER_SECOND * UTILISATION) / 3600,
         }  # fmt: skip
-        rows.append(row)
     return rows
 
 
@@ -171,12 +173,8 @@ def open_plan(out: Path, scale: Scale, sources: Sources, brought: Sequence[str] 
 def take_back(out: Path, was_there: bool, brought: Sequence[str]) -> None:
     """Remove what was written into a folder that `open_plan` found empty, and the folder if it was made for that."""
     for entry in out.iterdir():
-        if entry.name in brought:
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        if entry.name not in brought:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     if not was_there:
         out.rmdir()
 
@@ -189,10 +187,7 @@ def run_of(out: Path, job: str, watcher: Watcher) -> tuple[Run, Experiment, Vari
     scale = find_scale(plan["scale"], experiment.scales)
     variant, texts = experiment.variants(scale)[name], read_by_runs(out, sources, experiment, scale)
     recipe = experiment.recipe(variant, scale, int(seed), out, *texts)
-
-    def streams(text: str) -> list[Any]:
-        return evaluation_streams(recipe, sources, scale, text, watcher)
-
+    streams = partial(evaluation_streams, recipe, sources, scale, watcher)
     return Run(recipe, scale, out, streams, sources.tasks), experiment, variant
 
 
@@ -210,7 +205,7 @@ def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
     for first in range(0, len(jobs), together):
         batch = list(jobs[first : first + together])
         # as long a batch as those before it
-        left = f"; about {clock((time.monotonic() - begun) / first * (len(jobs) - first))} left" if first else ""
+        left = f"; about {lasting((time.monotonic() - begun) / first * (len(jobs) - first))} left" if first else ""
         names = ", ".join("{1} seed {2}".format(*job.rsplit(":", 2)) for job in batch)
         done = of - len(jobs) + first
         watcher.stage(f"runs {done + 1} to {done + len(batch)} of {of}: {names}{left}")
@@ -219,12 +214,6 @@ def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
         else:
             threads = max(1, min(MOST_THREADS, usable_cores() // len(batch)))
             run_workers(out, batch, threads, watcher, WORKER)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as people say them."""
-    minutes = max(1, round(seconds / 60))
-    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{minutes} minute{'' if minutes == 1 else 's'}"
 
 
 def do_model(out: Path, name: str, watcher: Watcher) -> None:

@@ -24,7 +24,7 @@ from swat_lm.model.architectures import OURS, count_model_parameters, model_stat
 from swat_lm.papers.findings import recent_loss
 from swat_lm.papers.measuring import parsed
 from swat_lm.papers.page import machine, with_error, write_page
-from swat_lm.papers.pictures import plot_rows
+from swat_lm.papers.pictures import plot_rows, training_series
 from swat_lm.recipe import Recipe, dump_recipe, load_recipe
 from swat_lm.train.metrics import read_metrics
 from swat_lm.words import counted
@@ -171,8 +171,8 @@ def draw(runs: Sequence[RunFindings], figures: Sequence[Mapping[str, Any]], out:
 
     # a run looks the same in every picture, also where another lacks a measurement
     style = {run.name: index for index, run in enumerate(runs)}
-    training = [Series(run.name, *columns(run.metrics, "loss")) for run in runs]
-    held_out = [Series(run.name, *columns(run.metrics, "held_out_loss")) for run in runs]
+    training = [training_series(run.name, run.metrics) for run in runs]
+    held_out = [training_series(run.name, run.metrics, "held_out_loss") for run in runs]
     plot_training(training, held_out, at("Training", "training"))
     for number, place in enumerate(dict.fromkeys(place for run in runs for place in run.lengths)):
         curves = [(run, run.lengths[place]) for run in runs if place in run.lengths]
@@ -214,12 +214,6 @@ def how_read(run: RunFindings, curve: LengthCurve) -> str:
     own = None if run.config is None else widest_window(run.config)
     window = "" if curve.window == own else f", window {'none' if curve.window is None else f'{curve.window:,}'}"
     return window + (f", first {counted(curve.num_sinks, 'token')} kept" if curve.num_sinks else "")
-
-
-def columns(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Tokens trained on, and a number, where a line has it."""
-    lines = [line for line in metrics if name in line]
-    return [line["tokens"] for line in lines], [line[name] for line in lines]
 
 
 def cells(run: Mapping[str, Any]) -> dict[str, str]:

@@ -117,7 +117,7 @@ def prepare_texts(
     for text in experiment.texts:
         # too little text is found here and not after training
         keys[text] = text_store(recipe, sources, text, watcher).key
-        evaluation_streams(recipe, sources, scale, text, watcher)
+        evaluation_streams(recipe, sources, scale, watcher, text)
     check_same_texts(out, experiment.budget_name, keys)
 
 
@@ -166,7 +166,7 @@ def text_store(recipe: Recipe, sources: Sources, text: str, watcher: Watcher) ->
     return prepare(data, lambda at: watcher.count(text, at.bytes_read, at.bytes_total))
 
 
-def evaluation_streams(recipe: Recipe, sources: Sources, scale: Scale, text: str, watcher: Watcher) -> list[Any]:
+def evaluation_streams(recipe: Recipe, sources: Sources, scale: Scale, watcher: Watcher, text: str) -> list[Any]:
     """Pieces of the greatest length of the held-out text or of the books; raises ValueError if there is none."""
     split = text_store(recipe, sources, text, watcher).split("train" if text == "books" else "held_out")
     return segments([*split], scale.lengths[-1], scale.pieces)

@@ -18,6 +18,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+from typing_extensions import override
+
 from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.train.events import DivergedError, Event
 
@@ -45,16 +47,16 @@ class Telling(Watcher):
         self._pipe.write(json.dumps([kind, *values]) + "\n")
         self._pipe.flush()
 
+    @override
     def stage(self, text: str) -> None:
-        """Send a stage."""
         self.send("stage", text)
 
+    @override
     def count(self, name: str, done: int, total: int) -> None:
-        """Send a count."""
         self.send("count", name, done, total)
 
+    @override
     def event(self, name: str, event: Event) -> None:
-        """Send an event of a training run."""
         path = None if event.path is None else str(event.path)
         self.send("event", name, {**asdict(replace(event, preparing=None)), "path": path})
 
@@ -91,14 +93,14 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
         )
         for name in names
     }
-    lines: SimpleQueue[tuple[str, str | None]] = SimpleQueue()
-    for name, worker in workers.items():
-        threading.Thread(target=forward, args=(name, worker, lines.put), daemon=True).start()
+    lines: SimpleQueue[str | None] = SimpleQueue()
+    for worker in workers.values():
+        threading.Thread(target=forward, args=(worker, lines.put), daemon=True).start()
     failures, open_pipes, interrupted = [], len(workers), False
     try:
         while open_pipes:
             try:
-                _, line = lines.get()
+                line = lines.get()
                 if line is None:
                     open_pipes -= 1
                 else:
@@ -127,12 +129,12 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
         raise RuntimeError(f"the workers ended with {wrong}; their messages are above")
 
 
-def forward(name: str, worker: subprocess.Popen, put: Callable[[tuple[str, str | None]], None]) -> None:
+def forward(worker: subprocess.Popen, put: Callable[[str | None], None]) -> None:
     """Move a worker's lines into the queue; None marks the end."""
     assert worker.stdout is not None
     for line in worker.stdout:
-        put((name, line))
-    put((name, None))
+        put(line)
+    put(None)
 
 
 def work(out: Path, name: str, module: str) -> int:
@@ -144,10 +146,8 @@ def work(out: Path, name: str, module: str) -> int:
     do_model = importlib.import_module(module).do_model
     try:
         do_model(out, name, told)
-    except (KeyboardInterrupt, InterruptedRunError):
-        return INTERRUPTED
-    except BrokenPipeError:
-        # the parent is gone
+    except (KeyboardInterrupt, InterruptedRunError, BrokenPipeError):
+        # the last where the parent is gone
         return INTERRUPTED
     except (ValueError, OSError, DivergedError) as error:
         told.send("fail", str(error))

@@ -143,7 +143,7 @@ def test_studies_of_ours_can_be_run(name: str):
     study = load_study(name)
     for scale in study.scales.values():
         chosen = reproduction.check_variants(study, scale)
-        assert study.baseline in chosen
+        assert study.spec.baseline in chosen
         # what is compared is equally large
         sizes = {row["parameters"] for row in reproduction.plan_without_running(study.key, scale.name)}
         assert len(sizes) == 1

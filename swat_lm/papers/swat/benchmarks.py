@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from swat_lm.evaluate.curves import mean_and_error
+from swat_lm.evaluate.table1 import ACCURACIES, AVERAGE, COLUMNS, PAPER, chance_row, headings, notes, our_row, shown
 from swat_lm.papers.experiment import Measurement, Run, Section
 from swat_lm.papers.findings import Findings
 from swat_lm.papers.measuring import missing_tasks
@@ -60,8 +62,6 @@ class Benchmarks(SwatExperiment):
 
     @override
     def sections(self, found: Findings) -> list[Section]:
-        from swat_lm.evaluate.table1 import PAPER, headings, notes, our_row, shown
-
         results = {
             f"{variant.label}, seed {seed}": found.tasks(variant, seed)
             for variant in found.chosen.values()
@@ -96,8 +96,6 @@ def answers(found: Findings, name: str) -> dict[int, dict[str, Any]]:
 
 def average_accuracy(found: Findings, name: str) -> Samples | None:
     """Percent per document, weighted so that their mean is the average of the eight tasks."""
-    from swat_lm.evaluate.table1 import COLUMNS
-
     columns = [(column.task, column.metric) for column in COLUMNS if column.is_percent]
     samples: dict[int, list[float]] = {}
     for seed, results in answers(found, name).items():
@@ -121,9 +119,6 @@ def wikitext(found: Findings, name: str) -> Samples | None:
 
 def mean_average(found: Findings, variant: SizedVariant) -> tuple[float | None, float | None]:
     """Average of the eight accuracies over seeds, in per cent; its error joins documents and seeds."""
-    from swat_lm.evaluate.curves import mean_and_error
-    from swat_lm.evaluate.table1 import AVERAGE, our_row
-
     rows = [our_row(variant.label, found.tasks(variant, seed)) for seed in found.seeds]
     cells = [row.cells[AVERAGE] for row in rows if AVERAGE in row.cells]
     if not cells:
@@ -136,8 +131,6 @@ def mean_average(found: Findings, variant: SizedVariant) -> tuple[float | None, 
 
 def guessing(found: Findings) -> float | None:
     """The average of the eight accuracies of guessing, in per cent; a last word cannot be guessed."""
-    from swat_lm.evaluate.table1 import ACCURACIES, chance_row
-
     for variant in found.chosen.values():
         results = found.tasks(variant, found.seeds[0])
         if results:

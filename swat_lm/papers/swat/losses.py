@@ -202,15 +202,11 @@ class TrainingLoss(SwatExperiment):
     @override
     def pictures(self, found: Findings, out: Path) -> dict[str, Path]:
         # of the first seed; of a run that diverged as far as it came
-        from swat_lm.evaluate.plots import Series, plot_training
+        from swat_lm.evaluate.plots import plot_training
+        from swat_lm.papers.pictures import training_series
 
-        training = []
-        for variant in found.chosen.values():
-            lines = found.training(variant, found.seeds[0])
-            if lines:
-                training.append(
-                    Series(variant.label, [line["tokens"] for line in lines], [line["loss"] for line in lines])
-                )
+        read = [(variant, found.training(variant, found.seeds[0])) for variant in found.chosen.values()]
+        training = [training_series(variant.label, lines) for variant, lines in read if lines]
         path = out / f"{self.name}.png"
         plot_training(training, [], path)
         return {"Training loss": path}
