@@ -1,6 +1,5 @@
 """`swat-lm demo`: train a small model and its twin, compare them, and stream from the first."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from swat_lm.cli.console import messages, on_main_process, print_table, results, text_table
 from swat_lm.cli.failures import INTERRUPTED
+from swat_lm.cli.generation import write
 from swat_lm.cli.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def watching() -> "Iterator[Watcher]":
 
         def text(self, text: str) -> None:
             if on_main_process():
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                write(text)
 
         def state(self, first: int, last: int, tokens: int) -> None:
             same = "constant" if first == last else "not constant"

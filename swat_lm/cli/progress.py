@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
-from rich.text import Text
 
 from swat_lm.cli.console import messages
 
@@ -32,21 +31,13 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class TimeLeft(ProgressColumn):
-    """The run's own estimate, which knows about evaluation and saving."""
-
-    def render(self, task: Task) -> Text:
-        """The field `left` as minutes and seconds."""
-        return Text(f"{clock(task.fields['left'])} left")
-
-
 def new_bars(console: Console, *, transient: bool) -> Progress:
     """Bars that show a text of numbers and the time left; numbers that find no room wrap and are never cut off."""
     columns = (
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=False, overflow="fold")),
         *((BarColumn(bar_width=20),) if console.width >= WIDTH_WITH_BAR else ()),
         TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=False, overflow="fold")),
-        TimeLeft(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[left]} left", markup=False, table_column=Column(no_wrap=True)),
     )
     return Progress(*columns, console=console, transient=transient)
 
@@ -117,8 +108,8 @@ class RunProgress:
         if self._live:
             self._bars.start()
             if name not in self._tasks:
-                self._tasks[name] = self._bars.add_task(name, total=total, numbers="", left=None)
-            self._bars.update(self._tasks[name], completed=done, total=total, numbers=numbers, left=left)
+                self._tasks[name] = self._bars.add_task(name, total=total, numbers="", left=clock(None))
+            self._bars.update(self._tasks[name], completed=done, total=total, numbers=numbers, left=clock(left))
             return
         now = time.monotonic()
         if important or now - self._last_line.get(name, 0.0) >= SECONDS_BETWEEN_LINES:
@@ -143,8 +134,8 @@ def counting(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         seconds = max(time.monotonic() - began, 1e-6)
         numbers = f"{100 * done / max(total, 1):.0f} %  {done / seconds:,.0f} {unit}/s"
         left = seconds / done * (total - done) if done else None
-        bars.update(task, completed=done, total=total, numbers=numbers, left=left)
+        bars.update(task, completed=done, total=total, numbers=numbers, left=clock(left))
 
     with new_bars(console, transient=True) as bars:
-        task = bars.add_task(name, total=None, numbers="", left=None)
+        task = bars.add_task(name, total=None, numbers="", left=clock(None))
         yield show

@@ -68,7 +68,6 @@ def recall(
     from swat_lm.evaluate.partial import PartialResults, measurement_key
     from swat_lm.evaluate.probes import check_name, guessed_share, read_items
     from swat_lm.evaluate.recall import measure_recall
-    from swat_lm.evaluate.recall_plots import plot_recall
 
     # a task that does not exist is told before a model is loaded
     trained_on = {name: synthetic_task(name) for name in names if name.startswith(PREFIX)}
@@ -104,6 +103,8 @@ def recall(
         )
         print_table(recall_table(curve))
     if out is not None:
+        from swat_lm.evaluate.recall_plots import plot_recall
+
         # before anything is drawn
         write_text(out / "recall.json", write_figures([asdict(curve) for curve in curves]) + "\n")
         for results_of_task in kept:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swat_lm.cli.console import on_main_process, print_table, results, text_table
+from swat_lm.cli.console import print_table, results, text_table
 from swat_lm.cli.demonstration import watching
 from swat_lm.cli.options import whole_numbers
 from swat_lm.cli.outputs import check_folder
@@ -83,8 +83,7 @@ def reproduce(
     )
     with watching() as watcher:
         outcome = run_experiment(experiment, scale, sources, out, numbers, watcher)
-    if on_main_process():
-        show_outcome(outcome, out)
+    show_outcome(outcome, out)
 
 
 def parse_seeds(text: str) -> list[int]:

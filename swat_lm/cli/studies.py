@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from swat_lm.cli.console import key_value_table, on_main_process, results
+from swat_lm.cli.console import key_value_table, results
 from swat_lm.cli.demonstration import watching
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.reproduction import check_texts, parse_seeds, show_outcome, show_plan
@@ -58,5 +58,4 @@ def study(
     sources = Sources(tuple(text or chosen.load((), scale).data.sources), (), "hub")
     with watching() as watcher:
         outcome = reproduce(chosen.key, scale, sources, folder, numbers, watcher)
-    if on_main_process():
-        show_outcome(outcome, folder)
+    show_outcome(outcome, folder)

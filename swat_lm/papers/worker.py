@@ -44,7 +44,7 @@ class Telling(Watcher):
 
     def send(self, kind: str, *values: Any) -> None:
         """Send what a watcher's method of that name takes."""
-        self._pipe.write(json.dumps([kind, *values]) + "\n")
+        self._pipe.write(json.dumps([kind, *values], default=str) + "\n")
         self._pipe.flush()
 
     @override
@@ -57,8 +57,7 @@ class Telling(Watcher):
 
     @override
     def event(self, name: str, event: Event) -> None:
-        path = None if event.path is None else str(event.path)
-        self.send("event", name, {**asdict(replace(event, preparing=None)), "path": path})
+        self.send("event", name, asdict(replace(event, preparing=None)))
 
 
 def relay(line: str, watcher: Watcher) -> str | None:
@@ -67,8 +66,8 @@ def relay(line: str, watcher: Watcher) -> str | None:
     if kind == "fail":
         return values[0]
     if kind == "event":
-        told = values[1]
-        values[1] = Event(**{**told, "path": None if told["path"] is None else Path(told["path"])})
+        path = values[1]["path"]
+        values[1] = Event(**{**values[1], "path": None if path is None else Path(path)})
     getattr(watcher, kind)(*values)
     return None
 

@@ -73,11 +73,11 @@ def judge(
     paired by stream; a change under TOLERANCE, or one within two standard errors, counts as none.
     """
     longest = curves["swat"].lengths[-1]
-    changes = {name: change(curve, trained, longest) for name, curve in curves.items()}
-    swat, swat_error = changes["swat"]
-    twin, twin_error = changes["twin"]
-    gap = [curves[name].document_mean_loss for name in ("twin", "swat")]
-    ahead, ahead_error = difference([row[-1] for row in gap[0]], [row[-1] for row in gap[1]])
+    swat, swat_error = change(curves["swat"], trained, longest)
+    twin, twin_error = change(curves["twin"], trained, longest)
+    ahead, ahead_error = difference(
+        *([row[-1] for row in curves[name].document_mean_loss] for name in ("twin", "swat"))
+    )  # fmt: skip
     first, last = samples["swat"]["state_bytes_first"], samples["swat"]["state_bytes_last"]
     return [
         {
