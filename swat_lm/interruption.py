@@ -1,4 +1,4 @@
-"""Turns Ctrl-C, SIGTERM and the end of a terminal into a request that is granted when a step of the work is done."""
+"""Turns Ctrl-C, SIGTERM and the end of a terminal into a request, granted after a step."""
 
 import signal
 import threading

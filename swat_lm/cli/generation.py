@@ -184,7 +184,6 @@ def save(model: "SwatForCausalLM", state: "Slots", logits: "Tensor", last: int |
     from swat_lm.serve.stream import next_logits
 
     state.logits = logits if last is None else next_logits(model, last, state)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_state(state, path)
 
 

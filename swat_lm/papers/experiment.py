@@ -17,7 +17,7 @@ from swat_lm.recipe import Recipe
 if TYPE_CHECKING:
     from swat_lm.papers.findings import Findings
 
-__all__ = ["Experiment", "Measurement", "Paper", "Run", "Section", "Variant"]
+__all__ = ["Experiment", "Measurement", "Run", "Section", "Variant"]
 
 Progress = Callable[[str, int, int], None]
 Measurement = Callable[[Progress], None]
@@ -150,11 +150,3 @@ class Experiment(ABC):
     def lead(self, scale: Scale) -> str:
         """What the head of the page says beside scale and seeds."""
         return ""
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Tables and figures of one paper, by the names that `swat-lm reproduce` takes."""
-
-    title: str
-    experiments: Mapping[str, Experiment]

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(one.relative_to(folder)): one.read_bytes() for one in sorted(folder.rglob("*")) if one.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_help_of_every_command_has_an_example():
@@ -172,7 +172,7 @@ def test_train_generate_evaluate_info(cli, here: Path):
     assert "step 6: loss" in trained.out
     assert "run: step 6/6" in trained.err
     run = here / "runs" / "run"
-    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "export"} <= {one.name for one in run.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "export"} <= {path.name for path in run.iterdir()}
 
     again = cli("train", "run.yaml")
     assert again.code == 0

@@ -43,7 +43,7 @@ def test_page_shows_what_was_measured(runs: dict[str, Path], tmp_path: Path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["runs"][0]["name"] == "swat"
     # training, length, recall, state, speed
     assert page.count("data:image/png;base64,") == 5
-    assert {one.name for one in (tmp_path / "out").glob("*.png")} == {
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "training.png", "length-0.png", "recall-0.png", "state.png", "speed.png",
     }  # fmt: skip
     ours, theirs = found["runs"]
@@ -86,11 +86,11 @@ def test_files_of_a_run_are_found(runs: dict[str, Path]):
 def test_wrong_runs_are_named(runs: dict[str, Path], tmp_path: Path):
     with pytest.raises(ValueError, match=r"is no run: expected recipe\.yaml"):
         read_run(tmp_path)
-    one = read_run(runs["swat"])
+    run = read_run(runs["swat"])
     with pytest.raises(ValueError, match="same name"):
-        write_run_report([one, one], tmp_path / "out")
+        write_run_report([run, run], tmp_path / "out")
     with pytest.raises(ValueError, match="1 to 6 runs"):
-        write_run_report([replace(one, name=str(number)) for number in range(7)], tmp_path / "out")
+        write_run_report([replace(run, name=str(number)) for number in range(7)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -104,7 +104,7 @@ def test_a_run_looks_the_same_in_every_picture(runs: dict[str, Path], tmp_path: 
     # the first run has neither loss against length nor recall
     write_run_report([read_run(runs["swat"]), llama], tmp_path / "out")
     for name in ("length-0", "recall-0"):
-        (line,) = [one for one in drawn[name].axes[0].get_lines() if one.get_marker() not in ("None", "_", "|")]
+        (line,) = [line for line in drawn[name].axes[0].get_lines() if line.get_marker() not in ("None", "_", "|")]
         assert (line.get_color(), line.get_marker()) == (plots.COLOURS[1], plots.MARKERS[1])
 
 
