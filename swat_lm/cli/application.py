@@ -73,7 +73,7 @@ COMMANDS: dict[typer.Typer, tuple[Callable[..., None], ...]] = {
 }  # fmt: skip
 for group, commands in COMMANDS.items():
     for command in commands:
-        group.command()(located(command))
+        group.command(name=command.__name__)(located(command))
 application.add_typer(measurements, name="evaluate")
 
 # the base of every usage error; typer carries its own copy of click in newer versions
