@@ -39,7 +39,8 @@ def whole(path: Path) -> Iterator[Path]:
     made = [folder for folder in path.parents if not folder.exists()]
     with naming(path, beside):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in reversed(made):
+                folder.mkdir(exist_ok=True)
             yield beside
             if beside.is_file():
                 # a name that is there after a crash of the machine must not stand for a file that is not
@@ -49,7 +50,8 @@ def whole(path: Path) -> Iterator[Path]:
         except BaseException:
             with suppress(OSError):
                 shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
-                for folder in made:
+            for folder in made:
+                with suppress(OSError):
                     folder.rmdir()
             raise
 

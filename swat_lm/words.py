@@ -9,7 +9,7 @@ from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["counted", "did_you_mean", "install_extra", "nearest", "shown", "type_words"]
+__all__ = ["counted", "did_you_mean", "install_extra", "lasting", "nearest", "shown", "type_words"]
 
 # of difflib's measure, from 0 to 1: one of two letters of a short name may be another (runs/l1 for runs/ll)
 ALIKE = 0.5
@@ -19,6 +19,14 @@ def counted(count: int, noun: str) -> str:
     """`1 document`, `1,200 documents`, `2 queries`."""
     several = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
     return f"{count:,} {noun if count == 1 else several}"
+
+
+def lasting(seconds: float) -> str:
+    """Seconds as people say them: 20 s, 12 min, 1.5 h."""
+    hours = seconds / 3600
+    if hours < 1 / 60:
+        return f"{max(1, round(seconds))} s"
+    return f"{60 * hours:.0f} min" if hours < 1.5 else f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
 
 
 def install_extra(extra: str) -> str:

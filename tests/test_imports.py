@@ -14,6 +14,7 @@ BELOW = {
     "paths": set(),
     "words": set(),
     "files": set(),
+    "interruption": set(),
     "named_recipes": set(),
     "recipe": {"named_recipes", "paths", "validation"},
     "hub": {"paths"},
@@ -28,8 +29,8 @@ BELOW["serve"] = BELOW["model"] | {"model"}
 BELOW["papers"] = BELOW["train"] | {"train", "evaluate", "serve", "named_recipes"}
 BELOW["cli"] = BELOW["papers"] | {"papers"}
 for allowed in BELOW.values():
-    # words, and how anything is written
-    allowed |= {"words", "files"}
+    # words, how anything is written, and how it is stopped
+    allowed |= {"words", "files", "interruption"}
 
 
 def imported(file: Path) -> set[str]:

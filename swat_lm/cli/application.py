@@ -14,17 +14,17 @@ import typer
 
 from swat_lm.cli import (
     benchmarks,
-    comparison,
     conversion,
     demonstration,
     diagnosis,
-    evaluation,
     generation,
     information,
+    length,
     preparation,
     recall,
     recipes,
     reproduction,
+    run_report,
     studies,
     training,
     tuning,
@@ -49,7 +49,7 @@ def located(command: Callable[..., None]) -> Callable[..., None]:
             os.getcwd()
         except FileNotFoundError:
             raise FileNotFoundError("the current directory was removed: change to another one") from None
-        command(**{name: local_path(one) if isinstance(one, Path) else one for name, one in options.items()})
+        command(**{name: local_path(value) if isinstance(value, Path) else value for name, value in options.items()})
 
     return call
 
@@ -62,36 +62,24 @@ application = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-measurements = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
-application.command(name="demo")(located(demonstration.demo))
-application.command(name="train")(located(training.train))
-application.command(name="tokenizer")(located(preparation.tokenizer))
-application.command(name="prepare")(located(preparation.prepare))
-application.command(name="generate")(located(generation.generate))
+measurements = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure a trained model.")
+COMMANDS: dict[typer.Typer, tuple[Callable[..., None], ...]] = {
+    application: (
+        demonstration.demo, training.train, preparation.tokenizer, preparation.prepare, generation.generate,
+        reproduction.reproduce, studies.study, run_report.report, recipes.recipes, information.info,
+        conversion.convert, tuning.tune,
+    ),
+    measurements: (length.length, recall.recall, recall.reach, diagnosis.diagnose, benchmarks.tasks),
+}  # fmt: skip
+for group, commands in COMMANDS.items():
+    for command in commands:
+        group.command(name=command.__name__)(located(command))
 application.add_typer(measurements, name="evaluate")
-measurements.command(name="length")(located(evaluation.length))
-measurements.command(name="recall")(located(recall.recall))
-measurements.command(name="reach")(located(recall.reach))
-measurements.command(name="diagnose")(located(diagnosis.diagnose))
-measurements.command(name="tasks")(located(benchmarks.tasks))
-application.command(name="reproduce")(located(reproduction.reproduce))
-application.command(name="study")(located(studies.study))
-application.command(name="report")(located(comparison.report))
-application.command(name="recipes")(located(recipes.recipes))
-application.command(name="info")(located(information.info))
-application.command(name="convert")(located(conversion.convert))
-application.command(name="tune")(located(tuning.tune))
 
 # the base of every usage error; typer carries its own copy of click in newer versions
 USAGE_ERROR: type[Exception] = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException" and issubclass(kind, Exception)
 )
-
-
-@measurements.callback()
-def measure() -> None:
-    """Measure a trained model."""
 
 
 def show_version(wanted: bool) -> None:
@@ -140,7 +128,7 @@ def run_command(given: list[str]) -> int:
     """Run the command line on open streams and return its exit code."""
     # accepted anywhere: whoever adds it does so after a failure, at the end of the line
     debug = "--debug" in given
-    given = [one for one in given if one != "--debug"]
+    given = [argument for argument in given if argument != "--debug"]
     set_up_output(debug)
     try:
         code = application(given, standalone_mode=False, prog_name="swat-lm")

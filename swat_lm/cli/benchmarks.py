@@ -1,7 +1,6 @@
 """`swat-lm evaluate tasks`: the benchmarks of SWAT's Table 1 through lm-evaluation-harness."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import print_table, results
+from swat_lm.cli.checkpoints import load_any_checkpoint, matching_tokenizer
+from swat_lm.cli.console import print_table, results, text_table
+from swat_lm.cli.options import DEVICE, TOKENIZER, number_or_word, split_name
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import RunProgress, clock
+from swat_lm.model.loading import find_model_folder
 from swat_lm.paths import local_path
 
 if TYPE_CHECKING:
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
     from swat_lm.evaluate.table1 import TableRow
 
 __all__ = ["tasks"]
-
-# a path, a hub name, or either behind a name of the user's
-NAMED = re.compile(r"(?P<label>[^=/]+)=(?P<name>.+)")
 
 
 def tasks(
@@ -48,8 +47,8 @@ def tasks(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of results; a rerun continues what is in it.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoints' own.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+    tokenizer: TOKENIZER = None,
+    device: DEVICE = None,
 ) -> None:
     """Score checkpoints on the eight benchmarks and two perplexities of SWAT's Table 1.
 
@@ -66,7 +65,7 @@ def tasks(
     """
     # the harness and its libraries draw their own bars otherwise; read when they are first imported
     os.environ.setdefault("TQDM_DISABLE", "1")
-    rows = parse_batch_size(batch_size)
+    rows = number_or_word(batch_size, "--batch-size", {"auto": None})
     if out is not None:
         if out.is_file():
             raise ValueError(f"--out {out} is a file: expected a folder")
@@ -75,7 +74,6 @@ def tasks(
     from swat_lm.evaluate.tasks import check_harness, load_tasks, task_names
 
     check_harness()
-    from swat_lm.cli.checkpoints import load_any_checkpoint
     from swat_lm.evaluate.harness import HarnessModel
     from swat_lm.evaluate.suite import Suite
     from swat_lm.evaluate.table1 import PAPER, chance_row, notes, our_row, save_table
@@ -96,7 +94,7 @@ def tasks(
             elif out is not None:
                 progress.say(f"{label}: all results are there already, in {suite.folder}")
             found[label] = suite.results
-    ours = [our_row(label, one) for label, one in found.items()]
+    ours = [our_row(label, answered) for label, answered in found.items()]
     guess = chance_row(next(iter(found.values())))
     remarks = notes(found, limit)
     show(ours, guess, found, remarks)
@@ -105,29 +103,19 @@ def tasks(
         results().print(", ".join(map(str, written)), markup=False)
 
 
-def parse_batch_size(text: str) -> int | None:
-    """Rows per batch; None for auto."""
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--batch-size: expected auto or a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def label_checkpoints(given: Sequence[str]) -> dict[str, str]:
     """Checkpoints by the names they have in tables: NAME=CHECKPOINT, or the last part of the path.
 
     Raises ValueError for two of one name, or a name that cannot be a folder's.
     """
     chosen: dict[str, str] = {}
-    for one in given:
-        found = None if local_path(one).exists() else NAMED.fullmatch(one)
-        path = local_path(one)
-        label, name = (found["label"], found["name"]) if found else (path.name, one)
-        if not found and path.name == "export":
-            label = path.absolute().parent.name
+    for text in given:
+        label, name = split_name(text)
+        if label is None:
+            path = local_path(name)
+            label = path.absolute().parent.name if path.name == "export" else path.name
         if not label or label.startswith("."):
-            raise ValueError(f"{one}: a name to show is needed: write NAME={name}")
+            raise ValueError(f"{text}: a name to show is needed: write NAME={name}")
         if label in chosen:
             raise ValueError(f"two checkpoints are called {label}: name them apart with NAME=CHECKPOINT")
         chosen[label] = name
@@ -139,18 +127,14 @@ def describe(label: str, name: str, tokenizer: str | None, max_length: int | Non
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from swat_lm.cli.checkpoints import check_vocabulary
-    from swat_lm.data import load_tokenizer
     from swat_lm.data.tokenizer import tokenizer_facts
     from swat_lm.evaluate.harness import check_max_length
     from swat_lm.evaluate.suite import Subject, weights_fingerprint
-    from swat_lm.model.loading import find_model_folder
 
     folder = find_model_folder(name)
     checkpoint = weights_fingerprint(folder)
-    tokens = load_tokenizer(tokenizer or folder)
     config = AutoConfig.from_pretrained(folder)
-    check_vocabulary(tokens, config, tokenizer or folder, folder)
+    tokens = matching_tokenizer(config, folder, tokenizer)
     if max_length is not None:
         with torch.device("meta"):
             check_max_length(AutoModelForCausalLM.from_config(config), max_length)
@@ -161,11 +145,8 @@ def run_suite(suite: "Suite", model: "HarnessModel", progress: RunProgress) -> N
     """Measure what is missing, a line for each finished task."""
     label = suite.subject.label
     for result in suite.run(model, lambda task, done, total: progress.count(f"{label}: {task}", done, total)):
-        values = []
-        for metric in result.metrics:
-            value = result.value(metric)
-            if value is not None:
-                values.append(f"{metric} {value[0]:.4g}")
+        found = {metric: result.value(metric) for metric in result.metrics}
+        values = [f"{metric} {value[0]:.4g}" for metric, value in found.items() if value is not None]
         progress.say(f"{label}: {result.task} done in {clock(result.seconds)}: {', '.join(values)}")
 
 
@@ -180,9 +161,9 @@ def show(
     from swat_lm.evaluate.table1 import other_metrics
 
     console = results()
-    tables = [ours_table(rows, guess), paper_table()] if any(row.cells for row in rows) else []
-    for table in tables:
-        print_table(table, console)
+    if any(row.cells for row in rows):
+        print_table(ours_table(rows, guess), console)
+        print_table(paper_table(), console)
     for label, found in others.items():
         for task, metric, value, error in other_metrics(found):
             rest = "" if error is None else f" +- {figure_text(error, 4)}"
@@ -195,34 +176,28 @@ def ours_table(rows: "Sequence[TableRow]", guess: "TableRow") -> Table:
     """Our rows of Table 1, standing upright, and apart from them what guessing gives."""
     from swat_lm.evaluate.table1 import headings, shown
 
-    table = new_table(f"{rows[0].group} | {guess.group}" if guess.cells else rows[0].group)
-    shown_rows = [*rows, guess] if guess.cells else rows
-    for row in shown_rows:
-        table.add_column(f"| {row.name}" if row is guess else row.name, justify="right", no_wrap=True)
-    for heading in headings(rows):
-        table.add_row(heading, *(shown(row.cells.get(heading), "+-") for row in shown_rows))
-    return table
+    columns = [*rows, guess] if guess.cells else rows
+    return text_table(
+        ["", *(f"| {row.name}" if row is guess else row.name for row in columns)],
+        [[heading, *(shown(row.cells.get(heading), "+-") for row in columns)] for heading in headings(rows)],
+        title=f"{rows[0].group} | {guess.group}" if guess.cells else rows[0].group,
+        left=("",),
+    )
 
 
 def paper_table() -> Table:
     """The paper's rows, both sizes side by side."""
     from swat_lm.evaluate.table1 import PAPER, PRINTED, headings, shown
 
-    groups = list(dict.fromkeys(row.group for row in PAPER))
-    columns = headings(PAPER)
-    table = new_table(f"\nprinted in the paper, not measured here: {' | '.join(PRINTED)}")
-    for number in range(len(groups)):
-        for heading in columns:
-            mark = "| " if number and heading == columns[0] else ""
-            table.add_column(f"{mark}{heading}", justify="right", no_wrap=True)
-    for name in dict.fromkeys(row.name for row in PAPER):
-        cells = [next((row.cells for row in PAPER if (row.name, row.group) == (name, group)), {}) for group in groups]
-        table.add_row(name, *(shown(one.get(heading), "+-") for one in cells for heading in columns))
-    return table
-
-
-def new_table(title: str) -> Table:
-    """A table without lines whose first column names the rows."""
-    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("", no_wrap=True)
-    return table
+    cells = {(row.name, row.group): row.cells for row in PAPER}
+    names, groups = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
+    first, *others = headings(PAPER)
+    # a bar between the sizes
+    bars = [f"| {first}", *others] * (len(groups) - 1)
+    rows = [
+        [name, *(shown(cells.get((name, group), {}).get(heading), "+-") for group in groups
+                 for heading in (first, *others))]
+        for name in names
+    ]  # fmt: skip
+    title = f"\nprinted in the paper, not measured here: {' | '.join(PRINTED)}"
+    return text_table(["", first, *others, *bars], rows, title=title, left=("",))

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from swat_lm.cli.options import NO_WINDOW, OWN_WINDOW, parse_windows
 from swat_lm.hub import nearest_name
 from swat_lm.model.loading import find_model_folder, load_causal_lm, model_type
 from swat_lm.paths import local_path
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
     from swat_lm.model.modeling import SwatForCausalLM
 
-__all__ = ["check_vocabulary", "find_export", "load_any_checkpoint", "load_checkpoint", "load_model"]
+__all__ = [
+    "behind_window", "find_export", "load_any_checkpoint", "load_behind_window", "load_checkpoint", "load_model",
+    "matching_tokenizer",
+]  # fmt: skip
 
 
 def find_export(name: str) -> str:
@@ -26,16 +30,9 @@ def find_export(name: str) -> str:
             f"no checkpoint at {name}: expected a run's folder or its `export` folder{nearest_name(local_path(name))}"
         )
     folder = find_model_folder(name)
-    if Path(folder).exists():
-        check_architecture(Path(folder))
-    return folder
-
-
-def check_architecture(folder: Path) -> None:
-    """Raise ValueError unless the folder's config.json describes a SWAT model."""
+    kind = model_type(Path(folder)) if Path(folder).exists() else "swat"
     from swat_lm.model.families import FAMILIES, family_words
 
-    kind = model_type(folder)
     if kind in FAMILIES:
         raise ValueError(f"{folder} holds a {kind} model: convert it first with `swat-lm convert {folder} OUT`")
     if kind != "swat":
@@ -43,6 +40,7 @@ def check_architecture(folder: Path) -> None:
             f"{folder} holds a model of type {kind!r}: expected swat (or {family_words('and')}, to convert); "
             "transformers' own generate() runs the others"
         )
+    return folder
 
 
 def load_model(name: str, device: str | None = None) -> "SwatForCausalLM":
@@ -60,7 +58,7 @@ def load_checkpoint(
 ) -> "tuple[SwatForCausalLM, PreTrainedTokenizerFast]":
     """One of our models and its tokenizer (or the one named instead), checked to belong together."""
     model, folder = load_model(name, device), find_export(name)
-    return model, matching_tokenizer(model, folder, tokenizer)
+    return model, matching_tokenizer(model.config, folder, tokenizer)
 
 
 def load_any_checkpoint(
@@ -68,27 +66,39 @@ def load_any_checkpoint(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     """Any causal language model and its tokenizer (or the one named instead), checked to belong together."""
     model, folder = load_causal_lm(name, device), find_model_folder(name)
-    return model, matching_tokenizer(model, folder, tokenizer)
+    return model, matching_tokenizer(model.config, folder, tokenizer)
 
 
-def matching_tokenizer(model: "PreTrainedModel", folder: str, tokenizer: str | None) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a model; the model may have more ids than it (a padded vocabulary), never fewer."""
-    from swat_lm.data import load_tokenizer
+def load_behind_window(
+    name: str, window: str, tokenizer: str | None, device: str | None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+    """Any causal language model behind the one window that --window names, and its tokenizer."""
+    windows = parse_windows(window)
+    if len(windows) != 1:
+        raise ValueError(f"--window: this command takes one window, got {window!r}")
+    model, tokens = load_any_checkpoint(name, tokenizer, device)
+    return behind_window(model, *windows), tokens
+
+
+def behind_window(model: "PreTrainedModel", window: str) -> "PreTrainedModel":
+    """The model itself, or a twin that shares its weights and has the window of this name."""
+    from swat_lm.evaluate.windows import with_window
+
+    return model if window == OWN_WINDOW else with_window(model, None if window == NO_WINDOW else int(window))
+
+
+def matching_tokenizer(config: "PreTrainedConfig", folder: str, tokenizer: str | None) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a model; the model may have more ids than it (a padded vocabulary).
+
+    Raises ValueError that names both if it has fewer.
+    """
+    from swat_lm.data import load_tokenizer, vocabulary_size
 
     tokens = load_tokenizer(tokenizer or folder)
-    check_vocabulary(tokens, model.config, tokenizer or folder, folder)
-    return tokens
-
-
-def check_vocabulary(
-    tokens: "PreTrainedTokenizerFast", config: "PreTrainedConfig", tokenizer: str, folder: str
-) -> None:
-    """Raise ValueError that names both if a tokenizer has ids that a model of this configuration does not know."""
-    from swat_lm.data import vocabulary_size
-
     known, has = vocabulary_size(tokens), cast(int, config.get_text_config().vocab_size)
     if known > has:
         raise ValueError(
-            f"the tokenizer {tokenizer} has {counted(known, 'id')}, the model {folder} only {has}: "
+            f"the tokenizer {tokenizer or folder} has {counted(known, 'id')}, the model {folder} only {has}: "
             "they do not belong together; give the model's own with --tokenizer"
         )
+    return tokens

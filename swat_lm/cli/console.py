@@ -4,12 +4,13 @@ Tables lose no figure on a narrow terminal: headings wrap, and where that is not
 """
 
 import os
+from collections.abc import Collection, Iterable, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["key_value_table", "messages", "on_main_process", "print_table", "results"]
+__all__ = ["key_value_table", "messages", "on_main_process", "print_table", "results", "text_table"]
 
 
 def on_main_process() -> bool:
@@ -34,6 +35,25 @@ def key_value_table(rows: list[tuple[str, str]], title: str | None = None) -> Ta
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, value)
+    return table
+
+
+def text_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    left: Collection[str] = (),
+    gap: int = 3,
+) -> Table:
+    """A table without lines, its columns so many spaces apart; cells stand on the right but for the columns `left`."""
+    table = Table(
+        title=title, title_justify="left", title_style="", box=None, pad_edge=False, padding=(0, gap, 0, 0)
+    )  # fmt: skip
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

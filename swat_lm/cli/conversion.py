@@ -1,11 +1,12 @@
 """`swat-lm convert`: Llama, Mistral and Mamba-2 weights as a SWAT model."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from swat_lm.cli.console import results
+from swat_lm.cli.options import number_or_word
 
 __all__ = ["convert"]
 
@@ -35,27 +36,16 @@ def convert(
     from swat_lm.recipe import read_value
 
     changes = {}
-    for one in setting or []:
-        name, equals, value = one.partition("=")
+    for change in setting or []:
+        name, equals, value = change.partition("=")
         if not equals or not name.strip():
-            raise ValueError(f"--set {one}: write field=value, for example score_function=sigmoid")
+            raise ValueError(f"--set {change}: write field=value, for example score_function=sigmoid")
         if name.strip() in ("window", "sliding_window"):
-            raise ValueError(f"--set {one}: give the window by --window")
-        changes[name.strip()] = read_value(value, f"--set {one}")
-    wanted = parse_window(window)
+            raise ValueError(f"--set {change}: give the window by --window")
+        changes[name.strip()] = read_value(value, f"--set {change}")
+    wanted = number_or_word(window, "--window", {"keep": "keep", "none": None})
 
     from swat_lm.model.conversion import convert_folder
 
     convert_folder(source, out, window=wanted, **changes)
     results().print(f"{out}", markup=False)
-
-
-def parse_window(text: str) -> int | Literal["keep"] | None:
-    """`keep`, None for `none`, or a number; raises ValueError otherwise."""
-    if text == "keep":
-        return text
-    if text == "none":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--window: expected keep, none or a number of tokens from 1 on; got {text!r}")
-    return int(text)

@@ -1,16 +1,15 @@
 """`swat-lm demo`: train a small model and its twin, compare them, and stream from the first."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from swat_lm.cli.console import messages, on_main_process, print_table, results
+from swat_lm.cli.console import messages, on_main_process, print_table, results, text_table
 from swat_lm.cli.failures import INTERRUPTED
+from swat_lm.cli.generation import write
 from swat_lm.cli.progress import RunProgress
 
 if TYPE_CHECKING:
@@ -66,22 +65,21 @@ def watching() -> "Iterator[Watcher]":
 
         def __init__(self) -> None:
             self._console = results()
-            self._progress: RunProgress | None = None
+            self._progress = RunProgress()
 
         def stage(self, text: str) -> None:
             self.close()
             self._console.print(f"[bold]{text}[/bold]")
 
         def count(self, name: str, done: int, total: int) -> None:
-            self._bars().count(name, done, total)
+            self._progress.count(name, done, total)
 
         def event(self, name: str, event: "Event") -> None:
-            self._bars().event(name, event)
+            self._progress.event(name, event)
 
         def text(self, text: str) -> None:
             if on_main_process():
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                write(text)
 
         def state(self, first: int, last: int, tokens: int) -> None:
             same = "constant" if first == last else "not constant"
@@ -90,14 +88,8 @@ def watching() -> "Iterator[Watcher]":
             )
 
         def close(self) -> None:
-            if self._progress is not None:
-                self._progress.__exit__()
-                self._progress = None
-
-        def _bars(self) -> RunProgress:
-            if self._progress is None:
-                self._progress = RunProgress().__enter__()
-            return self._progress
+            self._progress.__exit__()
+            self._progress = RunProgress()
 
     watcher = TerminalWatcher()
     try:
@@ -113,25 +105,17 @@ def show_results(found: dict[str, Any], out: Path) -> None:
     """The table, the verdicts and where to look."""
     console = results()
     swat, twin = found["models"]["swat"], found["models"]["twin"]
-    table = Table(
-        title="loss against evaluation length (nats per token)", title_justify="left", box=None, pad_edge=False,
-        padding=(0, 3, 0, 0),
-    )  # fmt: skip
-    for name in ("length", "SWAT", "full attention", "SWAT, 2nd half", "full, 2nd half", "SWAT state", "full state"):
-        table.add_column(name, justify="right")
-    for left, right in zip(swat["curve"], twin["curve"], strict=True):
-        mark = " *" if left["length"] == found["training_length"] else ""
-        table.add_row(
-            f"{left['length']:,}{mark}",
-            f"{left['mean_loss']:.3f}",
-            f"{right['mean_loss']:.3f}",
-            f"{left['tail_loss']:.3f}",
-            f"{right['tail_loss']:.3f}",
-            f"{left['state_bytes']:,}",
-            f"{right['state_bytes']:,}",
-        )
+    headings = ("length", "SWAT", "full attention", "SWAT, 2nd half", "full, 2nd half", "SWAT state", "full state")
+    rows = [
+        [
+            f"{left['length']:,}{' *' if left['length'] == found['training_length'] else ''}",
+            *(f"{point[loss]:.3f}" for loss in ("mean_loss", "tail_loss") for point in (left, right)),
+            *(f"{point['state_bytes']:,}" for point in (left, right)),
+        ]
+        for left, right in zip(swat["curve"], twin["curve"], strict=True)
+    ]
     console.print()
-    print_table(table, console)
+    print_table(text_table(headings, rows, title="loss against evaluation length (nats per token)"), console)
     console.print("* training length; states in bytes per stream", style="dim")
     console.print()
     for claim in found["claims"]:

@@ -1,39 +1,34 @@
 """`swat-lm evaluate diagnose`: what the attention of a trained model does."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from swat_lm.cli.checkpoints import load_any_checkpoint
-from swat_lm.cli.console import messages, print_table, results
-from swat_lm.cli.evaluation import OWN, check_output, model_with_window
-from swat_lm.cli.progress import Counter
-from swat_lm.cli.recall import DEVICE, SHARED_CHECKPOINT, TOKENIZER, WINDOW, parse_one_window
-from swat_lm.cli.texts import HELD_OUT, read_documents
+from swat_lm.cli.checkpoints import load_behind_window
+from swat_lm.cli.console import messages, print_table, results, text_table
+from swat_lm.cli.evaluation_text import read_documents
+from swat_lm.cli.length import check_output
+from swat_lm.cli.options import CHECKPOINT, DEVICE, HELD_OUT, OWN_WINDOW, TEXT_FIELD, TOKENIZER, WINDOW
+from swat_lm.cli.progress import counting
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from swat_lm.evaluate.diagnose import Diagnosis
 
 __all__ = ["diagnose"]
 
-DEFAULT_LENGTH = 512
-
 
 def diagnose(
-    checkpoint: SHARED_CHECKPOINT,
+    checkpoint: CHECKPOINT,
     data: Annotated[list[str], typer.Option("--data", "-d", help="Text to read; may be given several times.")],
-    length: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = DEFAULT_LENGTH,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each stream.")] = 512,
     most: Annotated[int, typer.Option(min=1, help="Streams, spread over the text.")] = 16,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the pictures.")] = None,
-    window: WINDOW = OWN,
+    window: WINDOW = OWN_WINDOW,
     held_out: HELD_OUT = None,
-    text_field: Annotated[
-        str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")
-    ] = "text",
+    text_field: TEXT_FIELD = "text",
     tokenizer: TOKENIZER = None,
     device: DEVICE = None,
 ) -> None:
@@ -48,20 +43,17 @@ def diagnose(
       swat-lm evaluate diagnose runs/mine --data books/ --length 1024 --out looked
     """
     check_output(out, "diagnosis.json")
-    model, _ = load_any_checkpoint(checkpoint, tokenizer, device)
-    (view,) = parse_one_window(window)
-    model = model_with_window(model, view)
+    model, _ = load_behind_window(checkpoint, window, tokenizer, device)
     from swat_lm.evaluate import diagnose as diagnosing
     from swat_lm.evaluate.length import segments
 
     documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
-    with Counter("reading", "streams") as counter:
+    with counting("reading", "streams") as counter:
         found = diagnosing.diagnose(model, segments(documents, length, most), on_progress=counter)
     if not found.has_weights:
         messages().print(f"note: {type(model).__name__} shows no attention weights; norms and variance only")
     if out is not None:
         # before anything is drawn
-        out.mkdir(parents=True, exist_ok=True)
         found.save(out / "diagnosis.json")
     print_table(diagnosis_table(found))
     if out is not None:
@@ -73,24 +65,13 @@ def diagnose(
 
 def diagnosis_table(found: "Diagnosis") -> Table:
     """One row per layer: means over heads, the greatest first-token weight, and norms at both ends of the streams."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("layer", "weights", "first", "most", "even", "sum", "near 0", "near 1", "norm", "norm at end"):
-        table.add_column(name, justify="left" if name == "weights" else "right", no_wrap=True)
-    tenth = max(1, found.length // 10)
-    for index, one in enumerate(found.weights):
-        norms = found.output_norm[index]
-        ends = [f"{norms[0]:.3g}", f"{mean(norms[-tenth:]):.3g}"]
-        if one is None:
-            table.add_row(str(index), "none", *["-"] * 6, *ends)
-            continue
-        table.add_row(
-            str(index), one.score_function, f"{mean(one.first_token_mass):.3f}", f"{max(one.first_token_mass):.3f}",
-            f"{one.first_token_uniform:.3f}", f"{mean(one.row_sum):.3g}", f"{100 * mean(one.near_zero):.1f} %",
-            f"{100 * mean(one.near_one):.1f} %", *ends,
-        )  # fmt: skip
-    return table
-
-
-def mean(values: "Sequence[float]") -> float:
-    """Of at least one number."""
-    return sum(values) / len(values)
+    headings = ("layer", "weights", "first", "most", "even", "sum", "near 0", "near 1", "norm", "norm at end")
+    rows, tenth = [], max(1, found.length // 10)
+    for index, (weights, norms) in enumerate(zip(found.weights, found.output_norm, strict=True)):
+        figures = ["none", *["-"] * 6] if weights is None else [
+            weights.score_function, f"{fmean(weights.first_token_mass):.3f}", f"{max(weights.first_token_mass):.3f}",
+            f"{weights.first_token_uniform:.3f}", f"{fmean(weights.row_sum):.3g}",
+            f"{100 * fmean(weights.near_zero):.1f} %", f"{100 * fmean(weights.near_one):.1f} %",
+        ]  # fmt: skip
+        rows.append([str(index), *figures, f"{norms[0]:.3g}", f"{fmean(norms[-tenth:]):.3g}"])
+    return text_table(headings, rows, left=("weights",), gap=2)

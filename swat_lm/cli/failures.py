@@ -84,8 +84,8 @@ def tell_torchrun(message: str) -> None:
 def came_from_main(error: BaseException) -> bool:
     """Whether the main process met this error, or the one it stands for, and told the others (`Engine.on_main`)."""
     chain: list[BaseException] = []
-    one: BaseException | None = error
-    while one is not None and one not in chain:
-        chain.append(one)
-        one = one.__cause__ or one.__context__
-    return any(getattr(one, "from_main_process", False) for one in chain)
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return any(getattr(cause, "from_main_process", False) for cause in chain)

@@ -4,36 +4,34 @@ import codecs
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Self, TypeVar
 
 import typer
 
 from swat_lm.cli.checkpoints import load_checkpoint
 from swat_lm.cli.console import messages
 from swat_lm.cli.failures import INTERRUPTED
+from swat_lm.cli.options import DEVICE, TOKENIZER
 from swat_lm.cli.outputs import check_new_file
 from swat_lm.cli.streams import reader_is_gone
+from swat_lm.interruption import Interruption
 from swat_lm.words import counted
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
     from transformers import PreTrainedTokenizerFast
 
-    from swat_lm.data.cutting import Cuts
     from swat_lm.model.modeling import SwatForCausalLM
     from swat_lm.model.slots import Slots
     from swat_lm.serve.sampling import Sampling
 
 __all__ = ["generate"]
 
-# Ctrl-C, a wish to end, and the end of a terminal, which Windows does not have
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PIECE_BYTES = 1 << 16
 # characters that may take longer to tokenise than anybody waits after Ctrl-C
 LONG_TEXT = 1 << 16
@@ -55,9 +53,9 @@ def generate(
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after a token that ends a text.")] = False,
     load_from: Annotated[Path | None, typer.Option("--load-state", help="Go on with a stream saved before.")] = None,
     save_to: Annotated[Path | None, typer.Option("--save-state", help="Save the stream's state at the end.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")] = None,
+    tokenizer: TOKENIZER = None,
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens per forward pass; speed and memory only.")] = 512,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")] = None,
+    device: DEVICE = None,
 ) -> None:
     """Continue a text and stream it to stdout.
 
@@ -186,33 +184,22 @@ def save(model: "SwatForCausalLM", state: "Slots", logits: "Tensor", last: int |
     from swat_lm.serve.stream import next_logits
 
     state.logits = logits if last is None else next_logits(model, last, state)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_state(state, path)
 
 
-class SavingInterruption:
-    """While entered and active, a first Ctrl-C sets `requested`, so that the state can be saved; a second one kills.
+class SavingInterruption(Interruption):
+    """While entered and active, a first signal sets `requested`, so that the state can be saved; then Ctrl-C kills.
 
-    SIGTERM and, unless it is ignored, SIGHUP, which comes where a terminal is closed, do the same. Where something is
-    waited for (`waiting`), the wait ends at once.
+    Where something is waited for (`waiting`), the wait ends at once.
     """
 
     def __init__(self, active: bool = True) -> None:
-        self.requested = False
-        self._active = active and threading.current_thread() is threading.main_thread()
+        super().__init__()
+        self._active = active
         self._waiting = False
-        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if self._active:
-            for number in SIGNALS:
-                if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        return super().__enter__() if self._active else self
 
     def waiting(self, call: Callable[[], Result]) -> Result | None:
         """What a call gives that an interruption may end; None once one is requested."""
@@ -227,8 +214,8 @@ class SavingInterruption:
             self._waiting = False
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # the next Ctrl-C kills, whatever came first
+        super()._request(signal.SIGINT, frame)
         if self._waiting:
             raise KeyboardInterrupt
 
@@ -256,13 +243,9 @@ def whole_text(text: str, option: str) -> str:
     Raises ValueError for bytes that are not UTF-8.
     """
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        try:
-            return os.fsencode(text).decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{option} is not UTF-8 text (byte {error.start})") from None
-    return text
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} is not UTF-8 text (byte {error.start})") from None
 
 
 def in_chunks(pieces: Iterable[list[int]], size: int, interruption: SavingInterruption) -> Iterator[list[int]]:
@@ -281,16 +264,17 @@ def prompt_pieces(
 
     The pieces are cut where the tokenizer leaves the tokens as they are, so they do not depend on how the text comes.
     """
-    from swat_lm.data.cutting import find_cuts
+    from swat_lm.data.cutting import Cutter, find_cuts
+    from swat_lm.data.source_text import cut
 
     if prompt == "-" and sys.stdin is None:
         raise ValueError("--prompt -: stdin is closed; pipe a text into it, or give one by --prompt TEXT")
     cuts = find_cuts(tokens.backend_tokenizer.to_str())
     if prompt == "-" and cuts is None:
         messages().print("note: this tokenizer must see a text whole: the prompt is read to its end first")
-    piped = arriving(lambda: interruption.waiting(partial(read_some, sys.stdin.buffer)))
+    piped = arriving(lambda: interruption.waiting(partial(sys.stdin.buffer.read1, PIECE_BYTES)))  # type: ignore
     end, first, any_text = end_token(tokens), fresh, False
-    for text in text_pieces(piped if prompt == "-" else [prompt], cuts):
+    for text in cut(piped if prompt == "-" else [prompt], Cutter(cuts, "the prompt", eager=True)):
         call = partial(tokens.encode, text, add_special_tokens=first)
         # what was read before an interruption still counts, and a short text is quicker than a thread
         ids = call() if interruption.requested or len(text) < LONG_TEXT else interruption.waiting(partial(heard, call))
@@ -333,21 +317,6 @@ def end_tokens(model: "SwatForCausalLM", tokens: "PreTrainedTokenizerFast") -> f
         if named is not None:
             return frozenset(named if isinstance(named, list | tuple) else [named])
     return frozenset()
-
-
-def read_some(source: BinaryIO) -> bytes | None:
-    """What has come of a pipe; b"" at its end."""
-    return source.read1(PIECE_BYTES)  # type: ignore[attr-defined]
-
-
-def text_pieces(texts: Iterable[str], cuts: "Cuts | None") -> Iterator[str]:
-    """A text that comes bit by bit in pieces, each as early as it is certain; without `cuts` as one."""
-    from swat_lm.data.cutting import Cutter
-
-    cutter = Cutter(cuts, "the prompt", eager=True)
-    for text in texts:
-        yield from cutter.push(text)
-    yield from cutter.finish()
 
 
 def arriving(read: Callable[[], bytes | None]) -> Iterator[str]:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["info"]
 
-DEFAULT_LENGTH = 2048
-
 
 def info(
     target: Annotated[
@@ -89,7 +87,7 @@ def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, i
     else:
         config = load_config(target)
     # models with a recurrent state name no length
-    return config, getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    return config, getattr(config, "max_position_embeddings", None) or 2048
 
 
 def reads_recipe(target: str, overrides: list[str]) -> bool:
@@ -159,7 +157,7 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
     plan = cost.plan_costs(config, length)
     return [
         ("parameters", f"{count.total:,} ({count.embedding:,} of them in the input embedding)"),
-        ("layers", ", ".join(f"{count} x {words}" for words, count in Counter(one.words for one in plan).items())),
+        ("layers", ", ".join(f"{count} x {words}" for words, count in Counter(layer.words for layer in plan).items())),
         ("width", f"{config.hidden_size:,}, {counted(config.num_attention_heads, 'head')} of {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("reach", "everything before" if reach is None else counted(reach, "token")),
@@ -173,16 +171,16 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
 def describe_plan(plan: "list[LayerCost]", length: int) -> list[tuple[str, str]]:
     """A line for all layers that are equal, where not all are."""
     alike: dict[LayerCost, list[int]] = {}
-    for one in plan:
-        alike.setdefault(one._replace(index=0), []).append(one.index)
+    for layer in plan:
+        alike.setdefault(layer._replace(index=0), []).append(layer.index)
     if len(alike) == 1:
         return []
     lines = []
-    for one, indices in alike.items():
-        reach = "everything before" if one.reach is None else f"{one.reach:,} tokens"
+    for layer, indices in alike.items():
+        reach = "everything before" if layer.reach is None else f"{layer.reach:,} tokens"
         figures = (
-            f"{one.words}: {one.parameters:,} parameters, {one.state_bytes:,} bytes of state after {length:,} tokens, "
-            f"reach {reach}, {one.flops_per_token:.3g} FLOPs per token"
+            f"{layer.words}: {layer.parameters:,} parameters, {layer.state_bytes:,} bytes of state after {length:,} "
+            f"tokens, reach {reach}, {layer.flops_per_token:.3g} FLOPs per token"
         )
         lines.append((f"layer {indices[0]}" if len(indices) == 1 else f"layers {index_words(indices)}", figures))
     return lines
@@ -190,10 +188,7 @@ def describe_plan(plan: "list[LayerCost]", length: int) -> list[tuple[str, str]]
 
 def index_words(indices: list[int]) -> str:
     """`0 to 5, 7, 9`; of many, the first three and the last."""
-    runs = [
-        [index for _, index in run]
-        for _, run in itertools.groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
-    ]
+    runs = [list(run) for _, run in itertools.groupby(indices, key=lambda index: index - indices.index(index))]
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
     return ", ".join(parts if len(parts) <= 4 else [*parts[:3], "...", parts[-1]])
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swat_lm.cli.console import key_value_table, results
+from swat_lm.cli.options import TEXT_FIELD
 from swat_lm.cli.outputs import check_folder
-from swat_lm.cli.progress import Counter
+from swat_lm.cli.progress import counting
 from swat_lm.named_recipes import is_recipe
 from swat_lm.words import counted
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["prepare", "tokenizer"]
 
-TextField = Annotated[str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")]
 SOURCES_HELP = (
     "Files or folders of .txt .md .py .jsonl .parquet (also .gz .xz), hub:NAME[:CONFIG][:SPLIT], or python:stdlib."
 )
@@ -27,7 +27,7 @@ def tokenizer(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCES...", help=SOURCES_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="New folder for the tokenizer.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens in all: 256 bytes, 3 special ones, the rest merges.")] = 8192,
-    text_field: TextField = "text",
+    text_field: TEXT_FIELD = "text",
 ) -> None:
     """Train a tokenizer on text.
 
@@ -43,7 +43,7 @@ def tokenizer(
     from swat_lm.files import naming
 
     # files that are read name themselves
-    with naming(out), Counter("reading text", "bytes") as counter:
+    with naming(out), counting("reading text", "bytes") as counter:
         trained = train_tokenizer(sources, vocab_size, out, text_field, counter)
     results().print(f"{out}: {counted(vocabulary_size(trained), 'token')}", markup=False)
 
@@ -72,7 +72,7 @@ def prepare(
     from swat_lm.data import prepare as prepare_tokens
 
     data = data_settings(sources, tokenizer, text_field, cache, workers)
-    with Counter("preparing text", "bytes") as counter:
+    with counting("preparing text", "bytes") as counter:
         store = prepare_tokens(data, lambda at: counter(at.bytes_read, at.bytes_total))
     rows = [
         ("folder", str(store.folder)),

@@ -1,19 +1,20 @@
 """Live progress of runs: bars with loss, tokens per second and time left on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
-from rich.text import Text
 
 from swat_lm.cli.console import messages
 
 if TYPE_CHECKING:
     from swat_lm.train.events import Event
 
-__all__ = ["Counter", "RunProgress", "clock"]
+__all__ = ["RunProgress", "clock", "counting"]
 
 # lines in a log file: often enough to see that it lives, seldom enough to read
 SECONDS_BETWEEN_LINES = 10.0
@@ -30,21 +31,13 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class TimeLeft(ProgressColumn):
-    """The run's own estimate, which knows about evaluation and saving."""
-
-    def render(self, task: Task) -> Text:
-        """The field `left` as minutes and seconds."""
-        return Text(f"{clock(task.fields['left'])} left")
-
-
 def new_bars(console: Console, *, transient: bool) -> Progress:
     """Bars that show a text of numbers and the time left; numbers that find no room wrap and are never cut off."""
     columns = (
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=False, overflow="fold")),
         *((BarColumn(bar_width=20),) if console.width >= WIDTH_WITH_BAR else ()),
         TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=False, overflow="fold")),
-        TimeLeft(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[left]} left", markup=False, table_column=Column(no_wrap=True)),
     )
     return Progress(*columns, console=console, transient=transient)
 
@@ -65,8 +58,6 @@ class RunProgress:
         self._last_line: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        if self._live:
-            self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,9 +106,10 @@ class RunProgress:
 
     def _show(self, name: str, done: int, total: int, numbers: str, left: float | None, important: bool) -> None:
         if self._live:
+            self._bars.start()
             if name not in self._tasks:
-                self._tasks[name] = self._bars.add_task(name, total=total, numbers="", left=None)
-            self._bars.update(self._tasks[name], completed=done, total=total, numbers=numbers, left=left)
+                self._tasks[name] = self._bars.add_task(name, total=total, numbers="", left=clock(None))
+            self._bars.update(self._tasks[name], completed=done, total=total, numbers=numbers, left=clock(left))
             return
         now = time.monotonic()
         if important or now - self._last_line.get(name, 0.0) >= SECONDS_BETWEEN_LINES:
@@ -126,32 +118,24 @@ class RunProgress:
             self.say(f"{name}: {numbers}{rest}")
 
 
-class Counter:
-    """A bar over a known amount of work, with the rate in its unit; silent where there is no terminal."""
+@contextmanager
+def counting(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over a known amount of work, with the rate in its unit; silent where there is no terminal.
 
-    def __init__(self, name: str, unit: str, console: Console | None = None) -> None:
-        self._unit = unit
-        console = console or messages()
-        self._live = console.is_terminal and not console.quiet
-        self._bars = new_bars(console, transient=True)
-        self._task = self._bars.add_task(name, total=None, numbers="", left=None)
-        self._began = time.monotonic()
+    Gives a function that is told how much of the whole is done.
+    """
+    console = messages()
+    if console.quiet or not console.is_terminal:
+        yield lambda done, total: None
+        return
+    began = time.monotonic()
 
-    def __enter__(self) -> Self:
-        self._began = time.monotonic()
-        if self._live:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._bars.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        """So much of the whole is done."""
-        if not self._live:
-            return
-        seconds = max(time.monotonic() - self._began, 1e-6)
+    def show(done: int, total: int) -> None:
+        seconds = max(time.monotonic() - began, 1e-6)
+        numbers = f"{100 * done / max(total, 1):.0f} %  {done / seconds:,.0f} {unit}/s"
         left = seconds / done * (total - done) if done else None
-        numbers = f"{100 * done / max(total, 1):.0f} %  {done / seconds:,.0f} {self._unit}/s"
-        self._bars.update(self._task, completed=done, total=total, numbers=numbers, left=left)
+        bars.update(task, completed=done, total=total, numbers=numbers, left=clock(left))
+
+    with new_bars(console, transient=True) as bars:
+        task = bars.add_task(name, total=None, numbers="", left=clock(None))
+        yield show

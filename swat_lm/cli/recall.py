@@ -1,35 +1,34 @@
 """`swat-lm evaluate recall` and `swat-lm evaluate reach`: what a model still knows of what stood far back."""
 
-import functools
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from swat_lm.cli.checkpoints import load_any_checkpoint
-from swat_lm.cli.console import print_table, results
-from swat_lm.cli.evaluation import OWN, check_output, model_with_window, parse_windows, with_error
-from swat_lm.cli.progress import Counter
-from swat_lm.cli.texts import HELD_OUT, read_documents
+from swat_lm.cli.checkpoints import load_behind_window
+from swat_lm.cli.console import print_table, results, text_table
+from swat_lm.cli.evaluation_text import read_documents
+from swat_lm.cli.length import check_output, with_error
+from swat_lm.cli.options import CHECKPOINT, DEVICE, HELD_OUT, OWN_WINDOW, TEXT_FIELD, TOKENIZER, WINDOW, whole_numbers
+from swat_lm.cli.progress import counting
+from swat_lm.evaluate.figures import write_figures
+from swat_lm.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from swat_lm.evaluate.partial import PartialResults
+    from swat_lm.data.synthetic import SyntheticTask
     from swat_lm.evaluate.reach import ReachCurve
     from swat_lm.evaluate.recall import RecallCurve, RecallItem
 
 __all__ = ["reach", "recall"]
 
-SHARED_CHECKPOINT = Annotated[str, typer.Argument(help="A run's folder, a folder of any causal model, or a hub name.")]
-WINDOW = Annotated[str, typer.Option(help="Window of every layer: a number, none or own.")]
-DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if there is one.")]
-TOKENIZER = Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoint's own.")]
-
 
 def recall(
-    checkpoint: SHARED_CHECKPOINT,
+    checkpoint: CHECKPOINT,
     task: Annotated[
         list[str] | None,
         typer.Option("--task", "-t", help="passkey, kv, mqar, copy, or synthetic:NAME; repeatable. Default: passkey."),
@@ -42,7 +41,7 @@ def recall(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Items per distance; of a file, most items in all.")] = 50,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the picture.")] = None,
-    window: WINDOW = OWN,
+    window: WINDOW = OWN_WINDOW,
     batch_size: Annotated[int, typer.Option(min=1, help="Items read side by side.")] = 8,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass; speed and memory only.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Draws the items.")] = 0,
@@ -63,26 +62,39 @@ def recall(
       swat-lm evaluate recall llama-folder --data kv_retrieval_75_keys.jsonl.xz --samples 100
     """
     names = list(dict.fromkeys(task or ([] if data else ["passkey"])))
-    asked = None if distances is None else parse_distances(distances)
+    asked = None if distances is None else sorted(set(whole_numbers(distances, "--distances", 1, "64,256")))
     check_output(out, "recall.json")
-    check_tasks(names)
-    model, tokens = load_any_checkpoint(checkpoint, tokenizer, device)
-    (view,) = parse_one_window(window)
-    model = model_with_window(model, view)
-    where = asked or default_distances(model)
+    from swat_lm.data.synthetic import PREFIX, synthetic_task
+    from swat_lm.evaluate.partial import PartialResults, measurement_key
+    from swat_lm.evaluate.probes import check_name, guessed_share, read_items
     from swat_lm.evaluate.recall import measure_recall
 
+    # a task that does not exist is told before a model is loaded
+    trained_on = {name: synthetic_task(name) for name in names if name.startswith(PREFIX)}
+    for name in [name for name in names if name not in trained_on]:
+        check_name(name)
+    model, tokens = load_behind_window(checkpoint, window, tokenizer, device)
+    where = asked or default_distances(model)
     # all items first, so that what cannot be made is said before anything is measured
-    sets = [(name, make_items(name, model, tokens, where, samples, seed, asked is not None)) for name in names]
-    sets += [(path.name.partition(".")[0], file_items(path, tokens, samples)) for path in data or []]
-    curves, partials = [], []
+    sets = [
+        (name, make_items(name, trained_on.get(name), tokens, where, samples, seed, asked is not None))
+        for name in names
+    ]
+    sets += [
+        (path.name.partition(".")[0], read_items(path, partial(tokens.encode, add_special_tokens=False), samples))
+        for path in data or []
+    ]
+    curves: list[RecallCurve] = []
+    kept: list[PartialResults] = []
     for number, (name, items) in enumerate(sets):
-        partial = None if out is None else kept_before(out / f"partial-{number}.json", model, name, items)
-        partials += [] if partial is None else [partial]
-        with Counter(f"recalling, {name}", "tokens") as counter:
+        if out is not None:
+            settings = [name, [(item.answers, item.group) for item in items]]
+            key = measurement_key(model, [item.tokens for item in items], settings)
+            kept.append(PartialResults(out / f"partial-{number}.json", key))
+        with counting(f"recalling, {name}", "tokens") as counter:
             curve = measure_recall(
-                model, items, name, chunk=chunk, batch_size=batch_size, partial=partial, on_progress=counter,
-                chance=chance_of(name, items) if name in names else None,
+                model, items, name, chunk=chunk, batch_size=batch_size, partial=kept[-1] if kept else None,
+                on_progress=counter, chance=guessed_share(trained_on.get(name), items) if name in names else None,
             )  # fmt: skip
         curves.append(curve)
         guess = "" if curve.chance is None else f", guessing {100 * curve.chance:.2g} %"
@@ -91,25 +103,27 @@ def recall(
         )
         print_table(recall_table(curve))
     if out is not None:
-        write_recall(curves, out / "recall.json")
-        for partial in partials:
-            partial.remove()
-        draw_recall(curves, out, Path(checkpoint).name)
+        from swat_lm.evaluate.recall_plots import plot_recall
+
+        # before anything is drawn
+        write_text(out / "recall.json", write_figures([asdict(curve) for curve in curves]) + "\n")
+        for results_of_task in kept:
+            results_of_task.remove()
+        plot_recall(curves, out / "recall.png", title=Path(checkpoint).name)
+        results().print(f"{out / 'recall.json'}, {out / 'recall.png'}", markup=False)
 
 
 def reach(
-    checkpoint: SHARED_CHECKPOINT,
+    checkpoint: CHECKPOINT,
     data: Annotated[list[str], typer.Option("--data", "-d", help="Text to measure on; may be given several times.")],
     length: Annotated[
         int | None, typer.Option(min=3, help="Tokens before the prediction; default: twice the reach.")
     ] = None,
     most: Annotated[int, typer.Option(min=1, help="Streams, spread over the text.")] = 32,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder for the JSON and the picture.")] = None,
-    window: WINDOW = OWN,
+    window: WINDOW = OWN_WINDOW,
     held_out: HELD_OUT = None,
-    text_field: Annotated[
-        str, typer.Option(help="Field of a .jsonl, .parquet or hub row that holds the text.")
-    ] = "text",
+    text_field: TEXT_FIELD = "text",
     tokenizer: TOKENIZER = None,
     device: DEVICE = None,
 ) -> None:
@@ -123,20 +137,17 @@ def reach(
       swat-lm evaluate reach runs/mine --data books/ --out reach
     """
     check_output(out, "reach.json")
-    model, _ = load_any_checkpoint(checkpoint, tokenizer, device)
-    (view,) = parse_one_window(window)
-    model = model_with_window(model, view)
+    model, _ = load_behind_window(checkpoint, window, tokenizer, device)
     from swat_lm.evaluate.length import segments
     from swat_lm.evaluate.reach import effective_reach
     from swat_lm.evaluate.windows import theoretical_reach
 
     documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     size = length or min(2 * (theoretical_reach(model) or 1024), 8192)
-    with Counter("measuring", "streams") as counter:
+    with counting("measuring", "streams") as counter:
         curve = effective_reach(model, segments(documents, size + 1, most), on_progress=counter)
     if out is not None:
         # before anything is drawn
-        out.mkdir(parents=True, exist_ok=True)
         curve.save(out / "reach.json")
     print_table(reach_table(curve))
     if out is not None:
@@ -144,36 +155,6 @@ def reach(
 
         plot_reach(curve, out / "reach.png", title=Path(checkpoint).name)
         results().print(f"{out / 'reach.json'}, {out / 'reach.png'}", markup=False)
-
-
-def check_tasks(names: list[str]) -> None:
-    """Raise ValueError for a task that does not exist, before a model is loaded."""
-    from swat_lm.data.synthetic import PREFIX, synthetic_task
-    from swat_lm.evaluate.probes import check_name
-
-    for name in names:
-        if name.startswith(PREFIX):
-            synthetic_task(name)
-        else:
-            check_name(name)
-
-
-def parse_distances(text: str) -> list[int]:
-    """`64,128` as numbers, rising; raises ValueError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
-        raise ValueError(
-            f"--distances: expected whole numbers above 0 with commas between, such as 64,256; got {text!r}"
-        )
-    return sorted({int(part) for part in parts})
-
-
-def parse_one_window(text: str) -> list[str]:
-    """The name of one window."""
-    names = parse_windows(text)
-    if len(names) != 1:
-        raise ValueError(f"--window: this command takes one window, got {text!r}")
-    return names
 
 
 def default_distances(model: "PreTrainedModel") -> list[int]:
@@ -186,29 +167,29 @@ def default_distances(model: "PreTrainedModel") -> list[int]:
     # W - 1 and reach - 1 are the last distances on this side of either edge
     between = [window << power for power in range(1, 64) if window << power < reach_here]
     edges = {window // 4, window // 2, window - 1, window, *between, reach_here - 1, reach_here, 2 * reach_here}
-    return sorted(one for one in edges if one > 0)
+    return sorted(edge for edge in edges if edge > 0)
 
 
 def make_items(
     name: str,
-    model: "PreTrainedModel",
+    task: "SyntheticTask | None",
     tokens: "PreTrainedTokenizerFast",
     distances: list[int],
     samples: int,
     seed: int,
     asked: bool,
 ) -> "list[RecallItem]":
-    """Items of one task; of default distances, those too short for it are left out."""
-    from swat_lm.data.synthetic import PREFIX, synthetic_task
+    """Items of one task, a synthetic one or one in text; of default distances, those too short for it are left out."""
     from swat_lm.evaluate.probes import synthetic_items, text_items
 
     items: list[RecallItem] = []
-    make = functools.partial(text_items, name, encoder(tokens))
-    if name.startswith(PREFIX):
-        task = synthetic_task(name)
+    make = partial(text_items, name, partial(tokens.encode, add_special_tokens=False))
+    if task is not None:
         # the task has odd distances only
-        distances = [one - 1 + one % 2 for one in distances] if task.name == "kv" and not asked else distances
-        make = functools.partial(synthetic_items, task)
+        distances = (
+            [distance - 1 + distance % 2 for distance in distances] if task.name == "kv" and not asked else distances
+        )
+        make = partial(synthetic_items, task)
     for distance in distances:
         try:
             items += make([distance], samples, seed)
@@ -218,76 +199,26 @@ def make_items(
     return items
 
 
-def file_items(path: Path, tokens: "PreTrainedTokenizerFast", most: int) -> "list[RecallItem]":
-    """Items of a file."""
-    from swat_lm.evaluate.probes import read_items
-
-    return read_items(path, encoder(tokens), most)
-
-
-def encoder(tokens: "PreTrainedTokenizerFast") -> "functools.partial[list[int]]":
-    """Text to tokens without special ones."""
-    return functools.partial(tokens.encode, add_special_tokens=False)
-
-
-def chance_of(name: str, items: "list[RecallItem]") -> float:
-    """Share of a task's answers that guessing gets right."""
-    from swat_lm.data.synthetic import PREFIX, synthetic_task
-    from swat_lm.evaluate.probes import guessed_share
-
-    return guessed_share(synthetic_task(name) if name.startswith(PREFIX) else None, items)
-
-
-def kept_before(path: Path, model: "PreTrainedModel", name: str, items: "list[RecallItem]") -> "PartialResults":
-    """What an interrupted measurement of these items kept; raises ValueError for that of another model or items."""
-    from swat_lm.evaluate.partial import PartialResults, measurement_key
-
-    answers = [(one.answers, one.group) for one in items]
-    return PartialResults(path, measurement_key(model, [one.tokens for one in items], [name, answers]))
-
-
 def recall_table(curve: "RecallCurve") -> Table:
     """The curve as a table of text."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("distance", "recalled", "95 % interval", "loss of answers", "items"):
-        table.add_column(name, justify="right")
-    for point in curve.points:
-        table.add_row(
+    rows = [
+        [
             f"{point.distance:,}",
             f"{100 * point.accuracy:.1f} %",
             f"{100 * point.low:.1f} .. {100 * point.high:.1f} %",
             with_error(point.loss, point.loss_error),
             f"{point.num_items}",
-        )
-    return table
+        ]
+        for point in curve.points
+    ]
+    return text_table(("distance", "recalled", "95 % interval", "loss of answers", "items"), rows)
 
 
 def reach_table(curve: "ReachCurve") -> Table:
     """The distances within which shares of the influence lie, beside what the windows allow."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("influence")
-    table.add_column("within so many tokens", justify="right")
-    for name, value in curve.within.items():
-        error = curve.within_error[name]
-        table.add_row(f"{100 * float(name):g} %", f"{value:,.1f}" + ("" if error is None else f" +- {error:.1f}"))
-    table.add_row("theoretical reach", "everything" if curve.reach is None else f"{curve.reach - 1:,}")
-    return table
-
-
-def write_recall(curves: "list[RecallCurve]", path: Path) -> None:
-    """Write recall.json, one curve per task."""
-    from dataclasses import asdict
-
-    from swat_lm.evaluate.figures import write_figures
-    from swat_lm.files import write_text
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, write_figures([asdict(curve) for curve in curves]) + "\n")
-
-
-def draw_recall(curves: "list[RecallCurve]", out: Path, name: str) -> None:
-    """Draw recall.png into the folder."""
-    from swat_lm.evaluate.recall_plots import plot_recall
-
-    plot_recall(curves, out / "recall.png", title=name)
-    results().print(f"{out / 'recall.json'}, {out / 'recall.png'}", markup=False)
+    rows = [
+        [f"{100 * float(share):g} %", with_error(value, curve.within_error[share], ",.1f")]
+        for share, value in curve.within.items()
+    ]
+    rows.append(["theoretical reach", "everything" if curve.reach is None else f"{curve.reach - 1:,}"])
+    return text_table(("influence", "within so many tokens"), rows, left=("influence",))

@@ -23,7 +23,7 @@ def recipes(
       swat-lm recipes own-text > mine.yaml
     """
     if name is None:
-        results().print(key_value_table([(one, recipe_summary(one)) for one in recipe_names()]))
+        results().print(key_value_table([(known, recipe_summary(known)) for known in recipe_names()]))
         return
     # as it is in the file: no wrapping, no markup
     typer.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)

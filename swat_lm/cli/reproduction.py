@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from swat_lm.cli.console import on_main_process, print_table, results
+from swat_lm.cli.console import print_table, results, text_table
 from swat_lm.cli.demonstration import watching
+from swat_lm.cli.options import whole_numbers
 from swat_lm.cli.outputs import check_folder
-from swat_lm.words import counted
+from swat_lm.words import counted, lasting
 
 if TYPE_CHECKING:
     from swat_lm.papers.experiment import Experiment
@@ -83,16 +83,12 @@ def reproduce(
     )
     with watching() as watcher:
         outcome = run_experiment(experiment, scale, sources, out, numbers, watcher)
-    if on_main_process():
-        show_outcome(outcome, out)
+    show_outcome(outcome, out)
 
 
 def parse_seeds(text: str) -> list[int]:
     """`0,1` as numbers; raises ValueError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
-        raise ValueError(f"--seeds: expected different whole numbers with commas between, such as 0,1; got {text!r}")
-    return [int(part) for part in parts]
+    return whole_numbers(text, "--seeds", 0, "0,1", different=True)
 
 
 def check_texts(experiment: "Experiment", data: Path | None, named: list[str]) -> None:
@@ -105,39 +101,29 @@ def check_texts(experiment: "Experiment", data: Path | None, named: list[str]) -
         sources_from_folder(data, experiment)
 
 
-def lasting(hours: float) -> str:
-    """Hours as people say them: 20 s, 12 min, 1.5 h."""
-    if hours < 1 / 60:
-        return f"{max(1, round(3600 * hours))} s"
-    return f"{60 * hours:.0f} min" if hours < 1.5 else f"{hours:,.1f} h" if hours < 100 else f"{hours:,.0f} h"
-
-
 def show_plan(experiment: str, scale: str, num_seeds: int) -> None:
     """The runs of an experiment without running them."""
     from swat_lm.papers.reproduction import plan_without_running
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name in ("variant", "parameters", "length", "steps", "rows a step", "tokens", "FLOPs", "A800 time"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
+    headings = ("variant", "parameters", "length", "steps", "rows a step", "tokens", "FLOPs", "A800 time")
     rows = plan_without_running(experiment, scale)
-    for row in rows:
-        known = not row["remark"]
-        table.add_row(
+    cells = [
+        [
             row["label"],
-            f"{row['parameters']:,}" if known else "?",
-            f"{row['length']:,}",
-            f"{row['steps']:,}",
-            f"{row['rows_per_step']:,}",
-            f"{row['tokens']:,}",
-            f"{row['flops']:.2e}{'' if row['flops_by'] == 'formula' else ' *'}" if known else "?",
-            lasting(row["gpu_hours"]) if known else "?",
-        )
+            "?" if row["remark"] else f"{row['parameters']:,}",
+            *(f"{row[name]:,}" for name in ("length", "steps", "rows_per_step", "tokens")),
+            "?" if row["remark"] else f"{row['flops']:.2e}{'' if row['flops_by'] == 'formula' else ' *'}",
+            "?" if row["remark"] else lasting(3600 * row["gpu_hours"]),
+        ]
+        for row in rows
+    ]
     console = results()
-    print_table(table, console)
+    print_table(text_table(headings, cells, left=("variant",)), console)
     total = num_seeds * sum(row.get("gpu_hours", 0.0) for row in rows)
     runs, of = counted(len(rows), "run"), counted(num_seeds, "seed")
     console.print(
-        f"\n{runs} a seed, {of}: {lasting(total)} of one A800 at 40 % of 312 TFLOP/s (evaluation apart)", markup=False
+        f"\n{runs} a seed, {of}: {lasting(3600 * total)} of one A800 at 40 % of 312 TFLOP/s (evaluation apart)",
+        markup=False,
     )
     if any(row.get("flops_by", "formula") != "formula" for row in rows):
         console.print("* estimate: 6 x parameters without the input embedding", style="dim", markup=False)

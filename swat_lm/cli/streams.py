@@ -20,8 +20,10 @@ class Outlet:
     that the encoding lacks come as their escapes, such as `\\u2014`.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, above: "Outlet | None" = None) -> None:
+        """`above`: the outlet of text whose bytes these are; what happens to them has happened to it."""
         self._stream = stream
+        self._whole = above or self
         # one that hung up no longer says so
         self._is_terminal = stream.isatty()
         self.is_gone = False
@@ -33,7 +35,7 @@ class Outlet:
 
     def write(self, text: Any) -> int:
         """Write as much as can be; returns the length of the text, as if all had been."""
-        if self.is_gone or self.failure is not None:
+        if self._whole.is_gone or self._whole.failure is not None:
             return len(text)
         try:
             try:
@@ -56,7 +58,7 @@ class Outlet:
 
     def flush(self) -> None:
         """Send on what was written."""
-        if self.is_gone or self.failure is not None:
+        if self._whole.is_gone or self._whole.failure is not None:
             return
         try:
             self._stream.flush()
@@ -66,14 +68,14 @@ class Outlet:
     @property
     def buffer(self) -> "Outlet":
         """The stream of bytes below, which libraries write to where they choose the encoding themselves."""
-        return Below(self)
+        return Outlet(self._stream.buffer, self)
 
     def _give_up(self, error: OSError) -> None:
         vanished = error.errno == errno.EIO and self._is_terminal
         if isinstance(error, ConnectionError) or vanished:
-            self.is_gone = True
+            self._whole.is_gone = True
         else:
-            self.failure = error
+            self._whole.failure = error
         # what is still held in buffers would be tried again when Python ends; let that go nowhere
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -82,19 +84,6 @@ class Outlet:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-class Below(Outlet):
-    """The bytes below an outlet of text: what happens to them has happened to the outlet."""
-
-    def __init__(self, above: Outlet) -> None:
-        super().__init__(above._stream.buffer)
-        self.is_gone, self.failure = above.is_gone, above.failure
-        self._above = above
-
-    def _give_up(self, error: OSError) -> None:
-        self._above._give_up(error)
-        self.is_gone, self.failure = self._above.is_gone, self._above.failure
 
 
 @contextmanager

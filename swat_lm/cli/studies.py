@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from swat_lm.cli.console import key_value_table, on_main_process, results
+from swat_lm.cli.console import key_value_table, results
 from swat_lm.cli.demonstration import watching
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.reproduction import check_texts, parse_seeds, show_outcome, show_plan
@@ -42,10 +42,10 @@ def study(
     from swat_lm.papers.studies import load_study, study_names, study_summary
 
     if name is None:
-        results().print(key_value_table([(one, study_summary(one)) for one in study_names()]))
+        results().print(key_value_table([(known, study_summary(known)) for known in study_names()]))
         return
     chosen = load_study(name)
-    numbers = list(chosen.seeds) if seeds is None else parse_seeds(seeds)
+    numbers = list(chosen.spec.seeds) if seeds is None else parse_seeds(seeds)
     folder, scale = out or Path("studies", chosen.name), "quick" if quick else "full"
     check_folder(folder, "--out")
     if dry_run:
@@ -58,5 +58,4 @@ def study(
     sources = Sources(tuple(text or chosen.load((), scale).data.sources), (), "hub")
     with watching() as watcher:
         outcome = reproduce(chosen.key, scale, sources, folder, numbers, watcher)
-    if on_main_process():
-        show_outcome(outcome, folder)
+    show_outcome(outcome, folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from swat_lm.cli.console import messages, print_table, results
+from swat_lm.cli.console import messages, print_table, results, text_table
 from swat_lm.cli.failures import INTERRUPTED
 from swat_lm.cli.progress import RunProgress
 from swat_lm.cli.tuning_plan import (
@@ -33,48 +33,43 @@ __all__ = ["tune"]
 # in a table's column
 SHORT = {"backward key, five products": "five products"}
 
-OUT = Annotated[Path, typer.Option("--out", "-o", help="JSON file of tiles; one that is there is extended.")]
-SOURCE = Annotated[
-    str | None,
-    typer.Argument(metavar="RECIPE|CHECKPOINT|PRESET", help="Whose attention to measure; or describe it by options."),
-]
-OVERRIDES = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For a recipe: settings that replace its own.")
-]
-WINDOW = Annotated[int | None, typer.Option(min=1, help="Without a source: keys a query sees, itself included.")]
-HEAD_DIM = Annotated[int | None, typer.Option(min=1, help="Without a source: size of a head.")]
-HEADS = Annotated[int | None, typer.Option(min=1, help="Without a source: query heads.")]
-KV_HEADS = Annotated[int | None, typer.Option(min=1, help="Without a source: key/value heads; default as many.")]
-SCORE_FUNCTION = Annotated[str | None, typer.Option(help="Without a source: sigmoid (default) or softmax.")]
-ROTARY = Annotated[
-    bool | None,
-    typer.Option("--rotary/--no-rotary", help="Without a source: whether the kernels rotate; default yes."),
-]
-PACKED = Annotated[
-    bool | None,
-    typer.Option("--packed/--not-packed", help="Documents packed apart; default as a recipe says, otherwise not."),
-]
-LENGTH = Annotated[
-    int | None,
-    typer.Option(min=1, help=f"Tokens of a sequence; default as trained, without a source {DEFAULT_LENGTH:,} or more."),
-]
-BATCH = Annotated[int, typer.Option(min=1, max=65_535, help="Sequences of a call.")]
-
 
 def tune(
-    out: OUT,
-    source: SOURCE = None,
-    overrides: OVERRIDES = None,
-    window: WINDOW = None,
-    head_dim: HEAD_DIM = None,
-    heads: HEADS = None,
-    kv_heads: KV_HEADS = None,
-    score_function: SCORE_FUNCTION = None,
-    rotary: ROTARY = None,
-    packed: PACKED = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of tiles; one that is there is extended.")],
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE|CHECKPOINT|PRESET", help="Whose attention to measure; or describe it by options."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For a recipe: settings that replace its own.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Without a source: keys a query sees, itself included.")
+    ] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, help="Without a source: size of a head.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Without a source: query heads.")] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Without a source: key/value heads; default as many.")
+    ] = None,
+    score_function: Annotated[str | None, typer.Option(help="Without a source: sigmoid (default) or softmax.")] = None,
+    rotary: Annotated[
+        bool | None,
+        typer.Option("--rotary/--no-rotary", help="Without a source: whether the kernels rotate; default yes."),
+    ] = None,
+    packed: Annotated[
+        bool | None,
+        typer.Option("--packed/--not-packed", help="Documents packed apart; default as a recipe says, otherwise not."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
-    length: LENGTH = None,
-    batch: BATCH = 1,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Tokens of a sequence; default as trained, without a source {DEFAULT_LENGTH:,} or more."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=65_535, help="Sequences of a call.")] = 1,
     kernels: Annotated[str, typer.Option(help="all, forward or backward.")] = "all",
 ) -> None:
     """Measure which tiles make the GPU kernels fastest on this machine.
@@ -116,15 +111,15 @@ def run_rounds(rounds: list[Round], call: Call, kernels: tuple[str, ...], out: P
     interrupted = False
     try:
         with RunProgress() as progress:
-            for one in rounds:
-                watches.append(Watch(one.attention.name, progress))
-                heads, bias = one.attention.num_heads, one.attention.score_bias
-                calls = autotune.call_for(one.problem, call.length, heads, call.batch, bias, call.packed)
-                autotune.tune(calls, one.problem, kernels, out, report=watches[-1])
+            for attention, problem, _ in rounds:
+                watches.append(Watch(attention.name, progress))
+                heads, bias = attention.num_heads, attention.score_bias
+                calls = autotune.call_for(problem, call.length, heads, call.batch, bias, call.packed)
+                autotune.tune(calls, problem, kernels, out, report=watches[-1])
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        found = [(one, watch.finished) for one, watch in zip(rounds, watches, strict=False) if watch.finished]
+        found = [(measured, watch.finished) for measured, watch in zip(rounds, watches, strict=False) if watch.finished]
         show(found, call, out)
     if interrupted:
         kept = f"{out} holds what is shown" if found else "no kernel was finished, so nothing was written"
@@ -158,12 +153,11 @@ class Watch:
 def show(found: "list[tuple[Round, list[Trials]]]", call: Call, out: Path) -> None:
     """Print a table for each kind of attention, and how to use the file."""
     console = results()
-    for one, finished in found:
-        attention = one.attention
+    for (attention, _, layers), finished in found:
         shared = "" if attention.num_heads == attention.num_kv_heads else f" over {attention.num_kv_heads}"
         console.print(
             f"{attention.name}, {counted(attention.num_heads, 'head')}{shared} of {attention.head_dim}, "
-            f"{counted(len(one.layers), 'layer')}; {call.batch} x {counted(call.length, 'token')}"
+            f"{counted(len(layers), 'layer')}; {call.batch} x {counted(call.length, 'token')}"
             f"{', packed' * call.packed}, "
             f"{str(call.dtype).removeprefix('torch.')}",
             markup=False,
@@ -176,18 +170,17 @@ def show(found: "list[tuple[Round, list[Trials]]]", call: Call, out: Path) -> No
 
 def tiles_table(finished: "list[Trials]") -> Table:
     """One row per kernel: its own choice, the fastest, and how many times faster that is."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("kernel", "without the file", "ms", "fastest", "ms", "gain"):
-        table.add_column(name, justify="right" if name in ("ms", "gain") else "left", no_wrap=True)
+    rows = []
     for trials in finished:
         assert trials.best is not None
         first, best = trials.times[trials.candidates[0]], trials.times[trials.best]
         assert best is not None
-        table.add_row(
+        rows.append([
             SHORT.get(trials.kernel, trials.kernel), in_short(trials.candidates[0]), milliseconds(first),
             in_short(trials.best), milliseconds(best), "-" if first is None else f"{first / best:.2f} x",
-        )  # fmt: skip
-    return table
+        ])  # fmt: skip
+    headings = ("kernel", "without the file", "ms", "fastest", "ms", "gain")
+    return text_table(headings, rows, left=("kernel", "without the file", "fastest"), gap=2)
 
 
 def in_short(candidate: "Candidate") -> str:

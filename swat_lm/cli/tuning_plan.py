@@ -74,10 +74,11 @@ class Round(NamedTuple):
     layers: list[Attention]
 
 
-def check_word(given: str, option: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError for a word that an option does not know."""
+def check_word(given: str, option: str, allowed: tuple[str, ...]) -> str:
+    """The word; raises ValueError for one that an option does not know."""
     if given not in allowed:
         raise ValueError(f"{option}: expected {', '.join(allowed[:-1])} or {allowed[-1]}; got {given!r}")
+    return given
 
 
 def check_tiles(out: Path) -> None:
@@ -103,9 +104,8 @@ def from_options(described: Described) -> Model:
             f"missing for that: {', '.join(missing)}"
         )
     kv_heads = heads if kv_heads is None else kv_heads
-    score_function = "sigmoid" if score_function is None else score_function
     rotary = True if rotary is None else rotary
-    check_word(score_function, "--score-function", ("sigmoid", "softmax"))
+    score_function = check_word(score_function or "sigmoid", "--score-function", ("sigmoid", "softmax"))
     if heads % kv_heads:
         raise ValueError(f"--kv-heads: {heads} query heads cannot be shared evenly by {kv_heads} key/value heads")
     if rotary and head_dim % 2:
@@ -135,11 +135,12 @@ def from_source(source: str, overrides: list[str], described: Described) -> Mode
     for index, entry in enumerate(config.plan()):
         if not issubclass(entry.kind, AttentionLayer):
             continue
-        one = config.attention_settings(index)
-        heads = one.head_dim, one.num_heads, one.num_kv_heads
-        is_rotary = config.rotary(index) is not None
-        layers.append(Attention(one.window, *heads, one.score_function, one.score_bias, is_rotary))
-    if all(one.window is None for one in layers):
+        held = config.attention_settings(index)
+        layers.append(Attention(
+            held.window, held.head_dim, held.num_heads, held.num_kv_heads, held.score_function, held.score_bias,
+            config.rotary(index) is not None,
+        ))  # fmt: skip
+    if all(layer.window is None for layer in layers):
         raise ValueError(
             f"{source}: no layer has a window, so there is nothing to tune; describe a call of your own by --window, "
             "--head-dim and --heads"
@@ -155,18 +156,19 @@ def plan_rounds(layers: list[Attention], call: Call) -> list[Round]:
 
     # heads too large for the kernels, say
     check_gpu(call.dtype, layers[0].head_dim)
-    problems = {}
-    for one in layers:
-        window = call.length if one.window is None else min(one.window, call.length)
-        group = one.num_heads // one.num_kv_heads
-        problems[one] = problem_here(window, one.head_dim, group, call.dtype, one.score_function, one.rotary)
+    problems: dict[Attention, Problem] = {}
     alike: dict[str, list[Attention]] = {}
-    for one in layers:
-        alike.setdefault(tuned_key("", problems[one]), []).append(one)
+    for layer in layers:
+        window = call.length if layer.window is None else min(layer.window, call.length)
+        group = layer.num_heads // layer.num_kv_heads
+        problems[layer] = problem_here(
+            window, layer.head_dim, group, call.dtype, layer.score_function, layer.rotary
+        )  # fmt: skip
+        alike.setdefault(tuned_key("", problems[layer]), []).append(layer)
     rounds = []
     for group in alike.values():
         counts = Counter(group)
-        chosen = max(counts, key=lambda one: (counts[one], problems[one].window))
+        chosen = max(counts, key=lambda layer: (counts[layer], problems[layer].window))
         rounds.append(Round(chosen, problems[chosen], group))
     return rounds
 
@@ -176,8 +178,8 @@ def remarks(rounds: list[Round], call: Call) -> list[str]:
     from swat_lm.ops.triton.configurations import FORM_VARIABLE
 
     notes = []
-    for one in rounds:
-        window = one.attention.window
+    for attention, _, layers in rounds:
+        window = attention.window
         if window is None:
             notes.append(
                 f"full attention is measured, and kept, as a window of the {counted(call.length, 'token')} of --length"
@@ -185,12 +187,11 @@ def remarks(rounds: list[Round], call: Call) -> list[str]:
         elif window > call.length:
             notes.append(
                 f"window {window:,} is longer than a sequence of {counted(call.length, 'token')}, which sees no more: "
-                "measured, "
-                f"and kept, as window {call.length:,}; for its own, raise --length"
+                f"measured, and kept, as window {call.length:,}; for its own, raise --length"
             )
-        others = {other.name for other in one.layers} - {one.attention.name}
+        others = {layer.name for layer in layers} - {attention.name}
         if others:
-            notes.append(f"{'; '.join(sorted(others))}: has the tiles of {one.attention.name}, which are measured")
+            notes.append(f"{'; '.join(sorted(others))}: has the tiles of {attention.name}, which are measured")
     if FORM_VARIABLE in os.environ:
         notes.append(f"{FORM_VARIABLE} is set: it goes before the form of the backward that is found here")
     return notes

@@ -17,7 +17,7 @@ from swat_lm.recipe import Recipe
 if TYPE_CHECKING:
     from swat_lm.papers.findings import Findings
 
-__all__ = ["Experiment", "Measurement", "Paper", "Run", "Section", "Variant"]
+__all__ = ["Experiment", "Measurement", "Run", "Section", "Variant"]
 
 Progress = Callable[[str, int, int], None]
 Measurement = Callable[[Progress], None]
@@ -108,24 +108,26 @@ class Experiment(ABC):
         """The models it compares, by name."""
 
     @abstractmethod
-    def recipe(self, one: Any, scale: Scale, seed: int, out: Path, sources: tuple[str, ...], tokenizer: str) -> Recipe:
+    def recipe(
+        self, variant: Any, scale: Scale, seed: int, out: Path, sources: tuple[str, ...], tokenizer: str
+    ) -> Recipe:
         """The run of one variant: the same text and schedule for all that are compared."""
 
     def budget(self, scale: Scale) -> Budget:
         """Shape and training that its variants share."""
         return scale.budgets[self.budget_name]
 
-    def window(self, one: Any, scale: Scale) -> int | None:
+    def window(self, variant: Any, scale: Scale) -> int | None:
         """Window in tokens that a variant is evaluated with; None: as trained."""
         return None
 
-    def measure(self, one: Any, run: Run) -> list[Measurement]:
+    def measure(self, variant: Any, run: Run) -> list[Measurement]:
         """The measurements of a run that are still missing, each to be called with a listener to its progress."""
         return []
 
-    def is_done(self, one: Any, run: Run) -> bool:
+    def is_done(self, variant: Any, run: Run) -> bool:
         """Whether a run is trained and everything is measured of it."""
-        return run.is_trained and not self.measure(one, run)
+        return run.is_trained and not self.measure(variant, run)
 
     def findings(self, scale: Scale, chosen: Mapping[str, Any], seeds: Sequence[int], out: Path) -> "Findings":
         """What the finished runs found."""
@@ -148,11 +150,3 @@ class Experiment(ABC):
     def lead(self, scale: Scale) -> str:
         """What the head of the page says beside scale and seeds."""
         return ""
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Tables and figures of one paper, by the names that `swat-lm reproduce` takes."""
-
-    title: str
-    experiments: Mapping[str, Experiment]

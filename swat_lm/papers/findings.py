@@ -30,83 +30,83 @@ class Findings:
         self._documents: dict[str, str] = {}
         self._curves: dict[tuple[Any, ...], LengthCurve | None] = {}
 
-    def run_folder(self, one: Any, seed: int) -> Path:
+    def run_folder(self, variant: Any, seed: int) -> Path:
         """Where a run lies."""
-        return self.out / "runs" / f"{one.name}-seed{seed}"
+        return self.out / "runs" / f"{variant.name}-seed{seed}"
 
-    def recipe(self, one: Any) -> Recipe:
+    def recipe(self, variant: Any) -> Recipe:
         """How a variant was trained; of any seed, on any text."""
-        return self.experiment.recipe(one, self.scale, 0, self.out, ("text",), "bytes")
+        return self.experiment.recipe(variant, self.scale, 0, self.out, ("text",), "bytes")
 
-    def window(self, one: Any) -> int | None:
+    def window(self, variant: Any) -> int | None:
         """Window in tokens that a variant is evaluated with; None: as trained."""
-        return self.experiment.window(one, self.scale)
+        return self.experiment.window(variant, self.scale)
 
-    def finished(self, one: Any) -> list[int]:
+    def finished(self, variant: Any) -> list[int]:
         """The seeds whose runs did not diverge."""
-        return [seed for seed in self.seeds if read_divergence(self.run_folder(one, seed)) is None]
+        return [seed for seed in self.seeds if read_divergence(self.run_folder(variant, seed)) is None]
 
     def diverged(self) -> list[str]:
         """A sentence for each run whose loss stopped being a number."""
         said = {
-            f"{one.label}, seed {seed}": read_divergence(self.run_folder(one, seed))
-            for one in self.chosen.values()
+            f"{variant.label}, seed {seed}": read_divergence(self.run_folder(variant, seed))
+            for variant in self.chosen.values()
             for seed in self.seeds
         }
         return [f"{name}: {sentence}" for name, sentence in said.items() if sentence is not None]
 
-    def curve(self, one: Any, seed: int, text: str, window: int | None, num_sinks: int = 0) -> LengthCurve | None:
+    def curve(self, variant: Any, seed: int, text: str, window: int | None, num_sinks: int = 0) -> LengthCurve | None:
         """What was measured of a run on a text, read once."""
-        key = (one.name, seed, text, window, num_sinks)
+        key = (variant.name, seed, text, window, num_sinks)
         if key not in self._curves:
-            self._curves[key] = read_curve(self.run_folder(one, seed), text, window, num_sinks)
+            self._curves[key] = read_curve(self.run_folder(variant, seed), text, window, num_sinks)
         return self._curves[key]
 
     def losses(
-        self, one: Any, text: str, length: int, window: int | None, num_sinks: int = 0
+        self, variant: Any, text: str, length: int, window: int | None, num_sinks: int = 0
     ) -> dict[int, list[float]]:
         """Per seed, the loss of each document at a length."""
         found = {}
         for seed in self.seeds:
-            curve = self.curve(one, seed, text, window, num_sinks)
+            curve = self.curve(variant, seed, text, window, num_sinks)
             if curve is not None:
                 at = curve.lengths.index(length)
                 found[seed] = [row[at] for row in curve.document_mean_loss if row[at] is not None]
         return found
 
     def mean_loss(
-        self, one: Any, text: str, length: int, window: int | str | None = EVALUATED
+        self, variant: Any, text: str, length: int, window: int | str | None = EVALUATED
     ) -> tuple[float | None, float | None]:
         """Mean over documents and seeds and its standard error."""
-        chosen = self.window(one) if window == EVALUATED else window
-        found = self.losses(one, text, length, chosen)  # type: ignore[arg-type]
+        chosen = self.window(variant) if window == EVALUATED else window
+        found = self.losses(variant, text, length, chosen)  # type: ignore[arg-type]
         return pooled(found) if found else (None, None)
 
-    def training(self, one: Any, seed: int) -> list[dict[str, Any]]:
+    def training(self, variant: Any, seed: int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         from swat_lm.train.metrics import read_metrics
 
-        return read_metrics(self.run_folder(one, seed) / "metrics.jsonl")
+        return read_metrics(self.run_folder(variant, seed) / "metrics.jsonl")
 
-    def parameters(self, one: Any) -> int:
+    def parameters(self, variant: Any) -> int:
         """Parameters of a variant, from its configuration."""
         from swat_lm.model.architectures import configure_model, count_model_parameters
 
         vocab_size = self.experiment.budget(self.scale).vocab_size
         assert vocab_size is not None
-        return count_model_parameters(configure_model(self.recipe(one).model, vocab_size)).total
+        return count_model_parameters(configure_model(self.recipe(variant).model, vocab_size)).total
 
-    def tasks(self, one: Any, seed: int) -> dict[str, Any]:
+    def tasks(self, variant: Any, seed: int) -> dict[str, Any]:
         """The harness's results of a run, by task."""
-        found = read_tasks(self.run_folder(one, seed), f"{one.name}-seed{seed}")
+        found = read_tasks(self.run_folder(variant, seed), f"{variant.name}-seed{seed}")
         for name, result in found.items():
             # gaps are paired by place, so all must have answered the same documents
             first = self._documents.setdefault(name, result.identity["documents"])
             if result.identity["documents"] != first:
+                folder = self.run_folder(variant, seed) / "evaluation" / "tasks"
                 raise ValueError(
-                    f"{name}: {one.name}, seed {seed}, answered other documents than the runs before it, since the "
-                    f"benchmark's file changed: remove {self.run_folder(one, seed) / 'evaluation' / 'tasks'}, or those "
-                    "of the others, and run the same command again"
+                    f"{name}: {variant.name}, seed {seed}, answered other documents than the runs before it, since the "
+                    f"benchmark's file changed: remove {folder}, or those of the others, and run the same command again"
                 )
         return found
 

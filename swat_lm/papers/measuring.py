@@ -7,7 +7,9 @@ from typing import Any
 
 from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.evaluate.figures import read_figures
+from swat_lm.evaluate.suite import Subject, Suite, TaskResult, weights_fingerprint
 from swat_lm.files import write_text
+from swat_lm.model.loading import load_causal_lm
 from swat_lm.papers.experiment import Measurement, Progress, Run
 
 __all__ = [
@@ -29,7 +31,7 @@ def parsed(path: Path, read: Callable[[str], Any]) -> Any:
     try:
         return read(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, and the same command measures it again") from None
+        raise ValueError(f"{path} is damaged ({error}): remove it and measure again") from None
 
 
 def read_json(path: Path) -> Any:
@@ -66,7 +68,6 @@ def missing_losses(run: Run, text: str, window: int | None, num_sinks: int = 0) 
 
     def measure(told: Progress) -> None:
         from swat_lm.evaluate.length import loss_on_same_text
-        from swat_lm.model.loading import load_causal_lm
 
         what = f"{text} at all lengths" + ("" if window is None else f", window {window:,}")
         curve = loss_on_same_text(
@@ -77,7 +78,6 @@ def missing_losses(run: Run, text: str, window: int | None, num_sinks: int = 0) 
             num_sinks=num_sinks,
             on_progress=lambda done, total: told(what, done, total),
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
         curve.save(path)
 
     return [] if path.exists() else [measure]
@@ -98,9 +98,7 @@ def missing_tasks(run: Run, length: int) -> list[Measurement]:
         from swat_lm.data import load_tokenizer
         from swat_lm.data.tokenizer import tokenizer_facts
         from swat_lm.evaluate.harness import HarnessModel
-        from swat_lm.evaluate.suite import Subject, Suite, weights_fingerprint
         from swat_lm.evaluate.tasks import load_tasks, task_names
-        from swat_lm.model.loading import load_causal_lm
 
         export, seen = str(run.folder / "export"), max(FEWEST_SEEN, length)
         tokenizer = load_tokenizer(export)
@@ -117,8 +115,6 @@ def missing_tasks(run: Run, length: int) -> list[Measurement]:
 
 def read_tasks(run: Path, label: str) -> dict[str, Any]:
     """The finished tasks of a run, by name."""
-    from swat_lm.evaluate.suite import TaskResult
-
     found = {}
     for path in sorted(task_folder(run, label).glob("*.json")):
         if path.name != "results.json":

@@ -44,14 +44,13 @@ def with_error(value: float | None, error: float | None, digits: int = 3, sign: 
 
 def machine(threads: int) -> dict[str, str]:
     """Where and with what this was measured."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "processor": processor_name(),
         "cores": str(os.cpu_count()),
         "threads": str(threads),
         "system": platform.platform(),
         "python": platform.python_version(),
-        **versions,
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 

@@ -1,14 +1,21 @@
-"""A picture that pages share: rows of values with their errors."""
+"""Pictures that pages share: rows of values with their errors, and losses of training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from swat_lm.evaluate.plots import COLOURS, MARKERS, mark_vertical, new_figure, write_picture
+from swat_lm.evaluate.plots import COLOURS, MARKERS, Series, mark_vertical, new_figure, write_picture
 
-__all__ = ["plot_rows"]
+__all__ = ["plot_rows", "training_series"]
+
+
+def training_series(label: str, metrics: Sequence[Mapping[str, Any]], loss: str = "loss") -> Series:
+    """A loss against the tokens trained on, of the lines of a metrics.jsonl that have it."""
+    lines = [line for line in metrics if loss in line]
+    return Series(label, [line["tokens"] for line in lines], [line[loss] for line in lines])
 
 
 def plot_rows(

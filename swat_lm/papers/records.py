@@ -67,7 +67,7 @@ def difference(held: Any, wanted: Any, at: str = "") -> str | None:
         keys = [*wanted, *(key for key in held if key not in wanted)]
         old = {**DEFAULTS.get(at, {}), **held}
         found = (difference(old.get(key), wanted.get(key), f"{at}.{key}".strip(".")) for key in keys)
-        return next((one for one in found if one is not None), None)
+        return next((place for place in found if place is not None), None)
     return None if held == wanted else f"{at or 'all'} is {held!r} there, {wanted!r} here"
 
 
@@ -80,8 +80,6 @@ def make_record(run: Run, told: Progress) -> None:
         run.scale.lengths,
         on_progress=lambda done, total: told("all lengths", done, total),
     )
-    path = record_path(run.out, run.recipe.name)
-    path.parent.mkdir(exist_ok=True)
     record = {
         "identity": identity(run),
         "parameters": count_model_parameters(model.config).total,
@@ -89,28 +87,28 @@ def make_record(run: Run, told: Progress) -> None:
         "training": [{"tokens": x["tokens"], "loss": x["loss"]} for x in read_metrics(run.folder / "metrics.jsonl")],
         "machine": machine(torch.get_num_threads()),
     }
-    write_text(path, write_figures(record) + "\n")
+    write_text(record_path(run.out, run.recipe.name), write_figures(record) + "\n")
 
 
 class RecordedFindings(Findings):
     """The results of a study, from its records alone."""
 
-    def record(self, one: Any, seed: int) -> dict[str, Any] | None:
+    def record(self, variant: Any, seed: int) -> dict[str, Any] | None:
         """What was kept of a run; None of one that diverged."""
-        path = record_path(self.out, f"{one.name}-seed{seed}")
+        path = record_path(self.out, f"{variant.name}-seed{seed}")
         return read_json(path) if path.exists() else None
 
-    def curve(self, one: Any, seed: int, text: str, window: int | None, num_sinks: int = 0) -> LengthCurve | None:
+    def curve(self, variant: Any, seed: int, text: str, window: int | None, num_sinks: int = 0) -> LengthCurve | None:
         """Loss of the held-out text."""
-        record = self.record(one, seed)
+        record = self.record(variant, seed)
         return None if record is None else LengthCurve.from_json(write_figures(record["curve"]))
 
-    def training(self, one: Any, seed: int) -> list[dict[str, Any]]:
+    def training(self, variant: Any, seed: int) -> list[dict[str, Any]]:
         """Tokens and loss of each line of metrics.jsonl."""
-        record = self.record(one, seed)
+        record = self.record(variant, seed)
         return [] if record is None else record["training"]
 
-    def parameters(self, one: Any) -> int:
+    def parameters(self, variant: Any) -> int:
         """Of the first seed that was recorded; 0 if none was."""
-        records = (self.record(one, seed) for seed in self.seeds)
+        records = (self.record(variant, seed) for seed in self.seeds)
         return next((record["parameters"] for record in records if record is not None), 0)

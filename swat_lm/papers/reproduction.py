@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from swat_lm.papers.worker import MOST_THREADS, run_workers, usable_cores
 from swat_lm.recipe import TrainRecipe
 from swat_lm.train import DivergedError, run
 from swat_lm.train.engine import Engine
+from swat_lm.words import lasting
 
 __all__ = ["Sources", "do_model", "plan_without_running", "reproduce", "sources_from_folder"]
 
@@ -56,13 +58,13 @@ def reproduce(
     experiment = find_experiment(name)
     scale = find_scale(scale_name, experiment.scales)
     chosen = check_variants(experiment, scale)
-    jobs = [f"{experiment.key}:{one}:{seed}" for seed in seeds for one in chosen]
+    jobs = [f"{experiment.key}:{name}:{seed}" for seed in seeds for name in chosen]
     engine = Engine(TrainRecipe())
 
     def begin() -> list[str]:
-        for one in chosen.values():
+        for variant in chosen.values():
             # rows that do not divide among the processes
-            Engine(experiment.recipe(one, scale, 0, out, ("text",), "bytes").train).rows()
+            Engine(experiment.recipe(variant, scale, 0, out, ("text",), "bytes").train).rows()
         check_sources(experiment, sources)
         was_there, is_new = out.exists(), not (out / "plan.json").exists()
         plan = open_plan(out, scale, sources, experiment.brought)
@@ -70,8 +72,8 @@ def reproduce(
         watcher.stage("preparing the text")
         try:
             # all runs read the same tokens
-            one, texts = next(iter(chosen.values())), read_by_runs(out, sources, experiment, scale)
-            any_run = experiment.recipe(one, scale, 0, out, *texts)
+            variant, texts = next(iter(chosen.values())), read_by_runs(out, sources, experiment, scale)
+            any_run = experiment.recipe(variant, scale, 0, out, *texts)
             prepare_texts(out, sources, any_run, experiment, scale, watcher)
         except ValueError:
             if is_new:
@@ -96,26 +98,26 @@ def plan_without_running(name: str, scale_name: str) -> list[dict[str, Any]]:
     experiment = find_experiment(name)
     scale = find_scale(scale_name, experiment.scales)
     rows = []
-    for one in experiment.variants(scale).values():
-        recipe = experiment.recipe(one, scale, 0, Path("out"), ("text",), "bytes")
+    for variant in experiment.variants(scale).values():
+        recipe = experiment.recipe(variant, scale, 0, Path("out"), ("text",), "bytes")
         length, train = recipe.data.sequence_length, recipe.train
         tokens = train.steps * train.batch_size * length
         row: dict[str, Any] = {
-            "variant": one.name, "label": one.label, "length": length, "tokens": tokens, "steps": train.steps,
-            "rows_per_step": train.batch_size,
+            "variant": variant.name, "label": variant.label, "length": length, "tokens": tokens, "steps": train.steps,
+            "rows_per_step": train.batch_size, "remark": "",
         }  # fmt: skip
+        rows.append(row)
         try:
             config = configure_model(recipe.model, vocabulary_of(experiment, scale))
         except ValueError as error:
-            rows.append(row | {"remark": str(error)})
+            row["remark"] = str(error)
             continue
         flops = training_flops(config, length)
         total = flops.per_token * tokens
         row |= {
             "parameters": count_model_parameters(config).total, "flops": total, "flops_by": flops.method,
-            "gpu_hours": total / (A800_FLOPS_PER_SECOND * UTILISATION) / 3600, "remark": "",
+            "gpu_hours": total / (A800_FLOPS_PER_SECOND * UTILISATION) / 3600,
         }  # fmt: skip
-        rows.append(row)
     return rows
 
 
@@ -131,8 +133,8 @@ def check_variants(experiment: Experiment, scale: Scale) -> dict[str, Variant]:
     Raises ValueError for a recipe that does not hold.
     """
     able = {}
-    for name, one in experiment.variants(scale).items():
-        recipe = experiment.recipe(one, scale, 0, Path("out"), ("text",), "bytes")
+    for name, variant in experiment.variants(scale).items():
+        recipe = experiment.recipe(variant, scale, 0, Path("out"), ("text",), "bytes")
         try:
             check_trainable(recipe.model, recipe.data.documents)
         except ValueError:
@@ -140,7 +142,7 @@ def check_variants(experiment: Experiment, scale: Scale) -> dict[str, Variant]:
                 raise
             continue
         configure_model(recipe.model, vocabulary_of(experiment, scale))
-        able[name] = one
+        able[name] = variant
     return able
 
 
@@ -158,11 +160,11 @@ def open_plan(out: Path, scale: Scale, sources: Sources, brought: Sequence[str] 
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is damaged: remove {out}, or name another folder for --out") from None
         # an experiment that needs no books may have come first
-        compared = [{**one, "sources": {**one["sources"], "books": None}} for one in (before, wanted)]
+        compared = [{**held, "sources": {**held["sources"], "books": None}} for held in (before, wanted)]
         if compared[0] != compared[1]:
             raise ValueError(f"{out} holds another scale or text ({before}): name another folder for --out")
         return {**plan, **wanted}
-    if out.exists() and (not out.is_dir() or any(one.name not in brought for one in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(entry.name not in brought for entry in out.iterdir())):
         raise ValueError(f"{out} exists and is no reproduction: name another folder for --out")
     out.mkdir(parents=True, exist_ok=True)
     return wanted
@@ -170,36 +172,29 @@ def open_plan(out: Path, scale: Scale, sources: Sources, brought: Sequence[str] 
 
 def take_back(out: Path, was_there: bool, brought: Sequence[str]) -> None:
     """Remove what was written into a folder that `open_plan` found empty, and the folder if it was made for that."""
-    for one in out.iterdir():
-        if one.name in brought:
-            continue
-        if one.is_dir():
-            shutil.rmtree(one)
-        else:
-            one.unlink()
+    for entry in out.iterdir():
+        if entry.name not in brought:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     if not was_there:
         out.rmdir()
 
 
 def run_of(out: Path, job: str, watcher: Watcher) -> tuple[Run, Experiment, Variant]:
     """The run behind `experiment:variant:seed`, as the plan in the folder says."""
-    key, variant, seed = job.rsplit(":", 2)
+    key, name, seed = job.rsplit(":", 2)
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     experiment, sources = find_experiment(key), Sources.planned(plan)
     scale = find_scale(plan["scale"], experiment.scales)
-    one, texts = experiment.variants(scale)[variant], read_by_runs(out, sources, experiment, scale)
-    recipe = experiment.recipe(one, scale, int(seed), out, *texts)
-
-    def streams(text: str) -> list[Any]:
-        return evaluation_streams(recipe, sources, scale, text, watcher)
-
-    return Run(recipe, scale, out, streams, sources.tasks), experiment, one
+    variant, texts = experiment.variants(scale)[name], read_by_runs(out, sources, experiment, scale)
+    recipe = experiment.recipe(variant, scale, int(seed), out, *texts)
+    streams = partial(evaluation_streams, recipe, sources, scale, watcher)
+    return Run(recipe, scale, out, streams, sources.tasks), experiment, variant
 
 
 def is_done(out: Path, job: str) -> bool:
     """Whether a run and all that the experiment measures of it are there, or it diverged."""
-    trained, experiment, one = run_of(out, job, Watcher())
-    return read_divergence(trained.folder) is not None or experiment.is_done(one, trained)
+    trained, experiment, variant = run_of(out, job, Watcher())
+    return read_divergence(trained.folder) is not None or experiment.is_done(variant, trained)
 
 
 def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
@@ -210,7 +205,7 @@ def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
     for first in range(0, len(jobs), together):
         batch = list(jobs[first : first + together])
         # as long a batch as those before it
-        left = f"; about {clock((time.monotonic() - begun) / first * (len(jobs) - first))} left" if first else ""
+        left = f"; about {lasting((time.monotonic() - begun) / first * (len(jobs) - first))} left" if first else ""
         names = ", ".join("{1} seed {2}".format(*job.rsplit(":", 2)) for job in batch)
         done = of - len(jobs) + first
         watcher.stage(f"runs {done + 1} to {done + len(batch)} of {of}: {names}{left}")
@@ -221,18 +216,12 @@ def do_jobs(out: Path, jobs: Sequence[str], of: int, watcher: Watcher) -> None:
             run_workers(out, batch, threads, watcher, WORKER)
 
 
-def clock(seconds: float) -> str:
-    """Seconds as people say them."""
-    minutes = max(1, round(seconds / 60))
-    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{minutes} minute{'' if minutes == 1 else 's'}"
-
-
 def do_model(out: Path, name: str, watcher: Watcher) -> None:
     """Train the run `experiment:variant:seed` and measure what the experiment needs; what is there is kept.
 
     Raises InterruptedRunError if training was stopped, and saved.
     """
-    trained, experiment, one = run_of(out, name, watcher)
+    trained, experiment, variant = run_of(out, name, watcher)
     recipe = trained.recipe
     if not trained.is_trained:
         try:
@@ -246,7 +235,7 @@ def do_model(out: Path, name: str, watcher: Watcher) -> None:
             raise InterruptedRunError(f"stopped at step {result.last_step} of {recipe.train.steps}")
 
     def measure() -> None:
-        for step in experiment.measure(one, trained):
+        for step in experiment.measure(variant, trained):
             step(lambda what, done, total: watcher.count(f"{recipe.name}: {what}", done, total))
 
     Engine(recipe.train).on_main(measure)

@@ -43,12 +43,12 @@ def write_results(
         "seeds": list(seeds),
         "sizes": dict(scale.sizes),
         "lengths": list(scale.lengths),
-        "variants": [describe(found, one) for one in chosen.values()],
+        "variants": [describe(found, variant) for variant in chosen.values()],
         "not_run_on_this_machine": [
-            one.label for name, one in experiment.variants(scale).items() if name not in chosen
+            variant.label for name, variant in experiment.variants(scale).items() if name not in chosen
         ],
         "diverged": found.diverged(),
-        "claims": [asdict(one) for one in verdicts],
+        "claims": [asdict(verdict) for verdict in verdicts],
         "printed_in_the_paper": experiment.printed,
         "doubtful_in_the_paper": list(experiment.doubtful),
         "sources": sources,
@@ -70,22 +70,22 @@ def write_results(
     return results
 
 
-def describe(found: Findings, one: Any) -> dict[str, Any]:
+def describe(found: Findings, variant: Any) -> dict[str, Any]:
     """The figures of one variant, over seeds."""
-    finals = [recent_loss(found.training(one, seed)) for seed in found.finished(one)]
-    recipe = found.recipe(one)
+    finals = [recent_loss(found.training(variant, seed)) for seed in found.finished(variant)]
+    recipe = found.recipe(variant)
     mean, error = mean_and_error(finals) if finals else (None, None)
     return {
-        "name": one.name,
-        "label": one.label,
-        "parameters": found.parameters(one),
+        "name": variant.name,
+        "label": variant.label,
+        "parameters": found.parameters(variant),
         "training_length": recipe.data.sequence_length,
         "tokens": recipe.train.steps * recipe.train.batch_size * recipe.data.sequence_length,
         "training_loss": mean,
         "training_loss_error": error,
         "losses": {
             text: {
-                str(length): dict(zip(("mean", "error"), found.mean_loss(one, text, length), strict=True))
+                str(length): dict(zip(("mean", "error"), found.mean_loss(variant, text, length), strict=True))
                 for length in found.scale.lengths
             }
             for text in found.experiment.texts
@@ -96,7 +96,7 @@ def describe(found: Findings, one: Any) -> dict[str, Any]:
 
 def caution(verdicts: Sequence[Verdict]) -> str:
     """How far the error can be trusted with so few seeds."""
-    seeds = max((one.num_seeds for one in verdicts), default=0)
+    seeds = max((verdict.num_seeds for verdict in verdicts), default=0)
     if seeds == 1:
         return "With one seed the error is over documents alone: it says nothing of what another seed would give."
     if seeds in BY_CHANCE:
@@ -110,9 +110,9 @@ def caution(verdicts: Sequence[Verdict]) -> str:
 def training(results: Mapping[str, Any]) -> Section:
     """Size and training of every variant."""
     rows = [
-        [one["label"], f"{one['parameters']:,}", f"{one['training_length']:,}", f"{one['tokens']:,}",
-         with_error(one["training_loss"], one["training_loss_error"])]
-        for one in results["variants"]
+        [variant["label"], f"{variant['parameters']:,}", f"{variant['training_length']:,}", f"{variant['tokens']:,}",
+         with_error(variant["training_loss"], variant["training_loss_error"])]
+        for variant in results["variants"]
     ]  # fmt: skip
     headings = ("variant", "parameters", "training length", "tokens trained on", "training loss at the end")
     return Section("Training", headings, rows)

@@ -66,5 +66,5 @@ def find_scale(name: str, scales: Mapping[str, Scale]) -> Scale:
     """A scale by its name; raises ValueError naming the nearest."""
     if name in scales:
         return scales[name]
-    offered = [one.name for one in scales.values() if one.for_people]
+    offered = [scale.name for scale in scales.values() if scale.for_people]
     raise ValueError(f"--scale: expected {', '.join(offered)}, got {name!r}{did_you_mean(name, offered)}")

@@ -117,7 +117,7 @@ def prepare_texts(
     for text in experiment.texts:
         # too little text is found here and not after training
         keys[text] = text_store(recipe, sources, text, watcher).key
-        evaluation_streams(recipe, sources, scale, text, watcher)
+        evaluation_streams(recipe, sources, scale, watcher, text)
     check_same_texts(out, experiment.budget_name, keys)
 
 
@@ -142,16 +142,16 @@ def check_same_texts(out: Path, kind: str, keys: dict[str, str]) -> None:
 def sample_text(sources: Sequence[str], wanted: int, path: Path, watcher: Watcher) -> None:
     """About so many bytes of the documents, every k-th one of each source, as one .jsonl."""
     found = resolve_sources(sources)
-    total = sum(one.size for one in found)
+    total = sum(source.size for source in found)
     documents: list[str] = []
     read = 0
     for source in found:
         documents += [piece.text for piece in read_pieces(source, "text", None)]
         read += source.size
         watcher.count("reading the text", read, total)
-    held = sum(len(one.encode()) for one in documents)
+    held = sum(len(document.encode()) for document in documents)
     step = max(1, held // wanted)
-    write_text(path, "".join(json.dumps({"text": one}) + "\n" for one in documents[::step]))
+    write_text(path, "".join(json.dumps({"text": document}) + "\n" for document in documents[::step]))
 
 
 def read_by_runs(out: Path, sources: Sources, experiment: Experiment, scale: Scale) -> tuple[tuple[str, ...], str]:
@@ -166,7 +166,7 @@ def text_store(recipe: Recipe, sources: Sources, text: str, watcher: Watcher) ->
     return prepare(data, lambda at: watcher.count(text, at.bytes_read, at.bytes_total))
 
 
-def evaluation_streams(recipe: Recipe, sources: Sources, scale: Scale, text: str, watcher: Watcher) -> list[Any]:
+def evaluation_streams(recipe: Recipe, sources: Sources, scale: Scale, watcher: Watcher, text: str) -> list[Any]:
     """Pieces of the greatest length of the held-out text or of the books; raises ValueError if there is none."""
     split = text_store(recipe, sources, text, watcher).split("train" if text == "books" else "held_out")
     return segments([*split], scale.lengths[-1], scale.pieces)

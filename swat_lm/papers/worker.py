@@ -18,6 +18,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+from typing_extensions import override
+
 from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.train.events import DivergedError, Event
 
@@ -42,21 +44,20 @@ class Telling(Watcher):
 
     def send(self, kind: str, *values: Any) -> None:
         """Send what a watcher's method of that name takes."""
-        self._pipe.write(json.dumps([kind, *values]) + "\n")
+        self._pipe.write(json.dumps([kind, *values], default=str) + "\n")
         self._pipe.flush()
 
+    @override
     def stage(self, text: str) -> None:
-        """Send a stage."""
         self.send("stage", text)
 
+    @override
     def count(self, name: str, done: int, total: int) -> None:
-        """Send a count."""
         self.send("count", name, done, total)
 
+    @override
     def event(self, name: str, event: Event) -> None:
-        """Send an event of a training run."""
-        path = None if event.path is None else str(event.path)
-        self.send("event", name, {**asdict(replace(event, preparing=None)), "path": path})
+        self.send("event", name, asdict(replace(event, preparing=None)))
 
 
 def relay(line: str, watcher: Watcher) -> str | None:
@@ -65,8 +66,8 @@ def relay(line: str, watcher: Watcher) -> str | None:
     if kind == "fail":
         return values[0]
     if kind == "event":
-        told = values[1]
-        values[1] = Event(**{**told, "path": None if told["path"] is None else Path(told["path"])})
+        path = values[1]["path"]
+        values[1] = Event(**{**values[1], "path": None if path is None else Path(path)})
     getattr(watcher, kind)(*values)
     return None
 
@@ -91,14 +92,14 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
         )
         for name in names
     }
-    lines: SimpleQueue[tuple[str, str | None]] = SimpleQueue()
-    for name, worker in workers.items():
-        threading.Thread(target=forward, args=(name, worker, lines.put), daemon=True).start()
+    lines: SimpleQueue[str | None] = SimpleQueue()
+    for worker in workers.values():
+        threading.Thread(target=forward, args=(worker, lines.put), daemon=True).start()
     failures, open_pipes, interrupted = [], len(workers), False
     try:
         while open_pipes:
             try:
-                _, line = lines.get()
+                line = lines.get()
                 if line is None:
                     open_pipes -= 1
                 else:
@@ -117,7 +118,7 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
         for worker in workers.values():
             if worker.poll() is None:
                 worker.kill()
-    sentences = [one for one in failures if one]
+    sentences = [sentence for sentence in failures if sentence]
     if sentences:
         raise ValueError(sentences[0])
     if interrupted or INTERRUPTED in codes.values():
@@ -127,12 +128,12 @@ def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watc
         raise RuntimeError(f"the workers ended with {wrong}; their messages are above")
 
 
-def forward(name: str, worker: subprocess.Popen, put: Callable[[tuple[str, str | None]], None]) -> None:
+def forward(worker: subprocess.Popen, put: Callable[[str | None], None]) -> None:
     """Move a worker's lines into the queue; None marks the end."""
     assert worker.stdout is not None
     for line in worker.stdout:
-        put((name, line))
-    put((name, None))
+        put(line)
+    put(None)
 
 
 def work(out: Path, name: str, module: str) -> int:
@@ -144,10 +145,8 @@ def work(out: Path, name: str, module: str) -> int:
     do_model = importlib.import_module(module).do_model
     try:
         do_model(out, name, told)
-    except (KeyboardInterrupt, InterruptedRunError):
-        return INTERRUPTED
-    except BrokenPipeError:
-        # the parent is gone
+    except (KeyboardInterrupt, InterruptedRunError, BrokenPipeError):
+        # the last where the parent is gone
         return INTERRUPTED
     except (ValueError, OSError, DivergedError) as error:
         told.send("fail", str(error))

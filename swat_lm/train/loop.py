@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from swat_lm.data import Batch, Progress
+from swat_lm.interruption import Interruption
 from swat_lm.recipe import Recipe
 from swat_lm.train.auxiliary import StepAuxiliary, count_divisors
 from swat_lm.train.checkpoint import Checkpoint, checkpoint_folder, save_checkpoint
@@ -24,7 +25,6 @@ from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOutLoss
 from swat_lm.train.events import DivergedError, Event, EventKind, RunResult
 from swat_lm.train.export import export_model
-from swat_lm.train.interruption import Interruption
 from swat_lm.train.metrics import open_writers
 from swat_lm.train.optimizer import set_hyperparameters
 from swat_lm.train.run_folder import hold_folder

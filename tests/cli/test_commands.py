@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(one.relative_to(folder)): one.read_bytes() for one in sorted(folder.rglob("*")) if one.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_help_of_every_command_has_an_example():
@@ -110,7 +110,7 @@ def test_missing_packages_are_named():
         (["evaluate", "length", "nothing", "--data", "text"], "no checkpoint at nothing"),
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "8,x"], "--lengths: expected whole numbers"),
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "1"], "at least 2"),
-        (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected numbers"),
+        (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected own, none"),
         (["generate", "nothing", "--seed", "100000000000000000000000"], "'--seed'"),
         (["generate", "nothing", "--temperature", "inf"], "temperature: expected 0"),
         (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m'; did you mean 'swat-340m'? presets:"),
@@ -119,7 +119,7 @@ def test_missing_packages_are_named():
         (["info", "swat-340m", "a=b"], "override 'a=b': unknown key a"),
         (["info", "text", "a=b"], "only go with a recipe"),
         (["convert", "nothing", "made"], "nothing is not a checkpoint folder"),
-        (["convert", "text", "made", "--window", "wide"], "--window: expected keep, none or a number"),
+        (["convert", "text", "made", "--window", "wide"], "--window: expected keep, none or a whole number"),
         (["convert", "text", "made", "--set", "slopes"], "--set slopes: write field=value"),
         (["demo", "--out", "text"], "text exists and is no demo"),
         (["demo", "--out", "new/demo", "--source", "nope"], "nope"),
@@ -172,7 +172,7 @@ def test_train_generate_evaluate_info(cli, here: Path):
     assert "step 6: loss" in trained.out
     assert "run: step 6/6" in trained.err
     run = here / "runs" / "run"
-    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "export"} <= {one.name for one in run.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints", "export"} <= {path.name for path in run.iterdir()}
 
     again = cli("train", "run.yaml")
     assert again.code == 0
@@ -274,7 +274,7 @@ def test_places_for_folders_are_tried(here: Path):
         check_folder(here / "made" / ("x" * 300), "--out")
     with pytest.raises(OSError, match="File name too long"):
         # the file beside it has a longer name
-        check_new_file(here / ("x" * 246), "--out")
+        check_new_file(here / ("x" * 249), "--out")
     assert files_of(here) == before
     assert not (here / "made").exists()
 

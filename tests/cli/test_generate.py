@@ -40,7 +40,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
-        code = run_application([str(one) for one in arguments])
+        code = run_application([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return code, out, err
 

@@ -45,7 +45,7 @@ def cli(capfd: pytest.CaptureFixture[str]):
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
-        code = run_application([str(one) for one in arguments])
+        code = run_application([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return code, out, err.rstrip("\n").rpartition("\n")[2]
 
@@ -55,7 +55,7 @@ def cli(capfd: pytest.CaptureFixture[str]):
 def test_a_run_that_trained_a_baseline(cli, here: Path):
     code, out, _ = cli("info", "runs/ll")
     assert code == 0
-    total = sum(one.numel() for one in LlamaForCausalLM.from_pretrained("runs/ll/export").parameters())
+    total = sum(weight.numel() for weight in LlamaForCausalLM.from_pretrained("runs/ll/export").parameters())
     assert f"{total:,} (" in out
     refused = cli("generate", "runs/ll", "--prompt", "a")[2]
     assert "convert it first with `swat-lm convert runs/ll/export OUT`" in refused

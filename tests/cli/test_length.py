@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swat_lm.cli.evaluation import choose_streams
+from swat_lm.cli.length import choose_streams
 from swat_lm.evaluate.curves import LengthCurve
 
 
@@ -39,7 +39,7 @@ def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(path.name for path in (here / "kept").iterdir()) == ["length.json", "length.png"]
     curves = [LengthCurve.from_json((here / name / "length.json").read_text()) for name in ("bare", "kept")]
     assert f"{math.exp(curves[0].at(64).mean_loss):.2f}" in bare.out
-    assert [one.num_sinks for one in curves] == [0, 2]
+    assert [curve.num_sinks for curve in curves] == [0, 2]
     assert "num_sinks" not in json.loads((here / "bare" / "length.json").read_text())
     assert curves[0].at(64).mean_loss != curves[1].at(64).mean_loss
     # four places of the window, two tokens and the position
@@ -48,7 +48,7 @@ def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch)
     several = cli(*asked, "--window", "4,8", "--sinks", 2, "--out", "several")
     assert several.code == 0, several.err
     windows = json.loads((here / "several" / "windows.json").read_text())
-    assert [one["num_sinks"] for one in windows.values()] == [2, 2]
+    assert [curve["num_sinks"] for curve in windows.values()] == [2, 2]
     assert windows["4"]["points"] == json.loads((here / "kept" / "length.json").read_text())["points"]
 
     assert cli("train", "run.yaml", "train.steps=2").code == 0
@@ -67,7 +67,7 @@ def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch)
 def test_long_documents_are_not_crowded_out():
     documents = [np.arange(length) for length in (5, 20, 20, 20, 20, 20, 20, 100, 20, 20, 90)]
     chosen = choose_streams(documents, [10, 80], True, 4)
-    assert [len(one) for one in chosen] == [20, 20, 100, 90]
+    assert [len(document) for document in chosen] == [20, 20, 100, 90]
     assert len(choose_streams(documents, [10, 80], True, 64)) == 10
     assert len(choose_streams(documents, [80], True, 1)) == 1
     assert choose_streams(documents, [200, 300], True, 4) == documents

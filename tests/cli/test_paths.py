@@ -51,7 +51,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(cli, here: Path, ex
     assert cli("train", "~/run.yaml", "out=more", "train.steps=2", "train.resume=~/run").code == 0
     assert cli("report", "~/run", "--out", "~/page").code == 0
     assert cli("tokenizer", "text", "--vocab-size", 260, "--out", "~/tokens").code == 0
-    assert {one.name for one in home.iterdir()} == {"model", "run.yaml", "s", "run", "page", "tokens"}
+    assert {path.name for path in home.iterdir()} == {"model", "run.yaml", "s", "run", "page", "tokens"}
     assert not (here / "~").exists()
 
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import processors
 
 from swat_lm import SwatForCausalLM
-from swat_lm.cli.generation import SavingInterruption, arriving, prompt_pieces, read_some
+from swat_lm.cli.generation import PIECE_BYTES, SavingInterruption, arriving, prompt_pieces
 from swat_lm.data.cutting import Cutter
 from swat_lm.data.tokenizer import EOS, wrap
 from tests.cli.test_commands import files_of
@@ -48,8 +48,8 @@ def test_generate_refuses_what_does_not_belong_together(cli, here: Path, exporte
     assert "top_k" in cli("generate", exported, "--prompt", "a", "--top-k", 0).err
     broken = here / "broken"
     broken.mkdir()
-    for one in exported.iterdir():
-        (broken / one.name).write_bytes(one.read_bytes())
+    for path in exported.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
     assert "weights and configuration do not fit" in cli("generate", broken, "--prompt", "a").err
@@ -78,7 +78,7 @@ def test_where_a_state_goes_is_tried_before_any_work(cli, here: Path, exported: 
     assert "no checkpoint at nothing" in cli("generate", "nothing", "--save-state", "new/deep/x.state").err
     assert not (here / "new").exists()
     assert cli("generate", exported, "--prompt", "a", "-n", 1, "--save-state", "new/deep/x.state").code == 0
-    assert [one.name for one in (here / "new" / "deep").iterdir()] == ["x.state"]
+    assert [path.name for path in (here / "new" / "deep").iterdir()] == ["x.state"]
 
 
 class Arriving(io.BytesIO):
@@ -96,7 +96,7 @@ class Arriving(io.BytesIO):
 def test_text_that_arrives_keeps_every_character():
     text = "na\u00efve \u20ac\n" * 5000 + "no end"
     source = io.BufferedReader(io.BytesIO(text.encode()), 64)
-    assert "".join(arriving(lambda: read_some(source))) == text
+    assert "".join(arriving(lambda: source.read1(PIECE_BYTES))) == text
     for bits in ([b"a\xe2", b"\x82", b"("], [b"a\xe2\x82("], [b"a", b"\xe2\x82"]):
         with pytest.raises(ValueError, match=r"stdin is not UTF-8 text \(byte 1\)"):
             list(arriving(Arriving(bits).read1))
@@ -118,7 +118,7 @@ def test_how_a_prompt_arrives_does_not_change_its_tokens(monkeypatch, capfd):
         whole = tokens.encode(text)
         assert whole[-1] == tokens.eos_token_id
         lines = [line.encode() for line in text.splitlines(keepends=True)]
-        bits = [bytes([one]) for one in text.encode()]
+        bits = [bytes([byte]) for byte in text.encode()]
         capfd.readouterr()
         most = 0
         for given in (text, [text.encode()], lines, bits):
@@ -204,7 +204,7 @@ def test_a_text_ends_at_every_end_token_of_the_model(cli, here: Path, exported: 
     for name, (ends, stop) in of_each.items():
         folder = with_ends(exported, here / name, **ends)
         ran = cli("generate", folder, *greedy)
-        expected = next((at + 1 for at, one in enumerate(drawn) if one in stop), 40)
+        expected = next((at + 1 for at, token in enumerate(drawn) if token in stop), 40)
         assert ran.code == 0, ran.err
         assert f"after {3 + expected - 1} (constant)" in ran.err, name
         if "generation_config" in ends:

@@ -14,7 +14,10 @@ def test_recall_reach_diagnose(cli, here: Path):
     recalled = cli(*asked, "--distances", "61", "--out", "recalled")
     assert recalled.code == 0, recalled.err
     curves = json.loads((here / "recalled" / "recall.json").read_text())
-    assert [(one["task"], one["points"][0]["distance"]) for one in curves] == [("passkey", 61), ("synthetic:kv", 61)]
+    assert [(curve["task"], curve["points"][0]["distance"]) for curve in curves] == [
+        ("passkey", 61),
+        ("synthetic:kv", 61),
+    ]
     assert "window 8, reach 15" in recalled.out
     # around the window and the reach, where the task can be put together
     assert cli("evaluate", "recall", run, "--task", "synthetic:kv", "--samples", 1).code == 0

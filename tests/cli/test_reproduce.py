@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from swat_lm.cli.reproduction import lasting
+from swat_lm.words import lasting
 
 
 @pytest.mark.parametrize(
@@ -30,4 +30,10 @@ def test_a_plan_says_how_long(cli, here: Path):
     assert " 0.0" not in tiny
     # none of its models is without a formula
     assert "* estimate" not in tiny
-    assert [lasting(hours) for hours in (0.0001, 0.01, 0.2, 3, 1234)] == ["1 s", "36 s", "12 min", "3.0 h", "1,234 h"]
+    assert [lasting(3600 * hours) for hours in (0.0001, 0.01, 0.2, 3, 1234)] == [
+        "1 s",
+        "36 s",
+        "12 min",
+        "3.0 h",
+        "1,234 h",
+    ]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from rich.table import Table
 
-from swat_lm.cli import benchmarks, diagnosis, evaluation, reproduction, tuning
+from swat_lm.cli import benchmarks, diagnosis, length, reproduction, tuning
 from swat_lm.cli.console import print_table
 from swat_lm.cli.recall import reach_table, recall_table
 from swat_lm.evaluate.curves import LengthCurve, LengthPoint
@@ -35,7 +35,7 @@ def tables() -> dict[str, Table]:
     cells = {"Wiki ppl": Cell(1234.5, 12.3), "Hella n": Cell(45.21, 1.31)}
     rows = [TableRow(name, "measured here", cells) for name in ("a-long-name-of-a-run", "other")]
     return {
-        "length": evaluation.curve_table(curve()),
+        "length": length.curve_table(curve()),
         "recall": recall_table(recalled),  # type: ignore[arg-type]
         "reach": reach_table(reached),  # type: ignore[arg-type]
         "diagnose": diagnosis.diagnosis_table(looked),  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def test_headings_wrap_before_rows_become_lists(monkeypatch: pytest.MonkeyPatch,
     shown = {}
     for columns in (80, 50):
         monkeypatch.setenv("COLUMNS", str(columns))
-        print_table(evaluation.curve_table(curve(4096, 262_152)))
+        print_table(length.curve_table(curve(4096, 262_152)))
         shown[columns] = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
         assert max(map(len, shown[columns])) <= columns
     assert shown[80][-1].split()[0] == "4,096"

@@ -34,10 +34,10 @@ def test_trained_text_is_left_out_however_it_is_named(cli, here: Path, monkeypat
 
     # one file is either trained on, and refused, or held out
     single = [cli(*asked, f"../text/{number}.txt") for number in range(6)]
-    assert sorted(one.code for one in single) == [0, 2, 2, 2, 2, 2]
-    (held,) = [one for one in single if one.code == 0]
+    assert sorted(ran.code for ran in single) == [0, 2, 2, 2, 2, 2]
+    (held,) = [ran for ran in single if ran.code == 0]
     assert held.out == figures
-    learnt = next(number for number, one in enumerate(single) if one.code == 2)
+    learnt = next(number for number, ran in enumerate(single) if ran.code == 2)
     assert "the model was trained on this text: on all of it" in single[learnt].err
     assert "--held-out 0" in single[learnt].err
     whole = cli(*asked, f"../text/{learnt}.txt", "--held-out", 0)

@@ -13,7 +13,9 @@ def test_raised_steps_are_said_to_change_the_schedule(cli, here: Path, caplog: p
     again = cli("train", "run.yaml")
     assert "for more, raise train.steps, which stretches the cosine schedule" in again.out
     assert cli("train", "run.yaml", "train.steps=8").code == 0
-    (said,) = [one.message for one in caplog.records if one.name == "swat_lm" and one.levelname == "WARNING"]
+    (said,) = [
+        record.message for record in caplog.records if record.name == "swat_lm" and record.levelname == "WARNING"
+    ]
     assert said.startswith("train.steps was 6 and is 8: ")
     assert said.endswith("not that of a fresh run of 8 steps")
 
@@ -22,14 +24,14 @@ def test_a_plain_warning_is_shown_without_its_kind(caplog: pytest.LogCaptureFixt
     with caplog.at_level("WARNING", logger="swat_lm"):
         show_warning(UserWarning("checkpoint step-3 is damaged"), UserWarning)
         show_warning(FutureWarning("goes away"), FutureWarning)
-    assert [one.message for one in caplog.records] == ["checkpoint step-3 is damaged", "FutureWarning: goes away"]
+    assert [record.message for record in caplog.records] == ["checkpoint step-3 is damaged", "FutureWarning: goes away"]
 
 
 def test_a_single_document_is_spoken_of_once(cli, here: Path, caplog: pytest.LogCaptureFixture):
     (here / "text/0.txt").write_text("a fox " * 500)
     with caplog.at_level("INFO", logger="swat_lm"):
         assert cli("train", "run.yaml", "data.held_out=0.2", "data.sources=text/0.txt", "train.steps=2").code == 0
-    assert sum("only one document" in one.message for one in caplog.records) == 1
+    assert sum("only one document" in record.message for record in caplog.records) == 1
 
 
 def test_instructions_from_the_command_line(cli, here: Path):

@@ -46,7 +46,7 @@ class Card:
         def backward():
             five = backward_form(problem) == "five products"
             kernels = [FIVE_PRODUCTS] if five else ["backward query", "backward key"]
-            return 4.0 - 0.5 * five - sum(configuration(one, problem) == FASTEST[one] for one in kernels)
+            return 4.0 - 0.5 * five - sum(configuration(kernel, problem) == FASTEST[kernel] for kernel in kernels)
 
         return Calls(forward, backward)
 
@@ -60,16 +60,16 @@ class Card:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     pytest.importorskip("triton", reason="triton is not installed")
-    one = Card()
+    card = Card()
     monkeypatch.delenv(configurations.TILES_VARIABLE, raising=False)
     monkeypatch.delenv(configurations.FORM_VARIABLE, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: CARD)
-    monkeypatch.setattr(autotune, "call_for", one.call_for)
-    monkeypatch.setattr(autotune, "_bench", one.bench)
-    return one
+    monkeypatch.setattr(autotune, "call_for", card.call_for)
+    monkeypatch.setattr(autotune, "_bench", card.bench)
+    return card
 
 
 def kernels_of(path: Path) -> list[str]:
@@ -123,7 +123,7 @@ def test_a_file_is_extended(cli, here: Path, card: Card):
     assert before.items() <= after.items()
     assert sorted(kernels_of(here / "tiles.json")) == sorted(KERNELS)
     assert tuned_key(FORM, card.calls[1]["problem"]) in after
-    assert [one.name for one in here.iterdir() if "tiles" in one.name] == ["tiles.json"]
+    assert [path.name for path in here.iterdir() if "tiles" in path.name] == ["tiles.json"]
 
 
 def test_options_describe_a_call(cli, here: Path, card: Card):

@@ -133,7 +133,7 @@ def test_interrupted_demo_saves_and_goes_on(tmp_path: Path, sources: tuple[str, 
     metrics = [out / name / "metrics.jsonl" for name in ("swat", "twin")]
     try:
         deadline = time.monotonic() + 120
-        while not all(one.exists() and one.stat().st_size for one in metrics) and time.monotonic() < deadline:
+        while not all(path.exists() and path.stat().st_size for path in metrics) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
@@ -180,7 +180,7 @@ def test_foreign_and_damaged_folders_are_left_alone(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is no demo"):
         open_plan(tmp_path, DemoSettings())
-    assert [one.name for one in tmp_path.iterdir()] == ["mine.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan\.json is damaged"):
         open_plan(tmp_path, DemoSettings())

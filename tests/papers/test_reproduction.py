@@ -30,7 +30,7 @@ from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.train import DivergedError
 from tests.papers.test_demo import Notes
 
-EXPERIMENTS = PAPERS["swat"].experiments
+EXPERIMENTS = PAPERS["swat"]
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
@@ -107,7 +107,7 @@ def test_what_the_first_token_has_from_the_start_is_no_finding(
         torch.manual_seed(0)
         return build_model(AutoConfig.from_pretrained(Path(folder) / "export"))
 
-    monkeypatch.setattr("swat_lm.papers.swat.variances.load_causal_lm", first_weights)
+    monkeypatch.setattr("swat_lm.model.loading.load_causal_lm", first_weights)
     sources = sources_from_folder(data, EXPERIMENTS["figure3"])
     found = reproduce("figure3", "miniature", sources, tmp_path / "out", [0], Watcher())
     assert [(claim["gap"], claim["outcome"]) for claim in found["claims"]] == [(0.0, "undecided at this scale")] * 3
@@ -116,10 +116,10 @@ def test_what_the_first_token_has_from_the_start_is_no_finding(
 def test_changed_texts_and_damaged_results_are_named(
     data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    one = keep(monkeypatch, "table2", EXPERIMENTS["table2"].names[:1])
+    table = keep(monkeypatch, "table2", EXPERIMENTS["table2"].names[:1])
     own, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(data, own)
-    sources = sources_from_folder(own, one)
+    sources = sources_from_folder(own, table)
     found = reproduce("table2", "miniature", sources, out, [0], Watcher())
     for name in ("text", "books"):
         path = out / "runs" / "vanilla-softmax-short-seed0" / "evaluation" / f"{name}-window-8.json"
@@ -141,7 +141,7 @@ def test_changed_texts_and_damaged_results_are_named(
 def test_a_diverged_variant_does_not_stop_the_others(
     data: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    one, run, tried = keep(monkeypatch, "table2", EXPERIMENTS["table2"].names[:2]), reproduction.run, []
+    table, run, tried = keep(monkeypatch, "table2", EXPERIMENTS["table2"].names[:2]), reproduction.run, []
 
     def diverging(recipe: Any, told: Any) -> Any:
         tried.append(recipe.name)
@@ -151,7 +151,7 @@ def test_a_diverged_variant_does_not_stop_the_others(
         return run(recipe, told)
 
     monkeypatch.setattr(reproduction, "run", diverging)
-    out, sources = tmp_path / "out", sources_from_folder(data, one)
+    out, sources = tmp_path / "out", sources_from_folder(data, table)
     for _ in range(2):
         found = reproduce("table2", "miniature", sources, out, [0], Watcher())
         assert tried == ["vanilla-softmax-short-seed0", "vanilla-softmax-long-seed0"]
@@ -166,16 +166,16 @@ def test_a_diverged_variant_does_not_stop_the_others(
 def test_a_text_that_will_not_do_keeps_no_folder(data: Path, tmp_path: Path, in_process: list[str]):
     poor = tmp_path / "poor"
     shutil.copytree(data, poor)
-    for one in (poor / "books").iterdir():
-        one.write_text("short")
-    one = EXPERIMENTS["table2"]
+    for path in (poor / "books").iterdir():
+        path.write_text("short")
+    table = EXPERIMENTS["table2"]
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="tokens"):
-        reproduce("table2", "miniature", sources_from_folder(poor, one), out, [0], Watcher())
+        reproduce("table2", "miniature", sources_from_folder(poor, table), out, [0], Watcher())
     assert not out.exists()
     out.mkdir()
     with pytest.raises(ValueError, match="tokens"):
-        reproduce("table2", "miniature", sources_from_folder(poor, one), out, [0], Watcher())
+        reproduce("table2", "miniature", sources_from_folder(poor, table), out, [0], Watcher())
     # the user's own folder stays, as empty as it was
     assert list(out.iterdir()) == []
 
@@ -194,15 +194,15 @@ def test_an_interruption_is_saved(data: Path, tmp_path: Path, in_process: list[s
     assert reproduce("figure5", "miniature", sources, out, [0], Watcher())["seeds"] == [0]
 
 
-@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda one: one.name)
+@pytest.mark.parametrize("scale", SCALES.values(), ids=lambda scale: scale.name)
 def test_every_variant_has_a_recipe_and_equal_size(scale: Any):
     for experiment in EXPERIMENTS.values():
         sizes = {}
-        for name, one in experiment.variants(scale).items():
-            library = ARCHITECTURES.get(one.model.get("architecture", "swat"))
+        for name, variant in experiment.variants(scale).items():
+            library = ARCHITECTURES.get(variant.model.get("architecture", "swat"))
             if library is not None and library.requires and importlib.util.find_spec("fla") is None:
                 continue
-            recipe = experiment.recipe(one, scale, 0, Path("out"), ("text",), "bytes")
+            recipe = experiment.recipe(variant, scale, 0, Path("out"), ("text",), "bytes")
             budget = experiment.budget(scale)
             sizes[name] = count_model_parameters(configure_model(recipe.model, budget.vocab_size)).total
         reference = sizes.get("llama") or next(iter(sizes.values()))
@@ -249,7 +249,7 @@ def test_claims_and_printed_numbers_name_real_variants():
         assert names <= set(EXPERIMENTS[experiment].names)
     for experiment, rows in PRINTED.items():
         assert set(rows) <= set(EXPERIMENTS[experiment].names)
-    assert set(ANALYSIS) == {name for one in EXPERIMENTS.values() for name in one.names}
+    assert set(ANALYSIS) == {name for experiment in EXPERIMENTS.values() for name in experiment.names}
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*-tiny.json")), ids=lambda path: path.stem)
@@ -257,12 +257,14 @@ def test_recorded_verdicts_are_those_of_today(path: Path):
     held = json.loads(path.read_text())
     experiment = EXPERIMENTS[held["experiment"]]
     scale = experiment.scales[held["scale"]]
-    assert [one["name"] for one in held["variants"]] == list(experiment.variants(scale))
-    for one in held["variants"]:
-        recipe = experiment.recipe(experiment.variants(scale)[one["name"]], scale, 0, Path("out"), ("text",), "bytes")
+    assert [variant["name"] for variant in held["variants"]] == list(experiment.variants(scale))
+    for variant in held["variants"]:
+        recipe = experiment.recipe(
+            experiment.variants(scale)[variant["name"]], scale, 0, Path("out"), ("text",), "bytes"
+        )
         vocab_size = experiment.budget(scale).vocab_size
-        assert count_model_parameters(configure_model(recipe.model, vocab_size)).total == one["parameters"]
-        assert recipe.train.steps * recipe.train.batch_size * recipe.data.sequence_length == one["tokens"]
+        assert count_model_parameters(configure_model(recipe.model, vocab_size)).total == variant["parameters"]
+        assert recipe.train.steps * recipe.train.batch_size * recipe.data.sequence_length == variant["tokens"]
     assert held["printed_in_the_paper"] == experiment.printed
     # a gap and its error again, of two documents that have them
     for claim in held["claims"]:

@@ -16,7 +16,7 @@ from swat_lm.evaluate import length
 from swat_lm.papers import PAPERS, reproduction, texts
 from swat_lm.papers.watching import Watcher
 
-tables = PAPERS["swat"].experiments
+tables = PAPERS["swat"]
 tables["table2"] = dataclasses.replace(tables["table2"], names=tables["table2"].names[:2])
 data, out = map(Path, sys.argv[1:])
 rank = os.environ["RANK"]
@@ -60,8 +60,8 @@ def test_two_processes_reproduce_a_table(tmp_path: Path):
     for count in (1, 2):
         first, second = (json.loads(Path(f"{out}.rank{rank}.{count}").read_text()) for rank in (0, 1))
         assert first == second
-        assert [one["outcome"] for one in first["claims"]].count("not measured") == 4
+        assert [claim["outcome"] for claim in first["claims"]].count("not measured") == 4
     assert json.loads((out / "table2.json").read_text()) == first
     assert len(list((out / "runs").glob("*/evaluation/*.json"))) == 4
     errors = [Path(f"{out}.rank{rank}.error").read_text() for rank in (0, 1)]
-    assert all("holds another scale or text" in one for one in errors)
+    assert all("holds another scale or text" in error for error in errors)

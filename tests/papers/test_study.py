@@ -56,7 +56,7 @@ def test_a_study_goes_on_from_its_records(
     # the gap is that of the records, paired by seed and piece
     records = {path.stem: json.loads(path.read_text()) for path in (out / "records").iterdir()}
     assert set(records) == {"wide-seed0", "wide-seed1", "narrow-seed0", "narrow-seed1"}
-    last = {name: [row[-1] for row in one["curve"]["document_mean_loss"]] for name, one in records.items()}
+    last = {name: [row[-1] for row in record["curve"]["document_mean_loss"]] for name, record in records.items()}
     gaps = [[a - b for a, b in zip(last[f"wide-seed{x}"], last[f"narrow-seed{x}"], strict=True)] for x in (0, 1)]
     (claim,) = found["claims"]
     assert claim["gap"] == pytest.approx(sum(map(sum, gaps)) / (2 * len(gaps[0])))
@@ -107,7 +107,7 @@ def test_a_text_that_will_not_do_keeps_the_records(study: str, tmp_path: Path, i
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(ValueError, match="token"):
         reproduce(study, "full", Sources((str(tmp_path / "short.txt"),), (), "hub"), tmp_path / "out", [0], Watcher())
-    assert [one.name for one in (tmp_path / "out").iterdir()] == ["records"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["records"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_studies_of_ours_can_be_run(name: str):
     study = load_study(name)
     for scale in study.scales.values():
         chosen = reproduction.check_variants(study, scale)
-        assert study.baseline in chosen
+        assert study.spec.baseline in chosen
         # what is compared is equally large
         sizes = {row["parameters"] for row in reproduction.plan_without_running(study.key, scale.name)}
         assert len(sizes) == 1

@@ -11,6 +11,7 @@ from swat_lm.files import write_text
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.cost import count_parameters, reach
 from swat_lm.papers.page import machine, with_error, write_page
+from swat_lm.papers.pictures import training_series
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.metrics import read_metrics
 from swat_lm.words import counted
@@ -72,11 +73,11 @@ def judge(
     paired by stream; a change under TOLERANCE, or one within two standard errors, counts as none.
     """
     longest = curves["swat"].lengths[-1]
-    changes = {name: change(curve, trained, longest) for name, curve in curves.items()}
-    swat, swat_error = changes["swat"]
-    twin, twin_error = changes["twin"]
-    gap = [curves[name].document_mean_loss for name in ("twin", "swat")]
-    ahead, ahead_error = difference([row[-1] for row in gap[0]], [row[-1] for row in gap[1]])
+    swat, swat_error = change(curves["swat"], trained, longest)
+    twin, twin_error = change(curves["twin"], trained, longest)
+    ahead, ahead_error = difference(
+        *([row[-1] for row in curves[name].document_mean_loss] for name in ("twin", "swat"))
+    )  # fmt: skip
     first, last = samples["swat"]["state_bytes_first"], samples["swat"]["state_bytes_last"]
     return [
         {
@@ -157,11 +158,8 @@ def draw(
         for name, curve in curves.items()
     ]
     plot_loss_by_length(losses, out / PICTURES[0], training_length=trained, window=curves["swat"].window)
-    training, held_out = [], []
-    for name, records in metrics.items():
-        training.append(Series(NAMES[name], [r["tokens"] for r in records], [r["loss"] for r in records]))
-        some = [r for r in records if "held_out_loss" in r]
-        held_out.append(Series(NAMES[name], [r["tokens"] for r in some], [r["held_out_loss"] for r in some]))
+    training = [training_series(NAMES[name], records) for name, records in metrics.items()]
+    held_out = [training_series(NAMES[name], records, "held_out_loss") for name, records in metrics.items()]
     plot_training(training, held_out, out / PICTURES[1])
     kept = [Series(NAMES[name], c.lengths, [p.state_bytes for p in c.points]) for name, c in curves.items()]
     plot_state_bytes(kept, out / PICTURES[2])

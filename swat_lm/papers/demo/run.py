@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from swat_lm.data import TokenStore, load_tokenizer, prepare, resolve_sources, vocabulary_size
+from swat_lm.data import load_tokenizer, prepare, resolve_sources, vocabulary_size
 from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.evaluate.figures import write_figures
 from swat_lm.evaluate.length import loss_on_same_text, segments
@@ -34,9 +34,8 @@ __all__ = ["DemoSettings", "do_model", "run_demo"]
 
 MODELS = ("swat", "twin")
 WORKER = "swat_lm.papers.demo.run"
-# the longest evaluation, in training lengths
-LONGEST = 16
-SHORTEST = 0.25
+# of evaluation, in training lengths
+LENGTHS = (0.25, 0.5, 1, 2, 4, 8, 16)
 
 QUICK = (
     "model.hidden_size=32",
@@ -112,7 +111,15 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
         }
     seconds["last call"] = time.monotonic() - began
     watcher.stage("writing the report")
-    return write_report(out, recipes, curves, samples, text_facts(store), seconds, pace.threads)
+    held_out = store.split("held_out")
+    text = {
+        "documents": store.num_documents,
+        "tokens": store.num_tokens,
+        "bytes": store.num_bytes,
+        "held_out_documents": len(held_out),
+        "held_out_tokens": held_out.num_tokens,
+    }
+    return write_report(out, recipes, curves, samples, text, seconds, pace.threads)
 
 
 def open_plan(out: Path, settings: DemoSettings) -> dict[str, Any]:
@@ -141,7 +148,11 @@ def open_plan(out: Path, settings: DemoSettings) -> dict[str, Any]:
 
 def load_demo_recipe(name: str, out: Path, settings: DemoSettings, more: Sequence[str] = ()) -> Recipe:
     """The recipe of one of the two models with everything inside the demo's folder."""
-    overrides = [one for one in QUICK if not (name == "twin" and "sliding_window" in one)] if settings.quick else []
+    overrides = (
+        [override for override in QUICK if not (name == "twin" and "sliding_window" in override)]
+        if settings.quick
+        else []
+    )
     with as_file(files("swat_lm.papers.demo")) as folder:
         recipe = load_recipe(folder / f"{name}.yaml", [*overrides, *more])
     data = replace(recipe.data, sources=settings.sources, cache=str(out / "tokens"))
@@ -150,10 +161,7 @@ def load_demo_recipe(name: str, out: Path, settings: DemoSettings, more: Sequenc
 
 def evaluation_lengths(trained: int) -> list[int]:
     """A quarter of the training length, doubling up to the longest."""
-    lengths = [round(trained * SHORTEST)]
-    while lengths[-1] < trained * LONGEST:
-        lengths.append(lengths[-1] * 2)
-    return lengths
+    return [round(trained * times) for times in LENGTHS]
 
 
 def do_model(out: Path, name: str, watcher: Watcher) -> None:
@@ -216,16 +224,4 @@ def stream_one(recipe: Recipe, settings: DemoSettings, watcher: Watcher) -> dict
         "state_bytes_first": sizes[0],
         "state_bytes_last": sizes[-1],
         "state_constant": len(set(sizes)) == 1,
-    }
-
-
-def text_facts(store: TokenStore) -> dict[str, int]:
-    """What the page says about the text."""
-    held_out = store.split("held_out")
-    return {
-        "documents": store.num_documents,
-        "tokens": store.num_tokens,
-        "bytes": store.num_bytes,
-        "held_out_documents": len(held_out),
-        "held_out_tokens": held_out.num_tokens,
     }

@@ -1,10 +1,10 @@
 """SWAT (arXiv 2502.18845): its tables and figures as objects that `swat-lm reproduce` runs."""
 
-from swat_lm.papers.experiment import Paper
+from swat_lm.papers.experiment import Experiment
 from swat_lm.papers.swat.benchmarks import Benchmarks
 from swat_lm.papers.swat.claims import DOUBTFUL, PRINTED
-from swat_lm.papers.swat.figures import StateVariance, TrainingLoss
-from swat_lm.papers.swat.losses import BehindWindows, LossByLength, LossOfModules
+from swat_lm.papers.swat.losses import BehindWindows, LossByLength, LossOfModules, TrainingLoss
+from swat_lm.papers.swat.variances import StateVariance
 from swat_lm.papers.swat.variants import SwatExperiment
 
 __all__ = ["SWAT"]
@@ -42,4 +42,4 @@ EXPERIMENTS: tuple[SwatExperiment, ...] = (
         ("sliding-softmax", "sliding-alibi-12-0", "sliding-alibi-8-4", "sliding-alibi-6-6", "sliding-alirope"),
     ),
 )  # fmt: skip
-SWAT = Paper("SWAT, arXiv 2502.18845", {one.name: one for one in EXPERIMENTS})
+SWAT: dict[str, Experiment] = {experiment.name: experiment for experiment in EXPERIMENTS}

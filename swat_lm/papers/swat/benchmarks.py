@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from swat_lm.evaluate.standard_errors import joined_error
+from swat_lm.evaluate.standard_errors import joined_error, mean_and_error
+from swat_lm.evaluate.table1 import ACCURACIES, AVERAGE, COLUMNS, PAPER, chance_row, headings, notes, our_row, shown
 from swat_lm.papers.experiment import Measurement, Run, Section
 from swat_lm.papers.findings import Findings
 from swat_lm.papers.measuring import missing_tasks
 from swat_lm.papers.scales import Scale
 from swat_lm.papers.swat.scales import TABLE1
-from swat_lm.papers.swat.variants import TABLE1_LABELS, SwatExperiment
-from swat_lm.papers.variants import SizedVariant
+from swat_lm.papers.swat.variants import TABLE1_LABELS, SizedVariant, SwatExperiment
 from swat_lm.papers.verdicts import Samples, Verdict, judge
 
 __all__ = ["Benchmarks"]
@@ -40,12 +40,12 @@ class Benchmarks(SwatExperiment):
     @override
     def variants(self, scale: Scale) -> Mapping[str, SizedVariant]:
         return {
-            name: SizedVariant(name, TABLE1_LABELS[name], "BL", None, fields, self.budget_name)
+            name: SizedVariant(name, TABLE1_LABELS[name], "BL", None, fields)
             for name, fields in TABLE1[scale.name].items()
         }
 
     @override
-    def measure(self, one: SizedVariant, run: Run) -> list[Measurement]:
+    def measure(self, variant: SizedVariant, run: Run) -> list[Measurement]:
         return missing_tasks(run, run.scale.sizes["BL"])
 
     @override
@@ -62,14 +62,16 @@ class Benchmarks(SwatExperiment):
 
     @override
     def sections(self, found: Findings) -> list[Section]:
-        from swat_lm.evaluate.table1 import PAPER, headings, notes, our_row, shown
-
         results = {
-            f"{one.label}, seed {seed}": found.tasks(one, seed) for one in found.chosen.values() for seed in found.seeds
+            f"{variant.label}, seed {seed}": found.tasks(variant, seed)
+            for variant in found.chosen.values()
+            for seed in found.seeds
         }
         rows = [*(our_row(label, answered) for label, answered in results.items()), *PAPER]
         columns = headings(rows)
-        cells = [[row.name, row.group, *(shown(row.cells.get(one), "\u00b1") for one in columns)] for row in rows]
+        cells = [
+            [row.name, row.group, *(shown(row.cells.get(heading), "\u00b1") for heading in columns)] for row in rows
+        ]
         kinds = ["paper" if row.group.startswith("printed") else "" for row in rows]
         remarks = notes(results, found.scale.task_limit)
         return [Section("Benchmarks", ("model", "source", *columns), cells, kinds, remarks=remarks)]
@@ -78,7 +80,7 @@ class Benchmarks(SwatExperiment):
     def pictures(self, found: Findings, out: Path) -> dict[str, Path]:
         from swat_lm.papers.pictures import plot_rows
 
-        rows = [(one.label, *mean_average(found, one)) for one in found.chosen.values()]
+        rows = [(variant.label, *mean_average(found, variant)) for variant in found.chosen.values()]
         if all(value is None for _, value, _ in rows):
             return {}
         path = out / f"{self.name}.png"
@@ -94,9 +96,7 @@ def answers(found: Findings, name: str) -> dict[int, dict[str, Any]]:
 
 def average_accuracy(found: Findings, name: str) -> Samples | None:
     """Percent per document, weighted so that their mean is the average of the eight tasks."""
-    from swat_lm.evaluate.table1 import COLUMNS
-
-    columns = [(one.task, one.metric) for one in COLUMNS if one.is_percent]
+    columns = [(column.task, column.metric) for column in COLUMNS if column.is_percent]
     samples: dict[int, list[float]] = {}
     for seed, results in answers(found, name).items():
         if all(task in results for task, _ in columns):
@@ -109,16 +109,17 @@ def average_accuracy(found: Findings, name: str) -> Samples | None:
 def wikitext(found: Findings, name: str) -> Samples | None:
     """Nats per word of each article."""
     task = "wikitext"
-    pairs = {seed: one[task].documents["word_perplexity"] for seed, one in answers(found, name).items() if task in one}
+    pairs = {
+        seed: answered[task].documents["word_perplexity"]
+        for seed, answered in answers(found, name).items()
+        if task in answered
+    }
     return {seed: [-value / words for value, words in row] for seed, row in pairs.items()} or None
 
 
-def mean_average(found: Findings, one: SizedVariant) -> tuple[float | None, float | None]:
+def mean_average(found: Findings, variant: SizedVariant) -> tuple[float | None, float | None]:
     """Average of the eight accuracies over seeds, in per cent; its error joins documents and seeds."""
-    from swat_lm.evaluate.standard_errors import mean_and_error
-    from swat_lm.evaluate.table1 import AVERAGE, our_row
-
-    rows = [our_row(one.label, found.tasks(one, seed)) for seed in found.seeds]
+    rows = [our_row(variant.label, found.tasks(variant, seed)) for seed in found.seeds]
     cells = [row.cells[AVERAGE] for row in rows if AVERAGE in row.cells]
     if not cells:
         return None, None
@@ -130,10 +131,8 @@ def mean_average(found: Findings, one: SizedVariant) -> tuple[float | None, floa
 
 def guessing(found: Findings) -> float | None:
     """The average of the eight accuracies of guessing, in per cent; a last word cannot be guessed."""
-    from swat_lm.evaluate.table1 import ACCURACIES, chance_row
-
-    for one in found.chosen.values():
-        results = found.tasks(one, found.seeds[0])
+    for variant in found.chosen.values():
+        results = found.tasks(variant, found.seeds[0])
         if results:
             return math.fsum(cell.value for cell in chance_row(results).cells.values()) / len(ACCURACIES)
     return None

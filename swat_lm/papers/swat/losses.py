@@ -1,24 +1,27 @@
-"""SWAT's Tables 2 and 3 and its Figure 2: loss against length, behind windows, on held-out text and on books."""
+"""SWAT's Tables 2 and 3 and its Figures 2 and 5: loss against length, behind windows, on books, and in training."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from statistics import pstdev
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
 from swat_lm.papers.experiment import Measurement, Run, Section
-from swat_lm.papers.findings import Findings
+from swat_lm.papers.findings import Findings, recent_loss
 from swat_lm.papers.measuring import missing_losses
 from swat_lm.papers.page import with_error
 from swat_lm.papers.scales import Scale
 from swat_lm.papers.swat.claims import CLAIMS, Loss
-from swat_lm.papers.swat.variants import SwatExperiment
-from swat_lm.papers.variants import SizedVariant
+from swat_lm.papers.swat.variants import ANALYSIS, SizedVariant, SwatExperiment
 from swat_lm.papers.verdicts import Samples, Verdict, judge, paired_gap
 
-__all__ = ["BehindWindows", "LossByLength", "LossOfModules"]
+__all__ = ["BehindWindows", "LossByLength", "LossOfModules", "TrainingLoss"]
 
 SINKS = 4
 """First tokens kept in Figure 2's control, as in StreamingLLM."""
+PARTS = 8
+"""Parts of the last third of training, each a document of Figure 5's gaps."""
 TEXTS = {"text": "held-out text (the paper: OpenWebText)", "books": "books (the paper: PG-19)"}
 SHORT = {"text": "held-out text", "books": "books"}
 
@@ -27,15 +30,15 @@ def claimed(found: Findings) -> list[Verdict]:
     """The verdicts on an experiment's claims about losses."""
 
     def side(wanted: Loss) -> Samples | None:
-        one, scale = found.chosen.get(wanted.variant), found.scale
-        if one is None:
+        variant, scale = found.chosen.get(wanted.variant), found.scale
+        if variant is None:
             return None
         length = scale.lengths[-1] if wanted.length == "last" else scale.sizes[wanted.length]
-        window = scale.sizes[wanted.window] if wanted.window else found.window(one)
-        return found.losses(one, wanted.text, length, window) or None
+        window = scale.sizes[wanted.window] if wanted.window else found.window(variant)
+        return found.losses(variant, wanted.text, length, window) or None
 
     claims = CLAIMS[found.experiment.name]
-    return [judge(one.says, one.paper, side(one.worse), side(one.better)) for one in claims]
+    return [judge(claim.says, claim.paper, side(claim.worse), side(claim.better)) for claim in claims]
 
 
 class LossTable(SwatExperiment):
@@ -45,8 +48,8 @@ class LossTable(SwatExperiment):
     lists_losses: ClassVar[bool] = True
 
     @override
-    def measure(self, one: SizedVariant, run: Run) -> list[Measurement]:
-        window = self.window(one, run.scale)
+    def measure(self, variant: SizedVariant, run: Run) -> list[Measurement]:
+        window = self.window(variant, run.scale)
         return [left for text in self.texts for left in missing_losses(run, text, window)]
 
     @override
@@ -60,11 +63,11 @@ class LossTable(SwatExperiment):
     def section(self, found: Findings, text: str) -> Section:
         """Ours in rows, and below each row the paper's."""
         scale, rows, kinds = found.scale, [], []
-        for one in found.chosen.values():
-            values = [with_error(*found.mean_loss(one, text, length)) for length in scale.lengths]
-            rows.append([one.label, f"{found.parameters(one):,}", *values])
+        for variant in found.chosen.values():
+            values = [with_error(*found.mean_loss(variant, text, length)) for length in scale.lengths]
+            rows.append([variant.label, f"{found.parameters(variant):,}", *values])
             kinds.append("")
-            theirs = self.printed.get(one.name, {}).get(text)
+            theirs = self.printed.get(variant.name, {}).get(text)
             if theirs:
                 cells = {scale.sizes["W"]: theirs.get("W"), scale.lengths[-1]: theirs.get("last")}
                 shown = ["" if cells.get(x) is None else f"{cells[x]:.2f}" for x in scale.lengths]
@@ -82,7 +85,7 @@ class LossTable(SwatExperiment):
 
 def in_tokens(scale: Scale) -> str:
     """What the names of windows and lengths stand for."""
-    return ", ".join(f"{one} = {scale.sizes[one]:,}" for one in ("W", "L", "XL")) + " tokens"
+    return ", ".join(f"{size} = {scale.sizes[size]:,}" for size in ("W", "L", "XL")) + " tokens"
 
 
 class LossByLength(LossTable):
@@ -96,12 +99,12 @@ class LossByLength(LossTable):
         lengths, drawn = found.scale.lengths, {}
         for text in self.texts:
             series = []
-            for one in found.chosen.values():
-                losses = [found.losses(one, text, length, found.window(one)) for length in lengths]
-                if found.finished(one):
-                    means = [found.mean_loss(one, text, length)[0] or 0.0 for length in lengths]
+            for variant in found.chosen.values():
+                losses = [found.losses(variant, text, length, found.window(variant)) for length in lengths]
+                if found.finished(variant):
+                    means = [found.mean_loss(variant, text, length)[0] or 0.0 for length in lengths]
                     errors = [paired_gap(each, losses[0])[1] for each in losses]
-                    series.append(Series(one.label, lengths, means, errors))
+                    series.append(Series(variant.label, lengths, means, errors))
             if series:
                 path = drawn[f"Loss on {SHORT[text]}"] = out / f"{self.name}-{text}.png"
                 title = f"{in_tokens(found.scale)}; bars: error of the change"
@@ -119,7 +122,7 @@ class LossOfModules(LossTable):
         last, drawn = found.scale.lengths[-1], {}
         for text in self.texts:
             path = drawn[f"Loss at {last:,} tokens on {SHORT[text]}"] = out / f"{self.name}-{text}.png"
-            rows = [(one.label, *found.mean_loss(one, text, last)) for one in found.chosen.values()]
+            rows = [(variant.label, *found.mean_loss(variant, text, last)) for variant in found.chosen.values()]
             what = f"loss at {last:,} tokens on {SHORT[text]} (nats per token)"
             plot_rows(rows, path, xlabel=what, title=in_tokens(found.scale))
         return drawn
@@ -131,20 +134,20 @@ class BehindWindows(SwatExperiment):
     texts: ClassVar[tuple[str, ...]] = ("text",)
 
     @override
-    def measure(self, one: SizedVariant, run: Run) -> list[Measurement]:
+    def measure(self, variant: SizedVariant, run: Run) -> list[Measurement]:
         # as a control the smallest window with the first tokens kept, untrained (StreamingLLM)
         bare = [left for window in windows(run.scale) for left in missing_losses(run, "text", window)]
         return [*bare, *missing_losses(run, "text", run.scale.sizes["W"], SINKS)]
 
     @override
     def verdicts(self, found: Findings) -> list[Verdict]:
-        (one,), scale = found.chosen.values(), found.scale
+        (variant,), scale = found.chosen.values(), found.scale
         last, window = scale.lengths[-1], scale.sizes["W"]
         control = judge(
             f"keeping the first {SINKS} tokens beside the window of W lowers the loss at the greatest length",
             "not SWAT's claim but StreamingLLM's (arXiv 2309.17453), as a control",
-            found.losses(one, "text", last, window),
-            found.losses(one, "text", last, window, SINKS),
+            found.losses(variant, "text", last, window),
+            found.losses(variant, "text", last, window, SINKS),
         )
         return [*claimed(found), control]
 
@@ -152,17 +155,17 @@ class BehindWindows(SwatExperiment):
     def pictures(self, found: Findings, out: Path) -> dict[str, Path]:
         from swat_lm.evaluate.heatmaps import plot_heat_map
 
-        (one,), scale = found.chosen.values(), found.scale
-        if not found.finished(one):
+        (variant,), scale = found.chosen.values(), found.scale
+        if not found.finished(variant):
             return {}
         path, behind = out / f"{self.name}.png", windows(scale)
         plot_heat_map(
-            [[found.mean_loss(one, "text", length, window)[0] for length in scale.lengths] for window in behind],
+            [[found.mean_loss(variant, "text", length, window)[0] for length in scale.lengths] for window in behind],
             path,
             rows=[f"{window:,}" for window in behind],
             columns=[f"{length:,}" for length in scale.lengths],
             ylabel="evaluation window (tokens)", xlabel="evaluation length (tokens)", scale="loss (nats per token)",
-            title=f"trained with full attention on {scale.sizes[one.length]:,} tokens",
+            title=f"trained with full attention on {scale.sizes[variant.length]:,} tokens",
         )  # fmt: skip
         return {"Loss of a softmax model behind windows it was not trained with": path}
 
@@ -170,3 +173,49 @@ class BehindWindows(SwatExperiment):
 def windows(scale: Scale) -> list[int]:
     """The evaluation windows of Figure 2."""
     return sorted({scale.sizes[name] for name in ("W", "4W", "L", "XL")})
+
+
+class TrainingLoss(SwatExperiment):
+    """Figure 5: how far the training loss jumps about late in training."""
+
+    @override
+    def verdicts(self, found: Findings) -> list[Verdict]:
+        pair = [ANALYSIS[name] for name in ("sliding-alibi-6-6", "sliding-alirope")]
+        plain, rotated = (
+            {seed: unrest(found.training(variant, seed)) for seed in found.finished(variant)} for variant in pair
+        )
+        plain_end, rotated_end = (
+            {seed: [recent_loss(found.training(variant, seed))] for seed in found.finished(variant)} for variant in pair
+        )
+        what = "a picture: unstable late in training"
+        return [
+            judge(
+                "sigmoid with balanced ALiBi and no RoPE trains less steadily late in training than with RoPE",
+                what, plain, rotated,
+                "Measured as the standard deviation of the logged loss within each of "
+                f"{PARTS} parts of the last third of training; the batches are the same.",
+            ),
+            judge("its training loss ends higher than with RoPE", what, plain_end, rotated_end,
+                  "Needs two seeds: a run has one training loss."),
+        ]  # fmt: skip
+
+    @override
+    def pictures(self, found: Findings, out: Path) -> dict[str, Path]:
+        # of the first seed; of a run that diverged as far as it came
+        from swat_lm.evaluate.plots import plot_training
+        from swat_lm.papers.pictures import training_series
+
+        read = [(variant, found.training(variant, found.seeds[0])) for variant in found.chosen.values()]
+        training = [training_series(variant.label, lines) for variant, lines in read if lines]
+        path = out / f"{self.name}.png"
+        plot_training(training, [], path)
+        return {"Training loss": path}
+
+
+def unrest(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Standard deviations of the logged loss in parts of the last third."""
+    losses = [line["loss"] for line in metrics]
+    late = losses[-max(PARTS * 2, len(losses) // 3) :]
+    size = max(1, len(late) // PARTS)
+    parts = [late[start : start + size] for start in range(0, size * PARTS, size)]
+    return [pstdev(part) if part else 0.0 for part in parts]

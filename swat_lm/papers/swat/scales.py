@@ -101,7 +101,7 @@ MINIATURE = Scale(
     for_people=False,
 )
 
-SCALES = {one.name: one for one in (TINY, SMALL, PAPER, MINIATURE)}
+SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER, MINIATURE)}
 
 TABLE1: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "tiny": {"llama": LLAMA, "mistral": MISTRAL, "swat-balanced": SWAT["swat-balanced"]},

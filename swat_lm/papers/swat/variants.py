@@ -10,18 +10,60 @@ from typing import Any
 
 from typing_extensions import override
 
-from swat_lm.papers.experiment import Experiment
-from swat_lm.papers.scales import Scale
+from swat_lm.papers.experiment import Experiment, Variant
+from swat_lm.papers.scales import Budget, Scale
 from swat_lm.papers.swat.scales import SCALES
-from swat_lm.papers.variants import SizedVariant, variant_recipe
-from swat_lm.recipe import Recipe
+from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe
 
-__all__ = ["ANALYSIS", "TABLE1_LABELS", "SwatExperiment"]
+__all__ = ["ANALYSIS", "TABLE1_LABELS", "SizedVariant", "SwatExperiment"]
 
 SOFTMAX = {"score_function": "softmax", "slopes": "none"}
 
 
-def variant(
+@dataclass(frozen=True)
+class SizedVariant(Variant):
+    """A model whose windows and lengths are sizes of the scale, by name."""
+
+    length: str
+    """Training length."""
+    evaluated: str | None
+    """Window of evaluation; None: as trained."""
+    model: Mapping[str, Any]
+
+
+# what an architecture takes of the budget's shape and the length; others take all of it
+SHAPE_FIELDS = {
+    "mamba2": ("hidden_size",),
+    "mamba": ("hidden_size", "num_hidden_layers"),
+    "retnet": ("hidden_size", "num_hidden_layers", "max_position_embeddings"),
+    "gla": ("hidden_size", "num_hidden_layers", "max_position_embeddings", "intermediate_size"),
+    "deltanet": ("hidden_size", "num_hidden_layers", "max_position_embeddings", "intermediate_size"),
+}
+
+
+def variant_model(variant: SizedVariant, scale: Scale, budget: Budget) -> dict[str, Any]:
+    """The `model:` of a variant's recipe, sizes in tokens."""
+    own = dict(variant.model)
+    if own.get("sliding_window") is not None:
+        own["sliding_window"] = scale.sizes[own["sliding_window"]]
+    shape = {"max_position_embeddings": scale.sizes[variant.length], **budget.shape}
+    if own.get("architecture") == "mistral":
+        shape["num_key_value_heads"] = shape["num_attention_heads"]
+    taken = SHAPE_FIELDS.get(own.get("architecture", "swat"), tuple(shape))
+    return {**{name: shape[name] for name in taken}, **own}
+
+
+def rows_of(budget: Budget, length: int) -> tuple[int, int | None]:
+    """Rows of a step, and of a forward pass of one process (None: all), so that up to 8 processes can share them."""
+    rows = max(1, budget.tokens_per_step // length)
+    if budget.tokens_per_pass is None:
+        return rows, None
+    rows = max(8, round(rows / 8) * 8)
+    most, share = max(1, budget.tokens_per_pass // length), rows // 8
+    return rows, max(count for count in range(1, share + 1) if share % count == 0 and count <= most)
+
+
+def analysed(
     name: str, label: str, length: str, window: str | None, evaluated: str | None, **model: Any
 ) -> SizedVariant:
     """A variant of Tables 2 and 3: our model with these fields."""
@@ -29,21 +71,21 @@ def variant(
 
 
 ANALYSIS = {
-    one.name: one
-    for one in (
-        variant("vanilla-softmax-short", "vanilla, softmax, RoPE, W", "W", None, "W", **SOFTMAX),
-        variant("vanilla-sigmoid-short", "vanilla, sigmoid, RoPE, W", "W", None, "W", slopes="none"),
-        variant("sliding-softmax", "sliding, softmax, RoPE", "L", "W", None, **SOFTMAX),
-        variant("sliding-alibi-12-0", "sliding, sigmoid, ALiBi-12:0", "L", "W", None, slopes="12:0", use_rotary=False),
-        variant("sliding-alibi-8-4", "sliding, sigmoid, ALiBi-8:4", "L", "W", None, slopes="8:4", use_rotary=False),
-        variant("sliding-alibi-6-6", "sliding, sigmoid, ALiBi-6:6", "L", "W", None, slopes="6:6", use_rotary=False),
-        variant("sliding-alirope", "sliding, sigmoid, AliRope-6:6", "L", "W", None, slopes="6:6"),
-        variant("alirope-wide", "sliding, sigmoid, AliRope-6:6, window L", "L", "L", None, slopes="6:6"),
-        variant("vanilla-softmax-long", "vanilla, softmax, RoPE, L", "L", None, "L", **SOFTMAX),
-        variant("vanilla-sigmoid-long", "vanilla, sigmoid, ALiBi-12:0, L", "L", None, "L", slopes="12:0",
+    variant.name: variant
+    for variant in (
+        analysed("vanilla-softmax-short", "vanilla, softmax, RoPE, W", "W", None, "W", **SOFTMAX),
+        analysed("vanilla-sigmoid-short", "vanilla, sigmoid, RoPE, W", "W", None, "W", slopes="none"),
+        analysed("sliding-softmax", "sliding, softmax, RoPE", "L", "W", None, **SOFTMAX),
+        analysed("sliding-alibi-12-0", "sliding, sigmoid, ALiBi-12:0", "L", "W", None, slopes="12:0", use_rotary=False),
+        analysed("sliding-alibi-8-4", "sliding, sigmoid, ALiBi-8:4", "L", "W", None, slopes="8:4", use_rotary=False),
+        analysed("sliding-alibi-6-6", "sliding, sigmoid, ALiBi-6:6", "L", "W", None, slopes="6:6", use_rotary=False),
+        analysed("sliding-alirope", "sliding, sigmoid, AliRope-6:6", "L", "W", None, slopes="6:6"),
+        analysed("alirope-wide", "sliding, sigmoid, AliRope-6:6, window L", "L", "L", None, slopes="6:6"),
+        analysed("vanilla-softmax-long", "vanilla, softmax, RoPE, L", "L", None, "L", **SOFTMAX),
+        analysed("vanilla-sigmoid-long", "vanilla, sigmoid, ALiBi-12:0, L", "L", None, "L", slopes="12:0",
                 use_rotary=False),
-        variant("sliding-softmax-4w", "sliding, softmax, RoPE, length 4W", "4W", "W", None, **SOFTMAX),
-        variant("sliding-softmax-xl", "sliding, softmax, RoPE, window L, length XL", "XL", "L", None, **SOFTMAX),
+        analysed("sliding-softmax-4w", "sliding, softmax, RoPE, length 4W", "4W", "W", None, **SOFTMAX),
+        analysed("sliding-softmax-xl", "sliding, softmax, RoPE, window L, length XL", "XL", "L", None, **SOFTMAX),
     )
 }  # fmt: skip
 
@@ -79,14 +121,38 @@ class SwatExperiment(Experiment):
 
     @override
     def recipe(
-        self, one: SizedVariant, scale: Scale, seed: int, out: Path, sources: tuple[str, ...], tokenizer: str
+        self, variant: SizedVariant, scale: Scale, seed: int, out: Path, sources: tuple[str, ...], tokenizer: str
     ) -> Recipe:
-        return variant_recipe(one, scale, seed, out, sources, tokenizer)
+        # the same tokens and schedule for all variants of a budget, whatever their length
+        budget, length = self.budget(scale), scale.sizes[variant.length]
+        rows, per_pass = rows_of(budget, length)
+        train = TrainRecipe(
+            steps=budget.steps,
+            batch_size=rows,
+            micro_batch_size=per_pass,
+            learning_rate=budget.learning_rate,
+            warmup_steps=budget.warmup_steps,
+            log_every=max(1, budget.steps // 200),
+            evaluate_every=max(1, budget.steps // 8),
+            evaluate_batches=8,
+            save_every=max(1, budget.steps // 4),
+            keep=1,
+        )
+        data = DataRecipe(
+            sources=sources,
+            tokenizer=tokenizer,
+            sequence_length=length,
+            documents="concatenate",
+            held_out=scale.held_out,
+            cache=str(out / "tokens"),
+        )
+        name, model = f"{variant.name}-seed{seed}", variant_model(variant, scale, budget)
+        return Recipe(name=name, seed=seed, out=str(out / "runs" / name), model=model, data=data, train=train)
 
     @override
-    def window(self, one: SizedVariant, scale: Scale) -> int | None:
+    def window(self, variant: SizedVariant, scale: Scale) -> int | None:
         # a model without a window is evaluated with one of its training length
-        return None if one.evaluated is None else scale.sizes[one.evaluated]
+        return None if variant.evaluated is None else scale.sizes[variant.evaluated]
 
     @override
     def lead(self, scale: Scale) -> str:

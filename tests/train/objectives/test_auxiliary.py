@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from swat_lm.interruption import Interruption
 from swat_lm.layers.base import Auxiliary
 from swat_lm.recipe import Recipe
 from swat_lm.train import run
 from swat_lm.train.auxiliary import StepAuxiliary, count_divisors
 from swat_lm.train.engine import Engine
-from swat_lm.train.interruption import Interruption
 from swat_lm.train.loop import Run
 from swat_lm.train.metrics import read_metrics
 from swat_lm.train.optimizer import make_optimizer, set_hyperparameters

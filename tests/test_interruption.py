@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from swat_lm.train.interruption import SIGNALS, Interruption
+from swat_lm.interruption import SIGNALS, Interruption
 
 
 @pytest.mark.parametrize("number", SIGNALS)

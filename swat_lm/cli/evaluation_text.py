@@ -1,11 +1,9 @@
 """Text to evaluate on: which of its documents, and their tokens."""
 
-from typing import TYPE_CHECKING, Annotated, cast
-
-import typer
+from typing import TYPE_CHECKING, cast
 
 from swat_lm.cli.console import messages
-from swat_lm.cli.progress import Counter
+from swat_lm.cli.progress import counting
 from swat_lm.model.loading import find_model_folder
 from swat_lm.paths import local_path
 from swat_lm.words import counted
@@ -17,15 +15,8 @@ if TYPE_CHECKING:
     from swat_lm.data import TokenStore
     from swat_lm.data.trained import Recognised, TrainedText
 
-__all__ = ["HELD_OUT", "read_documents", "trained_text_of"]
+__all__ = ["read_documents", "trained_text_of"]
 
-HELD_OUT = Annotated[
-    float | None,
-    typer.Option(
-        help="Read this held-out share of the documents; 0: all. Default: all but those that the model's run was "
-        "trained on, which are recognised by their content."
-    ),
-]
 # a document that shares more than this with trained text, but not most of it, is read and spoken of
 SHARED = 0.1
 
@@ -52,7 +43,7 @@ def read_documents(
         add_eos=load_tokenizer(folder).eos_token_id is not None,
         held_out=held_out or 0.0, split_seed=trained.split_seed if trained else 0,
     )  # fmt: skip
-    with Counter("preparing text", "bytes") as counter:
+    with counting("preparing text", "bytes") as counter:
         store = prepare(recipe, lambda at: counter(at.bytes_read, at.bytes_total))
     vocab_size = cast(int, model.config.get_text_config().vocab_size)
     if store.vocab_size > vocab_size:

@@ -1,4 +1,4 @@
-"""Turns Ctrl-C, SIGTERM and the end of a terminal into a request that the loop grants after the current step."""
+"""Turns Ctrl-C, SIGTERM and the end of a terminal into a request, granted after a step."""
 
 import signal
 import threading

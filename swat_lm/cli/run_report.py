@@ -1,18 +1,16 @@
 """`swat-lm report`: runs side by side on one page."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from swat_lm.cli.console import results
+from swat_lm.cli.options import split_name
 from swat_lm.cli.outputs import check_folder
 from swat_lm.paths import local_path
 
 __all__ = ["report"]
-
-NAMED = re.compile(r"(?P<name>[^=/]+)=(?P<folder>.+)")
 
 
 def report(
@@ -29,17 +27,15 @@ def report(
       swat-lm report runs/swat full=runs/transformer --out comparison
     """
     check_folder(out, "--out")
-    from swat_lm.papers.comparison import read_run
-    from swat_lm.papers.comparison import report as write_report
+    from swat_lm.papers.run_report import read_run, write_run_report
 
     found = []
-    for one in runs:
-        named = NAMED.fullmatch(one)
-        folder = local_path(named["folder"] if named else one)
+    for name, place in map(split_name, runs):
+        folder = local_path(place)
         if not folder.is_dir():
             raise ValueError(f"no folder {folder}: expected a run's folder, as `swat-lm train` writes it")
-        found.append(read_run(folder, named["name"] if named else None))
-    written = write_report(found, out)
+        found.append(read_run(folder, name))
+    written = write_run_report(found, out)
     console = results()
     for line in written["not_measured"]:
         console.print(f"not measured: {line}", markup=False, style="dim")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from swat_lm.evaluate import plots
 from swat_lm.evaluate.curves import LengthCurve, summarise
 from swat_lm.evaluate.recall import RecallCurve, RecallPoint
-from swat_lm.papers.comparison import how_read, read_run, report
+from swat_lm.papers.run_report import how_read, read_run, write_run_report
 from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe
 from swat_lm.train import run
 
@@ -38,12 +38,12 @@ def test_page_shows_what_was_measured(runs: dict[str, Path], tmp_path: Path):
     curve = summarise([16, 32], [[2.0, 1.9], [2.2, 2.1]], [[2.0, 1.9], [2.2, 2.1]], [8, 8], 100, 8, same_text=True)
     point = RecallPoint(16, 10, 10, 0.5, 0.24, 0.76, 1.0, 0.1)
     swat = replace(swat, lengths={"length": curve}, recalls={"passkey": RecallCurve("passkey", (point,), 8, 15)})
-    found = report([swat, llama], tmp_path / "out")
+    found = write_run_report([swat, llama], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "report.json").read_text())["runs"][0]["name"] == "swat"
     # training, length, recall, state, speed
     assert page.count("data:image/png;base64,") == 5
-    assert {one.name for one in (tmp_path / "out").glob("*.png")} == {
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "training.png", "length-0.png", "recall-0.png", "state.png", "speed.png",
     }  # fmt: skip
     ours, theirs = found["runs"]
@@ -78,7 +78,7 @@ def test_files_of_a_run_are_found(runs: dict[str, Path]):
     curve.save(folder / "mine" / "length.json")
     assert list(read_run(folder).lengths) == ["mine/length"]
     (folder / "mine" / "length.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"length\.json: not what swat-lm wrote"):
+    with pytest.raises(ValueError, match=r"length\.json is damaged .*: remove it"):
         read_run(folder)
     (folder / "mine" / "length.json").unlink()
 
@@ -86,11 +86,11 @@ def test_files_of_a_run_are_found(runs: dict[str, Path]):
 def test_wrong_runs_are_named(runs: dict[str, Path], tmp_path: Path):
     with pytest.raises(ValueError, match=r"is no run: expected recipe\.yaml"):
         read_run(tmp_path)
-    one = read_run(runs["swat"])
+    run = read_run(runs["swat"])
     with pytest.raises(ValueError, match="same name"):
-        report([one, one], tmp_path / "out")
+        write_run_report([run, run], tmp_path / "out")
     with pytest.raises(ValueError, match="1 to 6 runs"):
-        report([replace(one, name=str(number)) for number in range(7)], tmp_path / "out")
+        write_run_report([replace(run, name=str(number)) for number in range(7)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -102,9 +102,9 @@ def test_a_run_looks_the_same_in_every_picture(runs: dict[str, Path], tmp_path: 
     llama = read_run(runs["llama"], "full")
     llama = replace(llama, lengths={"length": curve}, recalls={"passkey": RecallCurve("passkey", (point,), 8, 15)})
     # the first run has neither loss against length nor recall
-    report([read_run(runs["swat"]), llama], tmp_path / "out")
+    write_run_report([read_run(runs["swat"]), llama], tmp_path / "out")
     for name in ("length-0", "recall-0"):
-        (line,) = [one for one in drawn[name].axes[0].get_lines() if one.get_marker() not in ("None", "_", "|")]
+        (line,) = [line for line in drawn[name].axes[0].get_lines() if line.get_marker() not in ("None", "_", "|")]
         assert (line.get_color(), line.get_marker()) == (plots.COLOURS[1], plots.MARKERS[1])
 
 
