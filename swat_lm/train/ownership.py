@@ -7,9 +7,9 @@ import os
 import re
 from pathlib import Path
 
-from swat_lm.files import BESIDE
+from swat_lm.files import BESIDE, clear_leftover
 from swat_lm.paths import local_path
-from swat_lm.train.checkpoint import PARTIAL_CHECKPOINT, discard, find_checkpoints, manifest_step
+from swat_lm.train.checkpoint import PARTIAL_CHECKPOINT, find_checkpoints, manifest_step
 from swat_lm.train.trained_text import RECORD
 
 __all__ = ["LOCK", "MARK", "check_export", "check_run_folder", "mark_run", "remove_leftovers"]
@@ -19,7 +19,7 @@ MARK = ".swat-lm-run"
 MARK_TEXT = "A run of `swat-lm train` lies in this folder; when it goes on, it replaces the files that it wrote here.\n"
 # what a run that is killed may leave in its folder, and nothing else of that kind
 PARTIAL = re.compile(
-    rf"{re.escape(BESIDE)}(probe|export|old-export|(recipe\.yaml|metrics\.jsonl|{re.escape(RECORD)})(\.[0-9]+)?)"
+    rf"{re.escape(BESIDE)}(probe|(old|was)-export|(export|recipe\.yaml|metrics\.jsonl|{re.escape(RECORD)})(\.[0-9]+)?)"
 )
 
 CARD = "README.md"
@@ -71,13 +71,11 @@ def mark_run(out: Path) -> None:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove what a killed run was writing."""
-    checkpoints = out / "checkpoints"
-    left = [path for path in out.glob(f"{BESIDE}*") if PARTIAL.fullmatch(path.name)]
-    left += [path for path in checkpoints.glob(f"{BESIDE}*") if PARTIAL_CHECKPOINT.fullmatch(path.name)]
-    for path in left:
-        if os.path.lexists(path):
-            discard(path)
+    """Remove what a killed run was writing, and put back what it had set aside for that."""
+    for folder, partial in ((out, PARTIAL), (out / "checkpoints", PARTIAL_CHECKPOINT)):
+        for path in list(folder.glob(f"{BESIDE}*")):
+            if partial.fullmatch(path.name):
+                clear_leftover(path)
 
 
 def check_export(folder: Path) -> None:
