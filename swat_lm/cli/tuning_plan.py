@@ -136,9 +136,9 @@ def from_source(source: str, overrides: list[str], described: Described) -> Mode
         if not issubclass(entry.kind, AttentionLayer):
             continue
         one = config.attention_settings(index)
-        heads = one.head_dim, one.num_heads, one.num_kv_heads
+        heads = one.head_dim, one.num_attention_heads, one.num_key_value_heads
         is_rotary = config.rotary(index) is not None
-        layers.append(Attention(one.window, *heads, one.score_function, one.score_bias, is_rotary))
+        layers.append(Attention(one.sliding_window, *heads, one.score_function, one.bias(), is_rotary))
     if all(one.window is None for one in layers):
         raise ValueError(
             f"{source}: no layer has a window, so there is nothing to tune; describe a call of your own by --window, "

@@ -162,7 +162,38 @@ class Shared:
     """Rotary of a head size and Hugging Face's `rope_parameters`."""
 
 
-class Layer(nn.Module, ABC):
+class TokenMixer(nn.Module, ABC):
+    """What moves information between positions: a layer, or what stands in one between norm and residual connection."""
+
+    @abstractmethod
+    def state_spec(self) -> tuple[StateTensor, ...]:
+        """What is kept of the past for one sequence."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
+        """Process a chunk `[B, T, M]` after its past."""
+
+    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
+        """One real token per row, `[B, 1, M]`, nothing hidden, in place over slots; inference only."""
+        return self.forward(hidden, chunk, past).hidden
+
+    @abstractmethod
+    def flops(self, num_tokens: int, num_past: int = 0) -> int:
+        """FLOPs of the matrix products of one row of T tokens after `num_past`: a multiply-add is 2, no recomputation.
+
+        Pairs that a window or causality hide do not count.
+        """
+
+    @abstractmethod
+    def reach(self) -> int | None:
+        """Tokens, itself included, that the output at one place depends on through this layer; None: all before it."""
+
+    def refuses(self, chunk: Chunk) -> str | None:
+        """Why the layer cannot process such a chunk, in one sentence; None where it can."""
+        return None
+
+
+class Layer(TokenMixer):
     """A kind of layer: one file, one row of `LAYERS`, its settings."""
 
     name: ClassVar[str]
@@ -196,33 +227,6 @@ class Layer(nn.Module, ABC):
     def layer_type(settings: Any) -> str:
         """Hugging Face's name for such a layer."""
         return "linear_attention"
-
-    @abstractmethod
-    def state_spec(self) -> tuple[StateTensor, ...]:
-        """What is kept of the past for one sequence."""
-
-    @abstractmethod
-    def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
-        """Process a chunk `[B, T, M]` after its past."""
-
-    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
-        """One real token per row, `[B, 1, M]`, nothing hidden, in place over slots; inference only."""
-        return self.forward(hidden, chunk, past).hidden
-
-    @abstractmethod
-    def flops(self, num_tokens: int, num_past: int = 0) -> int:
-        """FLOPs of the matrix products of one row of T tokens after `num_past`: a multiply-add is 2, no recomputation.
-
-        Pairs that a window or causality hide do not count.
-        """
-
-    @abstractmethod
-    def reach(self) -> int | None:
-        """Tokens, itself included, that the output at one place depends on through this layer; None: all before it."""
-
-    def refuses(self, chunk: Chunk) -> str | None:
-        """Why the layer cannot process such a chunk, in one sentence; None where it can."""
-        return None
 
     def init_weights(self, shared: Shared) -> None:
         """Start the parameters that are neither linear, embedding nor norm weights; others may be started again."""
