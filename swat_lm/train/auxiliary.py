@@ -73,14 +73,12 @@ class StepAuxiliary:
     def __init__(self, engine: Engine, weights: Mapping[str, float], divisors: Divisors | None) -> None:
         """`divisors`: those of `count_divisors`; None in a step of one micro-batch, which gives them itself."""
         self.engine, self.weights, self.divisors = engine, weights, divisors
-        self.passes = 0
         self.losses: dict[str, Tensor] = {}
         self.shown: dict[str, list[Tensor]] = defaultdict(list)
         self.statistics: dict[int, dict[str, Tensor]] = {}
 
     def add(self, auxiliary: Sequence[Auxiliary]) -> Tensor | None:
         """Take in one pass; returns what is added to its loss, None where layers give no losses."""
-        self.passes += 1
         if self.divisors is None:
             self.divisors = summed(self.engine, divisors_of(auxiliary, self.engine.device))
         given = {Name(layer, name) for layer, one in enumerate(auxiliary) for name in one.losses}

@@ -46,6 +46,14 @@ __all__ = ["Engine", "choose_precision", "mesh_shape"]
 Result = TypeVar("Result")
 
 
+@contextmanager
+def single_process_notice_ignored() -> Iterator[None]:
+    """DCP warns whenever it runs without a process group, which here is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
 class Engine:
     """This process's place among all processes and what they do together.
 
@@ -108,13 +116,11 @@ class Engine:
             return model.to(self.device)
         mesh = init_device_mesh(self.device.type, self.mesh_shape, mesh_dim_names=("replicate", "shard"))
         mesh = mesh if self.mesh_shape[0] > 1 else mesh["shard"]
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        if self.precision == "bf16":
-            # autocast rules the arithmetic, as on one process; this halves what the all-gathers move
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        # autocast rules the arithmetic, as on one process; bf16 here halves what the all-gathers move
+        moved = torch.bfloat16 if self.precision == "bf16" else None
+        policy = MixedPrecisionPolicy(moved, torch.float32, cast_forward_inputs=False)
+        for module in (*layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
         return model
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -177,6 +183,7 @@ class Engine:
         self.on_main(lambda: kept.append(action()))
         return kept[0] if kept else None
 
+    @single_process_notice_ignored()
     def write_state(
         self,
         folder: Path,
@@ -190,15 +197,14 @@ class Engine:
         """
         weights, state = get_state_dict(model, optimizer)
         kept = {"objective": dict(objective)} if objective else {}
-        with single_process_notice_ignored():
-            try:
-                dcp_save(
-                    {"model": weights, "optimizer": state, **kept},
-                    storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
-                    no_dist=self.num_processes == 1,
-                )
-            except CheckpointException as error:
-                raise system_error([cause for cause, _ in error.failures.values()]) from error
+        try:
+            dcp_save(
+                {"model": weights, "optimizer": state, **kept},
+                storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
+                no_dist=self.num_processes == 1,
+            )
+        except CheckpointException as error:
+            raise system_error([cause for cause, _ in error.failures.values()]) from error
 
     def read_state(
         self,
@@ -215,17 +221,8 @@ class Engine:
         held = names_in(folder)
         weights, state = get_state_dict(model, optimizer)
         kept = {name: one.clone() for name, one in (objective or {}).items() if f"objective.{name}" in held}
-        with single_process_notice_ignored():
-            try:
-                dcp_load(
-                    {"model": weights, "optimizer": state, **({"objective": kept} if kept else {})},
-                    storage_reader=PlainReader(folder),
-                    planner=PlainPlanner(),
-                    no_dist=self.num_processes == 1,
-                )
-            except CheckpointException as error:
-                cause = next(iter(error.failures.values()))[0]
-                raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
+        parts = {"model": weights, "optimizer": state, **({"objective": kept} if kept else {})}
+        fill(parts, folder, alone=self.num_processes == 1)
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         return kept
 
@@ -236,12 +233,7 @@ class Engine:
         """
         names_in(folder)
         weights = get_model_state_dict(model)
-        with single_process_notice_ignored():
-            try:
-                dcp_load({"model": weights}, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=True)
-            except CheckpointException as error:
-                cause = next(iter(error.failures.values()))[0]
-                raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
+        fill({"model": weights}, folder, alone=True)
         set_model_state_dict(model, weights)
 
     def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -257,6 +249,16 @@ class Engine:
             return None
         # macOS counts bytes, Linux KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@single_process_notice_ignored()
+def fill(parts: dict[str, Any], folder: Path, alone: bool) -> None:
+    """Read parts of a checkpoint into tensors, with the other processes or `alone`; ValueError names the folder."""
+    try:
+        dcp_load(parts, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=alone)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
 
 
 def names_in(folder: Path) -> frozenset[str]:
@@ -308,11 +310,3 @@ def system_error(errors: Sequence[BaseException]) -> OSError:
             one = one.__cause__ or one.__context__
     words = str(errors[0]).splitlines()
     return OSError(errno.EIO, words[0] if words else type(errors[0]).__name__)
-
-
-@contextmanager
-def single_process_notice_ignored() -> Iterator[None]:
-    """DCP warns whenever it runs without a process group, which here is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
