@@ -22,12 +22,12 @@ class AttentionLayer(PreNorm):
     self_attn: WindowAttention
 
     def __init__(self, settings: AttentionSettings, width: int, index: int, shared: Shared) -> None:
-        rotary = None
-        if settings.use_rotary and shared.rotary is not None:
-            rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
+        make_rotary = shared.rotary if settings.use_rotary else None
+        rotary = make_rotary and make_rotary(settings.head_dim, settings.rope_parameters or {})
         mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps)
-        feed_forward = FeedForward(width, settings.intermediate_size, settings.mlp_bias)
-        super().__init__(mixer, feed_forward, width, shared.norm_eps)
+        super().__init__(
+            mixer, FeedForward(width, settings.intermediate_size, settings.mlp_bias), width, shared.norm_eps
+        )
 
     @classmethod
     def build(cls, settings: AttentionSettings, width: int, index: int, shared: Shared) -> "AttentionLayer":
@@ -40,8 +40,7 @@ class AttentionLayer(PreNorm):
         heads = values["num_attention_heads"]
         if "num_attention_heads" in given:
             # the configuration's own follow from its number of heads
-            derived = {"num_key_value_heads", "head_dim"} - given
-            values = values | dict.fromkeys(derived)
+            values = values | dict.fromkeys({"num_key_value_heads", "head_dim"} - given)
         if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = heads
         if values["head_dim"] is None:

@@ -42,17 +42,12 @@ class StateTensor(NamedTuple):
         Raises:
             ValueError: the tensor grows and no context is given.
         """
-        count = torch.Size(self.shape).numel()
-        if self.kind == "summary":
-            return count
-        if self.kind == "window":
-            assert self.items is not None
-            return count * self.items
-        if context is None:
+        places = {"summary": 1, "window": self.items, "growing": context}[self.kind]
+        if places is None:
             raise ValueError(
                 f"context: the state tensor {self.name!r} grows with the sequence; give the number of tokens"
             )
-        return count * context
+        return torch.Size(self.shape).numel() * places
 
 
 def by_name(spec: tuple[StateTensor, ...]) -> dict[str, StateTensor]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # beyond what any layer keeps, and far from where 32-bit indices end: a stream has no end
@@ -77,16 +78,13 @@ class Chunk:
         return self._once(("hidden", num_past), lambda: self._hidden_items(num_past))
 
     def _hidden_items(self, num_past: int) -> Tensor:
-        some = self.hidden if self.hidden is not None else self.past_hidden
-        assert some is not None
         own, past = self.hidden, self.past_hidden
-        if own is None:
-            own = some.new_zeros(some.shape[0], self.num_tokens)
         if past is None:
-            past = some.new_zeros(some.shape[0], 0)
-        past = past[:, max(0, past.shape[1] - num_past) :]
-        unknown = past.new_zeros(past.shape[0], num_past - past.shape[1])
-        return torch.cat((unknown, past, own), dim=1)
+            assert own is not None
+            return F.pad(own, (num_past, 0))
+        # cut where more is known than was kept
+        past = F.pad(past, (num_past - past.shape[1], 0))
+        return F.pad(past, (0, self.num_tokens)) if own is None else torch.cat((past, own), dim=1)
 
     @cached_property
     def real(self) -> Tensor | None:

@@ -126,8 +126,7 @@ class AttentionPlan(LayerPlan):
         if attention.rotary is not None:
             query_key = rotate_paired(query_key, *chunk.step_angles(attention.rotary, hidden.dtype))
         query, key = query_key.narrow(2, 0, heads), query_key.narrow(2, heads, kv_heads)
-        mixed = self._attend(query, key, value, past, position)
-        hidden = self.output.times_plus(mixed.view(batch, -1), hidden)
+        hidden = self.output.times_plus(self._attend(query, key, value, past, position).view(batch, -1), hidden)
         gate, up = self.gate_up.times(self.feed_forward_norm(hidden)).chunk(2, dim=1)
         return self.down.times_plus(F.silu(gate).mul_(up), hidden)
 

@@ -121,8 +121,9 @@ class WindowAttention(Mixer):
         self.q_norm = RMSNorm(settings.head_dim, norm_eps) if settings.qk_norm else None
         self.k_norm = RMSNorm(settings.head_dim, norm_eps) if settings.qk_norm else None
         self.output_norm = RMSNorm(settings.head_dim, norm_eps) if settings.output_norm else None
-        sink = nn.Parameter(torch.zeros(settings.num_attention_heads)) if settings.learned_sink else None
-        self.register_parameter("sink", sink)
+        self.register_parameter(
+            "sink", nn.Parameter(torch.zeros(settings.num_attention_heads)) if settings.learned_sink else None
+        )
         # not a buffer: `.to(bfloat16)` must not round the slopes, nor loading leave them uninitialised
         with torch.device("cpu"):
             self._slopes = slopes_for(settings.num_attention_heads, settings.slopes, settings.slope_schedule)
@@ -154,8 +155,7 @@ class WindowAttention(Mixer):
                 rotary = None
             items, num_past = past.extend(key=key, value=value)
             key, value = items["key"], items["value"]
-        result = self.attend(query, key, value, chunk, num_past, rotary)
-        mixed = self.o_proj(self.heads_output(result))
+        mixed = self.o_proj(self.heads_output(self.attend(query, key, value, chunk, num_past, rotary)))
         return Output(mixed, None if past is None else past.after())
 
     def attend(
@@ -235,30 +235,28 @@ class WindowAttention(Mixer):
         if key.dtype != key_ring.dtype:
             # under autocast
             query, key, value = (x.to(key_ring.dtype) for x in (query, key, value))
-        result = window_attention_step(
-            query,
-            key,
-            value,
-            key_ring,
-            past.kept["value"],
-            past.slot,
-            past.position,
-            score_function=settings.score_function,
-            slopes=self.slopes_on(query.device),
-            score_bias=self.score_bias,
-            rotary=rotary,
-            return_lse=settings.learned_sink,
-            backend=settings.attention_backend,
+        return self.heads_output(
+            window_attention_step(
+                query,
+                key,
+                value,
+                key_ring,
+                past.kept["value"],
+                past.slot,
+                past.position,
+                score_function=settings.score_function,
+                slopes=self.slopes_on(query.device),
+                score_bias=self.score_bias,
+                rotary=rotary,
+                return_lse=settings.learned_sink,
+                backend=settings.attention_backend,
+            )
         )
-        return self.heads_output(result)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query `[B, T, H, D]`, key and value `[B, T, K, D]`, normed but not rotated."""
-        settings = self.settings
-        batch, num_tokens, _ = hidden.shape
-        query = self.q_proj(hidden).view(batch, num_tokens, settings.num_attention_heads, settings.head_dim)
-        key = self.k_proj(hidden).view(batch, num_tokens, settings.num_key_value_heads, settings.head_dim)
-        value = self.v_proj(hidden).view(batch, num_tokens, settings.num_key_value_heads, settings.head_dim)
+        shape = (*hidden.shape[:2], -1, self.settings.head_dim)
+        query, key, value = (proj(hidden).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, value
@@ -296,10 +294,9 @@ class WindowAttention(Mixer):
         settings = self.settings
         # those of keys and values are alike, and those of queries and outputs
         matrices = 2 * (self.q_proj.weight.numel() + self.k_proj.weight.numel())
-        pairs = attention_flops(
+        return 2 * num_tokens * matrices + attention_flops(
             settings.num_attention_heads, settings.head_dim, num_tokens, settings.sliding_window, num_past
         )
-        return 2 * num_tokens * matrices + pairs
 
     def reach(self) -> int | None:
         """The window."""

@@ -115,19 +115,18 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_:
     gradients: dict[str, Tensor] = {}
     if grad_output is not None or grad_lse is not None:
         needed = dict(zip(call._fields, ctx.needs_input_grad, strict=True))
-        needs = [getattr(call, name) is not None and needed[name] for name in ("slopes", "score_bias")]
+        needs = {name: getattr(call, name) is not None and needed[name] for name in ("slopes", "score_bias")}
         given = Cotangents(
             torch.zeros_like(call.query) if grad_output is None else grad_output,
             grad_lse if call.softmax else None,
             output,
             lse,
-            *needs,
+            *needs.values(),
         )
-        found = Gradients(*torch.ops.swat_lm.window_attention_backward(*given, *call))
-        gradients = found._asdict()
-        for name, needs_it in zip(("slopes", "score_bias"), needs, strict=True):
-            if not needs_it:
-                del gradients[name]
+        found = torch.ops.swat_lm.window_attention_backward(*given, *call)
+        gradients = {
+            name: gradient for name, gradient in zip(Gradients._fields, found, strict=True) if needs.get(name, True)
+        }
     return tuple(gradients.get(name) for name in call._fields)
 
 

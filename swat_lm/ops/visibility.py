@@ -144,8 +144,7 @@ def from_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> Visibility:
             f"cu_seqlens: expected a non-decreasing run from 0 to {num_tokens} (the tokens of the row), "
             f"got {cu_seqlens.tolist()}"
         )
-    first = torch.repeat_interleave(cu_seqlens[:-1], lengths)
-    return Visibility(first.to(torch.int32).unsqueeze(0), None)
+    return Visibility(torch.repeat_interleave(cu_seqlens[:-1], lengths).to(torch.int32).unsqueeze(0), None)
 
 
 def _refuse_recurring_ids(document_ids: Tensor, starts: Tensor) -> None:

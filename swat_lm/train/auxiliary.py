@@ -125,5 +125,4 @@ class StepAuxiliary:
             return
         layers = [module for module in model.modules() if isinstance(module, Layer)]
         for layer, statistics in sorted(self.statistics.items()):
-            whole = {name: self.engine.sum(statistics[name].clone()) for name in sorted(statistics)}
-            layers[layer].absorb(whole)
+            layers[layer].absorb({name: self.engine.sum(statistics[name].clone()) for name in sorted(statistics)})

@@ -89,15 +89,20 @@ def save_checkpoint(
         if engine.is_main:
             discard_if_possible(beside)
         reason = error.strerror or str(error)
-        number = errno.EIO if error.errno is None else error.errno
-        raise OSError(number, f"cannot write checkpoint {folder} ({reason}); older ones are intact") from error
+        raise OSError(
+            errno.EIO if error.errno is None else error.errno,
+            f"cannot write checkpoint {folder} ({reason}); older ones are intact",
+        ) from error
     engine.on_main(lambda: remove_old(folder.parent.parent, checkpoint.step, keep))
 
 
 def publish(beside: Path, checkpoint: Checkpoint) -> None:
     """Add the manifest and give the finished folder its name."""
-    files = {path.name: file_identity(path) for path in sorted(beside.iterdir())}
-    manifest = {"format": FORMAT, **asdict(checkpoint), "files": files}
+    manifest = {
+        "format": FORMAT,
+        **asdict(checkpoint),
+        "files": {path.name: file_identity(path) for path in sorted(beside.iterdir())},
+    }
     del manifest["folder"]
     (beside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     if os.path.lexists(checkpoint.folder) and not is_replaceable(checkpoint.folder, checkpoint.step):
@@ -150,8 +155,11 @@ def find_checkpoints(out: Path) -> list[Path]:
 
 def find_renamed(out: Path) -> list[Path]:
     """Checkpoints under names that no run gives, such as `step-best`: they are the user's."""
-    folders = sorted((out / "checkpoints").glob("*"))
-    return [one for one in folders if not NAME.fullmatch(one.name) and manifest_step(one) is not None]
+    return [
+        one
+        for one in sorted((out / "checkpoints").glob("*"))
+        if not NAME.fullmatch(one.name) and manifest_step(one) is not None
+    ]
 
 
 def manifest_step(folder: Path) -> int | None:

@@ -131,8 +131,7 @@ class Engine:
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
         """This process's rows in parts of `micro_batch_size`, on the device."""
-        size = self.train.micro_batch_size or len(batch.input_ids)
-        return [part.to(self.device) for part in batch.split(size)]
+        return [part.to(self.device) for part in batch.split(self.train.micro_batch_size or len(batch.input_ids))]
 
     def accumulate(self, model: nn.Module, last: bool) -> None:
         """Before a micro-batch: replicas exchange gradients only after the last one of a step."""
@@ -221,8 +220,11 @@ class Engine:
         held = names_in(folder)
         weights, state = get_state_dict(model, optimizer)
         kept = {name: one.clone() for name, one in (objective or {}).items() if f"objective.{name}" in held}
-        parts = {"model": weights, "optimizer": state, **({"objective": kept} if kept else {})}
-        fill(parts, folder, alone=self.num_processes == 1)
+        fill(
+            {"model": weights, "optimizer": state, **({"objective": kept} if kept else {})},
+            folder,
+            alone=self.num_processes == 1,
+        )
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         return kept
 
@@ -238,8 +240,10 @@ class Engine:
 
     def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights on the CPU of the main process, by name; empty on the others."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+        return cast(
+            dict[str, Tensor],
+            get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),
+        )
 
     def peak_memory_bytes(self) -> int | None:
         """Most memory in use so far: of the device for CUDA, else of this process; None where unknown (Windows)."""

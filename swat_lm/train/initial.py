@@ -143,8 +143,9 @@ def agreed(config: PreTrainedConfig, model: Mapping[str, Any], where: str) -> Pr
     differing = differing_fields({key: kept[key] for key in single}, {key: stated[key] for key in single})
     if not differing:
         base = configure_model({"architecture": name, **held})
-        said = configure_model({"architecture": name, **kept, **stated})
-        differing = differing_fields(plain_values(base), plain_values(said))
+        differing = differing_fields(
+            plain_values(base), plain_values(configure_model({"architecture": name, **kept, **stated}))
+        )
     if differing:
         raise ValueError(
             f"{where} has another architecture than the recipe: {', '.join(differing)}; leave these keys of model out, "

@@ -68,9 +68,10 @@ class TensorBoardWriter:
     def __init__(self, recipe: Recipe, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = Path(recipe.out, "tensorboard")
         # events of later steps, written before a crash, are hidden by the purge
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+        self._writer = SummaryWriter(
+            str(Path(recipe.out, "tensorboard")), purge_step=resumed_step + 1 if resumed_step else None
+        )
         if not resumed_step:
             self._writer.add_text("recipe", f"```yaml\n{dump_recipe(recipe)}```")
 

@@ -86,10 +86,9 @@ def check_export(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file, where the model would be exported to: {advice}")
     foreign = sorted(path.name for path in folder.iterdir() if not EXPORTED.fullmatch(path.name))
-    card = folder / CARD
     if not foreign and any(folder.iterdir()):
         try:
-            is_ours = CARD_MARK in card.read_text(encoding="utf-8")
+            is_ours = CARD_MARK in (folder / CARD).read_text(encoding="utf-8")
         except (FileNotFoundError, UnicodeDecodeError):
             is_ours = False
         foreign = [] if is_ours else [f"a model without the {CARD} that a run writes"]

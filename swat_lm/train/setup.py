@@ -128,9 +128,19 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     earlier = start.folder.resolve().parent.parent if start else initial.folder if initial else None
     engine.on_main(lambda: write_trained_text(out, store, earlier))
     engine.on_main(lambda: write_recipe(recipe, out))
-    flops = training_flops(config, recipe.data.sequence_length).per_token
     return Training(
-        recipe, engine, model, optimizer, objective, tokenizer, source, held_out, start, plain_config, key, flops
+        recipe,
+        engine,
+        model,
+        optimizer,
+        objective,
+        tokenizer,
+        source,
+        held_out,
+        start,
+        plain_config,
+        key,
+        training_flops(config, recipe.data.sequence_length).per_token,
     )
 
 
@@ -174,9 +184,14 @@ def open_rows(
         key = store.key
 
         def open_split(split: str, seed: int) -> BatchSource | SyntheticSource:
-            shuffle = data.shuffle or split == "held_out"
             return BatchSource(
-                store, split, data.sequence_length, data.documents, seed, batch_size=size, shuffle=shuffle
+                store,
+                split,
+                data.sequence_length,
+                data.documents,
+                seed,
+                batch_size=size,
+                shuffle=data.shuffle or split == "held_out",
             )
 
     held_out = None

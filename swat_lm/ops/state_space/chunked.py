@@ -120,8 +120,7 @@ def _span_backward(
     d_query = torch.bmm(d_read, incoming)
     d_key = torch.bmm(stored, outgoing)
     d_stored = torch.bmm(key, outgoing.transpose(1, 2))
-    read = torch.bmm(query, incoming.transpose(1, 2))
-    by_past = grouped.heads(read.mul_(d_read), b).sum(-1).transpose(2, 3)
+    by_past = grouped.heads(torch.bmm(query, incoming.transpose(1, 2)).mul_(d_read), b).sum(-1).transpose(2, 3)
     by_future = grouped.heads(d_stored * stored, b).sum(-1).transpose(2, 3)
     by_both = (incoming.view(*decays.whole.shape, -1) * outgoing.view(*decays.whole.shape, -1)).sum(-1) * decays.whole
     d_input = grouped.heads(d_stored, b) * out[..., None]

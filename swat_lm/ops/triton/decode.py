@@ -76,8 +76,9 @@ def step(call: StepCall, splits: int | None = None) -> tuple[Tensor, Tensor]:
     tile = DecodeTile.of(num_heads // num_kv_heads, head_dim, key_ring.element_size())
     gpu = gpu_of(query.device)
     if splits is None:
-        multiprocessors = gpu.num_multiprocessors if gpu else MULTIPROCESSORS_WITHOUT_GPU
-        splits = num_splits(batch * num_kv_heads, window, multiprocessors)
+        splits = num_splits(
+            batch * num_kv_heads, window, gpu.num_multiprocessors if gpu else MULTIPROCESSORS_WITHOUT_GPU
+        )
     # whole tiles for every program
     places = -(-window // (splits * tile.places)) * tile.places
     splits = -(-window // places)
@@ -124,8 +125,7 @@ def _load_heads(
         angle = tl.where(is_first, channel, channel - HALF)
         cosine = tl.load(cos + angle, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
         sine = tl.load(sin + angle, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
-        rotated = x.to(tl.float32) * cosine + partner.to(tl.float32) * tl.where(is_first, -sine, sine)
-        x = rotated.to(x.dtype)
+        x = (x.to(tl.float32) * cosine + partner.to(tl.float32) * tl.where(is_first, -sine, sine)).to(x.dtype)
     return x
 
 

@@ -56,9 +56,8 @@ def forward(call: AttentionCall) -> Attended:
     group = num_heads // num_kv_heads
     key_norms = largest_norms(key) if call.skip_saturated and key.numel() else None
     one_loop = is_one_loop("forward", problem, tile)
-    grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
     with on_device(query):
-        _forward[grid](
+        _forward[(triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)](
             query, key, value, output, lse, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin, rotated,
             key_norms, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             angle_stride(cos), num_queries, num_keys, rows.offset, rows.window, scale,
@@ -124,18 +123,18 @@ def _forward(
     largest = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
     mass = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     if SKIP:
-        key_norm = tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head)
         saturated = saturated_tiles(
-            q, key_norm, slope, bias, scale, tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr,
-            num_queries, num_keys, offset, window, RAGGED, BLOCK_KEYS,
+            q, tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head), slope, bias, scale,
+            tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr, num_queries, num_keys, offset,
+            window, RAGGED, BLOCK_KEYS,
         )  # fmt: skip
         # a positive head's weights are 1 there: it sums the values of tiles in the middle, and masked ones as ever
         begin = tl.where(slope > 0, 0, saturated)
         middle = tl.maximum(left, saturated)
         if not ONE_LOOP:
-            ones = tl.where(slope > 0, middle, left)
             total = add_values(
-                total, value_ptr, stride_vs, num_keys, start, left, ones, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS
+                total, value_ptr, stride_vs, num_keys, start, left, tl.where(slope > 0, middle, left), HEAD_DIM,
+                BLOCK_DIM, BLOCK_KEYS,
             )  # fmt: skip
     else:
         begin = 0
