@@ -33,7 +33,7 @@ def nearest_name(path: Path) -> str:
     parent = path.parent
     while not parent.exists():
         path, parent = parent, parent.parent
-    near = nearest(path.name, [one.name for one in parent.iterdir()] if parent.is_dir() else [])
+    near = nearest(path.name, [entry.name for entry in parent.iterdir()] if parent.is_dir() else [])
     return f"; the nearest is {parent / near[0]}" if near else f"; {path} does not exist"
 
 

@@ -381,7 +381,7 @@ def nearest_file(path: Path) -> str:
     ours = nearest_recipe(path.stem if is_file else path.name)
     if ours and not is_file:
         return f"; did you mean {ours}?"
-    files = {one.stem: one for one in folder.iterdir() if one.suffix in SUFFIXES} if folder.is_dir() else {}
+    files = {file.stem: file for file in folder.iterdir() if file.suffix in SUFFIXES} if folder.is_dir() else {}
     if near := nearest(path.stem, files):
         return f"; the nearest is {files[near[0]]}"
     if ours:

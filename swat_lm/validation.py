@@ -109,7 +109,9 @@ def build(kind: type[Built], values: Any, at: str = "", place: Origin = NOWHERE)
 def explain(kind: type, error: ValidationError, at: str, place: Origin) -> str:
     """The first of pydantic's findings in one sentence: unknown keys, then missing ones, then values in order."""
     order = ("unexpected_keyword_argument", "missing")
-    found = min(error.errors(), key=lambda one: order.index(one["type"]) if one["type"] in order else len(order))
+    found = min(
+        error.errors(), key=lambda finding: order.index(finding["type"]) if finding["type"] in order else len(order)
+    )
     location, value = found["loc"], found["input"]
     if location and location[-1] == "[key]":
         key = dotted(at, location[:-2])
@@ -118,7 +120,7 @@ def explain(kind: type, error: ValidationError, at: str, place: Origin) -> str:
     if found["type"] == "invalid_key":
         return f"{place(around)}{around or 'the recipe'}: keys must be words; got {shown(value)}"
     if found["type"] == "unexpected_keyword_argument":
-        siblings = [join(around, one.name) for one in fields(hint_at(kind, location[:-1]))]
+        siblings = [join(around, sibling.name) for sibling in fields(hint_at(kind, location[:-1]))]
         return f"{place(key)}{unknown_key(key, siblings, place.known)}"
     if found["type"] == "missing" and isinstance(location[-1], str):
         about = field_at(kind, location).description or ""
@@ -157,7 +159,9 @@ def range_words(kind: type, location: tuple[int | str, ...]) -> str:
         metadata = field_at(kind, location).metadata
     # whole limits in all their digits
     words = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Lt: ("below", "lt")}
-    limits = [(words[type(one)][0], getattr(one, words[type(one)][1])) for one in metadata if type(one) in words]
+    limits = [
+        (words[type(limit)][0], getattr(limit, words[type(limit)][1])) for limit in metadata if type(limit) in words
+    ]
     return " and ".join(f"{word} {limit if isinstance(limit, int) else f'{limit:g}'}" for word, limit in limits)
 
 
@@ -193,7 +197,7 @@ def unknown_key(key: str, siblings: Sequence[str], everywhere: Sequence[str] = (
     leaf = key.rpartition(".")[2]
     misplaced = {other.rpartition(".")[2]: other for other in everywhere}
     leaves = {other.rpartition(".")[2]: other for other in siblings}
-    near = [misplaced[leaf]] if leaf in misplaced else [leaves[one] for one in nearest(leaf, leaves)]
+    near = [misplaced[leaf]] if leaf in misplaced else [leaves[name] for name in nearest(leaf, leaves)]
     if near:
         return f"unknown key {key}; the nearest valid key is {near[0]}"
     return f"unknown key {key}; valid keys here are {', '.join(siblings)}"

@@ -30,11 +30,6 @@ class AttentionLayer(PreNorm):
         )
 
     @classmethod
-    def build(cls, settings: AttentionSettings, width: int, index: int, shared: Shared) -> "AttentionLayer":
-        """Layer number `index` of a model of this width."""
-        return cls(settings, width, index, shared)
-
-    @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
         """Sizes that follow from the number of heads, and the base of this layer's rotary."""
         heads = values["num_attention_heads"]

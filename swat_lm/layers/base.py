@@ -52,17 +52,17 @@ class StateTensor(NamedTuple):
 
 def by_name(spec: tuple[StateTensor, ...]) -> dict[str, StateTensor]:
     """A layer's state tensors by their names. Raises ValueError for a spec that contradicts itself."""
-    for one in spec:
-        if one.kind not in ("window", "growing", "summary"):
-            raise ValueError(f"state_spec: {one.name}: expected window, growing or summary, got {one.kind!r}")
-        if (one.kind == "window") != (one.items is not None) or (one.items is not None and one.items < 1):
+    for tensor in spec:
+        if tensor.kind not in ("window", "growing", "summary"):
+            raise ValueError(f"state_spec: {tensor.name}: expected window, growing or summary, got {tensor.kind!r}")
+        if (tensor.kind == "window") != (tensor.items is not None) or (tensor.items is not None and tensor.items < 1):
             raise ValueError(
-                f"state_spec: {one.name}: expected `items` of at least 1 for a window and for no other kind, "
-                f"got {one.kind} with items={one.items}"
+                f"state_spec: {tensor.name}: expected `items` of at least 1 for a window and for no other kind, "
+                f"got {tensor.kind} with items={tensor.items}"
             )
-    found = {one.name: one for one in spec}
+    found = {tensor.name: tensor for tensor in spec}
     if len(found) != len(spec):
-        raise ValueError(f"state_spec: expected different names, got {[one.name for one in spec]}")
+        raise ValueError(f"state_spec: expected different names, got {[tensor.name for tensor in spec]}")
     return found
 
 
@@ -73,48 +73,48 @@ class Past(Protocol):
     goes into a summary is the layer's affair: it leaves both out (`Chunk.real`).
     """
 
+    @abstractmethod
     def extend(self, **new: Tensor) -> tuple[dict[str, Tensor], int]:
         """Take new items `[B, T, *shape]` by name; return kept and new ones together `[B, P + T, *shape]`, and P."""
-        ...
 
+    @abstractmethod
     def fold(self, name: str, decay: Tensor, value: Tensor) -> Tensor:
         """Return the summary S `[B, *shape]` from before the chunk, and keep `decay * S + value` for after it.
 
         `decay` broadcasts to `value`. Over processes this is a scan, so both are known before S is.
         """
-        ...
 
+    @abstractmethod
     def merge(self, value: Mapping[str, Tensor], join: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return summaries from before the chunk by name, and keep `join(before, value)`, which must be associative."""
-        ...
 
+    @abstractmethod
     def after(self) -> "Past":
         """The past of the next chunk, once every name was taken."""
-        ...
 
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """What is kept; in training, what gradients cross between chunks."""
-        ...
 
 
 class InPlace(Past, Protocol):
     """The past of a decoding step: what is kept lies in slots, and the step may write there itself."""
 
     @property
+    @abstractmethod
     def kept(self) -> Mapping[str, Tensor]:
         """By name: windows and growing `[N, places, *shape]`, place `position % places` holds an item; summaries
         `[N, *shape]`."""
-        ...
 
     @property
+    @abstractmethod
     def slot(self) -> Tensor:
         """int64 `[B]`: the slot of each row."""
-        ...
 
     @property
+    @abstractmethod
     def position(self) -> Tensor:
         """int64 `[B]`: items of each row before this step."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,9 @@ class Layer(TokenMixer):
     _gradient_checkpointing_func: Callable[..., Any]
 
     @classmethod
-    @abstractmethod
     def build(cls, settings: Any, width: int, index: int, shared: Shared) -> "Layer":
         """Layer number `index` of a model of this width. Raises ValueError for settings that do not fit the width."""
+        return cls(settings, width, index, shared)
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:

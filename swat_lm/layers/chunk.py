@@ -3,6 +3,7 @@
 Legend: B rows, T tokens of the chunk, P items of a past before it, D head size.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,13 +22,13 @@ class Rotary(Protocol):
 
     key: Hashable
 
+    @abstractmethod
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each `[*positions.shape, D / 2]`."""
-        ...
 
+    @abstractmethod
     def step_angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and signed sine over whole heads, each `[B, 1, 1, D]`, for one token per row."""
-        ...
 
 
 @dataclass
@@ -62,9 +63,7 @@ class Chunk:
     def first_visible(self, num_past: int) -> Tensor | None:
         """Int32 `[B, T]`, `first` as an index into items of which `num_past` stand before the chunk."""
         first = self.first
-        if first is None:
-            return None
-        return self._once(("first", num_past), lambda: (first + num_past).clamp(min=0))
+        return None if first is None else self._once(("first", num_past), lambda: (first + num_past).clamp(min=0))
 
     def last_visible(self, num_past: int) -> Tensor | None:
         """Int32 `[B, T]`, `last` as an index into items of which `num_past` stand before the chunk."""

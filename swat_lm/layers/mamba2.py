@@ -184,16 +184,11 @@ class Mamba2Layer(Layer):
     name = "mamba2"
     Settings = Mamba2Settings
 
-    def __init__(self, settings: Mamba2Settings, width: int, norm_eps: float) -> None:
+    def __init__(self, settings: Mamba2Settings, width: int, index: int, shared: Shared) -> None:
         super().__init__()
         settings.check_width(width)
-        self.norm = RMSNorm(width, norm_eps)
-        self.mixer = Mamba2Mixer(settings, width, norm_eps)
-
-    @classmethod
-    def build(cls, settings: Mamba2Settings, width: int, index: int, shared: Shared) -> "Mamba2Layer":
-        """Layer number `index` of a model of this width. Raises ValueError for heads that do not fit it."""
-        return cls(settings, width, shared.norm_eps)
+        self.norm = RMSNorm(width, shared.norm_eps)
+        self.mixer = Mamba2Mixer(settings, width, shared.norm_eps)
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:

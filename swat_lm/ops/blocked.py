@@ -63,10 +63,11 @@ def backward(
         d_key.begin(group)
         d_value.begin(group)
         for batch in group.batches:
-            if isinstance(batch, TilesOfHead) and not disjoint:
-                layout = SkewedTiles(batch, scratch)
-            else:
-                layout = ApartTiles(batch, scratch)
+            layout = (
+                SkewedTiles(batch, scratch)
+                if isinstance(batch, TilesOfHead) and not disjoint
+                else ApartTiles(batch, scratch)
+            )
             rows, d_rows = layout.rows(q, "rows"), layout.rows(d_output, "d_rows")
             columns = batch.keys(k)
             # two buffers serve four matrices: scores, then dP; weights, then dS

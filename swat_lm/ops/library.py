@@ -4,13 +4,13 @@ The wrapper in `window_attention.py` has checked everything; here a call goes to
 has a fixed number of outputs: what a call does not have is empty.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from swat_lm.ops import blocked
-from swat_lm.ops.calls import Attended, AttentionCall, names_of_tensors, schema
+from swat_lm.ops.calls import Attended, AttentionCall, schema
 from swat_lm.ops.head_bias import score_dtype
 
 
@@ -93,7 +93,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Cotangents, AttentionCall]:
     return Cotangents(*arguments[:count]), AttentionCall(*arguments[count:])
 
 
-_TENSORS = names_of_tensors(AttentionCall)
+_TENSORS = tuple(name for name, kind in get_type_hints(AttentionCall).items() if kind in (Tensor, Tensor | None))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -131,7 +131,10 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_:
 
 
 _op = torch.library.custom_op(
-    "swat_lm::window_attention", _window_attention, mutates_args=(), schema=schema(AttentionCall, results=Attended)
+    "swat_lm::window_attention",
+    _window_attention,
+    mutates_args=(),
+    schema=schema(AttentionCall, num_results=len(Attended._fields)),
 )
 _op.register_fake(_fake)
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -139,6 +142,6 @@ _backward_op = torch.library.custom_op(
     "swat_lm::window_attention_backward",
     _window_attention_backward,
     mutates_args=(),
-    schema=schema(Cotangents, AttentionCall, results=Gradients),
+    schema=schema(Cotangents, AttentionCall, num_results=len(Gradients._fields)),
 )
 _backward_op.register_fake(_fake_backward)

@@ -201,14 +201,11 @@ def step_reference(
 def write(key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, slot: Tensor, position: Tensor) -> None:
     """Put the new token's key and value at place `position mod window` of its sequence's ring."""
     window = key_ring.shape[1]
-    if slot.device.type == "cpu":
-        slots, positions = slot.tolist(), position.tolist()
-        if len(set(positions)) == 1 and slots == list(range(slots[0], slots[0] + len(slots))):
-            # a slice costs a third of an index
-            own, at = slice(slots[0], slots[0] + len(slots)), positions[0] % window
-            key_ring[own, at] = key[:, 0]
-            value_ring[own, at] = value[:, 0]
-            return
-    place = position.remainder(window)
-    key_ring[slot, place] = key[:, 0]
-    value_ring[slot, place] = value[:, 0]
+    slots, positions = (slot.tolist(), position.tolist()) if slot.device.type == "cpu" else ([], [])
+    if len(set(positions)) == 1 and slots == list(range(slots[0], slots[0] + len(slots))):
+        # a slice costs a third of an index
+        own, place = slice(slots[0], slots[0] + len(slots)), positions[0] % window
+    else:
+        own, place = slot, position.remainder(window)
+    key_ring[own, place] = key[:, 0]
+    value_ring[own, place] = value[:, 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swat_lm.ops import library as _library  # noqa: F401  (registers the op)
 from swat_lm.ops import ring
-from swat_lm.ops.calls import AttentionCall, StepCall, Stepped, schema
+from swat_lm.ops.calls import AttentionCall, StepCall, schema
 from swat_lm.ops.checks import (
     check_choices,
     check_inputs,
@@ -227,7 +227,7 @@ _step_op = torch.library.custom_op(
     "swat_lm::window_attention_step",
     lambda *arguments: _step(StepCall(*arguments)),
     mutates_args=("key_ring", "value_ring"),
-    schema=schema(StepCall, results=Stepped, mutates=("key_ring", "value_ring")),
+    schema=schema(StepCall, num_results=2, mutates=("key_ring", "value_ring")),
 )
 _step_op.register_fake(_fake_step)
 

@@ -88,10 +88,9 @@ def save_checkpoint(
     except OSError as error:
         if engine.is_main:
             discard_if_possible(beside)
-        reason = error.strerror or str(error)
         raise OSError(
             errno.EIO if error.errno is None else error.errno,
-            f"cannot write checkpoint {folder} ({reason}); older ones are intact",
+            f"cannot write checkpoint {folder} ({error.strerror or error}); older ones are intact",
         ) from error
     engine.on_main(lambda: remove_old(folder.parent.parent, checkpoint.step, keep))
 
@@ -123,7 +122,7 @@ def has_own_files(folder: Path) -> bool:
 def set_aside(path: Path) -> None:
     """Give another name to what somebody else put where a checkpoint goes, and say so."""
     names = (f"{path.name}-other{number or ''}" for number in range(10_000))
-    aside = next(one for one in map(path.with_name, names) if not os.path.lexists(one))
+    aside = next(place for place in map(path.with_name, names) if not os.path.lexists(place))
     path.rename(aside)
     warnings.warn(f"{path} was no checkpoint of that step written by this run: it is now {aside}", stacklevel=2)
 
@@ -155,11 +154,8 @@ def find_checkpoints(out: Path) -> list[Path]:
 
 def find_renamed(out: Path) -> list[Path]:
     """Checkpoints under names that no run gives, such as `step-best`: they are the user's."""
-    return [
-        one
-        for one in sorted((out / "checkpoints").glob("*"))
-        if not NAME.fullmatch(one.name) and manifest_step(one) is not None
-    ]
+    folders = sorted((out / "checkpoints").glob("*"))
+    return [folder for folder in folders if not NAME.fullmatch(folder.name) and manifest_step(folder) is not None]
 
 
 def manifest_step(folder: Path) -> int | None:

@@ -125,9 +125,8 @@ class Engine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes: bf16 autocast or nothing."""
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        is_narrow = self.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if is_narrow else nullcontext()
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
         """This process's rows in parts of `micro_batch_size`, on the device."""
@@ -160,16 +159,15 @@ class Engine:
 
     def on_main(self, action: Callable[[], Result]) -> Result:
         """Run `action` on the main process only; every process gets its result or raises its OSError or ValueError."""
+        if self.num_processes == 1:
+            return action()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome = [action(), None]
             except (OSError, ValueError) as error:
-                if self.num_processes == 1:
-                    raise
                 outcome = [None, error]
-        if self.num_processes > 1:
-            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if outcome[1] is not None:
             # so that what all processes raise need be told by one only
             outcome[1].from_main_process = True
@@ -219,7 +217,7 @@ class Engine:
         """
         held = names_in(folder)
         weights, state = get_state_dict(model, optimizer)
-        kept = {name: one.clone() for name, one in (objective or {}).items() if f"objective.{name}" in held}
+        kept = {name: tensor.clone() for name, tensor in (objective or {}).items() if f"objective.{name}" in held}
         fill(
             {"model": weights, "optimizer": state, **({"objective": kept} if kept else {})},
             folder,
@@ -306,11 +304,11 @@ def system_error(errors: Sequence[BaseException]) -> OSError:
     Where there is none, an input/output error with the first error's words.
     """
     for error in errors:
-        one, seen = error, set()
-        while one is not None and id(one) not in seen:
-            if isinstance(one, OSError) and one.errno is not None:
-                return one
-            seen.add(id(one))
-            one = one.__cause__ or one.__context__
+        reason, seen = error, set()
+        while reason is not None and id(reason) not in seen:
+            if isinstance(reason, OSError) and reason.errno is not None:
+                return reason
+            seen.add(id(reason))
+            reason = reason.__cause__ or reason.__context__
     words = str(errors[0]).splitlines()
     return OSError(errno.EIO, words[0] if words else type(errors[0]).__name__)

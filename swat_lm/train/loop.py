@@ -57,8 +57,7 @@ def run(recipe: Recipe, on_event: Callable[[Event], None] | None = None) -> RunR
         writers = engine.on_main_only(lambda: open_writers(recipe, first)) or []
         for writer in writers:
             stack.callback(writer.close)
-        interruption = stack.enter_context(Interruption())
-        return Run(training, on_event, [writer.write for writer in writers], interruption).go()
+        return Run(training, on_event, [writer.write for writer in writers], stack.enter_context(Interruption())).go()
 
 
 class Run:
@@ -131,7 +130,8 @@ class Run:
         """
         engine, model, optimizer, train = self.engine, self.training.model, self.training.optimizer, self.recipe.train
         began = time.perf_counter()
-        torch.manual_seed(step_seed(self.recipe.seed, self.step, engine.rank))
+        # one of its own for each step of each process
+        torch.manual_seed(((self.recipe.seed * 1_000_003 + self.step) * 1_000_003 + engine.rank) % 2**63)
         rate = learning_rate(self.step, train)
         set_hyperparameters(optimizer, train, rate)
 
@@ -274,8 +274,3 @@ class Run:
         if self.recent_seconds:
             details["tokens_per_second"] = self.recent_tokens / self.recent_seconds
         self.on_event(Event(kind=kind, step=self.step, steps=steps, tokens=self.tokens, **details))
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed of its own for each step of each process."""
-    return ((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63

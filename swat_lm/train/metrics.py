@@ -126,9 +126,8 @@ def open_writers(recipe: Recipe, resumed_step: int) -> list[MetricsWriter]:
             writers.append(TrackedRun(module, recipe, id=identity, dir=recipe.out))
         else:
             writers.append(TrackedRun(module, recipe))
-    # last, so that a missing package leaves the old file as it was
-    writers.insert(0, MetricsFile(Path(recipe.out, "metrics.jsonl"), resumed_step))
-    return writers
+    # made last, so that a missing package leaves the old file as it was
+    return [MetricsFile(Path(recipe.out, "metrics.jsonl"), resumed_step), *writers]
 
 
 def import_logger(name: str) -> ModuleType:

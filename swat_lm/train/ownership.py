@@ -12,7 +12,7 @@ from swat_lm.paths import local_path
 from swat_lm.train.checkpoint import PARTIAL_CHECKPOINT, find_checkpoints, manifest_step
 from swat_lm.train.trained_text import RECORD
 
-__all__ = ["LOCK", "MARK", "check_export", "check_run_folder", "mark_run", "remove_leftovers"]
+__all__ = ["LOCK", "MARK", "MARK_TEXT", "check_export", "check_run_folder", "remove_leftovers"]
 
 LOCK = ".lock"
 MARK = ".swat-lm-run"
@@ -62,12 +62,6 @@ def is_of_a_start(path: Path) -> bool:
 def holds(path: Path, cache: str | None) -> bool:
     """Whether the folder of prepared tokens is this one, or inside it."""
     return cache is not None and local_path(cache).resolve().is_relative_to(path.resolve())
-
-
-def mark_run(out: Path) -> None:
-    """Mark a folder as a run's; whoever goes on with it may then replace what runs write."""
-    if not (out / MARK).exists():
-        (out / MARK).write_text(MARK_TEXT, encoding="utf-8")
 
 
 def remove_leftovers(out: Path) -> None:

@@ -20,8 +20,9 @@ from swat_lm.data import (
     vocabulary_size,
 )
 from swat_lm.data.synthetic import SyntheticSource, is_synthetic, synthetic_task
+from swat_lm.files import write_text
 from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
-from swat_lm.recipe import Recipe
+from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import Checkpoint
 from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOut
@@ -46,7 +47,6 @@ from swat_lm.train.run_folder import (
     choose_start,
     describe_new_schedule,
     scales_rotary,
-    write_recipe,
 )
 from swat_lm.train.trained_text import write_trained_text
 
@@ -118,7 +118,12 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
             "train.steps, or choose another `out`"
         )
 
-    model = begin(engine, recipe, config, initial)
+    # on the CPU, so that drawn weights depend on the seed alone
+    torch.manual_seed(recipe.seed)
+    model = build_model(config)
+    if initial is not None:
+        load_initial(engine, initial, model)
+    model = engine.set_up(model).train()
     optimizer, objective = make_optimizer(model, recipe.train), make_objective(recipe)
     if start is not None:
         objective.load_state_dict(engine.read_state(start.folder, model, optimizer, objective.state_dict()))
@@ -127,31 +132,11 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     store = source.store if isinstance(source, BatchSource) else None
     earlier = start.folder.resolve().parent.parent if start else initial.folder if initial else None
     engine.on_main(lambda: write_trained_text(out, store, earlier))
-    engine.on_main(lambda: write_recipe(recipe, out))
+    engine.on_main(lambda: write_text(out / "recipe.yaml", dump_recipe(recipe)))
     return Training(
-        recipe,
-        engine,
-        model,
-        optimizer,
-        objective,
-        tokenizer,
-        source,
-        held_out,
-        start,
-        plain_config,
-        key,
+        recipe, engine, model, optimizer, objective, tokenizer, source, held_out, start, plain_config, key,
         training_flops(config, recipe.data.sequence_length).per_token,
-    )
-
-
-def begin(engine: Engine, recipe: Recipe, config: PreTrainedConfig, initial: Initial | None) -> nn.Module:
-    """The model with its first weights, drawn or another model's, set up for training."""
-    # on the CPU, so that drawn weights depend on the seed alone
-    torch.manual_seed(recipe.seed)
-    model = build_model(config)
-    if initial is not None:
-        load_initial(engine, initial, model)
-    return engine.set_up(model).train()
+    )  # fmt: skip
 
 
 def check_sources(recipe: Recipe) -> None:

@@ -77,8 +77,8 @@ class Trials(NamedTuple):
     @property
     def best(self) -> Candidate | None:
         """The fastest so far."""
-        fitting = {one: time for one, time in self.times.items() if time is not None}
-        return min(fitting, key=lambda one: fitting[one]) if fitting else None
+        fitting = {candidate: time for candidate, time in self.times.items() if time is not None}
+        return min(fitting, key=lambda candidate: fitting[candidate]) if fitting else None
 
 
 def check_gpu(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> None:
@@ -135,7 +135,7 @@ def tune(
     known = read_tuned(path) if path.exists() else {}
     timer = _bench if measure is None else measure
     best: dict[str, Candidate] = {}
-    for kernel in (one for one in KERNELS if one in kernels):
+    for kernel in (kernel for kernel in KERNELS if kernel in kernels):
         trials = Trials(kernel, _candidates(kernel, problem), {})
         report(trials)
         run = calls.forward if kernel == "forward" else calls.backward

@@ -14,8 +14,7 @@ from swat_lm.ops.calls import AttentionCall
 from swat_lm.ops.head_bias import HeadBias
 from swat_lm.ops.triton.backward_kernels import backward_key, backward_query
 from swat_lm.ops.triton.configurations import Problem, backward_form, configuration, is_one_loop, launch_options
-from swat_lm.ops.triton.device import on_device
-from swat_lm.ops.triton.forward import with_dense_channels
+from swat_lm.ops.triton.device import on_device, with_dense_channels
 from swat_lm.ops.triton.geometry import Rows
 from swat_lm.ops.triton.precision import is_fast, is_folded
 from swat_lm.ops.triton.rotation import angle_stride, rotate
@@ -65,7 +64,7 @@ def backward(
     group = num_heads // num_kv_heads
     common = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_DIM": problem.block_dim, "SOFTMAX": softmax,
-        "FAST": fast, "RAGGED": rows.is_ragged, "ROTARY": rotates,
+        "FAST": fast, "RAGGED": rows.last is not None, "ROTARY": rotates,
         "SKIP": skip_saturated, "HARDWARE": problem.hardware,
         "INPUT_PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip

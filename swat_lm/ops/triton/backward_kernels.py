@@ -195,12 +195,11 @@ def backward_key(
         near = count
         if SKIP and REGULAR_LAST:
             # tiles of rows so far behind the last key that every weight is 0 or 1
-            norms = (
-                tl.load(query_norms_ptr + sequence * num_heads + head),
+            distance = reach(
+                slope, bias, scale, tl.load(query_norms_ptr + sequence * num_heads + head),
                 tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head),
-            )
-            final_key = tl.minimum(first_key + BLOCK_KEYS, num_keys) - 1
-            far_row = final_key + reach(slope, bias, scale, norms[0], norms[1]) - offset
+            )  # fmt: skip
+            far_row = tl.minimum(first_key + BLOCK_KEYS, num_keys) - 1 + distance - offset
             near = tl.maximum(far_row - start + BLOCK_ROWS - 1, 0) // BLOCK_ROWS
             near = tl.minimum(tl.maximum(near, left), count)
         inner_end = tl.minimum(right, near)

@@ -28,6 +28,14 @@ def on_device(tensor: Tensor) -> torch.cuda.device:
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
+def with_dense_channels(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied only where the channels of a head are not next to each other.
+
+    Heads and sequences may lie anywhere, as in a joined projection.
+    """
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 if is_interpreted():
 
     def scalar(value):

@@ -11,7 +11,6 @@ and no rescaling.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from swat_lm.ops.calls import Attended, AttentionCall
 from swat_lm.ops.head_bias import HeadBias
@@ -27,6 +26,7 @@ from swat_lm.ops.triton.device import (
     score_unit,
     sigmoid,
     store_tile,
+    with_dense_channels,
 )
 from swat_lm.ops.triton.geometry import Rows, tiles_of_rows, visible_keys
 from swat_lm.ops.triton.precision import is_fast, is_folded
@@ -63,16 +63,11 @@ def forward(call: AttentionCall) -> Attended:
             angle_stride(cos), num_queries, num_keys, rows.offset, rows.window, scale,
             GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
             SOFTMAX=softmax, FAST=fast, FOLDED=is_folded(scale, fast, one_loop),
-            RAGGED=rows.is_ragged, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
+            RAGGED=rows.last is not None, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
             ONE_LOOP=one_loop, INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **launch_options(tile),
         )  # fmt: skip
     return Attended(output, lse, rotated, key if cos is not None else query.new_empty(0))
-
-
-def with_dense_channels(tensor: Tensor) -> Tensor:
-    """Return the tensor, copied only where the channels of a head are not next to each other."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -21,7 +21,7 @@ _LARGEST = 2**30
 
 
 class Rows(NamedTuple):
-    """Visibility of one call as kernels take it."""
+    """Visibility of one call as kernels take it; ragged where there are tables."""
 
     lower: Tensor | None
     last: Tensor | None
@@ -31,11 +31,6 @@ class Rows(NamedTuple):
     window: int
     # whether `last` is `row + offset`, as in a regular call
     is_last_regular: bool
-
-    @property
-    def is_ragged(self) -> bool:
-        """Whether the tables are used."""
-        return self.last is not None
 
     @classmethod
     def of(cls, call: AttentionCall) -> "Rows":
