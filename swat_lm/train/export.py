@@ -97,10 +97,9 @@ def progress_bars_off() -> Iterator[None]:
 
 def plain_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """The model without shards, compilation or checkpointing, around these very tensors."""
-    config = model.config
     # fully_shard and our loss stand before the class that others know
     with torch.device("meta"):
-        copy = exported_class(type(model))(config)  # type: ignore[arg-type]
+        copy = exported_class(type(model))(model.config)  # type: ignore[arg-type]
     copy.load_state_dict(weights, assign=True)  # type: ignore[attr-defined]
     copy.tie_weights()  # type: ignore[attr-defined]
     return copy  # type: ignore[return-value]
