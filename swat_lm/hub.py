@@ -25,8 +25,7 @@ def is_path(name: str) -> bool:
 
     It is no valid name on the hub, or its parent folder exists.
     """
-    path = local_path(name)
-    return HUB_NAME.fullmatch(name) is None or ("/" in name and path.parent.is_dir())
+    return HUB_NAME.fullmatch(name) is None or ("/" in name and local_path(name).parent.is_dir())
 
 
 def nearest_name(path: Path) -> str:
@@ -34,8 +33,7 @@ def nearest_name(path: Path) -> str:
     parent = path.parent
     while not parent.exists():
         path, parent = parent, parent.parent
-    names = [one.name for one in parent.iterdir()] if parent.is_dir() else []
-    near = nearest(path.name, names)
+    near = nearest(path.name, [entry.name for entry in parent.iterdir()] if parent.is_dir() else [])
     return f"; the nearest is {parent / near[0]}" if near else f"; {path} does not exist"
 
 

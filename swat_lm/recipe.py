@@ -187,11 +187,8 @@ class Recipe:
         if not self.name.strip() or not self.out.strip():
             raise RecipeError("name and out must not be empty")
         object.__setattr__(self, "out", without_tilde(self.out, "out"))
-        for key in ("name", "out"):
-            try:
-                check_name(getattr(self, key), key)
-            except ValueError as error:
-                raise RecipeError(str(error)) from None
+        check_name(self.name, "name")
+        check_name(self.out, "out")
 
 
 def without_tilde(name: str, key: str) -> str:
@@ -218,20 +215,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         apply_override(values, override, places)
     values.setdefault("name", path.stem)
     values.setdefault("out", f"runs/{values['name']}")
-
-    known = [one.key for one in describe(Recipe)]
-    return build(Recipe, values, place=Origin(str(path), places, known))
+    return build(Recipe, values, place=Origin(str(path), places, [entry.key for entry in describe(Recipe)]))
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; loading it gives an equal recipe."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(one) for key, one in value.items()}
-        return [plain(one) for one in value] if isinstance(value, list | tuple) else value
-
-    return yaml.dump(plain(asdict(recipe)), Dumper=Dumper, sort_keys=False, width=120)
+    return yaml.dump(asdict(recipe), Dumper=Dumper, sort_keys=False, width=120)
 
 
 # as whole scalars: with a colon, digits after a zero, dates
@@ -392,7 +381,7 @@ def nearest_file(path: Path) -> str:
     ours = nearest_recipe(path.stem if is_file else path.name)
     if ours and not is_file:
         return f"; did you mean {ours}?"
-    files = {one.stem: one for one in folder.iterdir() if one.suffix in SUFFIXES} if folder.is_dir() else {}
+    files = {file.stem: file for file in folder.iterdir() if file.suffix in SUFFIXES} if folder.is_dir() else {}
     if near := nearest(path.stem, files):
         return f"; the nearest is {files[near[0]]}"
     if ours:

@@ -48,8 +48,9 @@ Several = Annotated[tuple[Entry, ...], BeforeValidator(lambda value: (value,) if
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def settings(kind: type[Built]) -> type[Built]:
     """A frozen dataclass by keywords, whose every instance is valid: a value that is not raises RecipeError."""
-    config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=config)(kind)
+    made: Any = pydantic.dataclasses.dataclass(
+        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    )(kind)
     validated = made.__init__
 
     def initialise(self: Any, **values: Any) -> None:
@@ -108,7 +109,9 @@ def build(kind: type[Built], values: Any, at: str = "", place: Origin = NOWHERE)
 def explain(kind: type, error: ValidationError, at: str, place: Origin) -> str:
     """The first of pydantic's findings in one sentence: unknown keys, then missing ones, then values in order."""
     order = ("unexpected_keyword_argument", "missing")
-    found = min(error.errors(), key=lambda one: order.index(one["type"]) if one["type"] in order else len(order))
+    found = min(
+        error.errors(), key=lambda finding: order.index(finding["type"]) if finding["type"] in order else len(order)
+    )
     location, value = found["loc"], found["input"]
     if location and location[-1] == "[key]":
         key = dotted(at, location[:-2])
@@ -117,7 +120,7 @@ def explain(kind: type, error: ValidationError, at: str, place: Origin) -> str:
     if found["type"] == "invalid_key":
         return f"{place(around)}{around or 'the recipe'}: keys must be words; got {shown(value)}"
     if found["type"] == "unexpected_keyword_argument":
-        siblings = [join(around, one.name) for one in fields(hint_at(kind, location[:-1]))]
+        siblings = [join(around, sibling.name) for sibling in fields(hint_at(kind, location[:-1]))]
         return f"{place(key)}{unknown_key(key, siblings, place.known)}"
     if found["type"] == "missing" and isinstance(location[-1], str):
         about = field_at(kind, location).description or ""
@@ -136,48 +139,42 @@ def misfit(kind: type, found: ErrorDetails, at: str) -> str:
     location, value = found["loc"], found["input"]
     if not location:
         return f"{at or 'the recipe'} must be a mapping of keys to values; got {shown(value)}"
-    if found["type"] in ("missing", "too_long"):
+    if found["type"] == "missing":
         # a list of another length is wrong as a whole
-        location = location[:-1] if found["type"] == "missing" else location
+        location = location[:-1]
     hint = hint_at(kind, location)
     mapping = "a mapping of keys to values" if is_dataclass(hint) else type_words(hint)
-    advice = ""
-    if hint is str and value is not None and not isinstance(value, list | tuple | dict):
-        advice = "; put it in quotes"
+    could_be_text = hint is str and value is not None and not isinstance(value, list | tuple | dict)
+    advice = "; put it in quotes" if could_be_text else ""
     return f"{dotted(at, location)} must be {mapping}; got {shown(value)}{advice}"
 
 
 def range_words(kind: type, location: tuple[int | str, ...]) -> str:
     """The whole range that a number, or an entry of a tuple or mapping, is held to."""
-    metadata: Sequence[Any]
     if not is_dataclass(hint_at(kind, location[:-1])):
         entries = get_args(get_type_hints(hint_at(kind, location[:-2]), include_extras=True)[str(location[-2])])
         # of a mapping's key and value, or of a tuple's entries, which are alike
-        entry = entries[0] if isinstance(location[-1], int) else entries[1]
-        metadata = get_args(entry)[1].metadata
+        metadata = get_args(entries[0 if isinstance(location[-1], int) else 1])[1].metadata
     else:
         metadata = field_at(kind, location).metadata
     # whole limits in all their digits
     words = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Lt: ("below", "lt")}
-    limits = [(words[type(one)][0], getattr(one, words[type(one)][1])) for one in metadata if type(one) in words]
+    limits = [
+        (words[type(limit)][0], getattr(limit, words[type(limit)][1])) for limit in metadata if type(limit) in words
+    ]
     return " and ".join(f"{word} {limit if isinstance(limit, int) else f'{limit:g}'}" for word, limit in limits)
 
 
 def field_at(kind: type, location: Sequence[int | str]) -> FieldInfo:
     """What is declared of a key."""
-    return declared(hint_at(kind, location[:-1]))[str(location[-1])]
-
-
-def declared(kind: Any) -> dict[str, FieldInfo]:
-    """The fields of a class under `settings`."""
-    return kind.__pydantic_fields__
+    return hint_at(kind, location[:-1]).__pydantic_fields__[str(location[-1])]
 
 
 def defaults_of(kind: Any) -> dict[str, Any]:
     """The defaults of a class under `settings` by key, but for mappings."""
     return {
         name: info.default
-        for name, info in declared(kind).items()
+        for name, info in kind.__pydantic_fields__.items()
         if not info.is_required() and info.default_factory is None
     }
 
@@ -200,7 +197,7 @@ def unknown_key(key: str, siblings: Sequence[str], everywhere: Sequence[str] = (
     leaf = key.rpartition(".")[2]
     misplaced = {other.rpartition(".")[2]: other for other in everywhere}
     leaves = {other.rpartition(".")[2]: other for other in siblings}
-    near = [misplaced[leaf]] if leaf in misplaced else [leaves[one] for one in nearest(leaf, leaves)]
+    near = [misplaced[leaf]] if leaf in misplaced else [leaves[name] for name in nearest(leaf, leaves)]
     if near:
         return f"unknown key {key}; the nearest valid key is {near[0]}"
     return f"unknown key {key}; valid keys here are {', '.join(siblings)}"
@@ -228,10 +225,10 @@ class FieldHelp:
     help: str
 
 
-def describe(kind: type, at: str = "") -> list[FieldHelp]:
+def describe(kind: Any, at: str = "") -> list[FieldHelp]:
     """Every key below a class under `settings` with its type, default and docstring, in order, nested keys dotted."""
     hints, found = get_type_hints(kind), []
-    for name, info in declared(kind).items():
+    for name, info in kind.__pydantic_fields__.items():
         key, hint = join(at, name), hints[name]
         if is_dataclass(hint):
             found += describe(hint, key)  # type: ignore[arg-type]

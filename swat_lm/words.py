@@ -59,8 +59,8 @@ def type_words(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         # lists last, since they refer to the others
-        parts = sorted(arguments, key=lambda one: get_origin(one) is list)
-        return " or ".join(dict.fromkeys(type_words(one) for one in parts))
+        parts = sorted(arguments, key=lambda part: get_origin(part) is list)
+        return " or ".join(dict.fromkeys(type_words(part) for part in parts))
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple and arguments[-1] is not Ellipsis:

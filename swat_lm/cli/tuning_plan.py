@@ -136,10 +136,9 @@ def from_source(source: str, overrides: list[str], described: Described) -> Mode
         if not issubclass(entry.kind, AttentionLayer):
             continue
         held = config.attention_settings(index)
-        layers.append(Attention(
-            held.window, held.head_dim, held.num_heads, held.num_kv_heads, held.score_function, held.score_bias,
-            config.rotary(index) is not None,
-        ))  # fmt: skip
+        heads = held.head_dim, held.num_attention_heads, held.num_key_value_heads
+        is_rotary = config.rotary(index) is not None
+        layers.append(Attention(held.sliding_window, *heads, held.score_function, held.bias(), is_rotary))
     if all(layer.window is None for layer in layers):
         raise ValueError(
             f"{source}: no layer has a window, so there is nothing to tune; describe a call of your own by --window, "

@@ -39,7 +39,7 @@ from swat_lm.data.store import (
     damaged,
 )
 from swat_lm.data.tokenizer import BYTES, TokenizerFacts, byte_facts, load_tokenizer, tokenizer_facts
-from swat_lm.files import naming
+from swat_lm.files import naming, put_in_place
 from swat_lm.paths import local_path
 from swat_lm.recipe import DataRecipe
 
@@ -122,7 +122,7 @@ def written_beside(folder: Path) -> Iterator[Path]:
         beside.mkdir()
         yield beside
         try:
-            beside.rename(folder)
+            put_in_place(beside, folder)
         except OSError:
             # another process was faster; its store is as good
             if not folder.exists():

@@ -149,14 +149,14 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
     if attention.rotary is not None:
         angles = chunk.angles(attention.rotary, hidden.dtype)
         query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
-    key = key.repeat_interleave(settings.num_heads // settings.num_kv_heads, dim=2)
+    key = key.repeat_interleave(settings.num_attention_heads // settings.num_key_value_heads, dim=2)
     count = hidden.shape[1]
-    distance, visible = distances(len(hidden), count, count, None, None, settings.window, hidden.device)
+    distance, visible = distances(len(hidden), count, count, None, None, settings.sliding_window, hidden.device)
     scores = torch.einsum("bthd,bshd->bhts", query.float(), key.float()) * settings.head_dim**-0.5
     slopes = attention.slopes_on(hidden.device)
     if slopes is not None:
         scores = scores + slopes.float()[:, None, None] * distance.float()[:, None]
-    scores = (scores + settings.score_bias).masked_fill(~visible[:, None], float("-inf"))
+    scores = (scores + attention.score_bias).masked_fill(~visible[:, None], float("-inf"))
     if settings.score_function == "sigmoid":
         return torch.sigmoid(scores)
     if attention.sink is None:

@@ -29,14 +29,14 @@ class SinkAttention(WindowAttention):
     def __init__(self, attention: WindowAttention, num_sinks: int) -> None:
         """Takes the modules of `attention` over, not copied."""
         with torch.device("meta"):
-            super().__init__(attention.settings, attention.rotary, attention.index)
+            super().__init__(attention.settings, attention.q_proj.in_features, attention.rotary, attention.index)
         for name, module in attention.named_children():
             setattr(self, name, module)
         self.sink, self.num_sinks = attention.sink, num_sinks
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """Beside the window, rotated keys and values of the sinks."""
-        shape = (self.num_sinks, self.settings.num_kv_heads, self.settings.head_dim)
+        shape = (self.num_sinks, self.settings.num_key_value_heads, self.settings.head_dim)
         sinks = StateTensor("sink_key", shape, "summary"), StateTensor("sink_value", shape, "summary")
         return *super().state_spec(), *sinks
 
@@ -44,23 +44,23 @@ class SinkAttention(WindowAttention):
         """Mix a chunk of streams that stand together, `[B, T, M]`."""
         if past is None or chunk.first is not None or chunk.hidden is not None:
             raise ValueError("sinks are kept of streams that stand together, read by their state; without padding")
-        assert self.settings.window is not None
+        assert self.settings.sliding_window is not None
         query, key, value = self.project(hidden)
         near = far = query
         if self.rotary is not None:
             # what is kept holds at most n + W tokens, and the query is the last of them
-            kept = chunk.positions.clamp(max=self.num_sinks + self.settings.window - 1)
+            kept = chunk.positions.clamp(max=self.num_sinks + self.settings.sliding_window - 1)
             own = chunk.angles(self.rotary, hidden.dtype)
             near, key = apply_rotary(query, *own), apply_rotary(key, *own)
             far = apply_rotary(query, *self.rotary.angles(kept, hidden.dtype))
         sink_key, sink_value = self._sinks(key, value, chunk, past)
         items, _ = past.extend(key=key, value=value)
         first, lse = window_attention(
-            near, items["key"], items["value"], window=self.settings.window, score_function="softmax", slopes=None,
-            return_lse=True,
+            near, items["key"], items["value"], window=self.settings.sliding_window, score_function="softmax",
+            slopes=None, return_lse=True,
         )  # fmt: skip
         # sinks that still stand in the window are seen there
-        last = chunk.positions - self.settings.window
+        last = chunk.positions - self.settings.sliding_window
         last = last.clamp(min=-1, max=self.num_sinks - 1).to(torch.int32).expand(len(key), -1).contiguous()
         second, sink_lse = window_attention(
             far, sink_key, sink_value, window=None, score_function="softmax", slopes=None, last_visible=last,

@@ -95,7 +95,7 @@ def changed_config(old: SwatConfig, window: int | None) -> SwatConfig:
         return config
     if len({str(old.rotary(layer)) for layer in layers}) > 1 and not isinstance(old.rope_theta, list):
         raise ValueError("window: this model rotates differently in layers with a window and without: it has no twin")
-    config.score_bias = [old.attention_settings(layer).score_bias for layer in layers]
+    config.score_bias = [old.attention_settings(layer).bias() for layer in layers]
     config.sliding_window = window
     config.layer_types = ["full_attention" if window is None else "sliding_attention"] * len(layers)
     return config

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swat_lm.layers.chunk import Chunk, Rotary
 
@@ -42,32 +43,27 @@ class StateTensor(NamedTuple):
         Raises:
             ValueError: the tensor grows and no context is given.
         """
-        count = torch.Size(self.shape).numel()
-        if self.kind == "summary":
-            return count
-        if self.kind == "window":
-            assert self.items is not None
-            return count * self.items
-        if context is None:
+        places = {"summary": 1, "window": self.items, "growing": context}[self.kind]
+        if places is None:
             raise ValueError(
                 f"context: the state tensor {self.name!r} grows with the sequence; give the number of tokens"
             )
-        return count * context
+        return torch.Size(self.shape).numel() * places
 
 
 def by_name(spec: tuple[StateTensor, ...]) -> dict[str, StateTensor]:
     """A layer's state tensors by their names. Raises ValueError for a spec that contradicts itself."""
-    for one in spec:
-        if one.kind not in ("window", "growing", "summary"):
-            raise ValueError(f"state_spec: {one.name}: expected window, growing or summary, got {one.kind!r}")
-        if (one.kind == "window") != (one.items is not None) or (one.items is not None and one.items < 1):
+    for tensor in spec:
+        if tensor.kind not in ("window", "growing", "summary"):
+            raise ValueError(f"state_spec: {tensor.name}: expected window, growing or summary, got {tensor.kind!r}")
+        if (tensor.kind == "window") != (tensor.items is not None) or (tensor.items is not None and tensor.items < 1):
             raise ValueError(
-                f"state_spec: {one.name}: expected `items` of at least 1 for a window and for no other kind, "
-                f"got {one.kind} with items={one.items}"
+                f"state_spec: {tensor.name}: expected `items` of at least 1 for a window and for no other kind, "
+                f"got {tensor.kind} with items={tensor.items}"
             )
-    found = {one.name: one for one in spec}
+    found = {tensor.name: tensor for tensor in spec}
     if len(found) != len(spec):
-        raise ValueError(f"state_spec: expected different names, got {[one.name for one in spec]}")
+        raise ValueError(f"state_spec: expected different names, got {[tensor.name for tensor in spec]}")
     return found
 
 
@@ -78,48 +74,48 @@ class Past(Protocol):
     goes into a summary is the layer's affair: it leaves both out (`Chunk.real`).
     """
 
+    @abstractmethod
     def extend(self, **new: Tensor) -> tuple[dict[str, Tensor], int]:
         """Take new items `[B, T, *shape]` by name; return kept and new ones together `[B, P + T, *shape]`, and P."""
-        ...
 
+    @abstractmethod
     def fold(self, name: str, decay: Tensor, value: Tensor) -> Tensor:
         """Return the summary S `[B, *shape]` from before the chunk, and keep `decay * S + value` for after it.
 
         `decay` broadcasts to `value`. Over processes this is a scan, so both are known before S is.
         """
-        ...
 
+    @abstractmethod
     def merge(self, value: Mapping[str, Tensor], join: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return summaries from before the chunk by name, and keep `join(before, value)`, which must be associative."""
-        ...
 
+    @abstractmethod
     def after(self) -> "Past":
         """The past of the next chunk, once every name was taken."""
-        ...
 
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """What is kept; in training, what gradients cross between chunks."""
-        ...
 
 
 class InPlace(Past, Protocol):
     """The past of a decoding step: what is kept lies in slots, and the step may write there itself."""
 
     @property
+    @abstractmethod
     def kept(self) -> Mapping[str, Tensor]:
         """By name: windows and growing `[N, places, *shape]`, place `position % places` holds an item; summaries
         `[N, *shape]`."""
-        ...
 
     @property
+    @abstractmethod
     def slot(self) -> Tensor:
         """int64 `[B]`: the slot of each row."""
-        ...
 
     @property
+    @abstractmethod
     def position(self) -> Tensor:
         """int64 `[B]`: items of each row before this step."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -162,40 +158,8 @@ class Shared:
     """Rotary of a head size and Hugging Face's `rope_parameters`."""
 
 
-class Layer(nn.Module, ABC):
-    """A kind of layer: one file, one row of `LAYERS`, its settings."""
-
-    name: ClassVar[str]
-    """What `SwatConfig.layers` calls it."""
-    Settings: ClassVar[type]
-    """A frozen dataclass of what may be set; a configuration's fields of the same names are its defaults."""
-    shortens: ClassVar[bool] = False
-    """Whether it returns fewer tokens than it gets."""
-
-    gradient_checkpointing = False
-    """Set by Hugging Face's tools, with the function beside it; whoever runs the layers obeys."""
-    _gradient_checkpointing_func: Callable[..., Any]
-
-    @classmethod
-    @abstractmethod
-    def build(cls, settings: Any, width: int, index: int, shared: Shared) -> "Layer":
-        """Layer number `index` of a model of this width. Raises ValueError for settings that do not fit the width."""
-
-    @classmethod
-    def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
-        """Fill in what follows from other settings, before they are checked.
-
-        Args:
-            values: all settings by name: the entry's own over the configuration's fields over the kind's defaults.
-            given: those that the entry itself names.
-            width: M.
-        """
-        return values
-
-    @staticmethod
-    def layer_type(settings: Any) -> str:
-        """Hugging Face's name for such a layer."""
-        return "linear_attention"
+class TokenMixer(nn.Module, ABC):
+    """What moves information between positions: a layer, or what stands in one between norm and residual connection."""
 
     @abstractmethod
     def state_spec(self) -> tuple[StateTensor, ...]:
@@ -223,6 +187,42 @@ class Layer(nn.Module, ABC):
     def refuses(self, chunk: Chunk) -> str | None:
         """Why the layer cannot process such a chunk, in one sentence; None where it can."""
         return None
+
+
+class Layer(TokenMixer, GradientCheckpointingLayer):
+    """A kind of layer: one file, one row of `LAYERS`, its settings.
+
+    Hugging Face's base class checkpoints `forward` where a tool asks for it (every so many layers), and lets such tools
+    find the layers. So arguments of `forward` are positional.
+    """
+
+    name: ClassVar[str]
+    """What `SwatConfig.layers` calls it."""
+    Settings: ClassVar[type]
+    """A frozen dataclass of what may be set; a configuration's fields of the same names are its defaults."""
+    shortens: ClassVar[bool] = False
+    """Whether it returns fewer tokens than it gets."""
+
+    @classmethod
+    def build(cls, settings: Any, width: int, index: int, shared: Shared) -> "Layer":
+        """Layer number `index` of a model of this width. Raises ValueError for settings that do not fit the width."""
+        return cls(settings, width, index, shared)
+
+    @classmethod
+    def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
+        """Fill in what follows from other settings, before they are checked.
+
+        Args:
+            values: all settings by name: the entry's own over the configuration's fields over the kind's defaults.
+            given: those that the entry itself names.
+            width: M.
+        """
+        return values
+
+    @staticmethod
+    def layer_type(settings: Any) -> str:
+        """Hugging Face's name for such a layer."""
+        return "linear_attention"
 
     def init_weights(self, shared: Shared) -> None:
         """Start the parameters that are neither linear, embedding nor norm weights; others may be started again."""

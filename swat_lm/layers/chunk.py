@@ -3,11 +3,13 @@
 Legend: B rows, T tokens of the chunk, P items of a past before it, D head size.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # beyond what any layer keeps, and far from where 32-bit indices end: a stream has no end
@@ -19,13 +21,13 @@ class Rotary(Protocol):
 
     key: Hashable
 
+    @abstractmethod
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each `[*positions.shape, D / 2]`."""
-        ...
 
+    @abstractmethod
     def step_angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and signed sine over whole heads, each `[B, 1, 1, D]`, for one token per row."""
-        ...
 
 
 @dataclass
@@ -60,9 +62,7 @@ class Chunk:
     def first_visible(self, num_past: int) -> Tensor | None:
         """Int32 `[B, T]`, `first` as an index into items of which `num_past` stand before the chunk."""
         first = self.first
-        if first is None:
-            return None
-        return self._once(("first", num_past), lambda: (first + num_past).clamp(min=0))
+        return None if first is None else self._once(("first", num_past), lambda: (first + num_past).clamp(min=0))
 
     def last_visible(self, num_past: int) -> Tensor | None:
         """Int32 `[B, T]`, `last` as an index into items of which `num_past` stand before the chunk."""
@@ -76,16 +76,13 @@ class Chunk:
         return self._once(("hidden", num_past), lambda: self._hidden_items(num_past))
 
     def _hidden_items(self, num_past: int) -> Tensor:
-        some = self.hidden if self.hidden is not None else self.past_hidden
-        assert some is not None
         own, past = self.hidden, self.past_hidden
-        if own is None:
-            own = some.new_zeros(some.shape[0], self.num_tokens)
         if past is None:
-            past = some.new_zeros(some.shape[0], 0)
-        past = past[:, max(0, past.shape[1] - num_past) :]
-        unknown = past.new_zeros(past.shape[0], num_past - past.shape[1])
-        return torch.cat((unknown, past, own), dim=1)
+            assert own is not None
+            return F.pad(own, (num_past, 0))
+        # cut where more is known than was kept
+        past = F.pad(past, (num_past - past.shape[1], 0))
+        return F.pad(past, (0, self.num_tokens)) if own is None else torch.cat((past, own), dim=1)
 
     # `functools.cached_property` has a lock before Python 3.12, at which torch.compile gives up
 

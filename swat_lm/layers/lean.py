@@ -120,26 +120,25 @@ class AttentionPlan(LayerPlan):
         """What `AttentionLayer.step` computes, on `[B, M]`."""
         attention, batch = self.attention, hidden.shape[0]
         settings = attention.settings
-        heads, kv_heads = settings.num_heads, settings.num_kv_heads
+        heads, kv_heads = settings.num_attention_heads, settings.num_key_value_heads
         joined = self.query_key_value.times(self.input_norm(hidden)).view(batch, 1, -1, settings.head_dim)
         query_key, value = joined.narrow(2, 0, heads + kv_heads), joined.narrow(2, heads + kv_heads, kv_heads)
         if attention.rotary is not None:
             query_key = rotate_paired(query_key, *chunk.step_angles(attention.rotary, hidden.dtype))
         query, key = query_key.narrow(2, 0, heads), query_key.narrow(2, heads, kv_heads)
-        mixed = self._attend(query, key, value, past, position)
-        hidden = self.output.times_plus(mixed.view(batch, -1), hidden)
+        hidden = self.output.times_plus(self._attend(query, key, value, past, position).view(batch, -1), hidden)
         gate, up = self.gate_up.times(self.feed_forward_norm(hidden)).chunk(2, dim=1)
         return self.down.times_plus(F.silu(gate).mul_(up), hidden)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, past: InPlace, position: int | None) -> Tensor:
         settings, ring = self.attention.settings, past.kept["key"]
-        if position is None or key.dtype != ring.dtype or settings.backend == "reference":
+        if position is None or key.dtype != ring.dtype or settings.attention_backend == "reference":
             return self.attention.attend_step(query, key, value, past)
         table = self._table
         # a ring of full attention grows
         if table is None or table.shape[2] != 2 * ring.shape[1] or table.dtype != score_dtype(query):
-            bias = head_bias(self.attention.slopes_on(ring.device), None, settings.score_bias, query)
-            table = self._table = periodic_table(ring.shape[1], settings.num_kv_heads, bias)
+            bias = head_bias(self.attention.slopes_on(ring.device), None, self.attention.score_bias, query)
+            table = self._table = periodic_table(ring.shape[1], settings.num_key_value_heads, bias)
         output, lse = step_together(
             query, key, value, ring, past.kept["value"], position, table, settings.score_function,
             settings.head_dim**-0.5, return_lse=settings.learned_sink,

@@ -7,7 +7,7 @@ Legend: B rows, T tokens, M width, H heads, P head size, N state size, G groups,
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTensor
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import GatedRMSNorm, RMSNorm
-from swat_lm.layers.pre_norm import start
+from swat_lm.layers.pre_norm import start, start_normal
 from swat_lm.ops.flops import state_space_flops
 from swat_lm.ops.short_convolution import short_convolution, short_convolution_step, tail_after
 from swat_lm.ops.state_space import state_space_scan, state_space_step, state_space_summary
@@ -80,21 +80,6 @@ class Mamba2Settings:
             )
 
 
-class Scanned(NamedTuple):
-    """What the scan takes of a chunk."""
-
-    query: Tensor
-    """`[B, T, G, N]`, as `key`; the paper's C."""
-    key: Tensor
-    """The paper's B."""
-    value: Tensor
-    """`[B, T, H, P]`; the paper's X."""
-    log_decay: Tensor
-    """`[B, T, H]`."""
-    step_size: Tensor
-    """`[B, T, H]`."""
-
-
 class Mamba2Mixer(nn.Module):
     """Projections, convolution, scan and gated norm."""
 
@@ -140,15 +125,16 @@ class Mamba2Mixer(nn.Module):
         mixed, _ = short_convolution(
             inputs, self.conv1d.weight[:, 0], self.conv1d.bias, past=tail, segments=segments, real=real
         )
-        scanned = self._scanned(mixed, steps)
+        query, key, value, log_decay, step_size = self._scanned(mixed, steps)
         state = None
         if past is not None:
-            decay, added = state_space_summary(*scanned[1:], segments=segments, real=real)
+            decay, added = state_space_summary(key, value, log_decay, step_size, segments=segments, real=real)
             state = past.fold("ssm", decay, added).to(added.dtype)
         output, _ = state_space_scan(
-            *scanned, initial_state=state, segments=segments, real=real, chunk_size=self.settings.chunk_size
-        )
-        return self._finish(output, scanned.value, gate)
+            query, key, value, log_decay, step_size, initial_state=state, segments=segments, real=real,
+            chunk_size=self.settings.chunk_size,
+        )  # fmt: skip
+        return self._finish(output, value, gate)
 
     def step(self, hidden: Tensor, past: InPlace) -> Tensor:
         """Mix one normed token per row, `[B, 1, M]`, in place over slots."""
@@ -157,16 +143,20 @@ class Mamba2Mixer(nn.Module):
         mixed = short_convolution_step(
             inputs.to(tail.dtype), self.conv1d.weight[:, 0], self.conv1d.bias, tail, past.slot
         ).to(inputs.dtype)
-        scanned = self._scanned(mixed, steps)
-        output = state_space_step(*scanned, past.kept["ssm"], past.slot)
-        return self._finish(output, scanned.value, gate)
+        query, key, value, log_decay, step_size = self._scanned(mixed, steps)
+        return self._finish(
+            state_space_step(query, key, value, log_decay, step_size, past.kept["ssm"], past.slot), value, gate
+        )
 
-    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Gate `[B, T, inner]`, inputs of the convolution `[B, T, C]` and steps before softplus `[B, T, H]`."""
-        gate, inputs, steps = self.in_proj(hidden).split([self.inner, self.num_channels, self.num_heads], dim=-1)
-        return gate, inputs, steps
+        return self.in_proj(hidden).split([self.inner, self.num_channels, self.num_heads], dim=-1)
 
-    def _scanned(self, mixed: Tensor, steps: Tensor) -> Scanned:
+    def _scanned(self, mixed: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the scan takes of a chunk; in brackets the paper's letters.
+
+        Query (C) and key (B) `[B, T, G, N]`, value (X) `[B, T, H, P]`, logarithms of decays and steps `[B, T, H]`.
+        """
         settings = self.settings
         written = settings.num_groups * settings.state_size
         value, key, query = mixed.split([self.inner, written, written], dim=-1)
@@ -176,7 +166,7 @@ class Mamba2Mixer(nn.Module):
             step_size = step_size.clamp(*settings.time_step_limit)
         key, query = (x.unflatten(-1, (settings.num_groups, settings.state_size)) for x in (key, query))
         log_decay = -step_size * self.A_log.to(precise).exp()
-        return Scanned(query, key, value.unflatten(-1, (self.num_heads, -1)), log_decay, step_size)
+        return query, key, value.unflatten(-1, (self.num_heads, -1)), log_decay, step_size
 
     def _finish(self, output: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         """Skip connection, gated norm and output projection."""
@@ -190,16 +180,11 @@ class Mamba2Layer(Layer):
     name = "mamba2"
     Settings = Mamba2Settings
 
-    def __init__(self, settings: Mamba2Settings, width: int, norm_eps: float) -> None:
+    def __init__(self, settings: Mamba2Settings, width: int, index: int, shared: Shared) -> None:
         super().__init__()
         settings.check_width(width)
-        self.norm = RMSNorm(width, norm_eps)
-        self.mixer = Mamba2Mixer(settings, width, norm_eps)
-
-    @classmethod
-    def build(cls, settings: Mamba2Settings, width: int, index: int, shared: Shared) -> "Mamba2Layer":
-        """Layer number `index` of a model of this width. Raises ValueError for heads that do not fit it."""
-        return cls(settings, width, shared.norm_eps)
+        self.norm = RMSNorm(width, shared.norm_eps)
+        self.mixer = Mamba2Mixer(settings, width, shared.norm_eps)
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
@@ -220,8 +205,7 @@ class Mamba2Layer(Layer):
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Process a chunk `[B, T, M]` after its past."""
-        mixed = self.mixer(self.norm(hidden), chunk, past)
-        return Output(hidden + mixed, None if past is None else past.after())
+        return Output(hidden + self.mixer(self.norm(hidden), chunk, past), None if past is None else past.after())
 
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """Process one token per row, `[B, 1, M]`, in place over slots."""
@@ -250,9 +234,8 @@ class Mamba2Layer(Layer):
         start(mixer.D, lambda: nn.init.ones_(mixer.D))
         start(mixer.dt_bias, lambda: draw_steps(mixer.dt_bias, settings))
         start(mixer.conv1d.weight, lambda: nn.init.kaiming_uniform_(mixer.conv1d.weight, a=math.sqrt(5)))
-        std = shared.initializer_range * shared.output_projection_init_scale
         if shared.output_projection_init_scale != 1:
-            start(mixer.out_proj.weight, lambda: nn.init.normal_(mixer.out_proj.weight, std=std))
+            start_normal(mixer.out_proj.weight, shared.initializer_range * shared.output_projection_init_scale)
 
     def optimizer_options(self) -> dict[str, dict[str, Any]]:
         """What sets decays and steps is not pulled to zero."""

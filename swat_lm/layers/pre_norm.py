@@ -3,48 +3,22 @@
 Parameter names and shapes are Llama's. Legend: B rows, T tokens, M width.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTensor
+from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTensor, TokenMixer
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import RMSNorm
 
 
-class Mixer(nn.Module, ABC):
-    """The part of a layer that moves information between positions; its methods are those of `Layer`."""
+class Mixer(TokenMixer):
+    """What such a layer has between its first norm and the residual stream."""
 
-    @abstractmethod
-    def state_spec(self) -> tuple[StateTensor, ...]:
-        """What is kept of the past for one sequence."""
-
-    @abstractmethod
-    def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
-        """Mix a normed chunk `[B, T, M]`."""
-
-    @abstractmethod
-    def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
-        """Mix one token per row, `[B, 1, M]`, in place over slots."""
-
-    @abstractmethod
-    def flops(self, num_tokens: int, num_past: int = 0) -> int:
-        """FLOPs of the matrix products."""
-
-    @abstractmethod
-    def reach(self) -> int | None:
-        """Tokens, itself included, that an output depends on; None: all before it."""
-
-    def refuses(self, chunk: Chunk) -> str | None:
-        """Why such a chunk cannot be processed; None where it can."""
-        return None
-
-    @abstractmethod
-    def output_projection(self) -> Tensor:
-        """The weight that writes to the residual stream."""
+    o_proj: nn.Linear
+    """The projection that writes to the stream."""
 
 
 class FeedForward(nn.Module):
@@ -103,7 +77,7 @@ class PreNorm(Layer):
         """Start what writes to the residual stream smaller or larger, where asked to."""
         scale = shared.output_projection_init_scale
         if scale != 1:
-            start_normal(self.self_attn.output_projection(), shared.initializer_range * scale)
+            start_normal(self.self_attn.o_proj.weight, shared.initializer_range * scale)
             start_normal(self.mlp.down_proj.weight, shared.initializer_range * scale)
 
 

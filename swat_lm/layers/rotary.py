@@ -19,8 +19,8 @@ class RotaryFrequencies:
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each `[*positions.shape, D / 2]`, float32 at least; the dtype is the hidden states'."""
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
-        cos, sin = rotary_angles(positions, self.head_dim, dtype=precise, frequencies=self.frequencies)
+        dtype = torch.promote_types(dtype, torch.float32)
+        cos, sin = rotary_angles(positions, self.head_dim, dtype=dtype, frequencies=self.frequencies)
         return (cos, sin) if self.factor == 1.0 else (cos * self.factor, sin * self.factor)
 
     def step_angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ class RotaryFrequencies:
         Cosines, and sines with the sign that their half of the pair takes, each `[B, 1, 1, D]`: made once per step,
         they turn a rotation into three operations instead of ten.
         """
-        precise = torch.float64 if dtype == torch.float64 else torch.float32
-        cos, sin = rotary_angles(positions[:, :, None], self.head_dim, dtype=precise, frequencies=self._whole_heads)
+        dtype = torch.promote_types(dtype, torch.float32)
+        cos, sin = rotary_angles(positions[:, :, None], self.head_dim, dtype=dtype, frequencies=self._whole_heads)
         sin.narrow(-1, 0, self.head_dim // 2).neg_()
         return (cos, sin) if self.factor == 1.0 else (cos * self.factor, sin * self.factor)

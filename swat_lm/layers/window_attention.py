@@ -4,7 +4,8 @@ Parameter names and shapes are Llama's. Equations: SWAT (arXiv 2502.18845), Eq. 
 Legend: B rows, T tokens, P kept tokens, M width, H query heads, K key/value heads, D head size.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,59 +16,118 @@ from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.norm import RMSNorm
 from swat_lm.layers.pre_norm import Mixer
 from swat_lm.ops import window_attention, window_attention_step
+from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.flops import attention_flops
 from swat_lm.ops.hiding import hide_keys
 from swat_lm.ops.rotary import apply_rotary, half_angles, rotate_paired
 from swat_lm.ops.slopes import slopes_for
 
+INVERSE_WINDOW = "-log(window)"
+# kernels count positions in 32 bits, and differences of two of them must fit as well
+LARGEST_WINDOW = 2**30
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSettings:
-    """Everything that defines the attention of one layer."""
+    """What may be set of a layer of windowed attention; the fields of SwatConfig of the same names explain them."""
 
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    window: int | None
+    sliding_window: int | None = 1024
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    head_dim: int = 64
+    intermediate_size: int = 2816
     score_function: str = "sigmoid"
     slopes: str = "balanced"
     slope_schedule: str = "swat"
-    score_bias: float = 0.0
+    score_bias: float | str = 0.0
     qk_norm: bool = False
     output_norm: bool = False
     learned_sink: bool = False
-    bias: bool = False
-    norm_eps: float = 1e-6
-    backend: str = "auto"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    use_rotary: bool = True
+    rope_theta: float | None = None
+    """Rotary base; None: that of `rope_parameters`."""
+    rope_parameters: dict[str, Any] | None = None
+    attention_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Hold every setting to its range. Raises ValueError, which begins with the setting's name."""
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        heads, kv_heads, window = self.num_attention_heads, self.num_key_value_heads, self.sliding_window
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected a divisor of num_attention_heads ({heads}), got {kv_heads}"
+            )
+        if window is not None and not 1 <= window <= LARGEST_WINDOW:
+            limit = f"at most {LARGEST_WINDOW}" if window > LARGEST_WINDOW else "at least 1 (a query counts itself)"
+            raise ValueError(f"sliding_window: expected {limit} or None for full attention, got {window}")
+        if self.score_function not in ("sigmoid", "softmax"):
+            raise ValueError(f"score_function: expected 'sigmoid' or 'softmax', got {self.score_function!r}")
+        slopes_for(heads, self.slopes, self.slope_schedule)
+        self.bias()
+        if self.learned_sink and self.score_function != "softmax":
+            raise ValueError("learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it")
+        if self.use_rotary and self.head_dim % 2:
+            raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
+        if self.attention_backend not in BACKENDS:
+            raise ValueError(f"attention_backend: expected {', '.join(BACKENDS)}, got {self.attention_backend!r}")
+
+    def bias(self) -> float:
+        """The number that is added to every score. Raises ValueError where there is none."""
+        bias = self.score_bias
+        if isinstance(bias, str):
+            if bias != INVERSE_WINDOW:
+                raise ValueError(f"score_bias: expected a number or {INVERSE_WINDOW!r}, got {bias!r}")
+            if self.sliding_window is None:
+                raise ValueError(
+                    f"score_bias: the layer has no window, so {INVERSE_WINDOW!r} has no meaning; "
+                    "set score_bias=0 or another number, or a list with one entry per layer"
+                )
+            return -math.log(self.sliding_window)
+        if not math.isfinite(bias):
+            raise ValueError(f"score_bias: expected a finite number, got {bias}")
+        return float(bias)
 
 
 class WindowAttention(Mixer):
     """Attention over the last `window` tokens (all of them when the window is None)."""
 
-    def __init__(self, settings: AttentionSettings, rotary: Rotary | None = None, index: int = 0) -> None:
+    sink: nn.Parameter | None
+
+    def __init__(
+        self,
+        settings: AttentionSettings,
+        width: int,
+        rotary: Rotary | None = None,
+        index: int = 0,
+        norm_eps: float = 1e-6,
+    ) -> None:
         """`index` is the layer's number, by which it finds its window where a step draws windows."""
         super().__init__()
         self.settings = settings
         self.rotary = rotary
         self.index = index
-        query_width = settings.num_heads * settings.head_dim
-        key_width = settings.num_kv_heads * settings.head_dim
-        self.q_proj = nn.Linear(settings.hidden_size, query_width, bias=settings.bias)
-        self.k_proj = nn.Linear(settings.hidden_size, key_width, bias=settings.bias)
-        self.v_proj = nn.Linear(settings.hidden_size, key_width, bias=settings.bias)
-        self.o_proj = nn.Linear(query_width, settings.hidden_size, bias=settings.bias)
+        self.score_bias = settings.bias()
+        self.num_heads, self.num_kv_heads = settings.num_attention_heads, settings.num_key_value_heads
+        query_width, bias = settings.num_attention_heads * settings.head_dim, settings.attention_bias
+        key_width = settings.num_key_value_heads * settings.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=bias)
+        self.k_proj = nn.Linear(width, key_width, bias=bias)
+        self.v_proj = nn.Linear(width, key_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, width, bias=bias)
         # one weight per head channel, shared by the heads
-        self.q_norm = RMSNorm(settings.head_dim, settings.norm_eps) if settings.qk_norm else None
-        self.k_norm = RMSNorm(settings.head_dim, settings.norm_eps) if settings.qk_norm else None
-        self.output_norm = RMSNorm(settings.head_dim, settings.norm_eps) if settings.output_norm else None
-        if settings.learned_sink:
-            self.sink = nn.Parameter(torch.zeros(settings.num_heads))
-        else:
-            self.register_parameter("sink", None)
+        self.q_norm = RMSNorm(settings.head_dim, norm_eps) if settings.qk_norm else None
+        self.k_norm = RMSNorm(settings.head_dim, norm_eps) if settings.qk_norm else None
+        self.output_norm = RMSNorm(settings.head_dim, norm_eps) if settings.output_norm else None
+        self.register_parameter(
+            "sink", nn.Parameter(torch.zeros(settings.num_attention_heads)) if settings.learned_sink else None
+        )
         # not a buffer: `.to(bfloat16)` must not round the slopes, nor loading leave them uninitialised
         with torch.device("cpu"):
-            self._slopes = slopes_for(settings.num_heads, settings.slopes, settings.slope_schedule)
+            self._slopes = slopes_for(settings.num_attention_heads, settings.slopes, settings.slope_schedule)
 
     def take_heads(self, share: int, num_shares: int) -> None:
         """Be one of `num_shares` parts, each with as many heads in order; the projections are cut by whoever asks.
@@ -75,27 +135,24 @@ class WindowAttention(Mixer):
         Raises:
             ValueError: heads that cannot be shared equally.
         """
-        settings = self.settings
-        for name in ("num_heads", "num_kv_heads"):
-            if getattr(settings, name) % num_shares:
+        for name, heads in (("num_attention_heads", self.num_heads), ("num_key_value_heads", self.num_kv_heads)):
+            if heads % num_shares:
                 raise ValueError(
-                    f"{name}: {getattr(settings, name)} heads cannot be shared by {num_shares} processes; "
-                    "take a number that divides them"
+                    f"{name}: {heads} heads cannot be shared by {num_shares} processes; take a number that divides them"
                 )
-        heads = settings.num_heads // num_shares
-        self.settings = replace(settings, num_heads=heads, num_kv_heads=settings.num_kv_heads // num_shares)
+        self.num_heads, self.num_kv_heads = self.num_heads // num_shares, self.num_kv_heads // num_shares
         if self._slopes is not None:
-            self._slopes = self._slopes[share * heads : (share + 1) * heads].clone()
+            self._slopes = self._slopes[share * self.num_heads : (share + 1) * self.num_heads].clone()
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """Rotated keys and values: `window` places, since a new key is written before it is attended to."""
-        shape, window = (self.settings.num_kv_heads, self.settings.head_dim), self.settings.window
+        shape, window = (self.num_kv_heads, self.settings.head_dim), self.settings.sliding_window
         kind = "growing" if window is None else "window"
         return StateTensor("key", shape, kind, window), StateTensor("value", shape, kind, window)
 
     def refuses(self, chunk: Chunk) -> str | None:
         """A prefix that is read in both directions, where distances or a window count from the query."""
-        if chunk.last is None or (self.settings.slopes == "none" and self.settings.window is None):
+        if chunk.last is None or (self.settings.slopes == "none" and self.settings.sliding_window is None):
             return None
         return (
             "attention with slopes or a window counts distances back from the query, so it cannot read a prefix in "
@@ -114,8 +171,7 @@ class WindowAttention(Mixer):
                 rotary = None
             items, num_past = past.extend(key=key, value=value)
             key, value = items["key"], items["value"]
-        result = self.attend(query, key, value, chunk, num_past, rotary)
-        mixed = self.o_proj(self.heads_output(result))
+        mixed = self.o_proj(self.heads_output(self.attend(query, key, value, chunk, num_past, rotary)))
         return Output(mixed, None if past is None else past.after())
 
     def attend(
@@ -144,13 +200,13 @@ class WindowAttention(Mixer):
             window=self.window_in(chunk),
             score_function=settings.score_function,
             slopes=self.slopes_on(query.device),
-            score_bias=settings.score_bias,
+            score_bias=self.score_bias,
             scale=scale,
             first_visible=chunk.first_visible(num_past),
             last_visible=chunk.last_visible(num_past),
             rotary=rotary,
             return_lse=settings.learned_sink,
-            backend=settings.backend,
+            backend=settings.attention_backend,
         )
         if blind is None:
             return result
@@ -160,7 +216,7 @@ class WindowAttention(Mixer):
 
     def window_in(self, chunk: Chunk) -> int | None:
         """The window for this chunk: the layer's own, or the one that was drawn for it. Raises ValueError."""
-        own = self.settings.window
+        own = self.settings.sliding_window
         if chunk.windows is None:
             return own
         drawn = chunk.windows[self.index]
@@ -195,30 +251,30 @@ class WindowAttention(Mixer):
         if key.dtype != key_ring.dtype:
             # under autocast
             query, key, value = (x.to(key_ring.dtype) for x in (query, key, value))
-        result = window_attention_step(
-            query,
-            key,
-            value,
-            key_ring,
-            past.kept["value"],
-            past.slot,
-            past.position,
-            score_function=settings.score_function,
-            slopes=self.slopes_on(query.device),
-            score_bias=settings.score_bias,
-            rotary=rotary,
-            return_lse=settings.learned_sink,
-            backend=settings.backend,
+        return self.heads_output(
+            window_attention_step(
+                query,
+                key,
+                value,
+                key_ring,
+                past.kept["value"],
+                past.slot,
+                past.position,
+                score_function=settings.score_function,
+                slopes=self.slopes_on(query.device),
+                score_bias=self.score_bias,
+                rotary=rotary,
+                return_lse=settings.learned_sink,
+                backend=settings.attention_backend,
+            )
         )
-        return self.heads_output(result)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query `[B, T, H, D]`, key and value `[B, T, K, D]`, normed but not rotated."""
-        settings = self.settings
-        batch, num_tokens, _ = hidden.shape
-        query = self.q_proj(hidden).view(batch, num_tokens, settings.num_heads, settings.head_dim)
-        key = self.k_proj(hidden).view(batch, num_tokens, settings.num_kv_heads, settings.head_dim)
-        value = self.v_proj(hidden).view(batch, num_tokens, settings.num_kv_heads, settings.head_dim)
+        shape = (*hidden.shape[:2], -1, self.settings.head_dim)
+        query = self.q_proj(hidden).view(shape)
+        key = self.k_proj(hidden).view(shape)
+        value = self.v_proj(hidden).view(shape)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, value
@@ -228,7 +284,7 @@ class WindowAttention(Mixer):
         if self.sink is not None:
             output, lse = result
             # cut by tensor parallelism, it is this process's part of a whole
-            sink = getattr(self.sink, "to_local", lambda: self.sink)()
+            sink: Tensor = self.sink.to_local() if hasattr(self.sink, "to_local") else self.sink  # type: ignore[operator]
             # softmax with one more key, of score `sink` and value zero
             share = torch.sigmoid(lse - sink.to(lse.dtype))
             output = output * share.to(output.dtype).unsqueeze(-1)
@@ -256,19 +312,17 @@ class WindowAttention(Mixer):
     def flops(self, num_tokens: int, num_past: int = 0) -> int:
         """Projections, and the two products over the pairs that the window leaves."""
         settings = self.settings
-        matrices = settings.hidden_size * settings.head_dim * 2 * (settings.num_heads + settings.num_kv_heads)
-        pairs = attention_flops(settings.num_heads, settings.head_dim, num_tokens, settings.window, num_past)
-        return 2 * num_tokens * matrices + pairs
+        # those of keys and values are alike, and those of queries and outputs
+        matrices = 2 * (self.q_proj.weight.numel() + self.k_proj.weight.numel())
+        return 2 * num_tokens * matrices + attention_flops(
+            settings.num_attention_heads, settings.head_dim, num_tokens, settings.sliding_window, num_past
+        )
 
     def reach(self) -> int | None:
         """The window."""
-        return self.settings.window
-
-    def output_projection(self) -> Tensor:
-        """The weight of `o_proj`."""
-        return self.o_proj.weight
+        return self.settings.sliding_window
 
     def extra_repr(self) -> str:
         """The settings that are not visible in the submodules."""
         shown = self.settings
-        return f"window={shown.window}, score_function={shown.score_function}, slopes={shown.slopes}"
+        return f"window={shown.sliding_window}, score_function={shown.score_function}, slopes={shown.slopes}"

@@ -218,7 +218,7 @@ class SwatConfig(PreTrainedConfig):
         kind, settings = self.plan()[layer_index]
         if not issubclass(kind, AttentionLayer):
             raise ValueError(f"layer {layer_index} is {kind.name}, expected {AttentionLayer.name}")
-        return settings.attention(self.hidden_size, self.rms_norm_eps)
+        return settings
 
     def _per_layer(self, name: str) -> list[Any]:
         value = getattr(self, name)

@@ -31,11 +31,8 @@ def run_layers(
     after, said = [], []
     for index, layer in enumerate(layers):
         past = None if pasts is None else pasts[index]
-        if layer.gradient_checkpointing and layer.training:
-            # positional, so that a reentrant checkpoint sees the hidden states' gradient
-            hidden, past, auxiliary = layer._gradient_checkpointing_func(layer.__call__, hidden, chunk, past)
-        else:
-            hidden, past, auxiliary = layer(hidden, chunk, past)
+        # positional, so that a reentrant checkpoint sees the hidden states' gradient
+        hidden, past, auxiliary = layer(hidden, chunk, past)
         if pasts is not None and past is None:
             raise AssertionError(f"layer {index} ({layer.name}) got a past and returned none: return past.after()")
         if hidden.shape[1] != chunk.num_tokens:

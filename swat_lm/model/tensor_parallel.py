@@ -6,7 +6,10 @@ What is cut how stands in `SwatConfig.base_model_tp_plan`; layers of other kinds
 from typing import Any
 
 from torch import nn
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,  # pyright: ignore[reportPrivateImportUsage] in transformers 5.20 it has no other place
+    ColwiseParallel,
+)
 
 from swat_lm.layers.window_attention import WindowAttention
 from swat_lm.model.configuration import HEADS
@@ -22,4 +25,4 @@ class HeadsParallel(ColwiseParallel):
         return module
 
 
-ALL_PARALLEL_STYLES.register(HEADS, HeadsParallel())
+ALL_PARALLEL_STYLES.register(HEADS, HeadsParallel())  # pyright: ignore[reportArgumentType]

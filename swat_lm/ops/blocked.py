@@ -5,6 +5,8 @@ addend, and one scratch of scores serves all tiles: fresh large temporaries faul
 40 % on top of products and sigmoids. The backward saves query, key and value only. Mathematics: docs/mathematics.md.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from swat_lm.ops.bands import Band
 from swat_lm.ops.calls import AttentionCall
 from swat_lm.ops.head_bias import HeadBias, score_dtype
 from swat_lm.ops.key_gradients import ApartTiles, KeySums, SkewedTiles
-from swat_lm.ops.tile_batches import Scratch, TileBatch, TilesOfHead, key_groups, tile_batches
+from swat_lm.ops.tile_batches import Scratch, TileBatch, TilesOfHead, key_groups
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -23,15 +25,15 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3] if call.softmax else (0,))
     band = Band.of(q.shape[1], k.shape[1], call.window, q.device)
     scratch = Scratch(q)
-    for batch in tile_batches(band, call.head_bias(), q.shape[0], k.shape[2], call.first_visible, call.last_visible):
+    groups = key_groups(band, call.head_bias(), q.shape[0], k.shape[2], call.first_visible, call.last_visible)
+    for batch in chain.from_iterable(group.batches for group in groups):
         rows = batch.rows(q)
         scores = _scores(batch, rows, batch.keys(k), call.scale, scratch)
         if call.softmax:
             weights = _softmax(scores, scratch.take("weights", *scores.shape), batch.rows(lse))
         else:
             weights = torch.sigmoid(scores, out=scores)
-        result = scratch.take("result", *rows.shape)
-        batch.rows(output).copy_(torch.bmm(weights, batch.keys(v), out=result))
+        batch.rows(output).copy_(torch.bmm(weights, batch.keys(v), out=scratch.take("result", *rows.shape)))
     return output.to(call.query.dtype), lse
 
 
@@ -61,10 +63,11 @@ def backward(
         d_key.begin(group)
         d_value.begin(group)
         for batch in group.batches:
-            if isinstance(batch, TilesOfHead) and not disjoint:
-                layout = SkewedTiles(batch, scratch)
-            else:
-                layout = ApartTiles(batch, scratch)
+            layout = (
+                SkewedTiles(batch, scratch)
+                if isinstance(batch, TilesOfHead) and not disjoint
+                else ApartTiles(batch, scratch)
+            )
             rows, d_rows = layout.rows(q, "rows"), layout.rows(d_output, "d_rows")
             columns = batch.keys(k)
             # two buffers serve four matrices: scores, then dP; weights, then dS
@@ -125,6 +128,5 @@ def _softmax_backward(d_weights: Tensor, weights: Tensor, d_lse: Tensor | None) 
     shift = (d_weights * weights).sum(dim=-1, keepdim=True)
     if d_lse is not None:
         # a row that sees nothing has weights of zero, and whatever its lse's gradient is must not reach anything
-        sees = weights.sum(dim=-1, keepdim=True) > 0
-        shift -= d_lse[..., None].where(sees, 0.0)
+        shift -= d_lse[..., None].where(weights.sum(dim=-1, keepdim=True) > 0, 0.0)
     weights.mul_(d_weights.sub_(shift))

@@ -38,12 +38,12 @@ class AttentionCall(NamedTuple):
     """"blocked" or "triton": it was chosen."""
     skip_saturated: bool = False
 
-    def head_bias(self) -> HeadBias:
+    def head_bias(self: "AttentionCall | StepCall") -> HeadBias:
         """Slope and constant of every head."""
         return head_bias(self.slopes, self.score_bias, self.bias, self.query)
 
     @property
-    def softmax(self) -> bool:
+    def softmax(self: "AttentionCall | StepCall") -> bool:
         """Whether weights share their sum."""
         return self.score_function == "softmax"
 
@@ -79,25 +79,12 @@ class StepCall(NamedTuple):
     backend: str = "auto"
     """"blocked" or "triton": it was chosen."""
 
-    def head_bias(self) -> HeadBias:
-        """Slope and constant of every head."""
-        return head_bias(self.slopes, self.score_bias, self.bias, self.query)
-
-    @property
-    def softmax(self) -> bool:
-        """Whether weights share their sum."""
-        return self.score_function == "softmax"
+    head_bias = AttentionCall.head_bias
+    softmax = AttentionCall.softmax
 
 
-class Stepped(NamedTuple):
-    """What `window_attention_step` computes; the lse is empty for sigmoid."""
-
-    output: Tensor
-    lse: Tensor
-
-
-def schema(*records: type, results: type, mutates: tuple[str, ...] = ()) -> str:
-    """What `torch.library` is told of an op that takes the fields of records, in order, and returns those of another.
+def schema(*records: type, num_results: int, mutates: tuple[str, ...] = ()) -> str:
+    """What `torch.library` is told of an op that takes the fields of records, in order, and returns tensors.
 
     `mutates` are the arguments that it changes in place.
     """
@@ -106,9 +93,4 @@ def schema(*records: type, results: type, mutates: tuple[str, ...] = ()) -> str:
         for name, kind in get_type_hints(record).items():
             alias = f"(a{len(arguments)}!)" if name in mutates else ""
             arguments.append(f"{_TYPES[kind]}{alias} {name}")
-    return f"({', '.join(arguments)}) -> ({', '.join(_TYPES[kind] for kind in get_type_hints(results).values())})"
-
-
-def names_of_tensors(record: type) -> tuple[str, ...]:
-    """The fields that are tensors or may be, in order."""
-    return tuple(name for name, kind in get_type_hints(record).items() if kind in (Tensor, Tensor | None))
+    return f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * num_results)})"

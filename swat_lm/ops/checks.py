@@ -46,7 +46,9 @@ def check_inputs(
     """Refuse tensors that do not fit together, before any backend sees them."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [batch, tokens, heads, head size], got {_shape(tensor)}")
+            raise ValueError(
+                f"{name}: expected 4 dimensions [batch, tokens, heads, head size], got {list(tensor.shape)}"
+            )
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
         if tensor.dtype != query.dtype:
@@ -54,11 +56,11 @@ def check_inputs(
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
     if value.shape != key.shape:
-        raise ValueError(f"value: expected the key's shape {_shape(key)}, got {_shape(value)}")
+        raise ValueError(f"value: expected the key's shape {list(key.shape)}, got {list(value.shape)}")
     if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
         raise ValueError(
             f"key: expected the query's batch and head size, [{query.shape[0]}, S, K, {query.shape[3]}], "
-            f"got {_shape(key)}"
+            f"got {list(key.shape)}"
         )
     if key.shape[2] < 1 or query.shape[2] % key.shape[2]:
         raise ValueError(
@@ -67,21 +69,19 @@ def check_inputs(
         )
     if precision == "fast" and query.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"precision: 'fast' serves bfloat16 and float16 inputs only, got {query.dtype}; use 'exact'")
-    if slopes is not None:
-        _check_per_head("slopes", slopes, query)
-    if isinstance(score_bias, Tensor):
-        _check_per_head("score_bias", score_bias, query)
-    elif not -math.inf < score_bias < math.inf:
+    if not isinstance(score_bias, Tensor) and not -math.inf < score_bias < math.inf:
         raise ValueError(f"score_bias: expected a finite number or a tensor [heads], got {score_bias}")
-
-
-def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> None:
-    if tuple(tensor.shape) != (query.shape[2],):
-        raise ValueError(f"{name}: expected one number per query head, shape [{query.shape[2]}], got {_shape(tensor)}")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    if tensor.device != query.device:
-        raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
+    for name, tensor in (("slopes", slopes), ("score_bias", score_bias)):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tuple(tensor.shape) != (query.shape[2],):
+            raise ValueError(
+                f"{name}: expected one number per query head, shape [{query.shape[2]}], got {list(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
 
 
 def check_visibility(query: Tensor, key: Tensor, first_visible: Tensor | None, last_visible: Tensor | None) -> None:
@@ -91,7 +91,7 @@ def check_visibility(query: Tensor, key: Tensor, first_visible: Tensor | None, l
         if tensor is None:
             continue
         if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name}: expected [batch, queries] = {list(expected)}, got {_shape(tensor)}")
+            raise ValueError(f"{name}: expected [batch, queries] = {list(expected)}, got {list(tensor.shape)}")
         if tensor.dtype != torch.int32:
             raise ValueError(f"{name}: expected int32 indices into the keys, got {tensor.dtype}")
         if tensor.device != query.device:
@@ -120,7 +120,7 @@ def check_rotary(query: Tensor, key: Tensor, last_visible: Tensor | None, rotary
     shapes = [angles, (1, *angles), (query.shape[0], *angles)]
     for name, tensor in zip(("cosine", "sine"), rotary, strict=True):
         if tuple(tensor.shape) not in shapes:
-            raise ValueError(f"rotary: expected the {name} [T, D/2] or [B, T, D/2], got {_shape(tensor)}")
+            raise ValueError(f"rotary: expected the {name} [T, D/2] or [B, T, D/2], got {list(tensor.shape)}")
         if not tensor.is_floating_point() or tensor.device != query.device:
             raise ValueError(
                 f"rotary: expected the {name} as a floating-point tensor on {query.device}, "
@@ -142,22 +142,21 @@ def check_rings(
     for name, ring in (("key_ring", key_ring), ("value_ring", value_ring)):
         if ring.dim() != 4 or ring.shape[2:] != key.shape[2:] or ring.shape[1] < 1:
             raise ValueError(
-                f"{name}: expected [slots, window, {key.shape[2]}, {key.shape[3]}] to hold the keys, got {_shape(ring)}"
+                f"{name}: expected [slots, window, {key.shape[2]}, {key.shape[3]}] to hold the keys, "
+                f"got {list(ring.shape)}"
             )
         if ring.dtype != key.dtype or ring.device != key.device:
             raise ValueError(f"{name}: expected {key.dtype} on {key.device}, got {ring.dtype} on {ring.device}")
     if key_ring.shape != value_ring.shape:
-        raise ValueError(f"value_ring: expected the key ring's shape {_shape(key_ring)}, got {_shape(value_ring)}")
+        raise ValueError(
+            f"value_ring: expected the key ring's shape {list(key_ring.shape)}, got {list(value_ring.shape)}"
+        )
     for name, tensor in (("slot", slot), ("position", position)):
         if tuple(tensor.shape) != (query.shape[0],) or tensor.dtype != torch.int64:
-            raise ValueError(f"{name}: expected int64 [{query.shape[0]}], got {tensor.dtype} {_shape(tensor)}")
+            raise ValueError(f"{name}: expected int64 [{query.shape[0]}], got {tensor.dtype} {list(tensor.shape)}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected the query's device {query.device}, got {tensor.device}")
     if query.shape[0] > key_ring.shape[0]:
         raise ValueError(
             f"slot: {counted(query.shape[0], 'sequence')} cannot own {counted(key_ring.shape[0], 'ring')}, one each"
         )
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))

@@ -3,6 +3,7 @@
 A multiply-add is 2; recomputation in the backward pass does not count.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,53 +36,31 @@ def state_space_flops(num_channels: int, state_size: int, num_tokens: int) -> in
 # `torch.utils.flop_counter` counts our operators by the same rules: useful pairs, the visibility of a plain batch
 
 
-@register_flop_formula(torch.ops.swat_lm.window_attention)
-def _window_attention_flops(*args: Any, **kwargs: Any) -> int:
-    return _attended_flops(torch.ops.swat_lm.window_attention, args)
+def _attended(query: Any, key: Any, window: int | None, **_: Any) -> int:
+    batch, num_queries, num_heads, head_dim = query
+    return attention_flops(batch * num_heads, head_dim, num_queries, window, key[1] - num_queries)
 
 
-@register_flop_formula(torch.ops.swat_lm.window_attention_backward)
-def _window_attention_backward_flops(*args: Any, **kwargs: Any) -> int:
-    return 2 * _attended_flops(torch.ops.swat_lm.window_attention_backward, args)
-
-
-@register_flop_formula(torch.ops.swat_lm.state_space_scan)
-def _state_space_scan_flops(*args: Any, **kwargs: Any) -> int:
-    return _scanned_flops(torch.ops.swat_lm.state_space_scan, args)
-
-
-@register_flop_formula(torch.ops.swat_lm.state_space_scan_backward)
-def _state_space_scan_backward_flops(*args: Any, **kwargs: Any) -> int:
-    return 2 * _scanned_flops(torch.ops.swat_lm.state_space_scan_backward, args)
-
-
-def _scanned_flops(operation: Any, args: tuple[Any, ...]) -> int:
-    named = _by_name(operation, args)
-    batch, num_tokens, num_heads, head_dim = named["value"]
-    return state_space_flops(batch * num_heads * head_dim, named["key"][-1], num_tokens)
-
-
-def _by_name(operation: Any, args: tuple[Any, ...]) -> dict[str, Any]:
-    # tensors come as their shapes; the places of the arguments are the op's own affair
-    return {argument.name: value for argument, value in zip(operation.default._schema.arguments, args, strict=False)}
-
-
-def _attended_flops(operation: Any, args: tuple[Any, ...]) -> int:
-    named = _by_name(operation, args)
-    batch, num_queries, num_heads, head_dim = named["query"]
-    num_past = named["key"][1] - num_queries
-    return attention_flops(batch * num_heads, head_dim, num_queries, named["window"], num_past)
-
-
-@register_flop_formula(torch.ops.swat_lm.window_attention_step)
-def _window_attention_step_flops(
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    key_ring: tuple[int, ...],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
+def _attended_step(query: Any, key_ring: Any, **_: Any) -> int:
     # counted as a full ring: the positions are values, which a formula of shapes does not see
-    batch, _, num_heads, head_dim = query
-    return 4 * batch * num_heads * head_dim * key_ring[1]
+    return attention_flops(query[0] * query[2], query[3], 1, None, key_ring[1] - 1)
+
+
+def _scanned(key: Any, value: Any, **_: Any) -> int:
+    batch, num_tokens, num_heads, head_dim = value
+    return state_space_flops(batch * num_heads * head_dim, key[-1], num_tokens)
+
+
+def _register(operation: Any, count: Callable[..., int], times: int = 1) -> None:
+    @register_flop_formula(operation)
+    def formula(*args: Any, **kwargs: Any) -> int:
+        # tensors come as their shapes; the places of the arguments are the op's own affair
+        names = [argument.name for argument in operation.default._schema.arguments]
+        return times * count(**dict(zip(names, args, strict=False)))
+
+
+_register(torch.ops.swat_lm.window_attention, _attended)
+_register(torch.ops.swat_lm.window_attention_backward, _attended, times=2)
+_register(torch.ops.swat_lm.window_attention_step, _attended_step)
+_register(torch.ops.swat_lm.state_space_scan, _scanned)
+_register(torch.ops.swat_lm.state_space_scan_backward, _scanned, times=2)

@@ -21,8 +21,7 @@ class HeadBias(NamedTuple):
 def head_bias(slopes: Tensor | None, score_bias: Tensor | None, number: float, query: Tensor) -> HeadBias:
     """Bring the operator's arguments to one form: float64 for float64 queries, float32 otherwise."""
     dtype = score_dtype(query)
-    num_heads = query.shape[2]
-    zeros = torch.zeros(num_heads, dtype=dtype, device=query.device)
+    zeros = torch.zeros(query.shape[2], dtype=dtype, device=query.device)
     return HeadBias(
         zeros if slopes is None else slopes.to(dtype),
         zeros + number if score_bias is None else score_bias.to(dtype),

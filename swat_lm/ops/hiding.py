@@ -25,9 +25,8 @@ def hide_keys(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: 
     Returns:
         query, key and value with `EXTRA_CHANNELS` more; the output's additional channels are 0.
     """
-    score = torch.zeros(EXTRA_CHANNELS, dtype=key.dtype, device=key.device)
     lowest = LOWEST_IN_FLOAT16 if key.dtype == torch.float16 else LOWEST_SCORE
-    score[:] = lowest / scale / EXTRA_CHANNELS
+    score = key.new_full((EXTRA_CHANNELS,), lowest / scale / EXTRA_CHANNELS)
     ones = query.new_ones(()).expand(*query.shape[:-1], EXTRA_CHANNELS)
     lowered = torch.where(hidden[:, :, None, None], score, 0.0).expand(*key.shape[:-1], EXTRA_CHANNELS)
     nothing = value.new_zeros(()).expand(*value.shape[:-1], EXTRA_CHANNELS)

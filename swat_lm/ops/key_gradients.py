@@ -73,8 +73,7 @@ class ApartTiles:
             sums.add(run, left, rows, scale)
         else:
             # a batched product into a strided result would fall back to one product per tile
-            part = self.scratch.take("part", *run.shape)
-            run.add_(torch.bmm(left, rows, out=part), alpha=scale)
+            run.add_(torch.bmm(left, rows, out=self.scratch.take("part", *run.shape)), alpha=scale)
 
 
 class SkewedTiles:
@@ -97,12 +96,10 @@ class SkewedTiles:
 
     def rows(self, x: Tensor, name: str) -> Tensor:
         """`[B, T, H, D]` -> `[N, rows, D]`, copied between zero rows."""
-        head_dim = x.shape[-1]
-        padded = self.scratch.take(name, self.count + 2 * self.blocks_back, self.block, head_dim)
+        padded = self.scratch.take(name, self.count + 2 * self.blocks_back, self.block, x.shape[-1])
         padded[: self.blocks_back].zero_()
         padded[self.blocks_back + self.count :].zero_()
-        inner = padded[self.blocks_back : self.blocks_back + self.count]
-        return inner.copy_(self.batch.rows(x))
+        return padded[self.blocks_back : self.blocks_back + self.count].copy_(self.batch.rows(x))
 
     def add(self, sums: KeySums, weights: Tensor, rows: Tensor, scale: float) -> None:
         """Add `scale * weights^T rows`."""

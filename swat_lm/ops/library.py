@@ -4,13 +4,13 @@ The wrapper in `window_attention.py` has checked everything; here a call goes to
 has a fixed number of outputs: what a call does not have is empty.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from swat_lm.ops import blocked
-from swat_lm.ops.calls import Attended, AttentionCall, names_of_tensors, schema
+from swat_lm.ops.calls import Attended, AttentionCall, schema
 from swat_lm.ops.head_bias import score_dtype
 
 
@@ -93,7 +93,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Cotangents, AttentionCall]:
     return Cotangents(*arguments[:count]), AttentionCall(*arguments[count:])
 
 
-_TENSORS = names_of_tensors(AttentionCall)
+_TENSORS = tuple(name for name, kind in get_type_hints(AttentionCall).items() if kind in (Tensor, Tensor | None))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -115,24 +115,26 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_:
     gradients: dict[str, Tensor] = {}
     if grad_output is not None or grad_lse is not None:
         needed = dict(zip(call._fields, ctx.needs_input_grad, strict=True))
-        needs = [getattr(call, name) is not None and needed[name] for name in ("slopes", "score_bias")]
+        needs = {name: getattr(call, name) is not None and needed[name] for name in ("slopes", "score_bias")}
         given = Cotangents(
             torch.zeros_like(call.query) if grad_output is None else grad_output,
             grad_lse if call.softmax else None,
             output,
             lse,
-            *needs,
+            *needs.values(),
         )
-        found = Gradients(*torch.ops.swat_lm.window_attention_backward(*given, *call))
-        gradients = found._asdict()
-        for name, needs_it in zip(("slopes", "score_bias"), needs, strict=True):
-            if not needs_it:
-                del gradients[name]
+        found = torch.ops.swat_lm.window_attention_backward(*given, *call)
+        gradients = {
+            name: gradient for name, gradient in zip(Gradients._fields, found, strict=True) if needs.get(name, True)
+        }
     return tuple(gradients.get(name) for name in call._fields)
 
 
 _op = torch.library.custom_op(
-    "swat_lm::window_attention", _window_attention, mutates_args=(), schema=schema(AttentionCall, results=Attended)
+    "swat_lm::window_attention",
+    _window_attention,
+    mutates_args=(),
+    schema=schema(AttentionCall, num_results=len(Attended._fields)),
 )
 _op.register_fake(_fake)
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -140,6 +142,6 @@ _backward_op = torch.library.custom_op(
     "swat_lm::window_attention_backward",
     _window_attention_backward,
     mutates_args=(),
-    schema=schema(Cotangents, AttentionCall, results=Gradients),
+    schema=schema(Cotangents, AttentionCall, num_results=len(Gradients._fields)),
 )
 _backward_op.register_fake(_fake_backward)

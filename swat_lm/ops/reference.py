@@ -66,9 +66,8 @@ def distances(
 ) -> tuple[Tensor, Tensor]:
     """Return the distance of every pair, int64 `[B, T, S]`, and which pairs are visible, bool `[B, T, S]`."""
     index = torch.arange(num_keys, device=device)
-    last = torch.arange(num_keys - num_queries, num_keys, device=device).expand(batch, -1)
-    if last_visible is not None:
-        last = last_visible.long()
+    own = torch.arange(num_keys - num_queries, num_keys, device=device).expand(batch, -1)
+    last = own if last_visible is None else last_visible.long()
     first = torch.zeros_like(last) if first_visible is None else first_visible.long()
     if window is not None:
         first = torch.maximum(first, last - (window - 1))

@@ -25,9 +25,17 @@ def step(call: StepCall) -> tuple[Tensor, Tensor]:
         places = set(position.tolist())
         if len(places) == 1 and slot.tolist() == list(range(batch)) and key_ring.transpose(1, 2).is_contiguous():
             table = periodic_table(key_ring.shape[1], num_kv_heads, bias)
-            rings = (key_ring[:batch], value_ring[:batch])
             output, lse = step_together(
-                query, key, value, *rings, places.pop(), table, score_function, scale, return_lse=softmax
+                query,
+                key,
+                value,
+                key_ring[:batch],
+                value_ring[:batch],
+                places.pop(),
+                table,
+                score_function,
+                scale,
+                return_lse=softmax,
             )
             return output, output.new_empty(0, dtype=table.dtype) if lse is None else lse
     write(key, value, key_ring, value_ring, slot, position)
@@ -140,7 +148,9 @@ def _products(
         return
     periodic = _periodic_table(window, *_numbers(bias))
     for b, (own, place) in enumerate(zip(slots, positions, strict=True)):
-        filled, table = _table_at(periodic, place, window, num_kv_heads)
+        filled, start = min(place + 1, window), window - place % window
+        # a view: the bias of the places that are written
+        table = periodic[:, start : start + filled].unflatten(0, (num_kv_heads, -1))
         keys, values = (ring[own, :filled].transpose(0, 1) for ring in (key_ring, value_ring))
         yield (lambda x, b=b: x[b]), keys, values, table
 
@@ -164,12 +174,6 @@ def _periodic_table(window: int, slopes: tuple[float, ...], constant: tuple[floa
         return HeadBias(torch.tensor(slopes, dtype=dtype), torch.tensor(constant, dtype=dtype)).at(distance)
 
 
-def _table_at(periodic: Tensor, position: int, window: int, num_kv_heads: int) -> tuple[int, Tensor]:
-    """Places of the ring that are written, and their bias `[K, G, places]`, a view."""
-    filled, start = min(position + 1, window), window - position % window
-    return filled, periodic[:, start : start + filled].unflatten(0, (num_kv_heads, -1))
-
-
 def step_reference(
     query: Tensor,
     key: Tensor,
@@ -186,8 +190,7 @@ def step_reference(
     """Do the same by the definition: put every ring in the order of the stream and attend over it."""
     window = key_ring.shape[1]
     write(key, value, key_ring, value_ring, slot, position)
-    oldest = position + 1
-    place = (oldest[:, None] + torch.arange(window, device=position.device)).remainder(window)
+    place = ((position + 1)[:, None] + torch.arange(window, device=position.device)).remainder(window)
     keys, values = key_ring[slot[:, None], place], value_ring[slot[:, None], place]
     first = (window - 1 - position).clamp_min(0).to(torch.int32)[:, None]
     return window_attention_reference(
@@ -198,14 +201,11 @@ def step_reference(
 def write(key: Tensor, value: Tensor, key_ring: Tensor, value_ring: Tensor, slot: Tensor, position: Tensor) -> None:
     """Put the new token's key and value at place `position mod window` of its sequence's ring."""
     window = key_ring.shape[1]
-    if slot.device.type == "cpu":
-        slots, positions = slot.tolist(), position.tolist()
-        if len(set(positions)) == 1 and slots == list(range(slots[0], slots[0] + len(slots))):
-            # a slice costs a third of an index
-            own, at = slice(slots[0], slots[0] + len(slots)), positions[0] % window
-            key_ring[own, at] = key[:, 0]
-            value_ring[own, at] = value[:, 0]
-            return
-    place = position.remainder(window)
-    key_ring[slot, place] = key[:, 0]
-    value_ring[slot, place] = value[:, 0]
+    slots, positions = (slot.tolist(), position.tolist()) if slot.device.type == "cpu" else ([], [])
+    if len(set(positions)) == 1 and slots == list(range(slots[0], slots[0] + len(slots))):
+        # a slice costs a third of an index
+        own, place = slice(slots[0], slots[0] + len(slots)), positions[0] % window
+    else:
+        own, place = slot, position.remainder(window)
+    key_ring[own, place] = key[:, 0]
+    value_ring[own, place] = value[:, 0]

@@ -42,7 +42,6 @@ def documents_of(segments: Tensor | None, real: Tensor | None) -> Tensor | None:
     if segments is None:
         return None
     if real is not None:
-        index = torch.arange(segments.shape[1], device=segments.device)
-        latest = torch.where(real, index, -1).cummax(dim=1).values
+        latest = torch.where(real, torch.arange(segments.shape[1], device=segments.device), -1).cummax(dim=1).values
         segments = segments.gather(1, latest.clamp_min(0)).where(latest >= 0, 0)
     return (segments != F.pad(segments[:, :-1], (1, 0))).cumsum(dim=1)

@@ -132,8 +132,7 @@ def tail_after(past: Tensor, x: Tensor, segments: Tensor | None = None, real: Te
 def _real_first(x: Tensor, documents: Tensor | None, real: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """Order every row's real tokens first, the others as zeros; also by which index `[B, T]`."""
     order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
-    ordered = real.gather(1, order)
-    x = _take(x, order).masked_fill(~ordered[..., None], 0.0)
+    x = _take(x, order).masked_fill(~real.gather(1, order)[..., None], 0.0)
     return x, None if documents is None else documents.gather(1, order), order
 
 
@@ -180,8 +179,7 @@ def _check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
 
 
 def _check_tail(name: str, tail: Tensor, x: Tensor, reach: int, first: str, size: int | None) -> None:
-    shape = (reach, x.shape[2])
-    if tail.dim() != 3 or tail.shape[1:] != shape or (size is not None and tail.shape[0] != size):
+    if tail.dim() != 3 or tail.shape[1:] != (reach, x.shape[2]) or (size is not None and tail.shape[0] != size):
         raise ValueError(
             f"{name}: expected [{first if size is None else size}, {reach}, {x.shape[2]}] "
             f"({first}, kernel - 1, channels), got {list(tail.shape)}"

@@ -41,12 +41,11 @@ def slopes_for(num_heads: int, kind: str = "balanced", schedule: str = "swat") -
 
 def split_heads(num_heads: int, kind: str) -> tuple[int, int]:
     """Return how many heads have a negative and how many a positive slope."""
-    if kind == "balanced":
-        return num_heads - num_heads // 2, num_heads // 2
-    if kind == "negative":
-        return num_heads, 0
-    if kind == "positive":
-        return 0, num_heads
+    named = {
+        "balanced": (num_heads - num_heads // 2, num_heads // 2), "negative": (num_heads, 0), "positive": (0, num_heads)
+    }  # fmt: skip
+    if kind in named:
+        return named[kind]
     match = re.fullmatch(r"(\d+):(\d+)", kind)
     if match is None:
         raise ValueError(f"slopes: expected one of {', '.join(KINDS)} or a split such as '8:4'; got {kind!r}")

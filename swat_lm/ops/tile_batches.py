@@ -36,8 +36,7 @@ class TilesOfHead:
         return self._tiled(x[self.kv_head - kv_heads.start, self.tiles.key - begin :], self.tiles.keys)
 
     def _tiled(self, x: Tensor, length: int) -> Tensor:
-        stride = x.stride(0)
-        return x.as_strided((self.tiles.count, length, *x.shape[1:]), (self.tiles.step * stride, *x.stride()))
+        return x.as_strided((self.tiles.count, length, *x.shape[1:]), (self.tiles.step * x.stride(0), *x.stride()))
 
     def add_per_head(self, d_scores: Tensor, d_bias: HeadBias) -> None:
         """Add this head's sums of dS * distance and of dS to `[H]` each."""
@@ -119,7 +118,7 @@ def key_groups(
             if span.num_batches == 1:
                 tiles = next(span.batches)
                 table = tables.of(tiles)
-                for kv_heads in _split_heads(tiles, num_kv_heads):
+                for kv_heads in [slice(i, i + 1) for i in range(num_kv_heads)] if tiles.count > 1 else [everyone]:
                     batches = _batches(tiles, table, kv_heads, group_size)
                     yield KeyGroup(sequence, kv_heads, span.begin, span.end, known, True, batches)
             elif span.fewest > 1:
@@ -141,19 +140,6 @@ def key_groups(
         yield KeyGroup(sequence, everyone, band.num_keys, band.num_keys, known, True, ())
 
 
-def tile_batches(
-    band: Band,
-    bias: HeadBias,
-    batch_size: int,
-    num_kv_heads: int,
-    first_visible: Tensor | None,
-    last_visible: Tensor | None,
-) -> Iterator[TileBatch]:
-    """Yield the batches of all groups."""
-    for group in key_groups(band, bias, batch_size, num_kv_heads, first_visible, last_visible):
-        yield from group.batches
-
-
 class BiasTables:
     """Biases of tiles, cut from one common table where that is not too large."""
 
@@ -166,19 +152,11 @@ class BiasTables:
         """`[heads, rows, keys]` of these query heads, -inf outside the band."""
         if self.common is not None and tiles.column is not None:
             return self.common[heads, : tiles.rows, tiles.column : tiles.column + tiles.keys]
-        if tiles.outside is None:
-            return self._masked(tiles.distance, heads)
-        return self._at(tiles.distance, heads).masked_fill_(tiles.outside, float("-inf"))
+        return self._masked(tiles.distance, heads, tiles.outside)
 
-    def _masked(self, distance: Tensor, heads: slice = slice(None)) -> Tensor:
-        return self._at(distance, heads).masked_fill_(~self.band.contains(distance), float("-inf"))
-
-    def _at(self, distance: Tensor, heads: slice) -> Tensor:
-        return HeadBias(*(numbers[heads] for numbers in self.bias)).at(distance)
-
-
-def _split_heads(tiles: Tiles, num_kv_heads: int) -> list[slice]:
-    return [slice(i, i + 1) for i in range(num_kv_heads)] if tiles.count > 1 else [slice(0, num_kv_heads)]
+    def _masked(self, distance: Tensor, heads: slice = slice(None), outside: Tensor | None = None) -> Tensor:
+        outside = ~self.band.contains(distance) if outside is None else outside
+        return HeadBias(*(numbers[heads] for numbers in self.bias)).at(distance).masked_fill_(outside, float("-inf"))
 
 
 def _batches(tiles: Tiles, table: Tensor, kv_heads: slice, group_size: int) -> Iterator[TileBatch]:

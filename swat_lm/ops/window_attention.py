@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swat_lm.ops import library as _library  # noqa: F401  (registers the op)
 from swat_lm.ops import ring
-from swat_lm.ops.calls import AttentionCall, StepCall, Stepped, schema
+from swat_lm.ops.calls import AttentionCall, StepCall, schema
 from swat_lm.ops.checks import (
     check_choices,
     check_inputs,
@@ -107,13 +107,12 @@ def window_attention(
     check_rotary(query, key, last_visible, rotary)
     factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
     backend = choose_backend(backend, query)
-    cos, sin = (None, None) if rotary is None else rotary
-    if backend != "triton" and rotary is not None:
-        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
-        cos, sin = None, None
-    elif rotary is not None:
+    cos = sin = None
+    if rotary is not None and backend == "triton":
         # one row of angles serves all sequences
         cos, sin = (x.contiguous().view(-1, *x.shape[-2:]) for x in rotary)
+    elif rotary is not None:
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
 
     if backend == "reference":
         output, lse = window_attention_reference(
@@ -220,17 +219,15 @@ def _step(call: StepCall) -> tuple[Tensor, Tensor]:
 
 def _fake_step(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = StepCall(*arguments)
-    query = call.query
-    return query.new_empty(query.shape), query.new_empty(
-        query.shape[:3] if call.softmax else (0,), dtype=score_dtype(query)
-    )
+    query, shape = call.query, call.query.shape[:3] if call.softmax else (0,)
+    return query.new_empty(query.shape), query.new_empty(shape, dtype=score_dtype(query))
 
 
 _step_op = torch.library.custom_op(
     "swat_lm::window_attention_step",
     lambda *arguments: _step(StepCall(*arguments)),
     mutates_args=("key_ring", "value_ring"),
-    schema=schema(StepCall, results=Stepped, mutates=("key_ring", "value_ring")),
+    schema=schema(StepCall, num_results=2, mutates=("key_ring", "value_ring")),
 )
 _step_op.register_fake(_fake_step)
 

@@ -6,7 +6,6 @@ micro-batches nor processes change it. It must be in every pass of a layer or in
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +18,16 @@ from swat_lm.train.objectives import Objective
 __all__ = ["StepAuxiliary", "count_divisors"]
 
 
-class Name(NamedTuple):
-    """Whose loss it is, and what it is called there."""
-
-    layer: int
-    loss: str
-
-
-Divisors = dict[Name, Tensor]
+Divisors = dict[tuple[int, str], Tensor]
+"""By the number of the layer whose loss it is, and what it is called there."""
 
 
 def divisors_of(auxiliary: Sequence[Auxiliary], device: torch.device) -> Divisors:
     """What each auxiliary loss of one pass is divided by, float64 scalars."""
     return {
-        Name(layer, loss): torch.as_tensor(divisor, dtype=torch.float64, device=device).detach()
-        for layer, one in enumerate(auxiliary)
-        for loss, (_, divisor) in one.losses.items()
+        (layer, loss): torch.as_tensor(divisor, dtype=torch.float64, device=device).detach()
+        for layer, said in enumerate(auxiliary)
+        for loss, (_, divisor) in said.losses.items()
     }
 
 
@@ -73,32 +66,30 @@ class StepAuxiliary:
     def __init__(self, engine: Engine, weights: Mapping[str, float], divisors: Divisors | None) -> None:
         """`divisors`: those of `count_divisors`; None in a step of one micro-batch, which gives them itself."""
         self.engine, self.weights, self.divisors = engine, weights, divisors
-        self.passes = 0
         self.losses: dict[str, Tensor] = {}
         self.shown: dict[str, list[Tensor]] = defaultdict(list)
         self.statistics: dict[int, dict[str, Tensor]] = {}
 
     def add(self, auxiliary: Sequence[Auxiliary]) -> Tensor | None:
         """Take in one pass; returns what is added to its loss, None where layers give no losses."""
-        self.passes += 1
         if self.divisors is None:
             self.divisors = summed(self.engine, divisors_of(auxiliary, self.engine.device))
-        given = {Name(layer, name) for layer, one in enumerate(auxiliary) for name in one.losses}
+        given = {(layer, name) for layer, said in enumerate(auxiliary) for name in said.losses}
         if given != self.divisors.keys():
             raise AssertionError(f"layers gave losses {sorted(given)}, and before {sorted(self.divisors)}")
-        self.check_weights({name.loss for name in given})
+        self.check_weights({loss for _, loss in given})
         added = None
-        for layer, one in enumerate(auxiliary):
-            for name, (total, _) in one.losses.items():
-                value = total / self.divisors[Name(layer, name)].to(total.dtype)
+        for layer, said in enumerate(auxiliary):
+            for name, (total, _) in said.losses.items():
+                value = total / self.divisors[layer, name].to(total.dtype)
                 self.losses[name] = self.losses.get(name, 0.0) + value.detach()
                 # gradients are averaged over processes, and this is a part of the sum over them
                 weighted = value * (self.weights.get(name, 1.0) * self.engine.num_processes)
                 added = weighted if added is None else added + weighted
-            for name, number in one.metrics.items():
+            for name, number in said.metrics.items():
                 self.shown[name].append(number.detach().float())
-            held = self.statistics.setdefault(layer, {}) if one.statistics else {}
-            for name, statistic in one.statistics.items():
+            held = self.statistics.setdefault(layer, {}) if said.statistics else {}
+            for name, statistic in said.statistics.items():
                 held[name] = held[name] + statistic.detach() if name in held else statistic.detach()
         return added
 
@@ -127,5 +118,4 @@ class StepAuxiliary:
             return
         layers = [module for module in model.modules() if isinstance(module, Layer)]
         for layer, statistics in sorted(self.statistics.items()):
-            whole = {name: self.engine.sum(statistics[name].clone()) for name in sorted(statistics)}
-            layers[layer].absorb(whole)
+            layers[layer].absorb({name: self.engine.sum(statistics[name].clone()) for name in sorted(statistics)})

@@ -1,4 +1,4 @@
-"""Checkpoint folders: written beside and renamed, checked by size and checksum, the newest few kept.
+"""Checkpoint folders: written beside and put in place whole, checked by size and checksum, the newest few kept.
 
 A folder `checkpoints/step-00000100` holds DCP's files and `checkpoint.json`, the manifest. It exists under that name
 only once it is whole; whatever a crash leaves is named `.tmp-step-*` and removed by the next run. Folders of other
@@ -9,11 +9,9 @@ import errno
 import json
 import os
 import re
-import shutil
 import warnings
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swat_lm.files import BESIDE, SET_ASIDE, discard, discard_if_possible, put_in_place
 from swat_lm.train.engine import Engine
 from swat_lm.words import counted
 
@@ -29,7 +28,9 @@ __all__ = ["Checkpoint", "CheckpointError", "find_checkpoints", "newest_checkpoi
 MANIFEST = "checkpoint.json"
 FORMAT = 1
 NAME = re.compile(r"step-([0-9]+)")
-PARTIAL_CHECKPOINT = re.compile(rf"\.tmp-(old-)?{NAME.pattern}")
+# while it is removed: it may be half gone, so it never gets its name back
+OLD = f"{BESIDE}old-"
+PARTIAL_CHECKPOINT = re.compile(rf"({re.escape(BESIDE)}|{re.escape(OLD)}|{re.escape(SET_ASIDE)}){NAME.pattern}")
 OWN_FILE = re.compile(rf"{re.escape(MANIFEST)}|\.metadata|__[0-9]+_[0-9]+\.distcp")
 
 
@@ -74,53 +75,38 @@ def save_checkpoint(
     All processes call it. Raises OSError; then every older checkpoint is as it was.
     """
     folder = checkpoint.folder
-    beside = folder.with_name(f".tmp-{folder.name}")
+    beside = folder.with_name(f"{BESIDE}{folder.name}")
+
+    def begin() -> None:
+        discard_if_possible(beside)
+        beside.mkdir(parents=True)
+
     try:
-        engine.on_main(lambda: make_empty(beside))
+        engine.on_main(begin)
         engine.write_state(beside, model, optimizer, objective)
         engine.on_main(lambda: publish(beside, checkpoint))
     except OSError as error:
         if engine.is_main:
             discard_if_possible(beside)
-        reason = error.strerror or str(error)
-        number = errno.EIO if error.errno is None else error.errno
-        raise OSError(number, f"cannot write checkpoint {folder} ({reason}); older ones are intact") from error
+        raise OSError(
+            errno.EIO if error.errno is None else error.errno,
+            f"cannot write checkpoint {folder} ({error.strerror or error}); older ones are intact",
+        ) from error
     engine.on_main(lambda: remove_old(folder.parent.parent, checkpoint.step, keep))
-
-
-def make_empty(folder: Path) -> None:
-    """An empty folder at this place, whatever was there."""
-    discard_if_possible(folder)
-    folder.mkdir(parents=True)
-
-
-def discard(path: Path) -> None:
-    """Remove a file, a folder with all in it, or a link; what a link points to stays. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def discard_if_possible(path: Path) -> None:
-    """The same where something is there; what cannot be removed stays, and is met again by whoever writes there."""
-    with suppress(OSError):
-        discard(path)
 
 
 def publish(beside: Path, checkpoint: Checkpoint) -> None:
     """Add the manifest and give the finished folder its name."""
-    files = {path.name: file_identity(path) for path in sorted(beside.iterdir())}
-    manifest = {"format": FORMAT, **asdict(checkpoint), "files": files}
+    manifest = {
+        "format": FORMAT,
+        **asdict(checkpoint),
+        "files": {path.name: file_identity(path) for path in sorted(beside.iterdir())},
+    }
     del manifest["folder"]
-    with (beside / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    synchronise(beside)
+    (beside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     if os.path.lexists(checkpoint.folder) and not is_replaceable(checkpoint.folder, checkpoint.step):
         set_aside(checkpoint.folder)
-    replace_folder(beside, checkpoint.folder)
+    put_in_place(beside, checkpoint.folder, over_full=True)
 
 
 def is_replaceable(folder: Path, step: int) -> bool:
@@ -136,34 +122,9 @@ def has_own_files(folder: Path) -> bool:
 def set_aside(path: Path) -> None:
     """Give another name to what somebody else put where a checkpoint goes, and say so."""
     names = (f"{path.name}-other{number or ''}" for number in range(10_000))
-    aside = next(one for one in map(path.with_name, names) if not os.path.lexists(one))
+    aside = next(place for place in map(path.with_name, names) if not os.path.lexists(place))
     path.rename(aside)
     warnings.warn(f"{path} was no checkpoint of that step written by this run: it is now {aside}", stacklevel=2)
-
-
-def replace_folder(beside: Path, folder: Path) -> None:
-    """Rename a finished folder into place; one already there goes only after the new one stands.
-
-    Of a folder that was moved elsewhere and linked back, only the link goes.
-    """
-    old = folder.with_name(f".tmp-old-{folder.name}")
-    discard_if_possible(old)
-    if os.path.lexists(folder):
-        folder.rename(old)
-    beside.rename(folder)
-    synchronise(folder.parent)
-    discard_if_possible(old)
-
-
-def synchronise(folder: Path) -> None:
-    """Make the names in a folder survive a power cut; Windows opens no folders and needs no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_identity(path: Path) -> dict[str, int]:
@@ -194,7 +155,7 @@ def find_checkpoints(out: Path) -> list[Path]:
 def find_renamed(out: Path) -> list[Path]:
     """Checkpoints under names that no run gives, such as `step-best`: they are the user's."""
     folders = sorted((out / "checkpoints").glob("*"))
-    return [one for one in folders if not NAME.fullmatch(one.name) and manifest_step(one) is not None]
+    return [folder for folder in folders if not NAME.fullmatch(folder.name) and manifest_step(folder) is not None]
 
 
 def manifest_step(folder: Path) -> int | None:
@@ -218,7 +179,7 @@ def remove_old(out: Path, step: int, keep: int) -> None:
     for folder in own[:-keep]:
         if not has_own_files(folder):
             continue
-        unnamed = folder.with_name(f".tmp-old-{folder.name}")
+        unnamed = folder.with_name(f"{OLD}{folder.name}")
         folder.rename(unnamed)
         discard(unnamed)
 

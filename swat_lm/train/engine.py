@@ -46,6 +46,14 @@ __all__ = ["Engine", "choose_precision", "mesh_shape"]
 Result = TypeVar("Result")
 
 
+@contextmanager
+def single_process_notice_ignored() -> Iterator[None]:
+    """DCP warns whenever it runs without a process group, which here is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
 class Engine:
     """This process's place among all processes and what they do together.
 
@@ -108,25 +116,21 @@ class Engine:
             return model.to(self.device)
         mesh = init_device_mesh(self.device.type, self.mesh_shape, mesh_dim_names=("replicate", "shard"))
         mesh = mesh if self.mesh_shape[0] > 1 else mesh["shard"]
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        if self.precision == "bf16":
-            # autocast rules the arithmetic, as on one process; this halves what the all-gathers move
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        # autocast rules the arithmetic, as on one process; bf16 here halves what the all-gathers move
+        moved = torch.bfloat16 if self.precision == "bf16" else None
+        policy = MixedPrecisionPolicy(moved, torch.float32, cast_forward_inputs=False)
+        for module in (*layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
         return model
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes: bf16 autocast or nothing."""
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        is_narrow = self.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if is_narrow else nullcontext()
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
         """This process's rows in parts of `micro_batch_size`, on the device."""
-        size = self.train.micro_batch_size or len(batch.input_ids)
-        return [part.to(self.device) for part in batch.split(size)]
+        return [part.to(self.device) for part in batch.split(self.train.micro_batch_size or len(batch.input_ids))]
 
     def accumulate(self, model: nn.Module, last: bool) -> None:
         """Before a micro-batch: replicas exchange gradients only after the last one of a step."""
@@ -155,16 +159,15 @@ class Engine:
 
     def on_main(self, action: Callable[[], Result]) -> Result:
         """Run `action` on the main process only; every process gets its result or raises its OSError or ValueError."""
+        if self.num_processes == 1:
+            return action()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome = [action(), None]
             except (OSError, ValueError) as error:
-                if self.num_processes == 1:
-                    raise
                 outcome = [None, error]
-        if self.num_processes > 1:
-            dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
         if outcome[1] is not None:
             # so that what all processes raise need be told by one only
             outcome[1].from_main_process = True
@@ -177,6 +180,7 @@ class Engine:
         self.on_main(lambda: kept.append(action()))
         return kept[0] if kept else None
 
+    @single_process_notice_ignored()
     def write_state(
         self,
         folder: Path,
@@ -190,15 +194,14 @@ class Engine:
         """
         weights, state = get_state_dict(model, optimizer)
         kept = {"objective": dict(objective)} if objective else {}
-        with single_process_notice_ignored():
-            try:
-                dcp_save(
-                    {"model": weights, "optimizer": state, **kept},
-                    storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
-                    no_dist=self.num_processes == 1,
-                )
-            except CheckpointException as error:
-                raise system_error([cause for cause, _ in error.failures.values()]) from error
+        try:
+            dcp_save(
+                {"model": weights, "optimizer": state, **kept},
+                storage_writer=FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
+                no_dist=self.num_processes == 1,
+            )
+        except CheckpointException as error:
+            raise system_error([cause for cause, _ in error.failures.values()]) from error
 
     def read_state(
         self,
@@ -214,18 +217,12 @@ class Engine:
         """
         held = names_in(folder)
         weights, state = get_state_dict(model, optimizer)
-        kept = {name: one.clone() for name, one in (objective or {}).items() if f"objective.{name}" in held}
-        with single_process_notice_ignored():
-            try:
-                dcp_load(
-                    {"model": weights, "optimizer": state, **({"objective": kept} if kept else {})},
-                    storage_reader=PlainReader(folder),
-                    planner=PlainPlanner(),
-                    no_dist=self.num_processes == 1,
-                )
-            except CheckpointException as error:
-                cause = next(iter(error.failures.values()))[0]
-                raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
+        kept = {name: tensor.clone() for name, tensor in (objective or {}).items() if f"objective.{name}" in held}
+        fill(
+            {"model": weights, "optimizer": state, **({"objective": kept} if kept else {})},
+            folder,
+            alone=self.num_processes == 1,
+        )
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
         return kept
 
@@ -236,18 +233,15 @@ class Engine:
         """
         names_in(folder)
         weights = get_model_state_dict(model)
-        with single_process_notice_ignored():
-            try:
-                dcp_load({"model": weights}, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=True)
-            except CheckpointException as error:
-                cause = next(iter(error.failures.values()))[0]
-                raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
+        fill({"model": weights}, folder, alone=True)
         set_model_state_dict(model, weights)
 
     def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """All weights on the CPU of the main process, by name; empty on the others."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+        return cast(
+            dict[str, Tensor],
+            get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),
+        )
 
     def peak_memory_bytes(self) -> int | None:
         """Most memory in use so far: of the device for CUDA, else of this process; None where unknown (Windows)."""
@@ -257,6 +251,16 @@ class Engine:
             return None
         # macOS counts bytes, Linux KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@single_process_notice_ignored()
+def fill(parts: dict[str, Any], folder: Path, alone: bool) -> None:
+    """Read parts of a checkpoint into tensors, with the other processes or `alone`; ValueError names the folder."""
+    try:
+        dcp_load(parts, storage_reader=PlainReader(folder), planner=PlainPlanner(), no_dist=alone)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"cannot read checkpoint {folder}: {str(cause).splitlines()[0]}") from error
 
 
 def names_in(folder: Path) -> frozenset[str]:
@@ -300,19 +304,11 @@ def system_error(errors: Sequence[BaseException]) -> OSError:
     Where there is none, an input/output error with the first error's words.
     """
     for error in errors:
-        one, seen = error, set()
-        while one is not None and id(one) not in seen:
-            if isinstance(one, OSError) and one.errno is not None:
-                return one
-            seen.add(id(one))
-            one = one.__cause__ or one.__context__
+        reason, seen = error, set()
+        while reason is not None and id(reason) not in seen:
+            if isinstance(reason, OSError) and reason.errno is not None:
+                return reason
+            seen.add(id(reason))
+            reason = reason.__cause__ or reason.__context__
     words = str(errors[0]).splitlines()
     return OSError(errno.EIO, words[0] if words else type(errors[0]).__name__)
-
-
-@contextmanager
-def single_process_notice_ignored() -> Iterator[None]:
-    """DCP warns whenever it runs without a process group, which here is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield

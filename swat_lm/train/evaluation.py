@@ -47,8 +47,7 @@ class HeldOut:
     def check(self, engine: Engine, objective: Objective) -> None:
         """Raise ValueError where its rows hold nothing to predict, which would look like a loss of 0."""
         rows = self.source.pass_over(engine.rows(), self.num_batches)
-        found = engine.sum(torch.tensor(int(any(objective.num_targets(batch) for batch in rows))))
-        if not found:
+        if not engine.sum(torch.tensor(int(any(objective.num_targets(batch) for batch in rows)))):
             raise ValueError(
                 f"train.objective: in the held-out rows there is nothing for {objective.name} to predict: raise "
                 "data.sequence_length, data.held_out or train.evaluate_batches, or set train.evaluate_every=0"

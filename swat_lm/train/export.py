@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from swat_lm.files import whole
 from swat_lm.model.architectures import exported_class
 from swat_lm.model.weight_files import give_usual_permissions
 from swat_lm.recipe import Recipe, dump_recipe
-from swat_lm.train.checkpoint import discard_if_possible, replace_folder
 from swat_lm.train.engine import Engine
 from swat_lm.train.ownership import CARD, CARD_MARK, check_export
 from swat_lm.train.trained_text import RECORD
@@ -61,26 +61,22 @@ def export_model(
     weights = engine.whole_weights(model)
 
     def write() -> None:
-        beside = folder.with_name(".tmp-export")
-        discard_if_possible(beside)
         # looked at before the run began, but that may be long ago
         check_export(folder)
+        held_out = "" if held_out_loss is None else f", held-out loss {held_out_loss:.4f} nats per token"
+        card = CARD_TEXT.format(
+            name=recipe.name, mark=CARD_MARK, step=step, tokens=tokens, held_out=held_out, recipe=dump_recipe(recipe)
+        )
         try:
-            with progress_bars_off():
-                plain_copy(model, weights).save_pretrained(beside)
-            give_usual_permissions(beside)
-            tokenizer.save_pretrained(beside)
-            if (folder.parent / RECORD).is_file():
-                shutil.copyfile(folder.parent / RECORD, beside / RECORD)
-            held_out = "" if held_out_loss is None else f", held-out loss {held_out_loss:.4f} nats per token"
-            card = CARD_TEXT.format(
-                name=recipe.name, mark=CARD_MARK, step=step, tokens=tokens, held_out=held_out,
-                recipe=dump_recipe(recipe),
-            )  # fmt: skip
-            (beside / CARD).write_text(card, encoding="utf-8")
-            replace_folder(beside, folder)
+            with whole(folder, over_full=True) as beside:
+                with progress_bars_off():
+                    plain_copy(model, weights).save_pretrained(beside)
+                give_usual_permissions(beside)
+                tokenizer.save_pretrained(beside)
+                if (folder.parent / RECORD).is_file():
+                    shutil.copyfile(folder.parent / RECORD, beside / RECORD)
+                (beside / CARD).write_text(card, encoding="utf-8")
         except OSError as error:
-            discard_if_possible(beside)
             raise OSError(error.errno, f"cannot write {folder} ({error.strerror or error})") from error
 
     engine.on_main(write)
@@ -101,11 +97,9 @@ def progress_bars_off() -> Iterator[None]:
 
 def plain_copy(model: nn.Module, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """The model without shards, compilation or checkpointing, around these very tensors."""
-    config = model.config
     # fully_shard and our loss stand before the class that others know
-    kind = exported_class(type(model))
     with torch.device("meta"):
-        copy = kind(config)  # type: ignore[arg-type]
+        copy = exported_class(type(model))(model.config)  # type: ignore[arg-type]
     copy.load_state_dict(weights, assign=True)  # type: ignore[attr-defined]
     copy.tie_weights()  # type: ignore[attr-defined]
     return copy  # type: ignore[return-value]

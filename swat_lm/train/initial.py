@@ -32,6 +32,8 @@ __all__ = [
     "plain_values", "without_init",
 ]  # fmt: skip
 
+# what stands for itself: no list, and nothing that is left to follow from others
+SINGLE = (bool, int, float, str)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -76,8 +78,7 @@ def find_initial(name: str) -> Initial:
             spec = str(export) if has_tokenizer(export) else checkpoint.recipe["data"]["tokenizer"]
             return Initial(name, config_of(checkpoint.model), checkpoint, spec)
         folder = find_model_folder(name)
-        is_local = Path(folder).exists()
-        if is_local:
+        if Path(folder).exists():
             know_library_of(model_type(Path(folder)), folder)
         elif not hub_answers():
             folder = stored_folder(folder)
@@ -136,12 +137,15 @@ def agreed(config: PreTrainedConfig, model: Mapping[str, Any], where: str) -> Pr
     beside = {follows[key] for key in stated.keys() & follows.keys()} - stated.keys()
     kept = {key: value for key, value in held.items() if key not in beside}
     # plain numbers and words first: together, different ones may be no model at all
-    single = {key for key in stated.keys() & kept.keys() if is_single(stated[key]) and is_single(kept[key])}
+    single = {
+        key for key in stated.keys() & kept.keys() if isinstance(stated[key], SINGLE) and isinstance(kept[key], SINGLE)
+    }
     differing = differing_fields({key: kept[key] for key in single}, {key: stated[key] for key in single})
     if not differing:
         base = configure_model({"architecture": name, **held})
-        said = configure_model({"architecture": name, **kept, **stated})
-        differing = differing_fields(plain_values(base), plain_values(said))
+        differing = differing_fields(
+            plain_values(base), plain_values(configure_model({"architecture": name, **kept, **stated}))
+        )
     if differing:
         raise ValueError(
             f"{where} has another architecture than the recipe: {', '.join(differing)}; leave these keys of model out, "
@@ -151,11 +155,6 @@ def agreed(config: PreTrainedConfig, model: Mapping[str, Any], where: str) -> Pr
     for key in stated.keys() & {*NOT_ARCHITECTURE, "max_position_embeddings"}:
         setattr(result, key, stated[key])
     return result
-
-
-def is_single(value: Any) -> bool:
-    """Whether a value stands for itself: no list, and nothing that is left to follow from others."""
-    return isinstance(value, bool | int | float | str)
 
 
 def check_initial(recipe: Recipe) -> None:

@@ -57,8 +57,7 @@ def run(recipe: Recipe, on_event: Callable[[Event], None] | None = None) -> RunR
         writers = engine.on_main_only(lambda: open_writers(recipe, first)) or []
         for writer in writers:
             stack.callback(writer.close)
-        interruption = stack.enter_context(Interruption())
-        return Run(training, on_event, [writer.write for writer in writers], interruption).go()
+        return Run(training, on_event, [writer.write for writer in writers], stack.enter_context(Interruption())).go()
 
 
 class Run:
@@ -77,8 +76,7 @@ class Run:
         self.interruption = interruption
         self.objective = training.objective
         self.has_auxiliary: bool | None = None
-        self.checkpoint = training.start
-        start = training.start
+        self.checkpoint = start = training.start
         self.step = self.first_step = start.step if start else 0
         self.tokens = start.tokens if start else 0
         self.seconds_before = start.seconds if start else 0.0
@@ -132,7 +130,8 @@ class Run:
         """
         engine, model, optimizer, train = self.engine, self.training.model, self.training.optimizer, self.recipe.train
         began = time.perf_counter()
-        torch.manual_seed(step_seed(self.recipe.seed, self.step, engine.rank))
+        # one of its own for each step of each process
+        torch.manual_seed(((self.recipe.seed * 1_000_003 + self.step) * 1_000_003 + engine.rank) % 2**63)
         rate = learning_rate(self.step, train)
         set_hyperparameters(optimizer, train, rate)
 
@@ -217,13 +216,15 @@ class Run:
 
     def log(self, measured: dict[str, float], last: bool) -> None:
         """One line of metrics, if this step has one: every `log_every` steps, the first, the last, evaluations."""
-        due = last or self.step == 1 or self.step % self.recipe.train.log_every == 0 or "held_out_loss" in measured
-        if not due:
+        if not (self.is_due(self.recipe.train.log_every, last) or self.step == 1 or "held_out_loss" in measured):
             return
-        rate = self.recent_tokens / self.recent_seconds
-        record: dict[str, float] = {"tokens": self.tokens, **measured, "tokens_per_second": rate}
-        record["flops_per_second"] = self.recent_read / self.recent_seconds * self.training.flops_per_token
-        record["seconds"] = self.seconds()
+        record = {
+            "tokens": self.tokens,
+            **measured,
+            "tokens_per_second": self.recent_tokens / self.recent_seconds,
+            "flops_per_second": self.recent_read / self.recent_seconds * self.training.flops_per_token,
+            "seconds": self.seconds(),
+        }
         memory = self.engine.peak_memory_bytes()
         if memory is not None:
             record["peak_memory_bytes"] = memory
@@ -247,18 +248,19 @@ class Run:
             model=training.config,
             data=training.data,
         )
-        keep, state = self.recipe.train.keep, self.objective.state_dict()
-        save_checkpoint(self.engine, training.model, training.optimizer, checkpoint, keep, state)
+        save_checkpoint(
+            self.engine, training.model, training.optimizer, checkpoint, self.recipe.train.keep,
+            self.objective.state_dict(),
+        )  # fmt: skip
         self.checkpoint = checkpoint
         self.tell("save", path=checkpoint.folder)
 
     def export(self) -> Path:
         """Write the `save_pretrained` folder; raises OSError."""
-        held_out = self.held_out.loss if self.held_out else None
-        training = self.training
         folder = export_model(
-            self.engine, training.model, training.tokenizer, self.recipe, self.step, self.tokens, held_out
-        )
+            self.engine, self.training.model, self.training.tokenizer, self.recipe, self.step, self.tokens,
+            self.held_out.loss if self.held_out else None,
+        )  # fmt: skip
         self.tell("export", path=folder)
         return folder
 
@@ -272,8 +274,3 @@ class Run:
         if self.recent_seconds:
             details["tokens_per_second"] = self.recent_tokens / self.recent_seconds
         self.on_event(Event(kind=kind, step=self.step, steps=steps, tokens=self.tokens, **details))
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed of its own for each step of each process."""
-    return ((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**63

@@ -5,24 +5,12 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from swat_lm.files import write_text
 from swat_lm.recipe import Recipe, dump_recipe
 
 __all__ = ["MetricsFile", "MetricsWriter", "check_loggers", "open_writers", "read_metrics"]
-
-
-class MetricsWriter(Protocol):
-    """A place that takes one record of numbers per logged step."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add the numbers of a step."""
-        ...
-
-    def close(self) -> None:
-        """Flush and let go."""
-        ...
 
 
 class MetricsFile:
@@ -78,12 +66,12 @@ class TensorBoardWriter:
     """Event files in `OUT/tensorboard`; show them with `tensorboard --logdir OUT/tensorboard`."""
 
     def __init__(self, recipe: Recipe, resumed_step: int) -> None:
-        import_logger("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = Path(recipe.out, "tensorboard")
         # events of later steps, written before a crash, are hidden by the purge
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+        self._writer = SummaryWriter(
+            str(Path(recipe.out, "tensorboard")), purge_step=resumed_step + 1 if resumed_step else None
+        )
         if not resumed_step:
             self._writer.add_text("recipe", f"```yaml\n{dump_recipe(recipe)}```")
 
@@ -103,8 +91,9 @@ class TrackedRun:
 
     def __init__(self, module: ModuleType, recipe: Recipe, **options: Any) -> None:
         self._module = module
-        config = {"recipe": dump_recipe(recipe)}
-        module.init(project="swat-lm", name=recipe.name, config=config, resume="allow", **options)
+        module.init(
+            project="swat-lm", name=recipe.name, config={"recipe": dump_recipe(recipe)}, resume="allow", **options
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log the numbers at this step."""
@@ -113,6 +102,10 @@ class TrackedRun:
     def close(self) -> None:
         """Finish the run."""
         self._module.finish()
+
+
+MetricsWriter = MetricsFile | TensorBoardWriter | TrackedRun
+"""A place that takes one record of numbers per logged step."""
 
 
 def check_loggers(names: Iterable[str]) -> None:
@@ -125,17 +118,16 @@ def open_writers(recipe: Recipe, resumed_step: int) -> list[MetricsWriter]:
     """The file and the loggers the recipe names; call it on the main process only. Raises as `check_loggers`."""
     writers: list[MetricsWriter] = []
     for name in dict.fromkeys(recipe.train.loggers):
+        module = import_logger(name)
         if name == "tensorboard":
             writers.append(TensorBoardWriter(recipe, resumed_step))
         elif name == "wandb":
             identity = "".join(c if c.isalnum() or c in "-_" else "-" for c in recipe.name)
-            wandb = import_logger("wandb")
-            writers.append(TrackedRun(wandb, recipe, id=identity, dir=recipe.out))
+            writers.append(TrackedRun(module, recipe, id=identity, dir=recipe.out))
         else:
-            writers.append(TrackedRun(import_logger("trackio"), recipe))
-    # last, so that a missing package leaves the old file as it was
-    writers.insert(0, MetricsFile(Path(recipe.out, "metrics.jsonl"), resumed_step))
-    return writers
+            writers.append(TrackedRun(module, recipe))
+    # made last, so that a missing package leaves the old file as it was
+    return [MetricsFile(Path(recipe.out, "metrics.jsonl"), resumed_step), *writers]
 
 
 def import_logger(name: str) -> ModuleType:

@@ -12,6 +12,8 @@ from swat_lm.recipe import TrainRecipe
 __all__ = ["make_optimizer", "set_hyperparameters"]
 
 OPTIONS = ("weight_decay", "learning_rate_factor")
+# what vectors have anyway, and everything
+USUAL = (("weight_decay", 0), ("learning_rate_factor", 1))
 
 
 def make_optimizer(model: nn.Module, train: TrainRecipe) -> torch.optim.AdamW:
@@ -24,21 +26,16 @@ def make_optimizer(model: nn.Module, train: TrainRecipe) -> torch.optim.AdamW:
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: nothing to train")
     options = options_by_parameter(model)
-    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     # the two usual groups first, as checkpoints of before options have them
-    for decays in (True, False):
-        groups[(decays,)] = {"params": [], "decays": decays}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {
+        (decays,): {"params": [], "decays": decays} for decays in (True, False)
+    }
     for name, parameter in trained.items():
-        own = dict(options.get(name, {}))
-        decays = parameter.dim() >= 2
-        if own.get("weight_decay") == 0:
-            # which is what vectors have anyway
-            decays = bool(own.pop("weight_decay"))
-        if own.get("learning_rate_factor") == 1:
-            del own["learning_rate_factor"]
+        own = {option: value for option, value in options.get(name, {}).items() if (option, value) not in USUAL}
+        decays = parameter.dim() >= 2 and options.get(name, {}).get("weight_decay") != 0
         key = (decays, *sorted(own.items()))
-        groups.setdefault(key, {"params": [], "decays": decays, **{f"own_{one}": own[one] for one in own}})
-        groups[key]["params"].append(parameter)
+        group = {"params": [], "decays": decays, **{f"own_{option}": value for option, value in own.items()}}
+        groups.setdefault(key, group)["params"].append(parameter)
     optimizer = torch.optim.AdamW([group for group in groups.values() if group["params"]], fused=True)
     set_hyperparameters(optimizer, train, train.learning_rate)
     return optimizer

@@ -7,20 +7,20 @@ import os
 import re
 from pathlib import Path
 
-from swat_lm.files import BESIDE
+from swat_lm.files import BESIDE, clear_leftover
 from swat_lm.model.registration import AUTO_MODULE
 from swat_lm.paths import local_path
-from swat_lm.train.checkpoint import PARTIAL_CHECKPOINT, discard, find_checkpoints, manifest_step
+from swat_lm.train.checkpoint import PARTIAL_CHECKPOINT, find_checkpoints, manifest_step
 from swat_lm.train.trained_text import RECORD
 
-__all__ = ["LOCK", "MARK", "check_export", "check_run_folder", "mark_run", "remove_leftovers"]
+__all__ = ["LOCK", "MARK", "MARK_TEXT", "check_export", "check_run_folder", "remove_leftovers"]
 
 LOCK = ".lock"
 MARK = ".swat-lm-run"
 MARK_TEXT = "A run of `swat-lm train` lies in this folder; when it goes on, it replaces the files that it wrote here.\n"
 # what a run that is killed may leave in its folder, and nothing else of that kind
 PARTIAL = re.compile(
-    rf"{re.escape(BESIDE)}(probe|export|old-export|(recipe\.yaml|metrics\.jsonl|{re.escape(RECORD)})(\.[0-9]+)?)"
+    rf"{re.escape(BESIDE)}(probe|(old|was)-export|(export|recipe\.yaml|metrics\.jsonl|{re.escape(RECORD)})(\.[0-9]+)?)"
 )
 
 CARD = "README.md"
@@ -66,20 +66,12 @@ def holds(path: Path, cache: str | None) -> bool:
     return cache is not None and local_path(cache).resolve().is_relative_to(path.resolve())
 
 
-def mark_run(out: Path) -> None:
-    """Mark a folder as a run's; whoever goes on with it may then replace what runs write."""
-    if not (out / MARK).exists():
-        (out / MARK).write_text(MARK_TEXT, encoding="utf-8")
-
-
 def remove_leftovers(out: Path) -> None:
-    """Remove what a killed run was writing."""
-    checkpoints = out / "checkpoints"
-    left = [path for path in out.glob(f"{BESIDE}*") if PARTIAL.fullmatch(path.name)]
-    left += [path for path in checkpoints.glob(f"{BESIDE}*") if PARTIAL_CHECKPOINT.fullmatch(path.name)]
-    for path in left:
-        if os.path.lexists(path):
-            discard(path)
+    """Remove what a killed run was writing, and put back what it had set aside for that."""
+    for folder, partial in ((out, PARTIAL), (out / "checkpoints", PARTIAL_CHECKPOINT)):
+        for path in list(folder.glob(f"{BESIDE}*")):
+            if partial.fullmatch(path.name):
+                clear_leftover(path)
 
 
 def check_export(folder: Path) -> None:
@@ -90,10 +82,9 @@ def check_export(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file, where the model would be exported to: {advice}")
     foreign = sorted(path.name for path in folder.iterdir() if not EXPORTED.fullmatch(path.name))
-    card = folder / CARD
     if not foreign and any(folder.iterdir()):
         try:
-            is_ours = CARD_MARK in card.read_text(encoding="utf-8")
+            is_ours = CARD_MARK in (folder / CARD).read_text(encoding="utf-8")
         except (FileNotFoundError, UnicodeDecodeError):
             is_ours = False
         foreign = [] if is_ours else [f"a model without the {CARD} that a run writes"]

@@ -8,8 +8,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from swat_lm.files import write_text
-from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe, dump_recipe
+from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe
 from swat_lm.train.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -18,11 +17,11 @@ from swat_lm.train.checkpoint import (
     newest_checkpoint,
     read_manifest,
 )
-from swat_lm.train.ownership import LOCK, MARK, check_run_folder, mark_run, remove_leftovers
+from swat_lm.train.ownership import LOCK, MARK, MARK_TEXT, check_run_folder, remove_leftovers
 from swat_lm.validation import defaults_of
 from swat_lm.words import counted
 
-__all__ = ["CHANGEABLE", "check_continuation", "check_model", "choose_start", "hold_folder", "write_recipe"]
+__all__ = ["CHANGEABLE", "check_continuation", "check_model", "choose_start", "hold_folder"]
 
 CHANGEABLE = frozenset(
     {
@@ -92,7 +91,9 @@ def hold_folder(out: Path, cache: str | None = None) -> HeldFolder:
         raise BlockingIOError(
             f"another run is writing to {out}: wait for it, stop it, or choose another `out`"
         ) from None
-    mark_run(out)
+    # whoever goes on with it may then replace what runs write
+    if not (out / MARK).exists():
+        (out / MARK).write_text(MARK_TEXT, encoding="utf-8")
     remove_leftovers(out)
     return HeldFolder(out, made, lock)
 
@@ -102,11 +103,6 @@ def remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
-
-
-def write_recipe(recipe: Recipe, out: Path) -> None:
-    """Write `recipe.yaml`, the resolved recipe, in one piece."""
-    write_text(out / "recipe.yaml", dump_recipe(recipe))
 
 
 def choose_start(out: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
@@ -170,8 +166,8 @@ def differing_fields(checkpoint: Mapping[str, Any], model: Mapping[str, Any]) ->
 def scales_rotary(model: Mapping[str, Any]) -> bool:
     """Whether rotary angles are of a scaled kind; only then the model's training length may enter them."""
     settings = model.get("rope_parameters") or {}
-    sets = [settings, *[one for one in settings.values() if isinstance(one, Mapping)]]
-    return any(one.get("rope_type", "default") != "default" for one in sets)
+    sets = [settings, *[value for value in settings.values() if isinstance(value, Mapping)]]
+    return any(own.get("rope_type", "default") != "default" for own in sets)
 
 
 def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: str) -> None:
@@ -197,8 +193,8 @@ def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: 
 def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
     """A flat recipe with the defaults of keys that came after the version that wrote it."""
     kinds = {"data": DataRecipe, "train": TrainRecipe}
-    known = {f"{at}.{name}": one for at, kind in kinds.items() for name, one in defaults_of(kind).items()}
-    return {key: list(one) if isinstance(one, tuple) else one for key, one in known.items()} | recipe
+    known = {at: defaults_of(kind) for at, kind in kinds.items()}
+    return flatten(known) | recipe
 
 
 def describe_new_schedule(checkpoint: Checkpoint, recipe: Recipe) -> str | None:

@@ -19,8 +19,7 @@ def learning_rate(step: int, train: TrainRecipe) -> float:
     if train.schedule == "constant":
         return train.learning_rate
     decay_steps = train.decay_steps if train.schedule == "wsd" else train.steps - train.warmup_steps
-    progress = (step + 1 - (train.steps - decay_steps)) / decay_steps
-    progress = min(max(progress, 0.0), 1.0)
+    progress = min(max((step + 1 - (train.steps - decay_steps)) / decay_steps, 0.0), 1.0)
     share = (1 + math.cos(math.pi * progress)) / 2 if train.schedule == "cosine" else 1 - progress
     ratio = train.final_learning_rate_ratio
     return train.learning_rate * (ratio + (1 - ratio) * share)

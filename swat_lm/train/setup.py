@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,15 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from swat_lm.data import (
     BatchSource,
     Progress,
-    TokenStore,
     load_tokenizer,
     prepare,
     resolve_sources,
     vocabulary_size,
 )
-from swat_lm.data.synthetic import SyntheticSource, SyntheticTask, is_synthetic, synthetic_task
+from swat_lm.data.synthetic import SyntheticSource, is_synthetic, synthetic_task
+from swat_lm.files import write_text
 from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
-from swat_lm.recipe import Recipe
+from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import Checkpoint
 from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOut
@@ -47,7 +47,6 @@ from swat_lm.train.run_folder import (
     choose_start,
     describe_new_schedule,
     scales_rotary,
-    write_recipe,
 )
 from swat_lm.train.trained_text import write_trained_text
 
@@ -107,9 +106,9 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     if start is not None:
         check_model(start, plain_config)
 
-    rows = open_rows(engine, recipe, vocabulary_size(tokenizer), on_progress)
+    source, held_out, key = open_rows(engine, recipe, vocabulary_size(tokenizer), on_progress)
     if start is not None and start.folder.parent.parent.resolve() == out.resolve():
-        check_continuation(start, json.loads(json.dumps(asdict(recipe))), rows.key)
+        check_continuation(start, json.loads(json.dumps(asdict(recipe))), key)
         remark = describe_new_schedule(start, recipe)
         if remark and engine.is_main:
             warnings.warn(remark, stacklevel=4)
@@ -119,50 +118,25 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
             "train.steps, or choose another `out`"
         )
 
-    model = begin(engine, recipe, config, initial)
-    optimizer, objective = make_optimizer(model, recipe.train), make_objective(recipe)
-    if start is not None:
-        objective.load_state_dict(engine.read_state(start.folder, model, optimizer, objective.state_dict()))
-    if rows.held_out is not None:
-        rows.held_out.check(engine, objective)
-    store = rows.source.store if isinstance(rows.source, BatchSource) else None
-    earlier = start.folder.resolve().parent.parent if start else initial.folder if initial else None
-    engine.on_main(lambda: write_trained_text(out, store, earlier))
-    engine.on_main(lambda: write_recipe(recipe, out))
-    flops = training_flops(config, recipe.data.sequence_length).per_token
-    return Training(
-        recipe,
-        engine,
-        model,
-        optimizer,
-        objective,
-        tokenizer,
-        rows.source,
-        rows.held_out,
-        start,
-        plain_config,
-        rows.key,
-        flops,
-    )
-
-
-def begin(engine: Engine, recipe: Recipe, config: PreTrainedConfig, initial: Initial | None) -> nn.Module:
-    """The model with its first weights, drawn or another model's, set up for training."""
     # on the CPU, so that drawn weights depend on the seed alone
     torch.manual_seed(recipe.seed)
     model = build_model(config)
     if initial is not None:
         load_initial(engine, initial, model)
-    return engine.set_up(model).train()
-
-
-class Rows(NamedTuple):
-    """What a run reads."""
-
-    source: BatchSource | SyntheticSource
-    held_out: HeldOut | None
-    key: str
-    """Identity of the data: equal for the same tokens, or the same task."""
+    model = engine.set_up(model).train()
+    optimizer, objective = make_optimizer(model, recipe.train), make_objective(recipe)
+    if start is not None:
+        objective.load_state_dict(engine.read_state(start.folder, model, optimizer, objective.state_dict()))
+    if held_out is not None:
+        held_out.check(engine, objective)
+    store = source.store if isinstance(source, BatchSource) else None
+    earlier = start.folder.resolve().parent.parent if start else initial.folder if initial else None
+    engine.on_main(lambda: write_trained_text(out, store, earlier))
+    engine.on_main(lambda: write_text(out / "recipe.yaml", dump_recipe(recipe)))
+    return Training(
+        recipe, engine, model, optimizer, objective, tokenizer, source, held_out, start, plain_config, key,
+        training_flops(config, recipe.data.sequence_length).per_token,
+    )  # fmt: skip
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -173,29 +147,43 @@ def check_sources(recipe: Recipe) -> None:
         resolve_sources(recipe.data.sources)
 
 
-def open_rows(engine: Engine, recipe: Recipe, vocab_size: int, on_progress: Callable[[Progress], None] | None) -> Rows:
-    """The rows of both splits: of a task, or of text, which is prepared first."""
-    evaluates = recipe.data.held_out > 0 and recipe.train.evaluate_every > 0
-    if is_synthetic(recipe.data.sources):
-        task = synthetic_task(recipe.data.sources[0])
-        source = open_task(recipe, task, "train", vocab_size)
-        held_out = HeldOut(open_task(recipe, task, "held_out", vocab_size), recipe.train.evaluate_batches, None)
-        return Rows(source, held_out if evaluates else None, str(task))
-    # the others then find what the main process made (or, without a shared disk, make it themselves)
-    engine.on_main_only(lambda: prepare(recipe.data, on_progress))
-    store = prepare(recipe.data)
-    source, held_out = open_split(recipe, store, "train"), None
-    if evaluates:
+def open_rows(
+    engine: Engine, recipe: Recipe, vocab_size: int, on_progress: Callable[[Progress], None] | None
+) -> tuple[BatchSource | SyntheticSource, HeldOut | None, str]:
+    """What a run trains on, what it is evaluated on, and the identity of both: of a task, or of text.
+
+    Text is prepared first. The identity is equal for the same tokens, or the same task.
+    """
+    data, size = recipe.data, recipe.train.batch_size
+    if is_synthetic(data.sources):
+        task, counts = synthetic_task(data.sources[0]), None
+        key = str(task)
+
+        def open_split(split: str, seed: int) -> BatchSource | SyntheticSource:
+            return SyntheticSource(task, split, data.sequence_length, seed, batch_size=size, vocab_size=vocab_size)
+    else:
+        # the others then find what the main process made (or, without a shared disk, make it themselves)
+        engine.on_main_only(lambda: prepare(data, on_progress))
+        store = prepare(data)
         counts = None if store.token_bytes is None else torch.from_numpy(store.token_bytes)
-        held_out = HeldOut(open_split(recipe, store, "held_out"), recipe.train.evaluate_batches, counts)
-    return Rows(source, held_out, store.key)
+        key = store.key
 
+        def open_split(split: str, seed: int) -> BatchSource | SyntheticSource:
+            return BatchSource(
+                store,
+                split,
+                data.sequence_length,
+                data.documents,
+                seed,
+                batch_size=size,
+                shuffle=data.shuffle or split == "held_out",
+            )
 
-def open_task(recipe: Recipe, task: SyntheticTask, split: str, vocab_size: int) -> SyntheticSource:
-    """The rows of a split of a task; the held-out rows do not depend on the run's seed."""
-    seed = recipe.seed if split == "train" else recipe.data.split_seed
-    size = recipe.train.batch_size
-    return SyntheticSource(task, split, recipe.data.sequence_length, seed, batch_size=size, vocab_size=vocab_size)
+    held_out = None
+    if data.held_out > 0 and recipe.train.evaluate_every > 0:
+        # its rows do not depend on the run's seed
+        held_out = HeldOut(open_split("held_out", data.split_seed), recipe.train.evaluate_batches, counts)
+    return open_split("train", recipe.seed), held_out, key
 
 
 def configure(
@@ -220,18 +208,3 @@ def configure(
     if not states_length and hasattr(config, "max_position_embeddings"):
         config.max_position_embeddings = recipe.data.sequence_length
     return config
-
-
-def open_split(recipe: Recipe, store: TokenStore, split: str) -> BatchSource:
-    """The rows of a split as the recipe packs them. The held-out rows do not depend on the run's seed."""
-    data = recipe.data
-    seed = recipe.seed if split == "train" else data.split_seed
-    return BatchSource(
-        store,
-        split,
-        data.sequence_length,
-        data.documents,
-        seed,
-        batch_size=recipe.train.batch_size,
-        shuffle=data.shuffle or split == "held_out",
-    )

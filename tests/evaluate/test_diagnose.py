@@ -36,7 +36,9 @@ def test_weights_are_those_of_the_operator(changes: dict):
         hidden, chunk = arguments[:2]
         weights = attention_weights(module, hidden, chunk)
         _, _, value = module.project(hidden)
-        value = value.repeat_interleave(module.settings.num_heads // module.settings.num_kv_heads, dim=2)
+        value = value.repeat_interleave(
+            module.settings.num_attention_heads // module.settings.num_key_value_heads, dim=2
+        )
         mixed = torch.einsum("bhts,bshd->bthd", weights, value)
         seen.append((module.o_proj(mixed.flatten(2)), output[0], weights))
 

@@ -106,7 +106,7 @@ def test_another_window_shares_the_weights():
     model, documents = tiny(7, score_bias="-log(window)"), texts(64)
     narrow = with_window(model, 3)
     assert narrow.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    assert narrow.config.attention_settings(0).score_bias == pytest.approx(-math.log(7))
+    assert narrow.config.attention_settings(0).bias() == pytest.approx(-math.log(7))
     curve = loss_by_length(model, documents, [64], window=3)
     assert curve.window == 3
     assert curve.at(64).mean_loss == pytest.approx(whole_pass(narrow, documents[0]).mean().item(), abs=1e-5)

@@ -13,13 +13,14 @@ from swat_lm.model.pasts import CarryPast
 from swat_lm.model.slots import Slots
 from swat_lm.ops.rotary import half_angles, inverse_frequencies, rotary_angles, rotate_paired
 
-SHAPE = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "window": 5}
+SHAPE = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 5}
 
 
 def attention(**changes) -> WindowAttention:
     torch.manual_seed(0)
     rotary = RotaryFrequencies(inverse_frequencies(8, 1e4), 1.0, "default") if changes.pop("rotary", False) else None
-    mixer = WindowAttention(AttentionSettings(**{**SHAPE, **changes}), rotary)
+    norm_eps = changes.pop("norm_eps", 1e-6)
+    mixer = WindowAttention(AttentionSettings(**{**SHAPE, **changes}), 16, rotary, norm_eps=norm_eps)
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return mixer.double()
@@ -48,7 +49,7 @@ def test_window_limits_what_is_seen():
 def test_negative_slopes_favour_recent_keys_and_positive_slopes_old_ones():
     shares = {}
     for kind in ("negative", "none", "positive"):
-        mixer = attention(slopes=kind, window=None)
+        mixer = attention(slopes=kind, sliding_window=None)
         # equal products for all keys, so that only the distance decides
         torch.nn.init.zeros_(mixer.q_proj.weight)
         weights = []
@@ -65,7 +66,7 @@ def test_score_bias_keeps_sigmoid_sums_near_one():
     window = 64
     outputs = {}
     for bias in (0.0, -math.log(window)):
-        mixer = attention(window=window, slopes="none", score_bias=bias)
+        mixer = attention(sliding_window=window, slopes="none", score_bias=bias)
         torch.nn.init.zeros_(mixer.q_proj.weight)
         x = hidden(1).expand(-1, window, -1)
         value = mixer.o_proj(mixer.v_proj(x[:, -1]).repeat(1, 2))
@@ -119,9 +120,9 @@ def test_learned_sink_takes_weight_away():
 
 def test_state_spec_is_the_state():
     kept = [StateTensor(name, (1, 8), "window", 5) for name in ("key", "value")]
-    assert attention(window=5).state_spec() == tuple(kept)
+    assert attention(sliding_window=5).state_spec() == tuple(kept)
     assert kept[0].num_elements() == 40
-    growing = attention(window=None).state_spec()[0]
+    growing = attention(sliding_window=None).state_spec()[0]
     assert (growing.shape, growing.kind) == ((1, 8), "growing")
     assert growing.num_elements(10) == 80
     with pytest.raises(ValueError, match="grows with the sequence"):
@@ -150,7 +151,9 @@ def test_slots_and_carries_continue_one_pass(changes):
 
 def test_backends_agree():
     x = hidden(11)
-    torch.testing.assert_close(mix(attention(backend="reference"), x), mix(attention(backend="blocked"), x))
+    torch.testing.assert_close(
+        mix(attention(attention_backend="reference"), x), mix(attention(attention_backend="blocked"), x)
+    )
 
 
 def test_a_step_rotates_alike_before_the_operator_and_in_it():

@@ -15,7 +15,7 @@ from swat_lm import SwatForCausalLM
 from .models import close, tiny_model, tokens
 
 PLANS = {
-    "sigmoid": {},
+    "sigmoid": {"slopes": "3:1"},
     "softmax": {"score_function": "softmax", "learned_sink": True, "qk_norm": True, "output_norm": True},
     "mixed": {"layers": ["mamba2", "attention"]},
     "tied": {"tie_word_embeddings": True},
@@ -56,7 +56,7 @@ def refuse(folder: Path) -> None:
     if get_rank() == 0:
         tiny_model(num_key_value_heads=1).save_pretrained(folder)
     barrier()
-    with pytest.raises(ValueError, match="num_kv_heads: 1 heads cannot be shared by 2 processes"):
+    with pytest.raises(ValueError, match="num_key_value_heads: 1 heads cannot be shared by 2 processes"):
         SwatForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
 
 

@@ -57,7 +57,7 @@ def test_save_and_load_keeps_every_setting(tmp_path):
     for index in range(2):
         assert loaded.attention_settings(index) == config.attention_settings(index)
         assert loaded.rotary(index) == config.rotary(index)
-    assert loaded.attention_settings(0).score_bias == -math.log(5)
+    assert loaded.attention_settings(0).bias() == -math.log(5)
     assert loaded.rotary(1) is None
 
 

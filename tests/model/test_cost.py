@@ -36,7 +36,7 @@ def test_presets_are_the_nine_that_are_promised():
         settings = config.attention_settings(0)
         assert settings.score_function == ("sigmoid" if name.startswith("swat") else "softmax")
         assert settings.slopes == ("balanced" if name.startswith("swat") else "none")
-        assert (settings.window is None) == name.startswith("transformer")
+        assert (settings.sliding_window is None) == name.startswith("transformer")
 
 
 @pytest.mark.parametrize(

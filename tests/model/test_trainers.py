@@ -107,6 +107,21 @@ def test_activation_checkpointing_changes_no_gradient():
         model(ids, past_key_values=DynamicCache(config=model.config))
 
 
+@pytest.mark.parametrize("plan", [None, ["mamba2", "attention"]], ids=str)
+def test_every_second_layer_is_checkpointed(plan):
+    model, ids = tiny_model(layers=plan, num_hidden_layers=4).train(), tokens(2, 24)
+    plain = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    model.activation_checkpointing_enable({"use_reentrant": False, "every_n_layers": 2})
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
+    runs = []
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
+    gradients = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(gradients, plain, strict=True))
+    # hooks, such as FSDP's, stand outside of what is computed again
+    assert runs == [0, 1, 2, 3]
+
+
 def test_compiled_training_step_is_one_graph():
     model, ids = tiny_model(num_hidden_layers=1), tokens(2, 24)
     plain = model(ids, labels=ids).loss

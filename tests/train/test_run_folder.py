@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe, describe, load_recipe
+from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe, describe
 from swat_lm.train.checkpoint import Checkpoint, CheckpointError
 from swat_lm.train.run_folder import (
     CHANGEABLE,
@@ -13,7 +13,6 @@ from swat_lm.train.run_folder import (
     choose_start,
     describe_new_schedule,
     hold_folder,
-    write_recipe,
 )
 
 RECIPE = Recipe(name="r", out="somewhere", model={"hidden_size": 8}, data=DataRecipe(sources=("a", "b")))
@@ -147,12 +146,6 @@ def test_path_without_checkpoint_is_named(tmp_path, what):
         path.mkdir()
     with pytest.raises(CheckpointError, match=str(path)):
         choose_start(tmp_path / "new", str(path))
-
-
-def test_recipe_is_written_whole(tmp_path):
-    write_recipe(RECIPE, tmp_path)
-    assert load_recipe(tmp_path / "recipe.yaml") == RECIPE
-    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path):

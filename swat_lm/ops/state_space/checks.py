@@ -13,27 +13,27 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, s
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             sizes = "[batch, tokens, heads, head size]" if name == "value" else "[batch, tokens, groups, state size]"
-            raise ValueError(f"{name}: expected 4 dimensions {sizes}, got {_shape(tensor)}")
+            raise ValueError(f"{name}: expected 4 dimensions {sizes}, got {list(tensor.shape)}")
         if tensor.dtype != value.dtype:
             raise ValueError(f"{name}: expected the value's dtype {value.dtype}, got {tensor.dtype}")
     batch, num_tokens, num_heads, head_dim = value.shape
     if num_tokens < 1:
         raise ValueError("value: expected at least 1 token, got none; without tokens the state stays as it is")
     if num_heads < 1 or head_dim < 1:
-        raise ValueError(f"value: expected at least one head of at least size 1, got {_shape(value)}")
+        raise ValueError(f"value: expected at least one head of at least size 1, got {list(value.shape)}")
     if key.shape[:2] != value.shape[:2] or key.shape[2] < 1 or key.shape[3] < 1:
-        raise ValueError(f"key: expected [{batch}, {num_tokens}, groups, state size], got {_shape(key)}")
+        raise ValueError(f"key: expected [{batch}, {num_tokens}, groups, state size], got {list(key.shape)}")
     if num_heads % key.shape[2]:
         raise ValueError(
             f"key: {num_heads} heads cannot be shared evenly by {key.shape[2]} groups; "
             "the first must be a multiple of the second"
         )
     if query.shape != key.shape:
-        raise ValueError(f"query: expected the key's shape {_shape(key)}, got {_shape(query)}")
+        raise ValueError(f"query: expected the key's shape {list(key.shape)}, got {list(query.shape)}")
     for name, tensor in (("log_decay", log_decay), ("step_size", step_size)):
         if tensor.shape != value.shape[:3]:
             raise ValueError(
-                f"{name}: expected one number per token and head, {list(value.shape[:3])}, got {_shape(tensor)}"
+                f"{name}: expected one number per token and head, {list(value.shape[:3])}, got {list(tensor.shape)}"
             )
     for name, tensor in zip(
         ("query", "key", "value", "log_decay", "step_size"), (query, key, value, log_decay, step_size), strict=True
@@ -61,7 +61,7 @@ def check_step(value: Tensor, key: Tensor, state: Tensor, slot: Tensor) -> None:
         )
     _check_state("state", state, value, key, "slots", None)
     if tuple(slot.shape) != (value.shape[0],) or slot.dtype != torch.int64:
-        raise ValueError(f"slot: expected int64 [{value.shape[0]}], got {slot.dtype} {_shape(slot)}")
+        raise ValueError(f"slot: expected int64 [{value.shape[0]}], got {slot.dtype} {list(slot.shape)}")
     if slot.device != value.device:
         raise ValueError(f"slot: expected the value's device {value.device}, got {slot.device}")
     if value.shape[0] > state.shape[0]:
@@ -72,7 +72,9 @@ def _check_state(name: str, state: Tensor, value: Tensor, key: Tensor, first: st
     shape = (*value.shape[2:], key.shape[3])
     if state.dim() != 4 or state.shape[1:] != shape or (size is not None and state.shape[0] != size):
         expected = ", ".join(map(str, (first if size is None else size, *shape)))
-        raise ValueError(f"{name}: expected [{expected}] ({first}, heads, head size, state size), got {_shape(state)}")
+        raise ValueError(
+            f"{name}: expected [{expected}] ({first}, heads, head size, state size), got {list(state.shape)}"
+        )
     if state.dtype != sum_dtype(value):
         raise ValueError(
             f"{name}: expected {sum_dtype(value)}, the precision in which values of {value.dtype} are summed, "
@@ -80,7 +82,3 @@ def _check_state(name: str, state: Tensor, value: Tensor, key: Tensor, first: st
         )
     if state.device != value.device:
         raise ValueError(f"{name}: expected the value's device {value.device}, got {state.device}")
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))

@@ -5,6 +5,7 @@ Inside a chunk all pairs of tokens are products of matrices, between chunks only
 docs/mathematics.md.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -113,15 +114,16 @@ def _span_backward(
     # between the chunks
     incoming, _ = _states(part, grouped, state)
     d_read = grouped.rows(d_output, into)
-    outgoing, d_state = _state_gradients(
-        torch.bmm(d_read.transpose(1, 2), query), decays.whole, grouped.groups, d_state
-    )
+    # gradients of the states after each chunk, and of the one before the first
+    outgoing, d_state = _passed_on(
+        torch.bmm(d_read.transpose(1, 2), query), decays.whole, grouped.groups, d_state,
+        reversed(range(span.num_chunks)),
+    )  # fmt: skip
     stored = grouped.rows(part.value, part.step_size * out)
     d_query = torch.bmm(d_read, incoming)
     d_key = torch.bmm(stored, outgoing)
     d_stored = torch.bmm(key, outgoing.transpose(1, 2))
-    read = torch.bmm(query, incoming.transpose(1, 2))
-    by_past = grouped.heads(read.mul_(d_read), b).sum(-1).transpose(2, 3)
+    by_past = grouped.heads(torch.bmm(query, incoming.transpose(1, 2)).mul_(d_read), b).sum(-1).transpose(2, 3)
     by_future = grouped.heads(d_stored * stored, b).sum(-1).transpose(2, 3)
     by_both = (incoming.view(*decays.whole.shape, -1) * outgoing.view(*decays.whole.shape, -1)).sum(-1) * decays.whole
     d_input = grouped.heads(d_stored, b) * out[..., None]
@@ -152,27 +154,24 @@ def _span_backward(
 
 def _states(part: Part, grouped: Grouped, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return the states before each chunk, `[b n G, R P, N]`, and the one after the last, `[b, H, P, N]`."""
-    decays = part.decays
-    stored = grouped.rows(part.value, part.step_size * decays.out.transpose(2, 3))
+    stored = grouped.rows(part.value, part.step_size * part.decays.out.transpose(2, 3))
     added = torch.bmm(stored.transpose(1, 2), part.key.flatten(0, 1))
-    b, n = decays.whole.shape[:2]
-    added = added.view(b, n, *state.shape[1:])
-    incoming = torch.empty_like(added)
-    for chunk in range(n):
-        incoming[:, chunk] = state
-        state = torch.addcmul(added[:, chunk], state, decays.whole[:, chunk, :, None, None])
-    return incoming.view(b * n * grouped.groups, -1, state.shape[-1]), state
+    return _passed_on(added, part.decays.whole, grouped.groups, state, range(part.decays.whole.shape[1]))
 
 
-def _state_gradients(read: Tensor, whole: Tensor, groups: int, d_state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the states after each chunk, `[b n G, R P, N]`, and of the one before the first."""
-    b, n = whole.shape[:2]
-    read = read.view(b, n, *d_state.shape[1:])
-    outgoing = torch.empty_like(read)
-    for chunk in reversed(range(n)):
-        outgoing[:, chunk] = d_state
-        d_state = torch.addcmul(read[:, chunk], d_state, whole[:, chunk, :, None, None])
-    return outgoing.view(b * n * groups, -1, d_state.shape[-1]), d_state
+def _passed_on(
+    added: Tensor, whole: Tensor, groups: int, state: Tensor, chunks: Iterable[int]
+) -> tuple[Tensor, Tensor]:
+    """Pass a state, or its gradient, on over the chunks in this order: what each finds, and what the last leaves.
+
+    Every chunk decays it by `whole` and adds its own. Shapes as those of `_states`.
+    """
+    added = added.view(*whole.shape[:2], *state.shape[1:])
+    found = torch.empty_like(added)
+    for chunk in chunks:
+        found[:, chunk] = state
+        state = torch.addcmul(added[:, chunk], state, whole[:, chunk, :, None, None])
+    return found.view(whole.shape[0] * whole.shape[1] * groups, -1, state.shape[-1]), state
 
 
 def _per_head(x: Tensor, weights: Tensor | None) -> Tensor:

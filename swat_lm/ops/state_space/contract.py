@@ -98,8 +98,7 @@ def state_space_step(
     """
     check_inputs(query, key, value, log_decay, step_size)
     check_step(value, key, state, slot)
-    tensors = (query, key, value, log_decay, step_size, state)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, log_decay, step_size, state)):
         raise ValueError("state_space_step is for inference: call it under torch.no_grad() or inference_mode()")
     # the op exists for torch.compile; called eagerly, its dispatch would cost as much as a small step
     run = torch.ops.swat_lm.state_space_step if torch.compiler.is_compiling() else _step_in_place

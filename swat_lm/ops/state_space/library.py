@@ -23,18 +23,18 @@ def _state_space_scan(
     real: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scan = Scan(query, key, value, log_decay, step_size, documents, real)
     # a recurrence is summed in the state's precision, also where the products around it are autocast
     with torch.autocast(value.device.type, enabled=False):
-        return chunked.forward(scan, initial_state, chunk_size)
+        return chunked.forward(
+            Scan(query, key, value, log_decay, step_size, documents, real), initial_state, chunk_size
+        )
 
 
 @_state_space_scan.register_fake
 def _(query, key, value, log_decay, step_size, initial_state, documents, real, chunk_size):
     batch, num_tokens, num_heads, head_dim = value.shape
     state = value.new_empty((batch, num_heads, head_dim, key.shape[3]), dtype=sum_dtype(value))
-    spans = count_spans(num_tokens, chunk_size)
-    return value.new_empty(value.shape), state, state.new_empty((spans, *state.shape))
+    return value.new_empty(value.shape), state, state.new_empty((count_spans(num_tokens, chunk_size), *state.shape))
 
 
 @torch.library.custom_op("swat_lm::state_space_scan_backward", mutates_args=())
@@ -51,9 +51,14 @@ def _state_space_scan_backward(
     span_states: Tensor,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    scan = Scan(query, key, value, log_decay, step_size, documents, real)
     with torch.autocast(value.device.type, enabled=False):
-        return chunked.backward(grad_output, grad_final_state, scan, span_states, chunk_size)
+        return chunked.backward(
+            grad_output,
+            grad_final_state,
+            Scan(query, key, value, log_decay, step_size, documents, real),
+            span_states,
+            chunk_size,
+        )
 
 
 @_state_space_scan_backward.register_fake

@@ -50,38 +50,32 @@ class Scan(NamedTuple):
     documents: Tensor | None
     real: Tensor | None
 
-    def rows_at_once(self, chunk_size: int) -> int:
-        """Rows of the batch that go through the chunks together."""
-        batch, num_tokens, num_heads, _ = self.value.shape
-        if self.value.device.type != "cpu":
-            return max(batch, 1)
-        length = min(chunk_size, num_tokens)
-        pairs = num_heads * min(CHUNKS_PER_SPAN, -(-num_tokens // length)) * length**2
-        return max(1, min(batch, PAIR_BUDGET // pairs))
-
     def row_groups(self, chunk_size: int) -> Iterator[slice]:
-        """Yield the rows that go together."""
-        batch, together = self.value.shape[0], self.rows_at_once(chunk_size)
+        """Yield the rows of the batch that go through the chunks together."""
+        batch, num_tokens, num_heads, _ = self.value.shape
+        together = max(batch, 1)
+        if self.value.device.type == "cpu":
+            length = min(chunk_size, num_tokens)
+            pairs = num_heads * min(CHUNKS_PER_SPAN, -(-num_tokens // length)) * length**2
+            together = max(1, min(batch, PAIR_BUDGET // pairs))
         for first in range(0, batch, together):
             yield slice(first, min(first + together, batch))
 
     def spans(self, rows: slice, chunk_size: int) -> list[Span]:
         """Cut the rows into spans; what is left over after the last whole chunk is a span of its own."""
-        num_tokens = self.value.shape[1]
-        whole, rest = divmod(num_tokens, chunk_size)
-        found = []
-        for first in range(0, whole, CHUNKS_PER_SPAN):
-            count = min(CHUNKS_PER_SPAN, whole - first)
-            found.append(Span(rows, len(found), first * chunk_size, count, chunk_size))
+        whole, rest = divmod(self.value.shape[1], chunk_size)
+        cuts = [
+            (first * chunk_size, min(CHUNKS_PER_SPAN, whole - first), chunk_size)
+            for first in range(0, whole, CHUNKS_PER_SPAN)
+        ]
         if rest:
-            found.append(Span(rows, len(found), whole * chunk_size, 1, rest))
-        return found
+            cuts.append((whole * chunk_size, 1, rest))
+        return [Span(rows, number, *cut) for number, cut in enumerate(cuts)]
 
 
 def count_spans(num_tokens: int, chunk_size: int) -> int:
     """Return how many spans every row has."""
-    whole, rest = num_tokens // chunk_size, num_tokens % chunk_size
-    return -(-whole // CHUNKS_PER_SPAN) + (1 if rest else 0)
+    return -(-(num_tokens // chunk_size) // CHUNKS_PER_SPAN) + (1 if num_tokens % chunk_size else 0)
 
 
 class Decays(NamedTuple):

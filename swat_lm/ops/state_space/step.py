@@ -27,8 +27,7 @@ def step(
     if own is None:
         state[slot] = states
     queries = query.to(dtype).reshape(batch, groups, state_size, 1)
-    output = torch.matmul(moved.flatten(2, 3), queries)
-    return output.view(value.shape).to(value.dtype)
+    return torch.matmul(moved.flatten(2, 3), queries).view(value.shape).to(value.dtype)
 
 
 def _slice_of(slot: Tensor) -> slice | None:

@@ -77,8 +77,8 @@ class Trials(NamedTuple):
     @property
     def best(self) -> Candidate | None:
         """The fastest so far."""
-        fitting = {one: time for one, time in self.times.items() if time is not None}
-        return min(fitting, key=lambda one: fitting[one]) if fitting else None
+        fitting = {candidate: time for candidate, time in self.times.items() if time is not None}
+        return min(fitting, key=lambda candidate: fitting[candidate]) if fitting else None
 
 
 def check_gpu(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> None:
@@ -132,10 +132,10 @@ def tune(
     if unknown:
         raise ValueError(f"kernels: expected some of {'; '.join(KERNELS)}; got {'; '.join(sorted(unknown))}")
     # before minutes of measuring, not after
-    known = read_tuned(path) if path.exists() else Tuned({}, {})
+    known = read_tuned(path) if path.exists() else {}
     timer = _bench if measure is None else measure
     best: dict[str, Candidate] = {}
-    for kernel in (one for one in KERNELS if one in kernels):
+    for kernel in (kernel for kernel in KERNELS if kernel in kernels):
         trials = Trials(kernel, _candidates(kernel, problem), {})
         report(trials)
         run = calls.forward if kernel == "forward" else calls.backward
@@ -145,7 +145,9 @@ def tune(
         if trials.best is not None:
             best[kernel] = trials.best
             # after every kernel: what is measured is kept
-            _write(path, known, _by_key(best, problem))
+            write_text(path, json.dumps({**known, **_by_key(best, problem)}, indent=1, sort_keys=True) + "\n")
+            # this process may have read the file as it was
+            forget_tuned()
         elif kernel != FIVE_PRODUCTS:
             raise ValueError(f"tune: no tile of the kernel {kernel!r} fits this GPU")
     return best
@@ -165,13 +167,7 @@ def _being_measured(choices: dict[str, Candidate], kernel: str, problem: Problem
 
 
 def _by_key(choices: dict[str, Candidate], problem: Problem) -> Tuned:
-    tuned = Tuned({}, {})
-    for kernel, choice in choices.items():
-        if isinstance(choice, Tile):
-            tuned.tiles[tuned_key(kernel, problem)] = choice
-        else:
-            tuned.forms[tuned_key(kernel, problem)] = choice
-    return tuned
+    return {tuned_key(kernel, problem): choice for kernel, choice in choices.items()}
 
 
 def _time(run: Callable[[], object], measure: Timer, tuned: Tuned) -> float | None:
@@ -190,8 +186,7 @@ def _bench(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
-    first = _clock(run, cache)
-    count = min(max(int(MILLISECONDS / max(first, 1e-3)), 5), 30)
+    count = min(max(int(MILLISECONDS / max(_clock(run, cache), 1e-3)), 5), 30)
     return statistics.median(_clock(run, cache) for _ in range(count))
 
 
@@ -204,13 +199,6 @@ def _clock(run: Callable[[], object], cache: torch.Tensor) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
-
-
-def _write(path: Path, known: Tuned, found: Tuned) -> None:
-    choices = {**known.tiles, **known.forms, **found.tiles, **found.forms}
-    write_text(path, json.dumps(choices, indent=1, sort_keys=True) + "\n")
-    # this process may have read the file as it was
-    forget_tuned()
 
 
 def call_for(

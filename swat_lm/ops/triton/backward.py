@@ -6,8 +6,6 @@ Sigmoid needs the queries, keys and values only, softmax also its output and lse
 # how kernels are launched is beyond a checker of Python
 # pyright: reportCallIssue=false
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -16,22 +14,12 @@ from swat_lm.ops.calls import AttentionCall
 from swat_lm.ops.head_bias import HeadBias
 from swat_lm.ops.triton.backward_kernels import backward_key, backward_query
 from swat_lm.ops.triton.configurations import Problem, backward_form, configuration, is_one_loop, launch_options
-from swat_lm.ops.triton.device import on_device
-from swat_lm.ops.triton.forward import with_dense_channels
+from swat_lm.ops.triton.device import on_device, with_dense_channels
 from swat_lm.ops.triton.geometry import Rows
 from swat_lm.ops.triton.precision import is_fast, is_folded
 from swat_lm.ops.triton.rotation import angle_stride, rotate
 from swat_lm.ops.triton.saturation import largest_norms
 from swat_lm.ops.triton.softmax_rows import softmax_rows
-
-
-class Gradients(NamedTuple):
-    """Of one call; the last is zeros unless asked for."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: HeadBias
 
 
 def backward(
@@ -41,10 +29,11 @@ def backward(
     output: Tensor | None,
     lse: Tensor | None,
     needs_per_head: bool,
-) -> Gradients:
-    """Return the gradients; `output` and `lse` are those of the forward for softmax and unused for sigmoid.
+) -> tuple[Tensor, Tensor, Tensor, HeadBias]:
+    """Return the gradients of query, key, value and of the bias (zeros unless `needs_per_head`).
 
-    With angles the call's query and key are the rotated ones, and the gradients those of the unrotated.
+    `output` and `lse` are those of the forward for softmax and unused for sigmoid. With angles the call's query and key
+    are the rotated ones, and the gradients those of the unrotated.
     """
     query, key, value, cos, sin, scale, softmax = (
         call.query, call.key, call.value, call.cos, call.sin, call.scale, call.softmax
@@ -53,8 +42,10 @@ def backward(
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1], key.shape[2]
     contiguous = torch.contiguous_format
+    grad_bias = HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias))
     if 0 in (query.numel(), key.numel()):
-        return Gradients(*(torch.zeros_like(t, memory_format=contiguous) for t in (query, key, value)), _zeros(bias))
+        d_query, d_key, d_value = (torch.zeros_like(t, memory_format=contiguous) for t in (query, key, value))
+        return d_query, d_key, d_value, grad_bias
     query, key, value, grad_output = (with_dense_channels(t) for t in (query, key, value, grad_output))
     bias, rows, fast = HeadBias(*(t.contiguous() for t in bias)), Rows.of(call), is_fast(call)
     problem = Problem.of(query, key, rows.window, call.score_function)
@@ -73,7 +64,7 @@ def backward(
     group = num_heads // num_kv_heads
     common = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_DIM": problem.block_dim, "SOFTMAX": softmax,
-        "FAST": fast, "RAGGED": rows.is_ragged, "ROTARY": rotates,
+        "FAST": fast, "RAGGED": rows.last is not None, "ROTARY": rotates,
         "SKIP": skip_saturated, "HARDWARE": problem.hardware,
         "INPUT_PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
@@ -111,7 +102,6 @@ def backward(
             FOLDED=is_folded(scale, fast, one_loop),
             **launch_options(tile),
         )  # fmt: skip
-    grad_bias = _zeros(bias)
     if needs_per_head:
         # one number per head out of a whole call's pairs, whose signs cancel
         grad_bias = HeadBias(*per_head.double().sum(dim=(0, 2)).unbind(dim=-1))
@@ -120,8 +110,4 @@ def backward(
             grad_query = rotate(grad_query, cos, sin, query.dtype, back=True)
         if not rotates:
             grad_key = rotate(grad_key, cos, sin, key.dtype, back=True)
-    return Gradients(grad_query.to(query.dtype), grad_key, grad_value, grad_bias)
-
-
-def _zeros(bias: HeadBias) -> HeadBias:
-    return HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias))
+    return grad_query.to(query.dtype), grad_key, grad_value, grad_bias

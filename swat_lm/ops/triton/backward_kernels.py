@@ -74,10 +74,10 @@ def backward_query(
     d_query = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
     if SKIP:
         # a saturated weight has no gradient, be it 0 or 1
-        key_norm = tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head)
         saturated = saturated_tiles(
-            q, key_norm, slope, bias, scale, tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr,
-            num_queries, num_keys, offset, window, RAGGED, BLOCK_KEYS,
+            q, tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head), slope, bias, scale,
+            tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr, num_queries, num_keys, offset,
+            window, RAGGED, BLOCK_KEYS,
         )  # fmt: skip
     else:
         saturated = 0
@@ -144,11 +144,9 @@ def row_statistics(lse_ptr, shift_ptr, begin, row, num_heads, num_queries, SOFTM
     if SOFTMAX:
         exists = row < num_queries
         normaliser = tl.load(lse_ptr + begin + row * num_heads, mask=exists, other=float("inf")) * LOG2_E
-        shift = tl.load(shift_ptr + begin + row * num_heads, mask=exists, other=0.0)
+        return normaliser, tl.load(shift_ptr + begin + row * num_heads, mask=exists, other=0.0)
     else:
-        normaliser = 0.0
-        shift = 0.0
-    return normaliser, shift
+        return 0.0, 0.0
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -176,8 +174,7 @@ def backward_key(
     start, left, right, count = rows_of_tile(
         table_ptr, first_key, num_queries, num_keys, offset, window, RAGGED, BLOCK_ROWS, BLOCK_KEYS
     )  # fmt: skip
-    key = first_key + tl.arange(0, BLOCK_KEYS)
-    from_row, to_row = rows_of_keys(table_ptr, key, num_keys, offset, window, RAGGED)
+    from_row, to_row = rows_of_keys(table_ptr, first_key + tl.arange(0, BLOCK_KEYS), num_keys, offset, window, RAGGED)
     unit = score_unit(SOFTMAX, FAST)
     key_ptr += sequence * stride_kb + kv_head.to(tl.int64) * stride_kh
     value_ptr += sequence * stride_vb + kv_head.to(tl.int64) * stride_vh
@@ -198,12 +195,11 @@ def backward_key(
         near = count
         if SKIP and REGULAR_LAST:
             # tiles of rows so far behind the last key that every weight is 0 or 1
-            norms = (
-                tl.load(query_norms_ptr + sequence * num_heads + head),
+            distance = reach(
+                slope, bias, scale, tl.load(query_norms_ptr + sequence * num_heads + head),
                 tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head),
-            )
-            final_key = tl.minimum(first_key + BLOCK_KEYS, num_keys) - 1
-            far_row = final_key + reach(slope, bias, scale, norms[0], norms[1]) - offset
+            )  # fmt: skip
+            far_row = tl.minimum(first_key + BLOCK_KEYS, num_keys) - 1 + distance - offset
             near = tl.maximum(far_row - start + BLOCK_ROWS - 1, 0) // BLOCK_ROWS
             near = tl.minimum(tl.maximum(near, left), count)
         inner_end = tl.minimum(right, near)
@@ -214,9 +210,9 @@ def backward_key(
                 near = tl.where(slope > 0, count, near)
             else:
                 outer_end = tl.where(slope > 0, count, outer_end)
-                ones = tl.where(slope > 0, right, inner_end)
                 d_value = add_values(
-                    d_value, o_ptr, stride_ot, num_queries, start, inner_end, ones, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS
+                    d_value, o_ptr, stride_ot, num_queries, start, inner_end, tl.where(slope > 0, right, inner_end),
+                    HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
                 )  # fmt: skip
         slope = slope * unit
         bias = bias * unit

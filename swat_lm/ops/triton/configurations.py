@@ -43,12 +43,8 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-class Tuned(NamedTuple):
-    """What was found to be fastest, by `tuned_key`: tiles of kernels, and forms of the backward."""
-
-    tiles: dict[str, Tile]
-    forms: dict[str, str]
-
+Tuned = dict[str, Tile | str]
+"""What was found to be fastest, by `tuned_key`: tiles of kernels, and forms of the backward."""
 
 # instead of a file's, while somebody measures
 _in_use: list[Tuned] = []
@@ -170,9 +166,9 @@ def configuration(kernel: str, problem: Problem) -> Tile:
     if not problem.hardware:
         # small, so that small shapes have tiles of every kind
         return Tile(16, 16, 4, 1)
-    tiles = _tuned().tiles
-    tuned = tiles.get(tuned_key(kernel, problem)) if tiles else None
-    return tuned or table_tile(kernel, problem)
+    tuned = _tuned()
+    tile = tuned.get(tuned_key(kernel, problem)) if tuned else None
+    return tile if isinstance(tile, Tile) else table_tile(kernel, problem)
 
 
 def table_tile(kernel: str, problem: Problem) -> Tile:
@@ -237,10 +233,8 @@ def _tuned() -> Tuned:
 
 @lru_cache
 def _tuned_file(path: str | None) -> Tuned:
-    if not path:
-        return Tuned({}, {})
     try:
-        return read_tuned(path)
+        return read_tuned(path) if path else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{TILES_VARIABLE}: {error}") from error
 
@@ -252,19 +246,11 @@ def read_tuned(path: str | Path) -> Tuned:
         OSError: it cannot be read.
         ValueError: it is none of `autotune.py`'s files, or holds a tile that no kernel can have.
     """
-    tuned = Tuned({}, {})
     try:
-        for key, choice in json.loads(Path(path).read_text(encoding="utf-8")).items():
-            if isinstance(choice, str):
-                if choice not in BACKWARD_FORMS:
-                    raise ValueError(f"{key}: expected one of {', '.join(BACKWARD_FORMS)}; got {choice!r}")
-                tuned.forms[key] = choice
-            else:
-                tuned.tiles[key] = Tile(*choice)
-                _check_tile(key, tuned.tiles[key])
+        choices = json.loads(Path(path).read_text(encoding="utf-8")).items()
+        return {key: _checked_choice(key, choice) for key, choice in choices}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a file written by `swat-lm tune`, got {path}: {error}") from error
-    return tuned
 
 
 def forget_tuned() -> None:
@@ -272,12 +258,18 @@ def forget_tuned() -> None:
     _tuned_file.cache_clear()
 
 
-def _check_tile(key: str, tile: Tile) -> None:
+def _checked_choice(key: str, choice: Any) -> Tile | str:
+    if isinstance(choice, str):
+        if choice not in BACKWARD_FORMS:
+            raise ValueError(f"{key}: expected one of {', '.join(BACKWARD_FORMS)}; got {choice!r}")
+        return choice
+    tile = Tile(*choice)
     *numbers, registers = tile
     if not all(type(n) is int for n in numbers) or not (registers is None or type(registers) is int):
         raise ValueError(f"{key}: the numbers of a tile are whole, got {list(tile)}")
     if any(n < 1 or n & (n - 1) for n in numbers[:3]) or min(tile.rows, tile.keys) < 16 or tile.stages < 1:
         raise ValueError(f"{key}: rows and keys are powers of two from 16 on, warps one from 1 on, got {list(tile)}")
+    return tile
 
 
 def backward_form(problem: Problem) -> str:
@@ -288,9 +280,9 @@ def backward_form(problem: Problem) -> str:
     that has something to say: the environment's SWAT_LM_BACKWARD; `torch.use_deterministic_algorithms`, for two
     kernels; what was measured on this GPU (`autotune.py`); `rule_form`.
     """
-    being_measured = _in_use[-1].forms if _in_use else {}
-    if being_measured:
-        return being_measured[tuned_key(FORM, problem)]
+    being_measured = _in_use[-1].get(tuned_key(FORM, problem)) if _in_use else None
+    if isinstance(being_measured, str):
+        return being_measured
     forced = os.environ.get(FORM_VARIABLE)
     if forced is not None:
         if forced not in BACKWARD_FORMS:
@@ -298,9 +290,8 @@ def backward_form(problem: Problem) -> str:
         return forced
     if torch.are_deterministic_algorithms_enabled():
         return BACKWARD_FORMS[0]
-    forms = _tuned().forms if problem.hardware else {}
-    measured = forms.get(tuned_key(FORM, problem)) if forms else None
-    return measured or rule_form(problem)
+    measured = _tuned().get(tuned_key(FORM, problem)) if problem.hardware else None
+    return measured if isinstance(measured, str) else rule_form(problem)
 
 
 def rule_form(problem: Problem) -> str:

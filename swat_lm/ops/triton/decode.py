@@ -17,7 +17,16 @@ from torch import Tensor
 from swat_lm.ops.calls import StepCall
 from swat_lm.ops.triton.availability import gpu_of
 from swat_lm.ops.triton.configurations import FUSED
-from swat_lm.ops.triton.device import LN_2, exp2, hidden_score, on_device, scalar, score_unit, sigmoid
+from swat_lm.ops.triton.device import (
+    LN_2,
+    exp2,
+    hidden_score,
+    on_device,
+    scalar,
+    score_unit,
+    sigmoid,
+    with_dense_channels,
+)
 
 # programs wanted on every multiprocessor, and the fewest places of a ring that are worth a program of their own
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -64,11 +73,11 @@ def step(call: StepCall, splits: int | None = None) -> tuple[Tensor, Tensor]:
 
     `splits` is the number of programs per window, by the rule when None.
     """
-    query, key, value = (_with_dense_channels(x) for x in (call.query, call.key, call.value))
+    query, key, value = (with_dense_channels(x) for x in (call.query, call.key, call.value))
     key_ring, value_ring, softmax = call.key_ring, call.value_ring, call.softmax
     slot, position = call.slot.contiguous(), call.position.contiguous()
     slopes, score_bias = (None if x is None else x.contiguous() for x in (call.slopes, call.score_bias))
-    cos, sin = (None if x is None else _with_dense_channels(x) for x in (call.cos, call.sin))
+    cos, sin = (None if x is None else with_dense_channels(x) for x in (call.cos, call.sin))
     batch, _, num_heads, head_dim = query.shape
     window, num_kv_heads = key_ring.shape[1:3]
     if batch == 0:
@@ -76,8 +85,9 @@ def step(call: StepCall, splits: int | None = None) -> tuple[Tensor, Tensor]:
     tile = DecodeTile.of(num_heads // num_kv_heads, head_dim, key_ring.element_size())
     gpu = gpu_of(query.device)
     if splits is None:
-        multiprocessors = gpu.num_multiprocessors if gpu else MULTIPROCESSORS_WITHOUT_GPU
-        splits = num_splits(batch * num_kv_heads, window, multiprocessors)
+        splits = num_splits(
+            batch * num_kv_heads, window, gpu.num_multiprocessors if gpu else MULTIPROCESSORS_WITHOUT_GPU
+        )
     # whole tiles for every program
     places = -(-window // (splits * tile.places)) * tile.places
     splits = -(-window // places)
@@ -106,11 +116,6 @@ def step(call: StepCall, splits: int | None = None) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-def _with_dense_channels(x: Tensor) -> Tensor:
-    # heads and sequences may lie anywhere, as in a joined projection
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @triton.jit
 def _load_heads(
     pointer, offsets, channel, mask, cos, sin, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr
@@ -124,8 +129,7 @@ def _load_heads(
         angle = tl.where(is_first, channel, channel - HALF)
         cosine = tl.load(cos + angle, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
         sine = tl.load(sin + angle, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
-        rotated = x.to(tl.float32) * cosine + partner.to(tl.float32) * tl.where(is_first, -sine, sine)
-        x = rotated.to(x.dtype)
+        x = (x.to(tl.float32) * cosine + partner.to(tl.float32) * tl.where(is_first, -sine, sine)).to(x.dtype)
     return x
 
 
@@ -314,10 +318,8 @@ def _decode(
     # the new token belongs to the program of its place, which also writes it
     holds_new = (begin <= new_place) & (new_place < end)
     if holds_new:
-        key_offset = new_place * tl.cast(key_place, tl.int64)
-        value_offset = new_place * tl.cast(value_place, tl.int64)
-        tl.store(keys + key_offset + channel * key_channel, new_key, mask=in_head)
-        tl.store(values + value_offset + channel * value_channel, new_value, mask=in_head)
+        tl.store(keys + new_place * tl.cast(key_place, tl.int64) + channel * key_channel, new_key, mask=in_head)
+        tl.store(values + new_place * tl.cast(value_place, tl.int64) + channel * value_channel, new_value, mask=in_head)
     new_score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale + constant
     new_score = tl.where(holds_new, new_score, hidden_score(SOFTMAX, False))
     if SOFTMAX:

@@ -28,6 +28,14 @@ def on_device(tensor: Tensor) -> torch.cuda.device:
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
 
 
+def with_dense_channels(tensor: Tensor) -> Tensor:
+    """Return the tensor, copied only where the channels of a head are not next to each other.
+
+    Heads and sequences may lie anywhere, as in a joined projection.
+    """
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 if is_interpreted():
 
     def scalar(value):
@@ -46,22 +54,15 @@ else:
 def score_unit(SOFTMAX: tl.constexpr, FAST: tl.constexpr):
     """Return what scale, slope and bias are multiplied by: exp2 for softmax and sigmoid, tanh(score / 2) for fast."""
     if SOFTMAX:
-        unit = LOG2_E
-    elif FAST:
-        unit = 0.5
+        return LOG2_E
     else:
-        unit = -LOG2_E
-    return unit
+        return 0.5 if FAST else -LOG2_E
 
 
 @triton.jit
 def hidden_score(SOFTMAX: tl.constexpr, FAST: tl.constexpr):
     """Return the score, in its unit, whose weight is exactly 0: the contract's minus infinity."""
-    if SOFTMAX or FAST:
-        hidden = float("-inf")
-    else:
-        hidden = float("inf")
-    return hidden
+    return float("-inf") if SOFTMAX or FAST else float("inf")
 
 
 @triton.jit
@@ -77,17 +78,16 @@ def hide(score, low, high, index, LENGTH: tl.constexpr, SOFTMAX: tl.constexpr, F
     high = tl.minimum(high, LENGTH - 1)
     if SOFTMAX:
         # minus infinity itself: a row must know that it has seen nothing yet
-        score = tl.where((index >= low) & (index <= high), score, float("-inf"))
+        return tl.where((index >= low) & (index <= high), score, float("-inf"))
     else:
         half = (high - low + 1).to(tl.float32) * HALF_OF_MUCH
         centre = (high + low).to(tl.float32) * HALF_OF_MUCH
         inside = half - tl.abs(tl.fma(index.to(tl.float32), 2 * HALF_OF_MUCH, -centre))
         if FAST:
-            score = tl.minimum(score, inside, propagate_nan=tl.PropagateNan.ALL)
+            return tl.minimum(score, inside, propagate_nan=tl.PropagateNan.ALL)
         else:
             # the unit of an exact score is negative
-            score = tl.maximum(score, -inside, propagate_nan=tl.PropagateNan.ALL)
-    return score
+            return tl.maximum(score, -inside, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -99,15 +99,14 @@ def sigmoid(score, FAST: tl.constexpr, HARDWARE: tl.constexpr):
     HARDWARE is off under the interpreter, which has no inline assembly.
     """
     if FAST:
-        weight = 0.5 * tanh(score, HARDWARE) + 0.5
+        return 0.5 * tanh(score, HARDWARE) + 0.5
     elif HARDWARE:
         # the plain quotient of Triton handles denormal divisors, which 1 + exp2 never is, at three times the cost
-        weight = tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + exp2(score, HARDWARE)], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        weight = 1.0 / (1.0 + tl.exp2(score))
-    return weight
+        return 1.0 / (1.0 + tl.exp2(score))
 
 
 @triton.jit
@@ -115,11 +114,10 @@ def sigmoid_derivative(score, FAST: tl.constexpr, HARDWARE: tl.constexpr):
     """Return `derivative_unit` times `p (1 - p)`, p the weights of `sigmoid`; exactly 0 where a weight is 0 or 1."""
     if FAST:
         t = tanh(score, HARDWARE)
-        derivative = 1.0 - t * t
+        return 1.0 - t * t
     else:
         weight = sigmoid(score, False, HARDWARE)
-        derivative = weight - weight * weight
-    return derivative
+        return weight - weight * weight
 
 
 @triton.jit
@@ -132,25 +130,23 @@ def derivative_unit(SOFTMAX: tl.constexpr, FAST: tl.constexpr):
 def tanh(score, HARDWARE: tl.constexpr):
     """Return the hyperbolic tangent, by the GPU's approximate instruction."""
     if HARDWARE:
-        result = tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [score], dtype=tl.float32, is_pure=True, pack=1
         )  # fmt: skip
     else:
         # the tensor first: a constant of the compiler takes one for its own kind
-        result = 2.0 / (1.0 + tl.exp2(score * (-2.0 * LOG2_E))) - 1.0
-    return result
+        return 2.0 / (1.0 + tl.exp2(score * (-2.0 * LOG2_E))) - 1.0
 
 
 @triton.jit
 def exp2(score, HARDWARE: tl.constexpr):
     """Return 2 ** score, flushing denormal results to 0 on the GPU."""
     if HARDWARE:
-        power = tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [score], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        power = tl.exp2(score)
-    return power
+        return tl.exp2(score)
 
 
 @triton.jit
@@ -170,16 +166,11 @@ def load_tile(
     # a row's own offset may exceed 32 bits, one inside a tile does not
     pointers = base + first_row.to(tl.int64) * stride_row + row[:, None] * stride_row + channel[None, :]
     inside = (first_row + row >= 0) & (first_row + row < num_rows)
-    if CHECK_ROWS:
-        if HEAD_DIM == BLOCK_DIM:
-            tile = tl.load(pointers, mask=inside[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers, mask=inside[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
-    elif HEAD_DIM == BLOCK_DIM:
-        tile = tl.load(pointers)
+    if HEAD_DIM != BLOCK_DIM:
+        in_head = (channel < HEAD_DIM)[None, :]
+        return tl.load(pointers, mask=inside[:, None] & in_head if CHECK_ROWS else in_head, other=0.0)
     else:
-        tile = tl.load(pointers, mask=(channel < HEAD_DIM)[None, :], other=0.0)
-    return tile
+        return tl.load(pointers, mask=inside[:, None], other=0.0) if CHECK_ROWS else tl.load(pointers)
 
 
 @triton.jit

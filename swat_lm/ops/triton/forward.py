@@ -11,7 +11,6 @@ and no rescaling.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from swat_lm.ops.calls import Attended, AttentionCall
 from swat_lm.ops.head_bias import HeadBias
@@ -27,6 +26,7 @@ from swat_lm.ops.triton.device import (
     score_unit,
     sigmoid,
     store_tile,
+    with_dense_channels,
 )
 from swat_lm.ops.triton.geometry import Rows, tiles_of_rows, visible_keys
 from swat_lm.ops.triton.precision import is_fast, is_folded
@@ -56,24 +56,18 @@ def forward(call: AttentionCall) -> Attended:
     group = num_heads // num_kv_heads
     key_norms = largest_norms(key) if call.skip_saturated and key.numel() else None
     one_loop = is_one_loop("forward", problem, tile)
-    grid = (triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)
     with on_device(query):
-        _forward[grid](
+        _forward[(triton.cdiv(num_queries, tile.rows) * group, num_kv_heads, batch)](
             query, key, value, output, lse, bias.slopes, bias.constant, rows.lower, rows.last, cos, sin, rotated,
             key_norms, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
             angle_stride(cos), num_queries, num_keys, rows.offset, rows.window, scale,
             GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=problem.block_dim, BLOCK_ROWS=tile.rows, BLOCK_KEYS=tile.keys,
             SOFTMAX=softmax, FAST=fast, FOLDED=is_folded(scale, fast, one_loop),
-            RAGGED=rows.is_ragged, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
+            RAGGED=rows.last is not None, ROTARY=cos is not None, SKIP=key_norms is not None, HARDWARE=problem.hardware,
             ONE_LOOP=one_loop, INPUT_PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **launch_options(tile),
         )  # fmt: skip
     return Attended(output, lse, rotated, key if cos is not None else query.new_empty(0))
-
-
-def with_dense_channels(tensor: Tensor) -> Tensor:
-    """Return the tensor, copied only where the channels of a head are not next to each other."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -124,18 +118,18 @@ def _forward(
     largest = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
     mass = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     if SKIP:
-        key_norm = tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head)
         saturated = saturated_tiles(
-            q, key_norm, slope, bias, scale, tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr,
-            num_queries, num_keys, offset, window, RAGGED, BLOCK_KEYS,
+            q, tl.load(key_norms_ptr + sequence * tl.num_programs(1) + kv_head), slope, bias, scale,
+            tl.minimum(first_row, num_queries - 1), start, right, lower_ptr, last_ptr, num_queries, num_keys, offset,
+            window, RAGGED, BLOCK_KEYS,
         )  # fmt: skip
         # a positive head's weights are 1 there: it sums the values of tiles in the middle, and masked ones as ever
         begin = tl.where(slope > 0, 0, saturated)
         middle = tl.maximum(left, saturated)
         if not ONE_LOOP:
-            ones = tl.where(slope > 0, middle, left)
             total = add_values(
-                total, value_ptr, stride_vs, num_keys, start, left, ones, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS
+                total, value_ptr, stride_vs, num_keys, start, left, tl.where(slope > 0, middle, left), HEAD_DIM,
+                BLOCK_DIM, BLOCK_KEYS,
             )  # fmt: skip
     else:
         begin = 0

@@ -21,7 +21,7 @@ _LARGEST = 2**30
 
 
 class Rows(NamedTuple):
-    """Visibility of one call as kernels take it."""
+    """Visibility of one call as kernels take it; ragged where there are tables."""
 
     lower: Tensor | None
     last: Tensor | None
@@ -32,11 +32,6 @@ class Rows(NamedTuple):
     # whether `last` is `row + offset`, as in a regular call
     is_last_regular: bool
 
-    @property
-    def is_ragged(self) -> bool:
-        """Whether the tables are used."""
-        return self.last is not None
-
     @classmethod
     def of(cls, call: AttentionCall) -> "Rows":
         """Bring the contract's arguments to this form."""
@@ -46,11 +41,9 @@ class Rows(NamedTuple):
         clamped = max(num_keys, 1) if window is None else min(window, max(num_keys, 1))
         if first_visible is None and last_visible is None:
             return cls(None, None, offset, clamped, True)
-        if last_visible is None:
-            last = torch.arange(offset, num_keys, dtype=torch.int32, device=call.query.device)
-            last = last.expand(batch, -1)
-        else:
-            last = last_visible
+        last = last_visible
+        if last is None:
+            last = torch.arange(offset, num_keys, dtype=torch.int32, device=call.query.device).expand(batch, -1)
         lower = torch.zeros_like(last) if window is None else (last - (min(window, _LARGEST) - 1)).clamp_min(0)
         if first_visible is not None:
             lower = torch.maximum(lower, first_visible)
@@ -63,8 +56,7 @@ class Rows(NamedTuple):
         """
         if self.last is None or self.lower is None:
             return None
-        key = torch.arange(num_keys, dtype=torch.int32, device=self.last.device)
-        key = key.expand(self.last.shape[0], -1).contiguous()
+        key = torch.arange(num_keys, dtype=torch.int32, device=self.last.device).repeat(self.last.shape[0], 1)
         first = torch.searchsorted(self.last, key, out_int32=True)
         end = torch.searchsorted(self.lower, key, right=True, out_int32=True)
         return torch.stack((first, end), dim=1)
@@ -92,11 +84,10 @@ def visible_keys(lower_ptr, last_ptr, row, num_queries, num_keys, offset, window
     if RAGGED:
         exists = row < num_queries
         last = tl.load(last_ptr + row, mask=exists, other=-1)
-        lower = tl.load(lower_ptr + row, mask=exists, other=0)
+        return tl.load(lower_ptr + row, mask=exists, other=0), last
     else:
         last = row + offset
-        lower = tl.maximum(last - window + 1, 0)
-    return lower, last
+        return tl.maximum(last - window + 1, 0), last
 
 
 @triton.jit
@@ -125,8 +116,7 @@ def tiles_of_rows(
     end = tl.minimum(last_end + 1, num_keys)
     count = tl.maximum(end - lower_begin + BLOCK_KEYS - 1, 0) // BLOCK_KEYS
     start = end - count * BLOCK_KEYS
-    left = tl.maximum(lower_end - start + BLOCK_KEYS - 1, 0) // BLOCK_KEYS
-    left = tl.minimum(left, count)
+    left = tl.minimum(tl.maximum(lower_end - start + BLOCK_KEYS - 1, 0) // BLOCK_KEYS, count)
     inner_end = tl.minimum(last_begin + 1, num_keys)
     inner = tl.maximum(inner_end - (start + left * BLOCK_KEYS), 0) // BLOCK_KEYS
     return start, left, tl.minimum(left + inner, count), count
@@ -173,8 +163,6 @@ def rows_of_keys(table_ptr, key, num_keys, offset, window, RAGGED: tl.constexpr)
     exists = key < num_keys
     if RAGGED:
         first = tl.load(table_ptr + key, mask=exists, other=0)
-        last = tl.load(table_ptr + num_keys + key, mask=exists, other=0) - 1
+        return first, tl.load(table_ptr + num_keys + key, mask=exists, other=0) - 1
     else:
-        first = key - offset
-        last = tl.where(exists, first + window - 1, -1)
-    return first, last
+        return key - offset, tl.where(exists, key - offset + window - 1, -1)

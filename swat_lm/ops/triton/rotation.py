@@ -125,10 +125,7 @@ def turn(
     inside = (row < num_rows)[:, None] & (channel < HEAD_DIM)[None, :]
     cos = tl.load(cos_ptr + places, mask=inside, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + places, mask=inside, other=0.0).to(tl.float32)
-    if BACK:
-        sign = tl.where(is_first, 1.0, -1.0)
-    else:
-        sign = tl.where(is_first, -1.0, 1.0)
+    sign = tl.where(is_first == BACK, 1.0, -1.0)
     return own.to(tl.float32) * cos + partner.to(tl.float32) * (sin * sign[None, :])
 
 

@@ -82,8 +82,7 @@ def _norms_of_blocks(
     sequence = tl.program_id(2).to(tl.int64)
     x_ptr += sequence * stride_b + head * stride_h
     x = load_tile(x_ptr, block * BLOCK_ROWS, stride_t, num_rows, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS, True).to(tl.float32)
-    place = (sequence * tl.num_programs(1) + head) * tl.num_programs(0) + block
-    tl.store(norms_ptr + place, largest_norm(x))
+    tl.store(norms_ptr + ((sequence * tl.num_programs(1) + head) * tl.num_programs(0) + block), largest_norm(x))
 
 
 @triton.jit

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from swat_lm.ops.triton.configurations import FUSED
-from swat_lm.ops.triton.device import SIZES, load_tile, on_device
-from swat_lm.ops.triton.forward import with_dense_channels
+from swat_lm.ops.triton.device import SIZES, load_tile, on_device, with_dense_channels
 
 # numbers of a tile, of which four warps hold two in registers, and its rows at most
 _TILE = 4096

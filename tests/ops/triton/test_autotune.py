@@ -229,7 +229,7 @@ def check_calls(softmax, rotary, packed):
     assert [kernel for kernel, _ in asked] == ["forward", "backward query", "backward key"]
     assert {tuned_key("", asks) for _, asks in asked} == {tuned_key("", problem)}
     assert asked[0][1].rotary == rotary
-    assert [call.args[0].is_ragged for call in tables.call_args_list] == [packed]
+    assert [call.args[0].last is not None for call in tables.call_args_list] == [packed]
 
 
 @pytest.mark.parametrize(
