@@ -160,7 +160,11 @@ def library_keys(kind: type) -> list[str]:
     if "hidden_size" in own:
         return [*own, *(name for name in ("tie_word_embeddings",) if name not in own)]
     parameters = inspect.signature(kind.__init__).parameters.values()
-    return [one.name for one in parameters if one.name != "self" and one.kind is not inspect.Parameter.VAR_KEYWORD]
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
 
 
 def library_class(name: str, part: Literal["config", "model"]) -> Any:
@@ -188,12 +192,12 @@ def name_of(config: PreTrainedConfig) -> str:
     """The name in ARCHITECTURES of a configuration; `swat` for ours."""
     if isinstance(config, SwatConfig):
         return OURS
-    return next(name for name, one in ARCHITECTURES.items() if one.config == type(config).__name__)
+    return next(name for name, architecture in ARCHITECTURES.items() if architecture.config == type(config).__name__)
 
 
 def check_known(config: PreTrainedConfig, source: str) -> None:
     """Raise ValueError, naming where it is from, for a configuration of none of these architectures."""
-    known = {one.config: name for name, one in ARCHITECTURES.items()}
+    known = {architecture.config: name for name, architecture in ARCHITECTURES.items()}
     if not isinstance(config, SwatConfig) and type(config).__name__ not in known:
         raise ValueError(
             f"{source} holds a model of type {config.model_type!r}, whose costs are not known here; "
@@ -289,7 +293,7 @@ def with_chunked_loss(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def exported_class(kind: type[nn.Module]) -> type[PreTrainedModel]:
     """The class to save a trained model as: the library's own, or ours, whatever training has put before it."""
     library = getattr(kind, "library_kind", None)
-    return library or next(one for one in kind.__mro__ if one.__module__.startswith("swat_lm."))  # type: ignore[return-value]
+    return library or next(base for base in kind.__mro__ if base.__module__.startswith("swat_lm."))  # type: ignore[return-value]
 
 
 def streaming_inputs(config: PreTrainedConfig, start: int, num_tokens: int, device: torch.device) -> dict[str, Any]:
@@ -311,7 +315,7 @@ def count_model_parameters(config: PreTrainedConfig) -> Parameters:
         return count_parameters(config)
     with torch.device("meta"):
         model = build_model(config)
-    total = sum(one.numel() for one in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
     embedding = cast(Any, model.get_input_embeddings()).weight.numel()
     output = 0 if config.tie_word_embeddings else cast(Any, model.get_output_embeddings()).weight.numel()
     return Parameters(total, embedding, output, total - embedding - output)
@@ -345,5 +349,7 @@ def model_state_bytes(config: PreTrainedConfig, context: int, dtype_bytes: int =
     token = torch.zeros(1, 1, dtype=torch.int64, device=meta)
     outputs = model(input_ids=token, use_cache=True, **streaming_inputs(config, 0, 1, meta))
     held = outputs["cache_params" if "cache_params" in outputs else "past_key_values"]
-    states = [one for layer in held.layers for one in (*layer.conv_states.values(), *layer.recurrent_states.values())]
-    return dtype_bytes * sum(one.numel() for one in states)
+    states = [
+        state for layer in held.layers for state in (*layer.conv_states.values(), *layer.recurrent_states.values())
+    ]
+    return dtype_bytes * sum(state.numel() for state in states)

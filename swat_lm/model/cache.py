@@ -142,9 +142,9 @@ class SlotCache(Cache):
         """What layers keep where keys and values come from outside, like `[B, T, K, D]`."""
         shape = tuple(key.shape[2:])
         return [
-            tuple(StateTensor(name, shape, "growing" if one.window is None else "window", one.window)
+            tuple(StateTensor(name, shape, "growing" if layer.window is None else "window", layer.window)
                   for name in ("key", "value"))
-            for one in self.layers
+            for layer in self.layers
         ]  # fmt: skip
 
     def note_update(self) -> None:

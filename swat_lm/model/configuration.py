@@ -250,7 +250,9 @@ class SwatConfig(PreTrainedConfig):
             self._check_layer_types(given, windows)
         # Hugging Face's tools understand a single integer: keep the list only where windows really differ
         assert self.layer_types is not None
-        different = {one for one, kind in zip(windows, self.layer_types, strict=True) if kind == "sliding_attention"}
+        different = {
+            window for window, kind in zip(windows, self.layer_types, strict=True) if kind == "sliding_attention"
+        }
         if len(different) <= 1:
             self.sliding_window = different.pop() if different else None
 
@@ -336,7 +338,7 @@ def check_fields(values: Mapping[str, Any], known: Sequence[str], what: str) -> 
             hint = did_you_mean(ALIASES.get(key, key), near, f"; valid keys: {', '.join(known)}")
             raise ValueError(f"{what}: unknown key {key!r}{hint}")
     slopes = values.get("slopes")
-    if any(isinstance(one, int) for one in (slopes if isinstance(slopes, list) else [slopes])):
+    if any(isinstance(spec, int) for spec in (slopes if isinstance(slopes, list) else [slopes])):
         # YAML 1.1 reads 8:4 as a number to the base 60
         raise ValueError(f"{what}: slopes came as a number; a split such as 8:4 must be quoted in YAML: '8:4'")
 
@@ -353,7 +355,7 @@ def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) 
             smaller than the tokenizer's.
     """
     values = dict(model)
-    check_fields({name: one for name, one in values.items() if name != "mixers"}, (*RECIPE_KEYS, "preset"), "model")
+    check_fields({name: value for name, value in values.items() if name != "mixers"}, (*RECIPE_KEYS, "preset"), "model")
     preset = values.pop("preset", None)
     if vocab_size is not None:
         if values.get("vocab_size", vocab_size) < vocab_size:

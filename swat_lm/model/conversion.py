@@ -76,7 +76,7 @@ def convert(
         config = convert_config(source.config, window, **changes)
         family = family_of(source.config.model_type)
         model = SwatForCausalLM(config).to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
-        state = {family.rename(name): one for name, one in source.state_dict().items()}
+        state = {family.rename(name): tensor for name, tensor in source.state_dict().items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
         _check_keys(missing, unexpected, config)
         model.generation_config = copy.deepcopy(source.generation_config)  # type: ignore[assignment]
@@ -102,7 +102,7 @@ def _read_renamed(folder: Path, config: SwatConfig, family: Family) -> SwatForCa
     _check_keys(report["missing_keys"], report["unexpected_keys"], config)
     with torch.device("meta"):
         model = SwatForCausalLM(config)
-    state = {family.rename(name): one for name, one in source.state_dict().items()}
+    state = {family.rename(name): tensor for name, tensor in source.state_dict().items()}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     _check_keys(missing, unexpected, config)
     if config.tie_word_embeddings:
@@ -168,10 +168,10 @@ def _check_layers(config: SwatConfig, same: SwatConfig) -> None:
     pairs = zip(layers_without_weights(config), layers_without_weights(same), strict=True)
     for index, (ours, theirs) in enumerate(pairs):
         known = dict(theirs.named_parameters())
-        for name, one in ours.named_parameters():
-            if name in known and one.shape != known[name].shape:
+        for name, parameter in ours.named_parameters():
+            if name in known and parameter.shape != known[name].shape:
                 raise ValueError(
-                    f"changes: layers makes {name} of layer {index} {list(one.shape)}, the source's is "
+                    f"changes: layers makes {name} of layer {index} {list(parameter.shape)}, the source's is "
                     f"{list(known[name].shape)}; its weights are taken over as they are"
                 )
 

@@ -81,7 +81,7 @@ def plan_costs(config: SwatConfig, context: int) -> list[LayerCost]:
 
 def grows(config: SwatConfig) -> bool:
     """Whether a layer keeps everything it has seen."""
-    return any(one.kind == "growing" for layer in layers_without_weights(config) for one in layer.state_spec())
+    return any(tensor.kind == "growing" for layer in layers_without_weights(config) for tensor in layer.state_spec())
 
 
 def forward_flops(config: SwatConfig, num_tokens: int, num_past: int = 0) -> int:
@@ -121,12 +121,12 @@ def state_bytes(config: SwatConfig, batch: int = 1, context: int | None = None, 
 
 def layer_state_bytes(layer: Layer, context: int | None = None, dtype_bytes: int = 2) -> int:
     """Bytes of what one layer keeps for one stream."""
-    return sum(one.num_elements(context) * element_bytes(one, dtype_bytes) for one in layer.state_spec())
+    return sum(tensor.num_elements(context) * element_bytes(tensor, dtype_bytes) for tensor in layer.state_spec())
 
 
-def element_bytes(one: StateTensor, dtype_bytes: int) -> int:
+def element_bytes(tensor: StateTensor, dtype_bytes: int) -> int:
     """Bytes of an element beside a model of `dtype_bytes`."""
-    return dtype_bytes if one.dtype is None else max(dtype_bytes, one.dtype.itemsize)
+    return dtype_bytes if tensor.dtype is None else max(dtype_bytes, tensor.dtype.itemsize)
 
 
 def decoding_bytes_per_token(
@@ -141,10 +141,10 @@ def decoding_bytes_per_token(
         weights += batch * config.hidden_size
     state = 0
     for layer in layers_without_weights(config):
-        for one in layer.state_spec():
-            seen = context + 1 if one.items is None else min(context + 1, one.items)
-            read = one if one.kind == "summary" else one._replace(kind="window", items=seen)
-            state += read.num_elements() * element_bytes(one, dtype_bytes)
+        for tensor in layer.state_spec():
+            seen = context + 1 if tensor.items is None else min(context + 1, tensor.items)
+            read = tensor if tensor.kind == "summary" else tensor._replace(kind="window", items=seen)
+            state += read.num_elements() * element_bytes(tensor, dtype_bytes)
     return weights * weight_bytes + batch * state
 
 
@@ -153,4 +153,4 @@ def reach(config: SwatConfig) -> int | None:
     reaches = [layer.reach() for layer in layers_without_weights(config)]
     if None in reaches:
         return None
-    return 1 + sum(one - 1 for one in reaches if one is not None)
+    return 1 + sum(tokens - 1 for tokens in reaches if tokens is not None)

@@ -28,13 +28,13 @@ class DecodingPlan:
         self.layers: list[LayerPlan | None] = [layer.decoding_plan() for layer in model.model.stack]
         self._planned = list(model.model.stack)
         self._final_norm = Norm(model.model.norm)
-        self._norm_held: Held = [one for one in held_by(model.model) if isinstance(one[2], RMSNorm)]
+        self._norm_held: Held = [held for held in held_by(model.model) if isinstance(held[2], RMSNorm)]
         self.head: Matrix | None = None
         """`[M, V]`; None where the output embedding is called instead."""
         if is_plain(model.lm_head) and model.lm_head.weight.dtype in (torch.float32, torch.float64):
             self.head = Matrix(model.lm_head.weight.detach().t())
-        self._head_held: Held = [one for one in held_by(model) if one[1] == "lm_head"]
-        self._held: Held = [one for plan in self.layers if plan is not None for one in plan.held] + self._norm_held
+        self._head_held: Held = [held for held in held_by(model) if held[1] == "lm_head"]
+        self._held: Held = [held for plan in self.layers if plan is not None for held in plan.held] + self._norm_held
         self.num_threads = 1
 
     def _is_whole(self, layers: Sequence[Layer]) -> bool:

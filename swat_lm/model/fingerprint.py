@@ -61,7 +61,7 @@ def whole_fingerprint(model: "SwatForCausalLM") -> str:
     found = hashlib.sha256()
     for entry in model.config.plan():
         # what says how, not what
-        settings = {name: one for name, one in asdict(entry.settings).items() if name not in HOW}
+        settings = {name: value for name, value in asdict(entry.settings).items() if name not in HOW}
         found.update(json.dumps([entry.kind.name, settings], sort_keys=True, default=str).encode())
     sums = []
     for name, weight in model.named_parameters():

@@ -17,11 +17,11 @@ def fits(value: Any, hint: Any) -> bool:
     """Whether a plain value is of the annotated type; a whole number is a number, true and false are none."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(fits(value, one) for one in arguments)
+        return any(fits(value, argument) for argument in arguments)
     if origin is Literal:
         return value in arguments
     if origin in (tuple, list):
-        return isinstance(value, list | tuple) and all(fits(one, arguments[0]) for one in value)
+        return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
     kind = NoneType if hint is None else origin or hint
     if not isinstance(kind, type):
         # Any, or a name that is not imported
@@ -37,8 +37,8 @@ def explain_misfit(error: Exception, kind: type, values: Mapping[str, Any]) -> s
     """What the first field that does not fit must be and what came; what the validator says where all of them fit."""
     for name, value in values.items():
         # one by one: other fields of a library's class may name types that are not imported
-        annotations = (vars(one).get("__annotations__", {}) for one in kind.__mro__)
-        hint = next((one[name] for one in annotations if name in one), Any)
+        annotations = (vars(base).get("__annotations__", {}) for base in kind.__mro__)
+        hint = next((annotation[name] for annotation in annotations if name in annotation), Any)
         if not fits(value, hint):
             text = repr(value)
             return f"{name} must be {type_words(hint)}; got {text if len(text) <= 60 else text[:57] + '...'}"

@@ -20,9 +20,9 @@ def check_kept(held: Sequence[Mapping[str, StateTensor]], specs: Sequence[tuple[
                 )
 
 
-def described(one: StateTensor | None) -> str:
+def described(tensor: StateTensor | None) -> str:
     """A state tensor in a message."""
-    if one is None:
+    if tensor is None:
         return "nothing"
-    items = {"window": f"{one.items} x ", "growing": "all x ", "summary": ""}[one.kind]
-    return f"{items}{list(one.shape)}"
+    items = {"window": f"{tensor.items} x ", "growing": "all x ", "summary": ""}[tensor.kind]
+    return f"{items}{list(tensor.shape)}"

@@ -102,7 +102,7 @@ def load_causal_lm(name: str, device: str | None = None) -> "PreTrainedModel":
         raise
     model, loading = loaded
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(one if isinstance(one, str) else str(one[0]) for one in loading.get(problem) or ())
+        found = sorted(key if isinstance(key, str) else str(key[0]) for key in loading.get(problem) or ())
         if found:
             raise ValueError(
                 f"{folder}: weights and configuration do not fit: {problem.replace('_', ' ')}: {', '.join(found[:3])}"

@@ -258,7 +258,7 @@ def _is_reentrant(layer: Layer) -> bool:
 
 
 def _worth_saying(said: list[Auxiliary]) -> tuple[Auxiliary, ...] | None:
-    return tuple(said) if any(one is not NOTHING for one in said) else None
+    return tuple(said) if any(auxiliary is not NOTHING for auxiliary in said) else None
 
 
 class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):

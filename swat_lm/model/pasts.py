@@ -206,12 +206,14 @@ class Carry:
         def rows(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(counts, dim=0)
 
-        document, length = (None if one is None else rows(one) for one in (self.document, self.document_length))
-        return Carry(self.mode, tuple(one.changed(rows) for one in self.pasts), self.num_tokens, document, length)
+        document, length = (
+            None if tensor is None else rows(tensor) for tensor in (self.document, self.document_length)
+        )
+        return Carry(self.mode, tuple(past.changed(rows) for past in self.pasts), self.num_tokens, document, length)
 
     def detached(self) -> "Carry":
         """The same numbers, cut from the graph (and copied, so that a long chunk does not live on in them)."""
-        pasts = tuple(one.changed(lambda tensor: tensor.detach().clone()) for one in self.pasts)
+        pasts = tuple(past.changed(lambda tensor: tensor.detach().clone()) for past in self.pasts)
         return Carry(self.mode, pasts, self.num_tokens, self.document, self.document_length)
 
 
@@ -250,7 +252,7 @@ class CachePast:
         """Keys and values, `[B, K, P, D]`."""
         layer = self._cache.layers[self._layer_index]
         held = (getattr(layer, name, None) for name in ("keys", "values"))
-        return tuple(one for one in held if one is not None)
+        return tuple(tensor for tensor in held if tensor is not None)
 
 
 def _keys_and_values_alone(names: str) -> ValueError:

@@ -59,7 +59,7 @@ def resolve_plan(
             "raise it, or shorten the pattern"
         )
     # a list with one value per layer: say which one is at fault
-    uneven = any(one != flat[0] for one in flat)
+    uneven = any(entry != flat[0] for entry in flat)
     entries = []
     for index in range(num_layers):
         kind, own, where = written[index % len(written)]
@@ -95,7 +95,7 @@ def expand(pattern: Sequence[Any]) -> list[Written]:
 
 def kinds_with(setting: str) -> list[str]:
     """The kinds of layers that have a setting of this name."""
-    return [name for name, kind in LAYERS.items() if setting in {one.name for one in fields(kind.Settings)}]
+    return [name for name, kind in LAYERS.items() if setting in {known.name for known in fields(kind.Settings)}]
 
 
 def check_own(kind: type[Layer], own: Mapping[str, Any], where: str) -> None:
@@ -117,9 +117,9 @@ def resolve_entry(
 ) -> LayerEntry:
     """One entry's settings: its own over the configuration's fields over the kind's defaults."""
     values = {}
-    for one in fields(kind.Settings):
-        default = one.default if one.default_factory is MISSING else one.default_factory()
-        values[one.name] = own.get(one.name, flat.get(one.name, default))
+    for setting in fields(kind.Settings):
+        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        values[setting.name] = own.get(setting.name, flat.get(setting.name, default))
     try:
         return LayerEntry(kind, kind.Settings(**kind.settle(values, frozenset(own), width)))
     except ValueError as error:

@@ -48,7 +48,7 @@ class Slots:
         # never inference tensors, so that slots made under inference_mode can be used outside it
         with torch.inference_mode(False):
             self.layers = [
-                {name: self._empty(num_slots, one, self._places(one), like) for name, one in spec.items()}
+                {name: self._empty(num_slots, entry, self._places(entry), like) for name, entry in spec.items()}
                 for spec in self.specs
             ]
             self.position = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -93,7 +93,7 @@ class Slots:
     @property
     def grows(self) -> bool:
         """Whether any layer keeps everything, so that the state grows with the stream (in blocks)."""
-        return any(one.kind == "growing" for spec in self.specs for one in spec.values())
+        return any(entry.kind == "growing" for _, entry in self._by_entry())
 
     def common_position(self) -> int | None:
         """Where all slots stand, or None where they stand apart; asks the device."""
@@ -157,8 +157,8 @@ class Slots:
 
     def _hold_holes(self) -> dict[str, StateTensor]:
         """From now on keep which items are hidden, as long as any layer keeps items."""
-        items = [one.items for spec in self.specs for one in spec.values() if one.kind != "summary"]
-        most = None if None in items else max((one for one in items if one is not None), default=1)
+        items = [entry.items for spec in self.specs for entry in spec.values() if entry.kind != "summary"]
+        most = None if None in items else max((count for count in items if count is not None), default=1)
         spec = StateTensor("hidden", (), "growing" if most is None else "window", most, torch.bool)
         if not self._holes:
             self._holes = {"hidden": self._empty(self.num_slots, spec, self._places(spec), self.position)}
@@ -236,7 +236,7 @@ class Slots:
 
     def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless these are the tensors of a snapshot of slots like these."""
-        wanted = {f"layers.{i}.{name}": one for i, spec in enumerate(self.specs) for name, one in spec.items()}
+        wanted = {f"layers.{i}.{name}": entry for i, spec in enumerate(self.specs) for name, entry in spec.items()}
         held = {name for name in tensors if name.startswith("layers.")}
         if held != wanted.keys():
             odd = sorted(held ^ wanted.keys())[0]
@@ -260,7 +260,7 @@ class Slots:
         if count == 0:
             return
         self._refuse_summaries()
-        held = self._untouched() if self.passed is None else sum(one.num_tokens for one in self.passed)
+        held = self._untouched() if self.passed is None else sum(done.num_tokens for done in self.passed)
         if count > held:
             advice = "activate_past_recording() on the cache, before tokens come, keeps what more need"
             raise ValueError(f"crop: only the last {held} tokens can be taken back, got {count}; {advice}")
@@ -275,10 +275,9 @@ class Slots:
 
     def _untouched(self) -> int:
         """Columns that can be taken back though nothing was recorded: until windows go round, places are positions."""
-        layers = zip(self.specs, self.layers, strict=True)
-        windows = [(one, kept[name].shape[1]) for spec, kept in layers for name, one in spec.items() if one.items]
+        windows = [(tensor.shape[1], entry.items) for tensor, entry in self._by_entry() if entry.items]
         # then they hold a few items more than the next token sees, or none
-        spare = [places - one.items + 1 for one, places in windows if one.items and self.fullest > places]
+        spare = [places - items + 1 for places, items in windows if items and self.fullest > places]
         return min([self.num_columns, *spare])
 
     def _undo(self, count: int, passed: list[Passed]) -> None:
@@ -307,10 +306,10 @@ class Slots:
 
     def _refuse_summaries(self) -> None:
         for index, spec in enumerate(self.specs):
-            for one in spec.values():
-                if one.kind == "summary":
+            for entry in spec.values():
+                if entry.kind == "summary":
                     raise ValueError(
-                        f"layer {index} keeps {one.name}, a summary of its past, which cannot be taken back: "
+                        f"layer {index} keeps {entry.name}, a summary of its past, which cannot be taken back: "
                         "use generation without drafts"
                     )
 
@@ -338,51 +337,53 @@ class Slots:
         changed = [self._enlarge(spec, kept, needed) for spec, kept in zip(self.specs, self.layers, strict=True)]
         if any(changed):
             self._step = []
-        layers = list(zip(self.specs, self.layers, strict=True))
-        places = [(kept[name].shape[1], one.items) for spec, kept in layers for name, one in spec.items()
-                  if one.kind != "summary"]  # fmt: skip
+        places = [(tensor.shape[1], entry.items) for tensor, entry in self._by_entry() if entry.kind != "summary"]
         self._room = min((have for have, most in places if most is None or have < most), default=NO_BOUND)
 
     def _growing_places(self) -> int:
         """Items that every growing tensor has room for now."""
-        layers = zip(self.specs, self.layers, strict=True)
-        return min(kept[name].shape[1] for spec, kept in layers for name, one in spec.items() if one.kind == "growing")
+        return min(tensor.shape[1] for tensor, entry in self._by_entry() if entry.kind == "growing")
 
     def _enlarge(self, spec: Mapping[str, StateTensor], kept: dict[str, Tensor], needed: int) -> bool:
         """More places, where items have not wrapped: places are positions then, so copying is enough."""
         changed = False
-        for name, one in spec.items():
+        for name, entry in spec.items():
             tensor = kept[name]
-            if one.kind == "summary" or tensor.shape[1] >= (needed if one.items is None else min(needed, one.items)):
+            wanted = needed if entry.items is None else min(needed, entry.items)
+            if entry.kind == "summary" or tensor.shape[1] >= wanted:
                 continue
-            places = tensor.shape[1] if one.items is None else one.items
-            while one.items is None and places < needed:
+            places = tensor.shape[1] if entry.items is None else entry.items
+            while entry.items is None and places < needed:
                 places *= 2
-            if self.capacity is not None and one.items is None:
+            if self.capacity is not None and entry.items is None:
                 # rows that are padded on the right are shorter than they look
                 places = max(tensor.shape[1], min(places, self.capacity))
             if places == tensor.shape[1]:
                 continue
-            kept[name] = self._empty(tensor.shape[0], one, places, tensor)
+            kept[name] = self._empty(tensor.shape[0], entry, places, tensor)
             kept[name][:, : tensor.shape[1]] = tensor
             changed = True
         return changed
 
-    def _places(self, one: StateTensor) -> int:
-        if one.items is None:
+    def _places(self, entry: StateTensor) -> int:
+        if entry.items is None:
             return self.capacity or max(FIRST_CAPACITY, self.length or 0)
-        return one.items if self.length is None else min(one.items, max(self.length, 1))
+        return entry.items if self.length is None else min(entry.items, max(self.length, 1))
 
-    def _empty(self, num_slots: int, one: StateTensor, places: int, like: Tensor) -> Tensor:
-        dtype = torch.bool if one.dtype == torch.bool else one.dtype_in(self.dtype)
+    def _empty(self, num_slots: int, entry: StateTensor, places: int, like: Tensor) -> Tensor:
+        dtype = torch.bool if entry.dtype == torch.bool else entry.dtype_in(self.dtype)
         like = torch.empty(0, dtype=dtype, device=like.device)
-        if one.kind == "summary":
-            tensor = like.new_zeros(num_slots, *one.shape)
-        elif len(one.shape) == 2:
-            tensor = empty_ring(num_slots, places, *one.shape, like)
+        if entry.kind == "summary":
+            tensor = like.new_zeros(num_slots, *entry.shape)
+        elif len(entry.shape) == 2:
+            tensor = empty_ring(num_slots, places, *entry.shape, like)
         else:
-            tensor = like.new_zeros(num_slots, places, *one.shape)
-        return tensor.fill_(one.fill) if one.fill else tensor
+            tensor = like.new_zeros(num_slots, places, *entry.shape)
+        return tensor.fill_(entry.fill) if entry.fill else tensor
+
+    def _by_entry(self) -> list[tuple[Tensor, StateTensor]]:
+        layers = zip(self.specs, self.layers, strict=True)
+        return [(kept[name], entry) for spec, kept in layers for name, entry in spec.items()]
 
     def _all(self) -> list[Tensor]:
         kept = [tensor for layer in (*self.layers, self._holes) for tensor in layer.values()]

@@ -39,7 +39,7 @@ def save_state(state: Slots, path: str | Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in state.snapshot(order).items()}
     metadata = {
         "format": FORMAT,
-        "layers": json.dumps([[described(one) for one in spec.values()] for spec in state.specs]),
+        "layers": json.dumps([[described(entry) for entry in spec.values()] for spec in state.specs]),
         "dtype": dtype_name(state.dtype),
         "num_columns": str(state.num_columns),
         # how far a chunk looks back, and so how its sums are rounded
@@ -82,12 +82,12 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> Slots:
     if metadata["format"] == FIRST_FORMAT:
         specs, dtype = first_specs(metadata, tensors), tensors["layers.0.key"].dtype
     else:
-        specs = [tuple(state_tensor(one) for one in layer) for layer in json.loads(metadata["layers"])]
+        specs = [tuple(state_tensor(entry) for entry in layer) for layer in json.loads(metadata["layers"])]
         dtype = getattr(torch, metadata["dtype"])
     tensors.setdefault("skipped", torch.zeros_like(tensors["position"]))
     state = Slots(specs, len(tensors["position"]), dtype, device)
     growing = [
-        f"layers.{index}.{one.name}" for index, spec in enumerate(specs) for one in spec if one.kind == "growing"
+        f"layers.{index}.{entry.name}" for index, spec in enumerate(specs) for entry in spec if entry.kind == "growing"
     ]
     state.reserve(max((tensors[name].shape[1] for name in growing), default=0))
     state.restore(torch.arange(state.num_slots, device=state.position.device), tensors)
@@ -100,9 +100,9 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> Slots:
     return state
 
 
-def described(one: StateTensor) -> dict[str, Any]:
+def described(entry: StateTensor) -> dict[str, Any]:
     """A state tensor as JSON."""
-    return {**one._asdict(), "dtype": None if one.dtype is None else dtype_name(one.dtype)}
+    return {**entry._asdict(), "dtype": None if entry.dtype is None else dtype_name(entry.dtype)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

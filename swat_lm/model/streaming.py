@@ -297,7 +297,7 @@ class Streaming:
 def check_slots(slot: Tensor, state: Slots) -> None:
     """Raise ValueError for slots that are not there, or that two rows name."""
     found = slot.tolist()
-    if slot.dim() != 1 or len(set(found)) != len(found) or not all(0 <= one < state.num_slots for one in found):
+    if slot.dim() != 1 or len(set(found)) != len(found) or not all(0 <= number < state.num_slots for number in found):
         raise ValueError(f"slot: expected different numbers from 0 to {state.num_slots - 1}, one per row; got {found}")
 
 

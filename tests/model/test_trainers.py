@@ -111,7 +111,7 @@ def test_activation_checkpointing_changes_no_gradient():
 def test_every_second_layer_is_checkpointed(plan):
     model, ids = tiny_model(layers=plan, num_hidden_layers=4).train(), tokens(2, 24)
     plain = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
-    model.activation_checkpointing_enable({"use_reentrant": False, "every_n_layers": 2})
+    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
     runs = []
     for index, layer in enumerate(model.model.layers):
