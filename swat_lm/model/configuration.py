@@ -154,11 +154,11 @@ class SwatConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
-        """How tensor parallelism cuts the modules: attention by heads, the feed-forward by its width."""
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """How tensor parallelism cuts modules: attention by heads, the feed-forward by its width; None: it cannot."""
         attention = [settings for kind, settings in self.plan() if issubclass(kind, AttentionLayer)]
         if not attention:
-            return {}
+            return None
         own = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
         # of every head the same weight, of which each process sees its heads' gradient
         shared = {"qk_norm": ("q_norm", "k_norm"), "output_norm": ("output_norm",)}
