@@ -80,6 +80,17 @@ class Mamba2Settings:
             )
 
 
+class ShortConvolution(nn.Conv1d):
+    """The convolution's weights, by transformers' names; a module that is called, for whoever offloads weights."""
+
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, past: Tensor | None, segments: Tensor | None, real: Tensor | None
+    ) -> Tensor:
+        """Convolve `[B, T, C]` after the `past` `[B, kernel - 1, C]`; see `short_convolution`."""
+        weight, bias = self.weight[:, 0], self.bias
+        return short_convolution(inputs, weight, bias, past=past, segments=segments, real=real)[0]
+
+
 class Mamba2Mixer(nn.Module):
     """Projections, convolution, scan and gated norm."""
 
@@ -91,7 +102,7 @@ class Mamba2Mixer(nn.Module):
         self.num_channels = self.inner + 2 * settings.num_groups * settings.state_size
         bias = settings.projection_bias
         self.in_proj = nn.Linear(width, self.inner + self.num_channels + self.num_heads, bias=bias)
-        self.conv1d = nn.Conv1d(
+        self.conv1d = ShortConvolution(
             self.num_channels,
             self.num_channels,
             settings.conv_kernel,
@@ -122,9 +133,7 @@ class Mamba2Mixer(nn.Module):
                 return {"conv": tail_after(before["conv"].to(inputs.dtype), inputs, segments, real)}
 
             tail = past.merge(own, join)["conv"].to(inputs.dtype)
-        mixed, _ = short_convolution(
-            inputs, self.conv1d.weight[:, 0], self.conv1d.bias, past=tail, segments=segments, real=real
-        )
+        mixed = self.conv1d(inputs, tail, segments, real)
         query, key, value, log_decay, step_size = self._scanned(mixed, steps)
         state = None
         if past is not None:

@@ -271,10 +271,10 @@ class WindowAttention(Mixer):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query `[B, T, H, D]`, key and value `[B, T, K, D]`, normed but not rotated."""
-        shape = (*hidden.shape[:2], -1, self.settings.head_dim)
-        query = self.q_proj(hidden).view(shape)
-        key = self.k_proj(hidden).view(shape)
-        value = self.v_proj(hidden).view(shape)
+        batch, num_tokens, _ = hidden.shape
+        shape = batch, num_tokens, self.num_kv_heads, self.settings.head_dim
+        query = self.q_proj(hidden).view(batch, num_tokens, self.num_heads, self.settings.head_dim)
+        key, value = self.k_proj(hidden).view(shape), self.v_proj(hidden).view(shape)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, value

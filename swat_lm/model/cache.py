@@ -117,6 +117,8 @@ class SlotCache(Cache):
         self.slots: Slots | None = None
         """Where everything is kept; made with the first tokens."""
         self._records = False
+        self._read: Tensor | None = None
+        """Bool `[B, columns]`, what was real of the columns when a summary took them in; None: of no column known."""
         self._fits: list[tuple[StateTensor, ...]] | None = None
 
     @property
@@ -159,6 +161,8 @@ class SlotCache(Cache):
         """The rows of a chunk that the model is about to process; what padding there is moves tokens, not positions."""
         slots = self.slots
         assert slots is not None
+        if not all(layer.keeps_keys for layer in self.layers):
+            self._check_read(num_tokens, attention_mask, chunk)
         begin = None
         if attention_mask is not None and chunk.first is not None:
             # only what stands before a row's first real token is not kept
@@ -173,6 +177,28 @@ class SlotCache(Cache):
             first = (0 if begin is None else begin) - rows.position
             chunk.first = first.clamp(min=FARTHEST).to(torch.int32)[:, None].expand(-1, num_tokens).contiguous()
         return rows
+
+    def _check_read(self, num_tokens: int, attention_mask: Tensor | None, chunk: Chunk) -> None:
+        """Raise ValueError for a mask that hides what a summary has taken in already; remember what this one hides."""
+        assert self.slots is not None
+        if num_tokens == 1 and chunk.hidden is None and chunk.first is None:
+            # a decoded token is real, and costs no look
+            return
+        before = self.slots.num_columns
+        shape = self.slots.num_slots, before + num_tokens
+        real = torch.ones(shape, dtype=torch.bool, device=self.slots.position.device)
+        if attention_mask is not None:
+            real = attention_mask != 0
+        if self._read is not None:
+            read = torch.nn.functional.pad(self._read, (0, before - self._read.shape[1]), value=True)
+            hidden = (read & ~real[:, :before]).any(dim=1)
+            if not torch.compiler.is_compiling() and bool(hidden.any()):
+                raise ValueError(
+                    f"attention_mask: row {int(hidden.nonzero()[0])} hides tokens that were read, and layers here keep "
+                    "a summary of all they read, from which nothing can be taken out; read the whole rows anew, "
+                    "without past_key_values"
+                )
+        self._read = real
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, padding included."""
@@ -201,6 +227,7 @@ class SlotCache(Cache):
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
+        self._read = None
         if self.slots is not None:
             self.slots.reset()
         for layer in self.layers:
@@ -213,10 +240,11 @@ class SlotCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence, for beams and several samples per prompt."""
         if self.slots is not None:
-            order = torch.arange(self.slots.num_slots, device=self.slots.position.device)
-            self.slots.select(order.repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.slots.num_slots).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the chosen sequences, in this order."""
         if self.slots is not None:
-            self.slots.select(indices.to(self.slots.position.device))
+            indices = indices.to(self.slots.position.device)
+            self.slots.select(indices)
+            self._read = None if self._read is None else self._read[indices]

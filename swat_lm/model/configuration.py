@@ -171,13 +171,14 @@ class SwatConfig(PreTrainedConfig):
         cut |= {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
         return {f"layers.*.{name}": style for name, style in cut.items()}
 
-    def to_dict(self) -> dict[str, Any]:
-        """All values, plain, and where tools that do not know the model type find its classes."""
-        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
-
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json`, and beside it the module that its `auto_map` names."""
-        super().save_pretrained(save_directory, **kwargs)
+        """Write `config.json`, with an `auto_map`, and beside it the module that this names."""
+        # an attribute of its own for as long as it is written: manifests and comparisons know nothing of it
+        self.auto_map = dict(AUTO_MAP)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            del self.auto_map
         write_text(Path(save_directory, f"{AUTO_MODULE}.py"), AUTO_CODE)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from swat_lm.layers.base import NOTHING, Auxiliary, InPlace, Layer, Past
 from swat_lm.layers.chunk import Chunk
@@ -40,6 +40,16 @@ def run_layers(
         after.append(past)
         said.append(NOTHING if auxiliary is None else auxiliary)
     return hidden, after, said
+
+
+def stepped_over(layers: nn.ModuleList) -> list[nn.Module]:
+    """The modules that a step does not call, but reads from: layers, their mixers and short convolutions."""
+    return [module for module in layers.modules() if hasattr(type(module), "step") or isinstance(module, nn.Conv1d)]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for the module's call: by a hook, or to bring its weights."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__)
 
 
 def step_layers(

@@ -22,6 +22,7 @@ def plan_chunk(
     document_ids: Tensor | None = None,
     *,
     goes_on: bool = False,
+    ends_hidden: bool = False,
 ) -> Chunk:
     """Plan a chunk of T tokens that follows `num_past` columns.
 
@@ -29,7 +30,8 @@ def plan_chunk(
         attention_mask: `[B, num_past + T]`, 1 = real; padding on either side; holes are hidden tokens.
         position_ids: `[B or 1, T]`; used for rotary. Without a mask, a position that does not follow begins a document.
         document_ids: integers `[B, T]`; a change begins a document, a negative id is padding.
-        goes_on: whether tokens may follow, so that padding on the right will be a hole.
+        goes_on: whether a cache is kept, so that tokens may follow.
+        ends_hidden: whether padding on the right is a hole, behind which tokens see what is before it.
 
     Raises:
         ValueError: a mask that is not two-dimensional or of another length, or documents after a past.
@@ -44,7 +46,7 @@ def plan_chunk(
     if document_ids is not None:
         return _plan_documents(document_ids, num_tokens, num_past, attention_mask, position_ids)
     if attention_mask is not None:
-        return _plan_mask(attention_mask, num_tokens, num_past, position_ids, goes_on)
+        return _plan_mask(attention_mask, num_tokens, num_past, position_ids, goes_on or ends_hidden)
     if position_ids is None:
         return Chunk(torch.arange(num_past, num_past + num_tokens, device=device).unsqueeze(0))
     if num_tokens == 1 or (goes_on and torch.compiler.is_compiling()):
@@ -84,9 +86,9 @@ def _plan_documents(
 
 
 def _plan_mask(
-    attention_mask: Tensor, num_tokens: int, num_past: int, position_ids: Tensor | None, goes_on: bool
+    attention_mask: Tensor, num_tokens: int, num_past: int, position_ids: Tensor | None, ends_hidden: bool
 ) -> Chunk:
-    visibility, hidden = from_mask_with_holes(attention_mask, num_tokens, ends_hidden=goes_on)
+    visibility, hidden = from_mask_with_holes(attention_mask, num_tokens, ends_hidden=ends_hidden)
     real = attention_mask != 0
     positions = (real.cumsum(1) - 1).clamp(min=0)[:, num_past:] if position_ids is None else position_ids.long()
     first = visibility.first_visible

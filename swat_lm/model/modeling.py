@@ -24,13 +24,13 @@ from swat_lm.layers.norm import RMSNorm
 from swat_lm.model.building import build_layers, shared_by
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
-from swat_lm.model.execution import check_chunk, run_layers, step_layers
+from swat_lm.model.execution import check_chunk, is_hooked, run_layers, step_layers, stepped_over
 from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk
 from swat_lm.model.kept import check_kept
 from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
 from swat_lm.model.outputs import SwatCausalLMOutput, SwatModelOutput
 from swat_lm.model.paged import PAGED, check_paged, run_paged
-from swat_lm.model.pasts import CachePast, Carry
+from swat_lm.model.pasts import CachePast, Carry, check_foreign
 from swat_lm.model.streaming import Streaming
 
 # what Hugging Face's tools pass along and no causal language model has a use for
@@ -101,6 +101,7 @@ class SwatModel(SwatPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(build_layers(config))
+        self._stepped_over = stepped_over(self.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # the model's own kinds and no others: accelerate refuses a name that it does not find
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
@@ -156,7 +157,7 @@ class SwatModel(SwatPreTrainedModel):
         if use_cache is None:
             # nor does a graph that is compiled make one by itself
             use_cache = self.config.use_cache and not self.training and not torch.compiler.is_compiling()
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if past_key_values is not None:
                 raise ValueError("past_key_values: activation checkpointing would fill the cache twice; pass none")
             use_cache = False
@@ -166,11 +167,15 @@ class SwatModel(SwatPreTrainedModel):
         if carry is not None:
             given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
             return self._run_after(carry, hidden, document_ids, windows, given)
+        if past_key_values is not None and not isinstance(past_key_values, SlotCache):
+            check_foreign(self.stack)
         # caches of fixed size count in a tensor, which they change in place
         num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         chunk = plan_chunk(
             batch, num_tokens, num_past, hidden.device, attention_mask, position_ids, document_ids,
             goes_on=past_key_values is not None or use_cache,
+            # whoever asks without gradients may read what stands behind a row's padding, and finds it as with a cache
+            ends_hidden=not torch.is_grad_enabled(),
         )  # fmt: skip
         chunk.windows = windows
         packed = chunk.first is not None and (document_ids is not None or attention_mask is None)
@@ -242,6 +247,7 @@ class SwatModel(SwatPreTrainedModel):
             and slots.passed is None
             and chunk.windows is None
             and not torch.is_grad_enabled()
+            and not any(map(is_hooked, self._stepped_over))
         )
         said: list[Auxiliary] = []
         if is_step:
@@ -345,7 +351,7 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         head = self.lm_head
         # a weight of another type is quantised or sharded, and its module knows how to multiply with it
         is_plain = type(head) is nn.Linear and head.bias is None and type(head.weight) in (Tensor, nn.Parameter)
-        if is_plain and not head._forward_hooks and not head._forward_pre_hooks:
+        if is_plain and not is_hooked(head):
             return chunked_cross_entropy(hidden, head.weight, targets, num_items)
         return chunked_cross_entropy_through(head, hidden, targets, self.config.vocab_size, num_items)
 
@@ -364,7 +370,7 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
     ) -> bool:
         ours = (
             generation_config.use_cache is not False
-            and generation_config.cache_implementation is None
+            and generation_config.cache_implementation in (None, "dynamic")
             and model_kwargs.get("past_key_values") is None
         )
         if ours:
@@ -381,7 +387,9 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
 def _refuse_unknown(kwargs: dict[str, Any], name: str, config: SwatConfig) -> None:
     if kwargs.pop("output_attentions", None) or config.output_attentions:
         raise ValueError("output_attentions: windowed attention never forms its weights, so they cannot be returned")
-    # an argument that says nothing changes nothing, whatever it is called
-    unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in TOLERATED)
+    # an argument that says nothing, or no, changes nothing, whatever it is called
+    unknown = sorted(
+        key for key, value in kwargs.items() if value is not None and value is not False and key not in TOLERATED
+    )
     if unknown:
         raise TypeError(f"{name}.forward got unexpected keyword arguments: {', '.join(unknown)}")

@@ -3,7 +3,7 @@
 To a layer all three are the same. Legend: N slots, B rows, T tokens of a chunk, P kept items before it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from swat_lm.layers.base import StateTensor
+from swat_lm.layers.base import Layer, StateTensor
 
 
 @dataclass
@@ -136,6 +136,11 @@ class Passed:
     num_tokens: int
     pasts: list[SlotPast]
 
+    def select(self, slot: Tensor) -> None:
+        """Follow the slots that are kept, int64 `[B]`."""
+        for past in self.pasts:
+            past.recorded = {name: items[slot] for name, items in (past.recorded or {}).items()}
+
 
 class CarryPast:
     """One layer's past in training: functional, never changed in place; nothing is kept before the first chunk."""
@@ -253,6 +258,14 @@ class CachePast:
         layer = self._cache.layers[self._layer_index]
         held = (getattr(layer, name, None) for name in ("keys", "values"))
         return tuple(tensor for tensor in held if tensor is not None)
+
+
+def check_foreign(layers: Iterable[Layer]) -> None:
+    """Raise ValueError, naming what it keeps, where a layer keeps more than a cache of `transformers` holds."""
+    for layer in layers:
+        names = [entry.name for entry in layer.state_spec() if entry.kind == "summary"]
+        if names:
+            raise _keys_and_values_alone(", ".join(names))
 
 
 def _keys_and_values_alone(names: str) -> ValueError:

@@ -57,6 +57,8 @@ def complaint() -> str | None:
 
 def _name_classes(_: ModuleType) -> None:
     if complaint() is None:
+        # where it looks for its own
+        sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules["swat_lm"]
         # by the name in config.json its pipelines and its server look for a class there, and so does TRL
         modules = sys.modules["transformers"]._class_to_module
         modules |= dict.fromkeys(("SwatConfig", *CLASSES.values()), f"models.{MODEL_TYPE}")
@@ -69,8 +71,6 @@ def _name_configuration(tables: ModuleType) -> None:
         logging.getLogger(__name__).warning(problem)
         return
     tables.CONFIG_MAPPING_NAMES[MODEL_TYPE] = "SwatConfig"
-    # where transformers looks for its own
-    sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules["swat_lm"]
 
 
 def _name_models(tables: ModuleType) -> None:
@@ -87,7 +87,8 @@ def _name_adapted_modules(tables: ModuleType) -> None:
     for name, table in vars(tables).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "mistral" in table:
             own = list(table["mistral"])
-            if {"q_proj", "k_proj"} & set(own):
+            # these ask for widths that divide by their blocks, which that of in_proj need not
+            if {"q_proj", "k_proj"} & set(own) and not any(method in name for method in ("_C3A_", "_ROAD_")):
                 own += ["in_proj"] if "IA3" in name else ["in_proj", "out_proj"]
             table[MODEL_TYPE] = own
 

@@ -81,8 +81,7 @@ class Slots:
         """N."""
         return self.position.shape[0]
 
-    batch_size = num_slots
-    """N: a batch of streams fills all slots in order."""
+    batch_size = num_slots  # a batch of streams fills all slots in order
 
     @property
     def num_bytes(self) -> int:
@@ -195,6 +194,8 @@ class Slots:
                 chosen = tensor.index_select(0, slot)
                 kept[name] = chosen if chosen.stride()[1:] == tensor.stride()[1:] else like_ring(chosen)
         self.position, self.skipped = self.position[slot], self.skipped[slot]
+        for done in self.passed or ():
+            done.select(slot)
         self._order = torch.arange(len(slot), device=self.position.device)
         self._step, self.logits = [], None
 

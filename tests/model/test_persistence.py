@@ -31,6 +31,13 @@ ORDERS = [
     ("import transformers, swat_lm", "from transformers import GPT2LMHeadModel, AutoModelForCausalLM as A"),
     ("from swat_lm import window_attention", "from transformers import MistralModel, AutoModelForCausalLM as A"),
     ("from transformers import LlamaModel", "import swat_lm; from transformers import AutoModelForCausalLM as A"),
+    # by its name, as pipelines, transformers' server and TRL look for it
+    ("import swat_lm, transformers", "A = transformers.SwatForCausalLM"),
+    ("import transformers, swat_lm", "from transformers.models.swat import SwatForCausalLM as A"),
+    (
+        "from swat_lm import SwatForCausalLM; from transformers import LlamaModel",
+        "import transformers; A = transformers.SwatForCausalLM",
+    ),
 ]
 # every order in a process of its own, all forked from one that has imported what they have in common
 IN_EVERY_ORDER = """
@@ -148,6 +155,26 @@ def test_tied_embeddings_are_stored_once(tmp_path):
     loaded = SwatForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+
+
+def test_nothing_is_done_for_no_tokens():
+    model = tiny_model()
+    assert model(torch.zeros(2, 0, dtype=torch.long)).logits.shape == (2, 0, 97)
+
+
+def test_what_tools_find_the_classes_by_is_in_the_file_alone(tmp_path):
+    """Manifests of checkpoints and keys of measurements are made of the values, and older ones lack it."""
+    config = tiny_config()
+    before = config.to_json_string(use_diff=False)
+    config.save_pretrained(tmp_path)
+    assert "auto_map" in json.loads((tmp_path / "config.json").read_text())
+    assert config.to_json_string(use_diff=False) == before
+    assert "auto_map" not in json.loads(SwatConfig.from_pretrained(tmp_path).to_json_string(use_diff=False))
+    # which older versions of this folder have not, and load all the same
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["auto_map"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert SwatConfig.from_pretrained(tmp_path).auto_map["AutoConfig"] == "modeling_swat.SwatConfig"
 
 
 def test_base_model_gives_the_hidden_states():

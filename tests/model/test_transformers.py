@@ -76,7 +76,8 @@ def test_label_smoothing_teaches_the_next_token(tmp_path, plan):
 def test_keywords_that_change_nothing_are_taken(plan):
     model, ids = planned(plan), tokens(1, 5)
     expected = model(ids).logits
-    assert torch.equal(model(ids, foo=None, head_mask=None, token_type_ids=torch.zeros_like(ids)).logits, expected)
+    nothing = {"foo": None, "head_mask": None, "token_type_ids": torch.zeros_like(ids), "synced_gpus": False}
+    assert torch.equal(model(ids, **nothing).logits, expected)
     for wrong in ("head_mask", "atention_mask", "foo"):
         with pytest.raises(TypeError, match=wrong):
             model(ids, **{wrong: torch.ones(1)})
@@ -164,16 +165,83 @@ def test_holes_and_padding_in_ordinary_use(plan):
     turn = torch.cat((first.sequences.masked_fill(ended[:, :14] == 0, PAD), tokens(2, 3, seed=5)), dim=1)
     again = model.generate(turn, attention_mask=ended, **greedy)
     assert torch.equal(again[1:], model.generate(turn[1:], **greedy))
-    # what the cache remembers of the first turn was seen then: the same tokens where no row ended early
-    on = model.generate(turn[1:], past_key_values=_one_row(model, turn[1:, :14]), **greedy)
-    assert torch.equal(on, again[1:])
+    # on the cache of the first turn, which read what is hidden now
+    if plan == "attention":
+        on = model.generate(turn, attention_mask=ended, past_key_values=first.past_key_values, **greedy)
+        assert torch.equal(on, again)
+    else:
+        with pytest.raises(ValueError, match="row 0 hides tokens that were read, and layers here keep a summary"):
+            model.generate(turn, attention_mask=ended, past_key_values=first.past_key_values, **greedy)
 
 
-def _one_row(model: SwatForCausalLM, ids: torch.Tensor) -> SlotCache:
-    cache = SlotCache(model.config)
+@every_plan
+def test_padding_on_the_right_is_the_same_with_and_without_a_cache(plan):
+    model, ids = planned(plan), tokens(2, 8)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "attention_mask": mask}
+    assert torch.equal(model.generate(ids, **greedy), model.generate(ids, **greedy, use_cache=False))
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-    return cache
+        close(model(ids, attention_mask=mask, use_cache=False).logits, model(ids, attention_mask=mask).logits)
+
+
+@every_plan
+def test_hooks_and_hidden_states_are_there_for_every_token(plan):
+    model, ids = planned(plan), tokens(1, 6)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    asked = {"return_dict_in_generate": True, "output_hidden_states": True}
+    assert [len(states) for states in model.generate(ids, **greedy, **asked).hidden_states] == [3] * 4
+    model = planned(plan)
+    push = 9 * torch.randn(32, generator=torch.Generator().manual_seed(3))
+    mixer = model.model.layers[0].get_submodule("self_attn" if plan == "attention" else "mixer")
+    plain = model.generate(ids, **greedy)
+    for module in (model.model.layers[1], mixer):
+        handle = module.register_forward_hook(lambda _, given, out: _pushed(out, push))
+        steered = model.generate(ids, **greedy)
+        assert torch.equal(steered, model.generate(ids, **greedy, use_cache=False))
+        assert not torch.equal(steered, plain)
+        handle.remove()
+
+
+def _pushed(out, push: torch.Tensor):
+    return out + push if isinstance(out, torch.Tensor) else (out[0] + push, *out[1:])
+
+
+@every_plan
+def test_offloaded_weights_are_brought_where_they_are_used(plan):
+    from accelerate import cpu_offload
+
+    changes = {"score_function": "softmax", "learned_sink": True} if plan == "attention" else {}
+    model, ids = planned(plan, **changes), tokens(2, 9)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    logits, loss, made = model(ids).logits, model(ids, labels=ids).loss, model.generate(ids, **greedy)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        close(model(ids).logits, logits)
+        close(model(ids, labels=ids).loss, loss)
+    assert torch.equal(model.generate(ids, **greedy), made)
+
+
+@every_plan
+def test_generation_in_the_middle_of_training(plan):
+    model, ids = planned(plan), tokens(1, 6)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    expected = model.generate(ids, **greedy)
+    model.train().activation_checkpointing_enable()
+    assert torch.equal(model.generate(ids, **greedy), expected)
+    assert torch.equal(model.eval().generate(ids, **greedy, cache_implementation="dynamic"), expected)
+
+
+def test_recorded_tokens_follow_the_beams():
+    model, ids = tiny_model(sliding_window=5), tokens(2, 8)
+    with torch.no_grad():
+        for order in (torch.tensor([1, 0]), torch.tensor([0, 0, 1, 1])):
+            cache = SlotCache(model.config)
+            cache.activate_past_recording()
+            model(ids, past_key_values=cache)
+            cache.batch_select_indices(order)
+            cache.crop(-3)
+            close(model(ids[order, 5:], past_key_values=cache).logits, model(ids[order]).logits[:, 5:])
 
 
 @every_plan
