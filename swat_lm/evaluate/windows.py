@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from swat_lm.layers import AttentionLayer
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.conversion import convert_config
-from swat_lm.model.families import FAMILIES
+from swat_lm.model.families import FAMILIES, family_of
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.plan import LayerEntry
 
@@ -57,7 +57,7 @@ def theoretical_reach(model: PreTrainedModel) -> int | None:
 def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
     """The same weights (shared, not copied) with one window in every layer, None for full attention.
 
-    Figure 2 and the windows of Table 2. Llama and Mistral models are taken over as softmax models of ours. A score bias
+    Figure 2 and the windows of Table 2. Models of other families are taken over as softmax models of ours. A score bias
     that was derived from the trained window keeps its value.
 
     Raises:
@@ -66,12 +66,13 @@ def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
     """
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 (a token counts itself), got {window}")
+    state = model.state_dict()
     if isinstance(model, SwatForCausalLM):
         if not any(issubclass(entry.kind, AttentionLayer) for entry in model.config.plan()):
             raise ValueError("window: the model has no layer of attention whose window could be another")
         config = changed_config(model.config, window)
     elif model.config.model_type in FAMILIES:
-        config = convert_config(model.config, window)
+        config, state = convert_config(model.config, window), family_of(model.config).weights(state)
     else:
         raise ValueError(
             f"window: a {model.config.model_type} model cannot be run with another window, only swat models and those "
@@ -79,7 +80,7 @@ def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
         )
     with torch.device("meta"):
         windowed = SwatForCausalLM(config)
-    windowed.load_state_dict(model.state_dict(), assign=True)
+    windowed.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         windowed.tie_weights()
     return windowed.train(model.training)

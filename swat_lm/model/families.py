@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from swat_lm.model.configuration import ROPE_TYPES
@@ -52,12 +53,22 @@ class Family:
             name = re.sub(pattern, ours, name)
         return name
 
+    def weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their parameters by our names; memory is shared with theirs."""
+        return {self.rename(name): tensor for name, tensor in state.items()}
 
-def family_of(model_type: str) -> Family:
-    """The family of an architecture; raises ValueError, naming those that there are, for one that has none."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"source: expected a {family_words('or')} model, got {model_type!r}")
-    return FAMILIES[model_type]
+
+def family_of(source: PreTrainedConfig) -> Family:
+    """The family of a model; raises ValueError, naming those that there are, for one that has none."""
+    kind = source.model_type
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    # experts are counted under one of these names
+    is_mixture = any(getattr(source, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    reason = "is a mixture of experts, whose feed-forward has no counterpart here" if is_mixture else REFUSED.get(kind)
+    raise ValueError(
+        f"source: expected a {family_words('or')} model, got {kind!r}" + ("" if reason is None else f", which {reason}")
+    )
 
 
 def family_words(joint: str) -> str:
@@ -77,6 +88,21 @@ def llama_fields(source: PreTrainedConfig) -> dict[str, Any]:
         "score_function": "softmax",
         "slopes": "none",
     }
+
+
+def windows_by_layer(source: PreTrainedConfig) -> int | list[int | None] | None:
+    """The windows of a model that says of each layer whether it has one."""
+    kinds = source.layer_types
+    if any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
+        raise ValueError(
+            f"source: layer_types {sorted(set(kinds))}: expected sliding_attention or full_attention for each"
+        )
+    return [source.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def qwen3_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with a norm on the queries and keys of each head, and a window in some layers or in none."""
+    return {**llama_fields(source), "sliding_window": windows_by_layer(source), "qk_norm": True}
 
 
 def refuse_llama(source: PreTrainedConfig) -> None:
@@ -140,6 +166,7 @@ def refuse_activation(source: PreTrainedConfig) -> None:
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", llama_fields, refuse_llama),
     "mistral": Family("Mistral", llama_fields, refuse_llama),
+    "qwen3": Family("Qwen3", qwen3_fields, refuse_llama),
     "mamba2": Family(
         "Mamba-2",
         mamba2_fields,
@@ -152,3 +179,9 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """By `model_type`."""
+
+REFUSED = {
+    "starcoder2": "has LayerNorm and a feed-forward without a gate, which layers here do not have",
+    "gemma2": "caps its attention scores (attn_logit_softcapping), which the operators here do not",
+}
+"""Why not, where it has been looked at."""

@@ -1,0 +1,145 @@
+"""Every family that is taken over: the same logits, gradients, cached tokens and folders; and what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Starcoder2Config,
+)
+
+from swat_lm import SwatForCausalLM
+from swat_lm.evaluate.windows import with_window
+from swat_lm.model.conversion import convert, convert_config, convert_folder
+from swat_lm.model.families import family_of
+
+from .models import VOCABULARY, close, tokens
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3", {"head_dim": 12}),
+    ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True, **HALF_WINDOWED}),
+]
+each = pytest.mark.parametrize(
+    ("kind", "changes"), VARIANTS, ids=[f"{kind}: {', '.join(changes)}" for kind, changes in VARIANTS]
+)
+
+
+def source_model(kind: str, changes: dict[str, Any]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SHAPE, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    # what starts at zero or one would prove nothing
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.normal_(parameter, mean=0.7, std=0.3)
+    return model
+
+
+@each
+def test_same_logits_and_gradients(kind, changes):
+    source, ids = source_model(kind, changes), tokens(2, 40)
+    model = convert(source)
+    close(model(ids).logits, source(ids).logits)
+    loss, ours = source(ids, labels=ids).loss, model(ids, labels=ids).loss
+    close(ours, loss)
+    loss.backward()
+    ours.backward()
+    # the loss of training forms no logits
+    close(model.train()(ids, labels=ids).loss, loss)
+    gradients = {name: parameter.grad for name, parameter in source.named_parameters()}
+    expected = family_of(source.config).weights(gradients)
+    assert expected.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, expected[name])
+
+
+@each
+def test_same_cached_generation(kind, changes):
+    source, ids = source_model(kind, changes), tokens(2, 11)
+    model = convert(source)
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = source.generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    # padding on the left is seen by nobody
+    padded = torch.cat((torch.zeros(2, 3, dtype=torch.int64), ids), dim=1)
+    mask = (torch.arange(padded.shape[1]) >= 3).long().expand(2, -1)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 3:], expected)
+
+
+@each
+@pytest.mark.parametrize("is_arranged", [False, True])
+@torch.no_grad()
+def test_streams_compute_the_same(kind, changes, is_arranged):
+    source, ids = source_model(kind, changes), tokens(2, 40)
+    model, expected = convert(source), source(ids).logits
+    if is_arranged:
+        model.arrange_for_decoding()
+    state = model.init_state(2)
+    close(model.lm_head(model.extend(ids[:, :9], state)), expected[:, :9])
+    close(model.prefill(ids[:, 9:20], state, chunk=4)[0], expected[:, 19])
+    for place in range(20, 40):
+        close(model.decode_step(ids[:, place, None], state), expected[:, place])
+
+
+@each
+def test_a_folder_becomes_ours_and_is_loaded_again(kind, changes, tmp_path):
+    source, ids = source_model(kind, changes), tokens(1, 30)
+    source.save_pretrained(tmp_path / "theirs")
+    convert_folder(tmp_path / "theirs", tmp_path / "ours")
+    model = SwatForCausalLM.from_pretrained(tmp_path / "ours")
+    close(model(ids).logits, source(ids).logits)
+    assert model.config.plan() == convert(source).config.plan()
+
+
+@each
+def test_another_window(kind, changes):
+    source, ids = source_model(kind, changes), tokens(1, 30)
+    windowed = with_window(source, 5)
+    assert [windowed.config.window(layer) for layer in range(4)] == [5] * 4
+    # what a window cuts off is not there for the first five
+    full = with_window(source, None)
+    close(windowed(ids).logits[:, :5], full(ids).logits[:, :5])
+    assert (windowed(ids).logits - full(ids).logits).abs().max() > 1e-3
+    close(with_window(windowed, None)(ids).logits, full(ids).logits)
+
+
+def test_a_norm_of_the_source_that_is_lacking_is_named(tmp_path):
+    source = source_model("qwen3", {})
+    state = {name: weight for name, weight in source.state_dict().items() if "layers.1.self_attn.k_norm" not in name}
+    source.save_pretrained(tmp_path / "theirs", state_dict=state)
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.self_attn\.k_norm\.weight; not understood: none"):
+        convert_folder(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GptOssConfig(), r"expected a llama, .* or mamba2 model, got 'gpt_oss', which is a mixture of experts"),
+        (MixtralConfig(), "got 'mixtral', which is a mixture of experts"),
+        (Qwen3MoeConfig(), "got 'qwen3_moe', which is a mixture of experts"),
+        (Starcoder2Config(), "got 'starcoder2', which has LayerNorm and a feed-forward without a gate"),
+    ],
+)
+def test_other_families_are_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        convert_config(config)
