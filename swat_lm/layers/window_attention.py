@@ -44,6 +44,8 @@ class AttentionSettings:
     output_norm: bool = False
     learned_sink: bool = False
     attention_bias: bool = False
+    output_bias: bool | None = None
+    """Of `o_proj`; None: as `attention_bias` says."""
     mlp_bias: bool = False
     use_rotary: bool = True
     rope_theta: float | None = None
@@ -113,11 +115,12 @@ class WindowAttention(Mixer):
         self.score_bias = settings.bias()
         self.num_heads, self.num_kv_heads = settings.num_attention_heads, settings.num_key_value_heads
         query_width, bias = settings.num_attention_heads * settings.head_dim, settings.attention_bias
+        output_bias = bias if settings.output_bias is None else settings.output_bias
         key_width = settings.num_key_value_heads * settings.head_dim
         self.q_proj = nn.Linear(width, query_width, bias=bias)
         self.k_proj = nn.Linear(width, key_width, bias=bias)
         self.v_proj = nn.Linear(width, key_width, bias=bias)
-        self.o_proj = nn.Linear(query_width, width, bias=bias)
+        self.o_proj = nn.Linear(query_width, width, bias=output_bias)
         # one weight per head channel, shared by the heads
         self.q_norm = RMSNorm(settings.head_dim, norm_eps) if settings.qk_norm else None
         self.k_norm = RMSNorm(settings.head_dim, norm_eps) if settings.qk_norm else None

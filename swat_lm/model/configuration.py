@@ -80,6 +80,8 @@ class SwatConfig(PreTrainedConfig):
         output_norm: RMS norm per head on the attention's output (hybrid-norm).
         learned_sink: softmax only: one more key per head with a learned score and the value zero.
         output_projection_init_scale: multiplies the start of `o_proj` and `down_proj`.
+        attention_bias: biases of `q_proj`, `k_proj`, `v_proj` and `o_proj`.
+        output_bias: the bias of attention's `o_proj`, where it differs from that; None: as `attention_bias`.
         use_rotary: rotary position embedding on or off; or one per layer.
         rope_theta: rotary base; a list gives one per layer. A single base is kept in `rope_parameters`.
         rope_parameters: Hugging Face's form: rope_theta, rope_type ("default", "linear", "llama3", "yarn"), ...
@@ -113,6 +115,7 @@ class SwatConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    output_bias: bool | None = None
     mlp_bias: bool = False
     rope_parameters: dict[str, Any] | None = None
     rope_theta: float | int | list[float | int] | None = None

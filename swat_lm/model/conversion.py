@@ -34,6 +34,7 @@ WEIGHT_SHAPES = (
     "head_dim",
     "tie_word_embeddings",
     "attention_bias",
+    "output_bias",
     "mlp_bias",
 )
 # of the tokenizer, and the record of the text that the weights were trained on

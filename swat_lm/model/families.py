@@ -105,6 +105,12 @@ def qwen3_fields(source: PreTrainedConfig) -> dict[str, Any]:
     return {**llama_fields(source), "sliding_window": windows_by_layer(source), "qk_norm": True}
 
 
+def qwen2_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with biases on queries, keys and values, none on the output, and a window in some layers or in none."""
+    biases = {"attention_bias": True, "output_bias": False}
+    return {**llama_fields(source), "sliding_window": windows_by_layer(source), **biases}
+
+
 def refuse_llama(source: PreTrainedConfig) -> None:
     """Other activations, dropout, and rotary that changes with the sequence."""
     refuse_activation(source)
@@ -166,6 +172,7 @@ def refuse_activation(source: PreTrainedConfig) -> None:
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", llama_fields, refuse_llama),
     "mistral": Family("Mistral", llama_fields, refuse_llama),
+    "qwen2": Family("Qwen2", qwen2_fields, refuse_llama),
     "qwen3": Family("Qwen3", qwen3_fields, refuse_llama),
     "mamba2": Family(
         "Mamba-2",

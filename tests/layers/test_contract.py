@@ -20,6 +20,14 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
         ],
     ),
     Subject(
+        "biases per projection",
+        [
+            {"kind": "attention", "attention_bias": True, "output_bias": False, "score_function": "softmax",
+             "slopes": "none"},
+            {"kind": "attention", "output_bias": True, "mlp_bias": True},
+        ],
+    ),
+    Subject(
         "odd recurrences",
         [
             {"kind": "mamba2", "state_size": 8, "ssm_head_dim": 16, "num_groups": 2, "conv_kernel": 2,

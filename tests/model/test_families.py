@@ -35,6 +35,8 @@ SHAPE = {
 }
 HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True, **HALF_WINDOWED}),
     ("qwen3", {"head_dim": 12}),
     ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True, **HALF_WINDOWED}),
 ]
