@@ -61,8 +61,7 @@ def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
     that was derived from the trained window keeps its value.
 
     Raises:
-        ValueError: a window below 1, an architecture without a counterpart here, a model without attention, or layers
-            that rotate differently because they have a window or none.
+        ValueError: a window below 1, an architecture without a counterpart here, or a model without attention.
     """
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 (a token counts itself), got {window}")
@@ -90,12 +89,12 @@ def changed_config(old: SwatConfig, window: int | None) -> SwatConfig:
     """A copy with one window in every layer of attention; layers of other kinds stay as they are."""
     config = cast(SwatConfig, copy.deepcopy(old))
     layers, plan = range(old.num_hidden_layers), old.plan()
-    if old.layers is not None:
+    # by a window's presence, which is about to change; in a list of bases it does not matter
+    rotaries = {str(rotary) for layer in layers if (rotary := old.rotary(layer)) is not None}
+    if old.layers is not None or (len(rotaries) > 1 and not isinstance(old.rope_theta, list)):
         config.layers = [entry_with_window(entry, window) for entry in plan]
         config.layer_types = [kind.layer_type(settings) for kind, settings in config.plan()]
         return config
-    if len({str(old.rotary(layer)) for layer in layers}) > 1 and not isinstance(old.rope_theta, list):
-        raise ValueError("window: this model rotates differently in layers with a window and without: it has no twin")
     config.score_bias = [old.attention_settings(layer).bias() for layer in layers]
     config.sliding_window = window
     config.layer_types = ["full_attention" if window is None else "sliding_attention"] * len(layers)

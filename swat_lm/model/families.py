@@ -111,6 +111,12 @@ def qwen2_fields(source: PreTrainedConfig) -> dict[str, Any]:
     return {**llama_fields(source), "sliding_window": windows_by_layer(source), **biases}
 
 
+def smollm3_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with rotary in most layers and none in others, and a window in some layers or in none."""
+    is_rotary = [bool(flag) for flag in source.no_rope_layers[: source.num_hidden_layers]]
+    return {**llama_fields(source), "sliding_window": windows_by_layer(source), "use_rotary": is_rotary}
+
+
 def refuse_llama(source: PreTrainedConfig) -> None:
     """Other activations, dropout, and rotary that changes with the sequence."""
     refuse_activation(source)
@@ -174,6 +180,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral", llama_fields, refuse_llama),
     "qwen2": Family("Qwen2", qwen2_fields, refuse_llama),
     "qwen3": Family("Qwen3", qwen3_fields, refuse_llama),
+    "smollm3": Family("SmolLM3", smollm3_fields, refuse_llama),
     "mamba2": Family(
         "Mamba-2",
         mamba2_fields,

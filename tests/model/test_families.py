@@ -33,13 +33,17 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+NO_ROTARY = [1, 0, 1, 0]
 HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {"tie_word_embeddings": True, **HALF_WINDOWED}),
     ("qwen3", {"head_dim": 12}),
     ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True, **HALF_WINDOWED}),
-]
+    ("smollm3", {"no_rope_layers": NO_ROTARY, "tie_word_embeddings": False}),
+    ("smollm3", {"no_rope_layers": NO_ROTARY, "attention_bias": True, "mlp_bias": True,
+                 "use_sliding_window": True, "sliding_window": 7}),
+]  # fmt: skip
 each = pytest.mark.parametrize(
     ("kind", "changes"), VARIANTS, ids=[f"{kind}: {', '.join(changes)}" for kind, changes in VARIANTS]
 )
