@@ -71,7 +71,7 @@ def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
             raise ValueError("window: the model has no layer of attention whose window could be another")
         config = changed_config(model.config, window)
     elif model.config.model_type in FAMILIES:
-        config, state = convert_config(model.config, window), family_of(model.config).weights(state)
+        config, state = convert_config(model.config, window), family_of(model.config).weights(state, model.config)
     else:
         raise ValueError(
             f"window: a {model.config.model_type} model cannot be run with another window, only swat models and those "

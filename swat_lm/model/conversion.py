@@ -75,7 +75,7 @@ def convert(
         config = convert_config(source.config, window, **changes)
         family = family_of(source.config)
         model = SwatForCausalLM(config).to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
-        missing, unexpected = model.load_state_dict(family.weights(source.state_dict()), strict=False)
+        missing, unexpected = model.load_state_dict(family.weights(source.state_dict(), source.config), strict=False)
         _check_keys(missing, unexpected, family.fields(source.config))
         model.generation_config = copy.deepcopy(source.generation_config)  # type: ignore[assignment]
         return model
@@ -83,16 +83,16 @@ def convert(
     theirs = AutoConfig.from_pretrained(folder)
     config, family = convert_config(theirs, window, **changes), family_of(theirs)
     check_readable(folder)
-    if family.names:
-        return _read_renamed(folder, config, family)
+    if family.names or family.parts:
+        return _read_through_theirs(folder, config, family)
     # their names are ours already
     model, report = _loaded(SwatForCausalLM, folder, config=config)
     _check_keys(report["missing_keys"], report["unexpected_keys"], family.fields(theirs))
     return model
 
 
-def _read_renamed(folder: Path, config: SwatConfig, family: Family) -> SwatForCausalLM:
-    """Weights under their own names, in their own model, which then lends them to ours."""
+def _read_through_theirs(folder: Path, config: SwatConfig, family: Family) -> SwatForCausalLM:
+    """Weights under their own names, or joined, in their own model, which then lends them to ours."""
     # with `key_mapping`, transformers would write ours under the source's names again
     source, report = _loaded(AutoModelForCausalLM, folder)
     same = family.fields(source.config)
@@ -100,7 +100,9 @@ def _read_renamed(folder: Path, config: SwatConfig, family: Family) -> SwatForCa
     _check_complete(report["missing_keys"], report["unexpected_keys"], source.config.tie_word_embeddings)
     with torch.device("meta"):
         model = SwatForCausalLM(config)
-    missing, unexpected = model.load_state_dict(family.weights(source.state_dict()), strict=False, assign=True)
+    missing, unexpected = model.load_state_dict(
+        family.weights(source.state_dict(), source.config), strict=False, assign=True
+    )
     _check_keys(missing, unexpected, same)
     if config.tie_word_embeddings:
         model.tie_weights()

@@ -47,15 +47,37 @@ class Family:
     names: Mapping[str, str] = field(default_factory=dict)
     """Parameter names, as regular expressions and what stands for them here; {}: they are ours already."""
 
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Projections that they join, and the projections here that have the rows one after the other."""
+
     def rename(self, name: str) -> str:
         """What a parameter of theirs is called here."""
         for pattern, ours in self.names.items():
             name = re.sub(pattern, ours, name)
         return name
 
-    def weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Their parameters by our names; memory is shared with theirs."""
-        return {self.rename(name): tensor for name, tensor in state.items()}
+    def weights(self, state: Mapping[str, Tensor], source: PreTrainedConfig) -> dict[str, Tensor]:
+        """Their parameters, or gradients of those, by our names; memory is shared with theirs."""
+        found = {}
+        for name, tensor in state.items():
+            module, _, kind = name.rpartition(".")
+            parent, _, joined = module.rpartition(".")
+            if joined not in self.parts:
+                found[self.rename(name)] = tensor
+                continue
+            parts = self.parts[joined]
+            sizes = projection_sizes(source)
+            for part, rows in zip(parts, tensor.split([sizes[part] for part in parts]), strict=True):
+                found[self.rename(f"{parent}.{part}.{kind}")] = rows
+        return found
+
+
+def projection_sizes(source: PreTrainedConfig) -> dict[str, int]:
+    """Outputs of the projections that families join."""
+    head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    keys, width = source.num_key_value_heads * head_dim, source.intermediate_size
+    heads = {"q_proj": source.num_attention_heads * head_dim, "k_proj": keys, "v_proj": keys}
+    return {**heads, "gate_proj": width, "up_proj": width}
 
 
 def family_of(source: PreTrainedConfig) -> Family:
@@ -88,6 +110,22 @@ def llama_fields(source: PreTrainedConfig) -> dict[str, Any]:
         "score_function": "softmax",
         "slopes": "none",
     }
+
+
+def refuse_phi3(source: PreTrainedConfig) -> None:
+    """What Llama's layer refuses, dropout elsewhere, and rotary of a part of each head."""
+    part = source.rope_parameters.get("partial_rotary_factor", 1.0)
+    if part != 1:
+        raise ValueError(
+            f"source: partial_rotary_factor {part} rotates a part of each head, which layers here do not; "
+            "it cannot be taken over"
+        )
+    for name in ("resid_pdrop", "embd_pdrop"):
+        if getattr(source, name, 0.0):
+            raise ValueError(
+                f"source: {name} {getattr(source, name)} has no counterpart; set it to 0 in the source's config"
+            )
+    refuse_llama(source)
 
 
 def windows_by_layer(source: PreTrainedConfig) -> int | list[int | None] | None:
@@ -181,6 +219,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2", qwen2_fields, refuse_llama),
     "qwen3": Family("Qwen3", qwen3_fields, refuse_llama),
     "smollm3": Family("SmolLM3", smollm3_fields, refuse_llama),
+    "phi3": Family(
+        "Phi-3",
+        llama_fields,
+        refuse_phi3,
+        parts={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
+    ),
     "mamba2": Family(
         "Mamba-2",
         mamba2_fields,

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen3MoeConfig,
     Starcoder2Config,
@@ -33,6 +34,7 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 NO_ROTARY = [1, 0, 1, 0]
 HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -40,6 +42,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"tie_word_embeddings": True, **HALF_WINDOWED}),
     ("qwen3", {"head_dim": 12}),
     ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True, **HALF_WINDOWED}),
+    ("phi3", {}),
+    ("phi3", {"tie_word_embeddings": True, "sliding_window": 7}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "tie_word_embeddings": False}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "attention_bias": True, "mlp_bias": True,
                  "use_sliding_window": True, "sliding_window": 7}),
@@ -72,7 +76,7 @@ def test_same_logits_and_gradients(kind, changes):
     # the loss of training forms no logits
     close(model.train()(ids, labels=ids).loss, loss)
     gradients = {name: parameter.grad for name, parameter in source.named_parameters()}
-    expected = family_of(source.config).weights(gradients)
+    expected = family_of(source.config).weights(gradients, source.config)
     assert expected.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         close(parameter.grad, expected[name])
@@ -143,9 +147,13 @@ def test_a_norm_of_the_source_that_is_lacking_is_named(tmp_path):
         (GptOssConfig(), r"expected a llama, .* or mamba2 model, got 'gpt_oss', which is a mixture of experts"),
         (MixtralConfig(), "got 'mixtral', which is a mixture of experts"),
         (Qwen3MoeConfig(), "got 'qwen3_moe', which is a mixture of experts"),
+        (Phi3Config(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default"}),
+         "partial_rotary_factor 0.5 rotates a part of each head"),
+        (Phi3Config(**SHAPE, rope_parameters=LONGROPE), "rotary of type 'longrope' changes with the sequence's length"),
+        (Phi3Config(resid_pdrop=0.1), "resid_pdrop 0.1 has no counterpart"),
         (Starcoder2Config(), "got 'starcoder2', which has LayerNorm and a feed-forward without a gate"),
     ],
-)
+)  # fmt: skip
 def test_other_families_are_refused_by_name(config, message):
     with pytest.raises(ValueError, match=message):
         convert_config(config)
