@@ -38,23 +38,32 @@ class FeedForward(nn.Module):
 class PreNorm(Layer):
     """Pre-norm mixer and feed-forward, each added to the residual stream."""
 
-    def __init__(self, mixer: Mixer, feed_forward: FeedForward, width: int, norm_eps: float) -> None:
+    def __init__(
+        self, mixer: Mixer, feed_forward: FeedForward, width: int, norm_eps: float, residual_multiplier: float = 1.0
+    ) -> None:
         super().__init__()
         self.self_attn: Mixer = mixer
         self.mlp = feed_forward
+        self.residual_multiplier = residual_multiplier
         self.input_layernorm = RMSNorm(width, norm_eps)
         self.post_attention_layernorm = RMSNorm(width, norm_eps)
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Process a chunk `[B, T, M]` after its past."""
         mixed, past, auxiliary = self.self_attn(self.input_layernorm(hidden), chunk, past)
-        hidden = hidden + mixed
-        return Output(hidden + self.mlp(self.post_attention_layernorm(hidden)), past, auxiliary)
+        return Output(self._feed(self._join(hidden, mixed)), past, auxiliary)
 
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """Process one token per row, `[B, 1, M]`, in place over slots."""
-        hidden = hidden + self.self_attn.step(self.input_layernorm(hidden), chunk, past)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return self._feed(self._join(hidden, self.self_attn.step(self.input_layernorm(hidden), chunk, past)))
+
+    def _join(self, hidden: Tensor, change: Tensor) -> Tensor:
+        """The residual stream with what the mixer or the feed-forward adds to it."""
+        return hidden + (change if self.residual_multiplier == 1 else change * self.residual_multiplier)
+
+    def _feed(self, hidden: Tensor) -> Tensor:
+        """The residual stream `[B, T, M]` after the feed-forward."""
+        return self._join(hidden, self.mlp(self.post_attention_layernorm(hidden)))
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """What the mixer keeps."""

@@ -47,6 +47,8 @@ class AttentionSettings:
     output_bias: bool | None = None
     """Of `o_proj`; None: as `attention_bias` says."""
     mlp_bias: bool = False
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
     use_rotary: bool = True
     rope_theta: float | None = None
     """Rotary base; None: that of `rope_parameters`."""
@@ -74,6 +76,10 @@ class AttentionSettings:
             raise ValueError("learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it")
         if self.use_rotary and self.head_dim % 2:
             raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
+        for name in ("attention_multiplier", "residual_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.attention_backend not in BACKENDS:
             raise ValueError(f"attention_backend: expected {', '.join(BACKENDS)}, got {self.attention_backend!r}")
 
@@ -113,6 +119,8 @@ class WindowAttention(Mixer):
         self.rotary = rotary
         self.index = index
         self.score_bias = settings.bias()
+        given = settings.attention_multiplier
+        self.scale = settings.head_dim**-0.5 if given is None else float(given)
         self.num_heads, self.num_kv_heads = settings.num_attention_heads, settings.num_key_value_heads
         query_width, bias = settings.num_attention_heads * settings.head_dim, settings.attention_bias
         output_bias = bias if settings.output_bias is None else settings.output_bias
@@ -188,7 +196,7 @@ class WindowAttention(Mixer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """What the operator gives for queries `[B, T, H, D]` over P + T keys; with its lse where a sink is learned."""
         settings = self.settings
-        scale, head_dim = settings.head_dim**-0.5, query.shape[-1]
+        scale, head_dim = self.scale, query.shape[-1]
         blind = chunk.hidden_items(num_past)
         if rotary is not None and (blind is not None or chunk.last is not None):
             # the kernels rotate where tokens see what is before them, and all of it
@@ -266,6 +274,7 @@ class WindowAttention(Mixer):
                 score_function=settings.score_function,
                 slopes=self.slopes_on(query.device),
                 score_bias=self.score_bias,
+                scale=self.scale,
                 rotary=rotary,
                 return_lse=settings.learned_sink,
                 backend=settings.attention_backend,

@@ -5,6 +5,7 @@ settings of attention may be lists with one value per layer, which is all that m
 """
 
 import difflib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -82,6 +83,10 @@ class SwatConfig(PreTrainedConfig):
         output_projection_init_scale: multiplies the start of `o_proj` and `down_proj`.
         attention_bias: biases of `q_proj`, `k_proj`, `v_proj` and `o_proj`.
         output_bias: the bias of attention's `o_proj`, where it differs from that; None: as `attention_bias`.
+        embedding_multiplier: what token embeddings are multiplied with.
+        logits_scaling: what logits are divided by.
+        residual_multiplier: what attention and feed-forward give is multiplied with, before it joins the stream.
+        attention_multiplier: what products of queries and keys are multiplied with; None: `head_dim ** -0.5`.
         use_rotary: rotary position embedding on or off; or one per layer.
         rope_theta: rotary base; a list gives one per layer. A single base is kept in `rope_parameters`.
         rope_parameters: Hugging Face's form: rope_theta, rope_type ("default", "linear", "llama3", "yarn"), ...
@@ -114,6 +119,10 @@ class SwatConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
+    embedding_multiplier: float | int = 1.0
+    logits_scaling: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    attention_multiplier: float | int | None = None
     attention_bias: bool = False
     output_bias: bool | None = None
     mlp_bias: bool = False
@@ -237,6 +246,9 @@ class SwatConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("embedding_multiplier", "logits_scaling"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
     def _settle_windows(self) -> None:
         windows = self._per_layer("sliding_window")

@@ -155,6 +155,12 @@ def smollm3_fields(source: PreTrainedConfig) -> dict[str, Any]:
     return {**llama_fields(source), "sliding_window": windows_by_layer(source), "use_rotary": is_rotary}
 
 
+def granite_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with numbers that scale embeddings, scores, the residual stream and logits."""
+    names = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+    return {**llama_fields(source), **{name: getattr(source, name) for name in names}}
+
+
 def refuse_llama(source: PreTrainedConfig) -> None:
     """Other activations, dropout, and rotary that changes with the sequence."""
     refuse_activation(source)
@@ -225,6 +231,7 @@ FAMILIES: dict[str, Family] = {
         refuse_phi3,
         parts={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
     ),
+    "granite": Family("Granite", granite_fields, refuse_llama),
     "mamba2": Family(
         "Mamba-2",
         mamba2_fields,

@@ -24,6 +24,7 @@ from swat_lm.layers.norm import RMSNorm
 from swat_lm.model.building import build_layers, shared_by
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
+from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embedding
 from swat_lm.model.execution import check_chunk, run_layers, step_layers
 from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk
 from swat_lm.model.kept import check_kept
@@ -99,7 +100,9 @@ class SwatModel(SwatPreTrainedModel):
     def __init__(self, config: SwatConfig) -> None:
         super().__init__(config)
         self.padding_idx = config.pad_token_id
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = token_embedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_multiplier
+        )
         self.layers = nn.ModuleList(build_layers(config))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # the model's own kinds and no others: accelerate refuses a name that it does not find
@@ -125,7 +128,7 @@ class SwatModel(SwatPreTrainedModel):
         """Run all layers over `[B, T]` tokens.
 
         Args:
-            input_ids: `[B, T]`; or give `inputs_embeds` `[B, T, M]`.
+            input_ids: `[B, T]`; or give `inputs_embeds` `[B, T, M]`, what `embed_tokens` makes of ids.
             attention_mask: `[B, past + T]`, 1 = real token; padding on either side, and holes, which nobody sees.
             position_ids: `[B or 1, T]` for rotary; without a mask, a break in them begins a packed document.
             past_key_values: a `SlotCache`, or for attention layers a cache of `transformers`.
@@ -271,8 +274,14 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SwatModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = output_embedding(
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False), config.logits_scaling
+        )
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take another output embedding; a plain one, as resizing makes it, divides as the one before did."""
+        self.lm_head = output_embedding(cast(nn.Linear, new_embeddings), self.config.logits_scaling)
 
     @can_return_tuple
     def forward(
@@ -344,8 +353,12 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
         head = self.lm_head
         # a weight of another type is quantised or sharded, and its module knows how to multiply with it
-        is_plain = type(head) is nn.Linear and head.bias is None and type(head.weight) in (Tensor, nn.Parameter)
+        is_plain = (
+            type(head) in (nn.Linear, ScaledHead) and head.bias is None and type(head.weight) in (Tensor, nn.Parameter)
+        )
         if is_plain and not head._forward_hooks and not head._forward_pre_hooks:
+            # what divides logits may as well divide what they are formed of
+            hidden = hidden / head.divisor if isinstance(head, ScaledHead) else hidden
             return chunked_cross_entropy(hidden, head.weight, targets, num_items)
         return chunked_cross_entropy_through(head, hidden, targets, self.config.vocab_size, num_items)
 

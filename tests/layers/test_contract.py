@@ -28,6 +28,15 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
         ],
     ),
     Subject(
+        "scaled",
+        [
+            {"kind": "attention", "attention_multiplier": 0.4, "residual_multiplier": 0.3, "learned_sink": True,
+             "score_function": "softmax", "slopes": "none"},
+            {"kind": "attention", "attention_multiplier": 0.1},
+        ],
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    ),
+    Subject(
         "odd recurrences",
         [
             {"kind": "mamba2", "state_size": 8, "ssm_head_dim": 16, "num_groups": 2, "conv_kernel": 2,

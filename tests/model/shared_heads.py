@@ -17,9 +17,11 @@ from .models import close, tiny_model, tokens
 PLANS = {
     "sigmoid": {"slopes": "3:1"},
     "softmax": {"score_function": "softmax", "learned_sink": True, "qk_norm": True, "output_norm": True},
+    "scaled": {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_bias": True,
+               "output_bias": False},
     "mixed": {"layers": ["mamba2", "attention"]},
     "tied": {"tie_word_embeddings": True},
-}
+}  # fmt: skip
 
 
 def try_one(folder: Path, changes: dict) -> None:

@@ -15,12 +15,13 @@ from transformers import (
     Starcoder2Config,
 )
 
-from swat_lm import SwatForCausalLM
+from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.evaluate.windows import with_window
 from swat_lm.model.conversion import convert, convert_config, convert_folder
 from swat_lm.model.families import family_of
+from swat_lm.model.fingerprint import fingerprint
 
-from .models import VOCABULARY, close, tokens
+from .models import VOCABULARY, close, tiny_model, tokens
 
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -35,6 +36,7 @@ SHAPE = {
     "pad_token_id": None,
 }
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+SCALES = {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
 NO_ROTARY = [1, 0, 1, 0]
 HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -44,6 +46,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True, **HALF_WINDOWED}),
     ("phi3", {}),
     ("phi3", {"tie_word_embeddings": True, "sliding_window": 7}),
+    ("granite", SCALES),
+    ("granite", {**SCALES, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "tie_word_embeddings": False}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "attention_bias": True, "mlp_bias": True,
                  "use_sliding_window": True, "sliding_window": 7}),
@@ -130,6 +134,26 @@ def test_another_window(kind, changes):
     close(windowed(ids).logits[:, :5], full(ids).logits[:, :5])
     assert (windowed(ids).logits - full(ids).logits).abs().max() > 1e-3
     close(with_window(windowed, None)(ids).logits, full(ids).logits)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_larger_vocabulary_is_scaled_as_before(is_tied):
+    model, ids = convert(source_model("granite", {**SCALES, "tie_word_embeddings": is_tied})), tokens(1, 20)
+    expected = model(ids).logits
+    model.resize_token_embeddings(VOCABULARY + 7, mean_resizing=False)
+    close(model(ids).logits[..., :VOCABULARY], expected)
+
+
+def test_numbers_that_scale_are_positive():
+    with pytest.raises(ValueError, match="logits_scaling: expected a positive number, got 0"):
+        SwatConfig(logits_scaling=0)
+    with pytest.raises(ValueError, match="residual_multiplier: expected a positive number, got -1"):
+        SwatConfig(residual_multiplier=-1.0)
+
+
+def test_states_are_bound_to_the_scales():
+    known = {fingerprint(tiny_model(**changes)) for changes in ({}, *({name: 2.0} for name in SCALES))}
+    assert len(known) == 5
 
 
 def test_a_norm_of_the_source_that_is_lacking_is_named(tmp_path):
