@@ -22,7 +22,8 @@ def convert(
         typer.Option("--set", help="A configuration field to change, such as score_function=sigmoid; repeatable."),
     ] = None,
 ) -> None:
-    """Take over a model of another family: Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, Granite or Mamba-2.
+    """Take over a model of another family: Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3,
+    Granite, OLMo 2 and 3 or Mamba-2.
 
     The result is the same function, or a windowed model to train on. With `--window keep` and no --set the result
     computes what the source computes. A change that has no meaning for the source is refused.

@@ -26,7 +26,9 @@ class AttentionLayer(PreNorm):
         rotary = make_rotary and make_rotary(settings.head_dim, settings.rope_parameters or {})
         mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps)
         feed_forward = FeedForward(width, settings.intermediate_size, settings.mlp_bias)
-        super().__init__(mixer, feed_forward, width, shared.norm_eps, settings.residual_multiplier)
+        super().__init__(
+            mixer, feed_forward, width, shared.norm_eps, settings.residual_multiplier, settings.norm_placement
+        )
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:

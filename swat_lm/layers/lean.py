@@ -101,6 +101,8 @@ class AttentionPlan(LayerPlan):
         super().__init__(layer)
         attention, feed_forward = layer.self_attn, layer.mlp
         self.attention = attention
+        assert layer.input_layernorm is not None
+        assert layer.post_attention_layernorm is not None
         self.input_norm = Norm(layer.input_layernorm)
         # [M, (H + 2 K) D]
         self.query_key_value = Matrix(joined([attention.q_proj, attention.k_proj, attention.v_proj]))
@@ -150,8 +152,8 @@ class AttentionPlan(LayerPlan):
 def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     """Store the weights by input channel and join those with the same input; returns the plan that uses them.
 
-    None where the layer has what a plan does not cover (biases, qk_norm, a scaled residual stream, adapters, fewer than
-    32 bits): its weights are laid out all the same.
+    None where the layer has what a plan does not cover (biases, qk_norm, norms behind, a scaled residual stream,
+    adapters, fewer than 32 bits): its weights are laid out all the same.
     """
     attention, feed_forward = layer.self_attn, layer.mlp
     # down_proj stays as it is: few outputs of many inputs are read faster by rows
@@ -164,6 +166,7 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *feed_forward.children())
     if (
         attention.q_norm is not None
+        or attention.settings.norm_placement != "pre"
         or layer.residual_multiplier != 1
         or not all(is_plain(module) for module in linears)
     ):

@@ -77,7 +77,8 @@ class SwatConfig(PreTrainedConfig):
         slopes: "balanced", "negative", "positive", "none" or a split such as "8:4"; or one per layer.
         slope_schedule: "swat" (2**-k) or "alibi" (standard ALiBi magnitudes).
         score_bias: added to every score; a number or "-log(window)" (arXiv 2409.04431); or one per layer.
-        qk_norm: RMS norm per head on queries and keys before rotary.
+        qk_norm: RMS norm on queries and keys before rotary.
+        qk_norm_over: what that norm is over: each "head" by itself, or all heads of the "layer" together.
         output_norm: RMS norm per head on the attention's output (hybrid-norm).
         learned_sink: softmax only: one more key per head with a learned score and the value zero.
         output_projection_init_scale: multiplies the start of `o_proj` and `down_proj`.
@@ -87,6 +88,7 @@ class SwatConfig(PreTrainedConfig):
         logits_scaling: what logits are divided by.
         residual_multiplier: what attention and feed-forward give is multiplied with, before it joins the stream.
         attention_multiplier: what products of queries and keys are multiplied with; None: `head_dim ** -0.5`.
+        norm_placement: norms "pre" (before attention and feed-forward), "post" (behind them) or "both".
         use_rotary: rotary position embedding on or off; or one per layer.
         rope_theta: rotary base; a list gives one per layer. A single base is kept in `rope_parameters`.
         rope_parameters: Hugging Face's form: rope_theta, rope_type ("default", "linear", "llama3", "yarn"), ...
@@ -122,6 +124,7 @@ class SwatConfig(PreTrainedConfig):
     embedding_multiplier: float | int = 1.0
     logits_scaling: float | int = 1.0
     residual_multiplier: float | int = 1.0
+    norm_placement: Literal["pre", "post", "both"] = "pre"
     attention_multiplier: float | int | None = None
     attention_bias: bool = False
     output_bias: bool | None = None
@@ -137,6 +140,7 @@ class SwatConfig(PreTrainedConfig):
     slope_schedule: Literal["swat", "alibi"] = "swat"
     score_bias: float | int | str | list[float | int | str] = 0.0
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "layer"] = "head"
     output_norm: bool = False
     learned_sink: bool = False
     attention_backend: str = "auto"

@@ -16,6 +16,7 @@ from swat_lm.model.configuration import ROPE_TYPES
 
 __all__ = ["FAMILIES", "Family", "family_of", "family_words"]
 
+LAYER_TYPES = ("sliding_attention", "full_attention")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id")
 LLAMA_FIELDS = (
     "vocab_size",
@@ -131,7 +132,7 @@ def refuse_phi3(source: PreTrainedConfig) -> None:
 def windows_by_layer(source: PreTrainedConfig) -> int | list[int | None] | None:
     """The windows of a model that says of each layer whether it has one."""
     kinds = source.layer_types
-    if any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
+    if any(kind not in LAYER_TYPES for kind in kinds):
         raise ValueError(
             f"source: layer_types {sorted(set(kinds))}: expected sliding_attention or full_attention for each"
         )
@@ -161,6 +162,24 @@ def granite_fields(source: PreTrainedConfig) -> dict[str, Any]:
     return {**llama_fields(source), **{name: getattr(source, name) for name in names}}
 
 
+def olmo2_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with the norms behind attention and feed-forward, and one over all queries and one over all keys."""
+    return {**llama_fields(source), "norm_placement": "post", "qk_norm": True, "qk_norm_over": "layer"}
+
+
+def olmo3_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """OLMo 2's, with a window in most layers, and rotary of its own in those and in the others."""
+    return {**olmo2_fields(source), "sliding_window": windows_by_layer(source), **rotary_by_layer(source)}
+
+
+def rotary_by_layer(source: PreTrainedConfig) -> dict[str, Any]:
+    """Rotary by type of layer, written down layer by layer: another window does not change how a layer rotates."""
+    layers = [
+        {"kind": "attention", "rope_parameters": dict(source.rope_parameters[kind])} for kind in source.layer_types
+    ]
+    return {"rope_parameters": dict(source.rope_parameters), "layers": layers}
+
+
 def refuse_llama(source: PreTrainedConfig) -> None:
     """Other activations, dropout, and rotary that changes with the sequence."""
     refuse_activation(source)
@@ -168,11 +187,12 @@ def refuse_llama(source: PreTrainedConfig) -> None:
     if dropout:
         raise ValueError(f"source: attention_dropout {dropout} has no counterpart; set it to 0 in the source's config")
     rope = source.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(
-            f"source: rotary of type {rope['rope_type']!r} changes with the sequence's length: not taken over; "
-            f"supported are {', '.join(ROPE_TYPES)}"
-        )
+    for entry in [rope[kind] for kind in LAYER_TYPES if kind in rope] or [rope]:
+        if entry["rope_type"] not in ROPE_TYPES:
+            raise ValueError(
+                f"source: rotary of type {entry['rope_type']!r} changes with the sequence's length: not taken over; "
+                f"supported are {', '.join(ROPE_TYPES)}"
+            )
     if getattr(source, "pretraining_tp", 1) not in (None, 1):
         raise ValueError("source: pretraining_tp other than 1 is not supported")
 
@@ -219,6 +239,11 @@ def refuse_activation(source: PreTrainedConfig) -> None:
         raise ValueError(f"source: hidden_act {activation!r} is not supported, only 'silu'")
 
 
+OLMO_NAMES = {
+    r"\.post_attention_layernorm\.": ".mixer_output_layernorm.",
+    r"\.post_feedforward_layernorm\.": ".feedforward_output_layernorm.",
+}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", llama_fields, refuse_llama),
     "mistral": Family("Mistral", llama_fields, refuse_llama),
@@ -232,6 +257,8 @@ FAMILIES: dict[str, Family] = {
         parts={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
     ),
     "granite": Family("Granite", granite_fields, refuse_llama),
+    "olmo2": Family("OLMo 2", olmo2_fields, refuse_llama, OLMO_NAMES),
+    "olmo3": Family("OLMo 3", olmo3_fields, refuse_llama, OLMO_NAMES),
     "mamba2": Family(
         "Mamba-2",
         mamba2_fields,

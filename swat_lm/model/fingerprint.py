@@ -21,7 +21,10 @@ MOST_ELEMENTS = 1 << 22
 # settings of layers that change nothing but rounding
 HOW = ("attention_backend", "chunk_size")
 # settings that came later, and what they say where they change nothing: states of before still belong to their models
-LATER = {"output_bias": None, "attention_multiplier": None, "residual_multiplier": 1.0}
+LATER = {
+    "output_bias": None, "attention_multiplier": None, "residual_multiplier": 1.0, "norm_placement": "pre",
+    "qk_norm_over": "head",
+}  # fmt: skip
 # elements at the beginning of a row that tell whether a weight has changed since
 GLIMPSE = 8
 

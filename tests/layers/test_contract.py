@@ -37,6 +37,14 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
         {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
     ),
     Subject(
+        "norms behind",
+        [
+            {"kind": "attention", "norm_placement": "post", "qk_norm": True, "qk_norm_over": "layer",
+             "score_function": "softmax", "slopes": "none"},
+            {"kind": "attention", "norm_placement": "both", "residual_multiplier": 0.7, "qk_norm_over": "layer"},
+        ],
+    ),
+    Subject(
         "odd recurrences",
         [
             {"kind": "mamba2", "state_size": 8, "ssm_head_dim": 16, "num_groups": 2, "conv_kernel": 2,

@@ -17,6 +17,7 @@ from transformers import (
 
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.evaluate.windows import with_window
+from swat_lm.layers import AttentionSettings
 from swat_lm.model.conversion import convert, convert_config, convert_folder
 from swat_lm.model.families import family_of
 from swat_lm.model.fingerprint import fingerprint
@@ -37,6 +38,16 @@ SHAPE = {
 }
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 SCALES = {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+BY_TYPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 5e5,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "attention_factor": 1.2,
+    },
+}
 NO_ROTARY = [1, 0, 1, 0]
 HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -48,6 +59,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"tie_word_embeddings": True, "sliding_window": 7}),
     ("granite", SCALES),
     ("granite", {**SCALES, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("olmo2", {}),
+    ("olmo2", {"tie_word_embeddings": True, "attention_bias": True}),
+    ("olmo3", {"sliding_window": 7}),
+    ("olmo3", {"sliding_window": 7, "max_position_embeddings": 64, "rope_parameters": BY_TYPE}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "tie_word_embeddings": False}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "attention_bias": True, "mlp_bias": True,
                  "use_sliding_window": True, "sliding_window": 7}),
@@ -149,6 +164,13 @@ def test_numbers_that_scale_are_positive():
         SwatConfig(logits_scaling=0)
     with pytest.raises(ValueError, match="residual_multiplier: expected a positive number, got -1"):
         SwatConfig(residual_multiplier=-1.0)
+
+
+def test_norms_have_a_place_and_a_range():
+    with pytest.raises(ValueError, match="norm_placement: expected 'pre' or 'post' or 'both', got 'sandwich'"):
+        AttentionSettings(norm_placement="sandwich")
+    with pytest.raises(ValueError, match="qk_norm_over: expected 'head' or 'layer', got 'model'"):
+        AttentionSettings(qk_norm_over="model")
 
 
 def test_states_are_bound_to_the_scales():
