@@ -153,7 +153,7 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     """Store the weights by input channel and join those with the same input; returns the plan that uses them.
 
     None where the layer has what a plan does not cover (biases, qk_norm, norms behind, a scaled residual stream,
-    adapters, fewer than 32 bits): its weights are laid out all the same.
+    another activation than SiLU, adapters, fewer than 32 bits): its weights are laid out all the same.
     """
     attention, feed_forward = layer.self_attn, layer.mlp
     # down_proj stays as it is: few outputs of many inputs are read faster by rows
@@ -167,6 +167,7 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     if (
         attention.q_norm is not None
         or attention.settings.norm_placement != "pre"
+        or attention.settings.hidden_act != "silu"
         or layer.residual_multiplier != 1
         or not all(is_plain(module) for module in linears)
     ):

@@ -1,11 +1,12 @@
 """Llama's layer around any mixer: a norm before the mixer and one before SwiGLU, each added to the residual stream.
 
-Or with norms behind them, as OLMo 2 has them (arXiv 2501.00656, section 3.2), or before and behind.
+Or with norms behind them, as OLMo 2 has them (arXiv 2501.00656), or before and behind.
 
 Parameter names and shapes are Llama's. Legend: B rows, T tokens, M width.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +27,26 @@ class Mixer(TokenMixer):
     """The projection that writes to the stream."""
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""Of the feed-forward's gate, by Hugging Face's names."""
 
-    def __init__(self, width: int, intermediate_size: int, bias: bool = False) -> None:
+
+class FeedForward(nn.Module):
+    """SwiGLU or GEGLU (arXiv 2002.05202): `down(activation(gate(x)) * up(x))`."""
+
+    def __init__(self, width: int, intermediate_size: int, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.gate_proj = nn.Linear(width, intermediate_size, bias=bias)
         self.up_proj = nn.Linear(width, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, width, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, T, M]` to `[B, T, M]`."""
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class PreNorm(Layer):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from swat_lm.layers.base import InPlace, Output, Past, StateTensor
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.norm import RMSNorm
-from swat_lm.layers.pre_norm import NORM_PLACEMENTS, Mixer
+from swat_lm.layers.pre_norm import ACTIVATIONS, NORM_PLACEMENTS, Mixer
 from swat_lm.ops import window_attention, window_attention_step
 from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.flops import attention_flops
@@ -53,6 +53,7 @@ class AttentionSettings:
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     norm_placement: str = "pre"
+    hidden_act: str = "silu"
     use_rotary: bool = True
     rope_theta: float | None = None
     """Rotary base; None: that of `rope_parameters`."""
@@ -80,7 +81,11 @@ class AttentionSettings:
             raise ValueError("learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it")
         if self.use_rotary and self.head_dim % 2:
             raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
-        for name, words in (("qk_norm_over", QK_NORMS), ("norm_placement", NORM_PLACEMENTS)):
+        for name, words in (
+            ("qk_norm_over", QK_NORMS),
+            ("norm_placement", NORM_PLACEMENTS),
+            ("hidden_act", ACTIVATIONS),
+        ):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, words))}, got {getattr(self, name)!r}")
         for name in ("attention_multiplier", "residual_multiplier"):

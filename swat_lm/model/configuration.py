@@ -89,6 +89,7 @@ class SwatConfig(PreTrainedConfig):
         residual_multiplier: what attention and feed-forward give is multiplied with, before it joins the stream.
         attention_multiplier: what products of queries and keys are multiplied with; None: `head_dim ** -0.5`.
         norm_placement: norms "pre" (before attention and feed-forward), "post" (behind them) or "both".
+        hidden_act: activation of the feed-forward's gate.
         use_rotary: rotary position embedding on or off; or one per layer.
         rope_theta: rotary base; a list gives one per layer. A single base is kept in `rope_parameters`.
         rope_parameters: Hugging Face's form: rope_theta, rope_type ("default", "linear", "llama3", "yarn"), ...
@@ -111,7 +112,7 @@ class SwatConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    hidden_act: Literal["silu"] = "silu"
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     output_projection_init_scale: float | int = 1.0

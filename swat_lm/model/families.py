@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from swat_lm.layers.pre_norm import ACTIVATIONS
 from swat_lm.model.configuration import ROPE_TYPES
 
 __all__ = ["FAMILIES", "Family", "family_of", "family_words"]
@@ -51,6 +53,9 @@ class Family:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Projections that they join, and the projections here that have the rows one after the other."""
 
+    are_norms_offset: bool = False
+    """Whether a norm's weight is what is added to 1; here it is the whole factor."""
+
     def rename(self, name: str) -> str:
         """What a parameter of theirs is called here."""
         for pattern, ours in self.names.items():
@@ -58,7 +63,15 @@ class Family:
         return name
 
     def weights(self, state: Mapping[str, Tensor], source: PreTrainedConfig) -> dict[str, Tensor]:
-        """Their parameters, or gradients of those, by our names; memory is shared with theirs."""
+        """Their parameters by our names; memory is shared with theirs, but for norms that are offset."""
+        found = self.renamed(state, source)
+        if self.are_norms_offset:
+            for name in [name for name in found if name.endswith("norm.weight")]:
+                found[name] = (1 + found[name].float()).to(found[name].dtype)
+        return found
+
+    def renamed(self, state: Mapping[str, Tensor], source: PreTrainedConfig) -> dict[str, Tensor]:
+        """What belongs to their parameters, such as gradients, by our names."""
         found = {}
         for name, tensor in state.items():
             module, _, kind = name.rpartition(".")
@@ -172,6 +185,35 @@ def olmo3_fields(source: PreTrainedConfig) -> dict[str, Any]:
     return {**olmo2_fields(source), "sliding_window": windows_by_layer(source), **rotary_by_layer(source)}
 
 
+def gemma3_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Norms on both sides and on each head, scaled embeddings, GEGLU, windows and two kinds of rotary by layer."""
+    # theirs is rounded to the dtype of the weights, which a file gives by its name
+    dtype = getattr(torch, source.dtype) if isinstance(source.dtype, str) else source.dtype
+    multiplier = torch.tensor(source.hidden_size**0.5).to(dtype or torch.float32)
+    return {
+        **llama_fields(source),
+        "sliding_window": windows_by_layer(source),
+        **rotary_by_layer(source),
+        "norm_placement": "both",
+        "qk_norm": True,
+        "hidden_act": source.hidden_activation,
+        "embedding_multiplier": multiplier.item(),
+        "attention_multiplier": source.query_pre_attn_scalar**-0.5,
+    }
+
+
+def refuse_gemma3(source: PreTrainedConfig) -> None:
+    """What Llama's layer refuses, soft-capping, attention in both directions and activations that are not here."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(source, name, None):
+            raise ValueError(f"source: {name} {getattr(source, name)} has no counterpart here; it cannot be taken over")
+    if source.hidden_activation not in ACTIVATIONS:
+        raise ValueError(
+            f"source: hidden_activation {source.hidden_activation!r} is not supported, only {', '.join(ACTIVATIONS)}"
+        )
+    refuse_llama(source)
+
+
 def rotary_by_layer(source: PreTrainedConfig) -> dict[str, Any]:
     """Rotary by type of layer, written down layer by layer: another window does not change how a layer rotates."""
     layers = [
@@ -244,6 +286,8 @@ OLMO_NAMES = {
     r"\.post_feedforward_layernorm\.": ".feedforward_output_layernorm.",
 }
 
+GEMMA_NAMES = {**OLMO_NAMES, r"\.pre_feedforward_layernorm\.": ".post_attention_layernorm."}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", llama_fields, refuse_llama),
     "mistral": Family("Mistral", llama_fields, refuse_llama),
@@ -259,6 +303,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("Granite", granite_fields, refuse_llama),
     "olmo2": Family("OLMo 2", olmo2_fields, refuse_llama, OLMO_NAMES),
     "olmo3": Family("OLMo 3", olmo3_fields, refuse_llama, OLMO_NAMES),
+    "gemma3_text": Family("Gemma 3", gemma3_fields, refuse_gemma3, GEMMA_NAMES, are_norms_offset=True),
     "mamba2": Family(
         "Mamba-2",
         mamba2_fields,
@@ -273,6 +318,7 @@ FAMILIES: dict[str, Family] = {
 """By `model_type`."""
 
 REFUSED = {
+    "gemma3": "reads images too; its text model alone, 'gemma3_text', is taken over",
     "starcoder2": "has LayerNorm and a feed-forward without a gate, which layers here do not have",
     "gemma2": "caps its attention scores (attn_logit_softcapping), which the operators here do not",
 }

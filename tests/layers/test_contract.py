@@ -41,7 +41,8 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
         [
             {"kind": "attention", "norm_placement": "post", "qk_norm": True, "qk_norm_over": "layer",
              "score_function": "softmax", "slopes": "none"},
-            {"kind": "attention", "norm_placement": "both", "residual_multiplier": 0.7, "qk_norm_over": "layer"},
+            {"kind": "attention", "norm_placement": "both", "residual_multiplier": 0.7, "qk_norm_over": "layer",
+             "hidden_act": "gelu_pytorch_tanh"},
         ],
     ),
     Subject(

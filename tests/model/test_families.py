@@ -7,6 +7,8 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GptOssConfig,
     MixtralConfig,
     Phi3Config,
@@ -48,6 +50,7 @@ BY_TYPE = {
         "attention_factor": 1.2,
     },
 }
+GEMMA = {"head_dim": 12, "sliding_window": 7, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
 NO_ROTARY = [1, 0, 1, 0]
 HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -63,6 +66,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {"tie_word_embeddings": True, "attention_bias": True}),
     ("olmo3", {"sliding_window": 7}),
     ("olmo3", {"sliding_window": 7, "max_position_embeddings": 64, "rope_parameters": BY_TYPE}),
+    ("gemma3_text", GEMMA),
+    ("gemma3_text", {**GEMMA, "tie_word_embeddings": False, "attention_bias": True, "query_pre_attn_scalar": 3}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "tie_word_embeddings": False}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "attention_bias": True, "mlp_bias": True,
                  "use_sliding_window": True, "sliding_window": 7}),
@@ -95,7 +100,7 @@ def test_same_logits_and_gradients(kind, changes):
     # the loss of training forms no logits
     close(model.train()(ids, labels=ids).loss, loss)
     gradients = {name: parameter.grad for name, parameter in source.named_parameters()}
-    expected = family_of(source.config).weights(gradients, source.config)
+    expected = family_of(source.config).renamed(gradients, source.config)
     assert expected.keys() == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         close(parameter.grad, expected[name])
@@ -197,6 +202,9 @@ def test_a_norm_of_the_source_that_is_lacking_is_named(tmp_path):
          "partial_rotary_factor 0.5 rotates a part of each head"),
         (Phi3Config(**SHAPE, rope_parameters=LONGROPE), "rotary of type 'longrope' changes with the sequence's length"),
         (Phi3Config(resid_pdrop=0.1), "resid_pdrop 0.1 has no counterpart"),
+        (Gemma2Config(), "got 'gemma2', which caps its attention scores"),
+        (Gemma3TextConfig(attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0 has no counterpart"),
+        (Gemma3TextConfig(hidden_activation="relu"), "hidden_activation 'relu' is not supported"),
         (Starcoder2Config(), "got 'starcoder2', which has LayerNorm and a feed-forward without a gate"),
     ],
 )  # fmt: skip
