@@ -128,12 +128,13 @@ def convert_config(
     ours = family.fields(source)
     same = SwatConfig(**ours, dtype=source.dtype)
     _refuse_meaningless([*changes] if window == "keep" else ["window", *changes], same, family)
-    of_weights = [name for name in WEIGHT_SHAPES if name in changes and changes[name] != ours.get(name)]
+    shapes = (*WEIGHT_SHAPES, "qk_norm_over") if same.qk_norm else WEIGHT_SHAPES
+    of_weights = [name for name in shapes if name in changes and changes[name] != getattr(same, name)]
     if of_weights:
         name = of_weights[0]
         raise ValueError(
             f"changes: {', '.join(of_weights)} would change the shapes of the weights, which are taken over as they "
-            f"are; leave {name} at the source's {ours.get(name)}"
+            f"are; leave {name} at the source's {getattr(same, name)}"
         )
     windowed = {} if window == "keep" else {"sliding_window": window}
     config = SwatConfig(**{**ours, **windowed, **changes}, dtype=source.dtype)

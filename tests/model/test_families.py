@@ -171,6 +171,18 @@ def test_numbers_that_scale_are_positive():
         SwatConfig(residual_multiplier=-1.0)
 
 
+def test_weights_are_taken_over_as_they_are():
+    source = source_model("qwen3", {})
+    with pytest.raises(
+        ValueError, match=r"qk_norm_over would change the shapes .* leave qk_norm_over at the source's head"
+    ):
+        convert(source, qk_norm_over="layer")
+    with pytest.raises(ValueError, match=r"not understood: model\.layers\.0\.self_attn\.k_norm"):
+        convert(source, qk_norm=False)
+    # where the source has none, it is one more to train
+    assert convert(source_model("qwen2", {}), qk_norm=True, qk_norm_over="layer").config.qk_norm_over == "layer"
+
+
 def test_norms_have_a_place_and_a_range():
     with pytest.raises(ValueError, match="norm_placement: expected 'pre' or 'post' or 'both', got 'sandwich'"):
         AttentionSettings(norm_placement="sandwich")
