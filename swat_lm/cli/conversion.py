@@ -1,4 +1,4 @@
-"""`swat-lm convert`: Llama, Mistral and Mamba-2 weights as a SWAT model."""
+"""`swat-lm convert`: the weights of other families as a SWAT model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ __all__ = ["convert"]
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder of a Llama, Mistral or Mamba-2 model, or of a run.")],
+    source: Annotated[str, typer.Argument(help="Folder of a model of such a family, or of a run.")],
     out: Annotated[Path, typer.Argument(help="New folder for the SWAT model.")],
     window: Annotated[
         str, typer.Option(help="`keep` the source's own, `none` for full attention, or a number of tokens.")
@@ -22,7 +22,8 @@ def convert(
         typer.Option("--set", help="A configuration field to change, such as score_function=sigmoid; repeatable."),
     ] = None,
 ) -> None:
-    """Take over a Llama, Mistral or Mamba-2 model.
+    """Take over a model of another family: Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3,
+    Granite, OLMo 2 and 3, Gemma 3 (text) or Mamba-2.
 
     The result is the same function, or a windowed model to train on. With `--window keep` and no --set the result
     computes what the source computes. A change that has no meaning for the source is refused.

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from swat_lm.layers import AttentionLayer
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.conversion import convert_config
-from swat_lm.model.families import FAMILIES
+from swat_lm.model.families import FAMILIES, family_of
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.plan import LayerEntry
 
@@ -57,21 +57,21 @@ def theoretical_reach(model: PreTrainedModel) -> int | None:
 def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
     """The same weights (shared, not copied) with one window in every layer, None for full attention.
 
-    Figure 2 and the windows of Table 2. Llama and Mistral models are taken over as softmax models of ours. A score bias
+    Figure 2 and the windows of Table 2. Models of other families are taken over as softmax models of ours. A score bias
     that was derived from the trained window keeps its value.
 
     Raises:
-        ValueError: a window below 1, an architecture without a counterpart here, a model without attention, or layers
-            that rotate differently because they have a window or none.
+        ValueError: a window below 1, an architecture without a counterpart here, or a model without attention.
     """
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 (a token counts itself), got {window}")
+    state = model.state_dict()
     if isinstance(model, SwatForCausalLM):
         if not any(issubclass(entry.kind, AttentionLayer) for entry in model.config.plan()):
             raise ValueError("window: the model has no layer of attention whose window could be another")
         config = changed_config(model.config, window)
     elif model.config.model_type in FAMILIES:
-        config = convert_config(model.config, window)
+        config, state = convert_config(model.config, window), family_of(model.config).weights(state, model.config)
     else:
         raise ValueError(
             f"window: a {model.config.model_type} model cannot be run with another window, only swat models and those "
@@ -79,7 +79,7 @@ def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
         )
     with torch.device("meta"):
         windowed = SwatForCausalLM(config)
-    windowed.load_state_dict(model.state_dict(), assign=True)
+    windowed.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         windowed.tie_weights()
     return windowed.train(model.training)
@@ -89,12 +89,12 @@ def changed_config(old: SwatConfig, window: int | None) -> SwatConfig:
     """A copy with one window in every layer of attention; layers of other kinds stay as they are."""
     config = cast(SwatConfig, copy.deepcopy(old))
     layers, plan = range(old.num_hidden_layers), old.plan()
-    if old.layers is not None:
+    # by a window's presence, which is about to change; in a list of bases it does not matter
+    rotaries = {str(rotary) for layer in layers if (rotary := old.rotary(layer)) is not None}
+    if old.layers is not None or (len(rotaries) > 1 and not isinstance(old.rope_theta, list)):
         config.layers = [entry_with_window(entry, window) for entry in plan]
         config.layer_types = [kind.layer_type(settings) for kind, settings in config.plan()]
         return config
-    if len({str(old.rotary(layer)) for layer in layers}) > 1 and not isinstance(old.rope_theta, list):
-        raise ValueError("window: this model rotates differently in layers with a window and without: it has no twin")
     config.score_bias = [old.attention_settings(layer).bias() for layer in layers]
     config.sliding_window = window
     config.layer_types = ["full_attention" if window is None else "sliding_attention"] * len(layers)

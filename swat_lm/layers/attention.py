@@ -25,8 +25,9 @@ class AttentionLayer(PreNorm):
         make_rotary = shared.rotary if settings.use_rotary else None
         rotary = make_rotary and make_rotary(settings.head_dim, settings.rope_parameters or {})
         mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps)
+        feed_forward = FeedForward(width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act)
         super().__init__(
-            mixer, FeedForward(width, settings.intermediate_size, settings.mlp_bias), width, shared.norm_eps
+            mixer, feed_forward, width, shared.norm_eps, settings.residual_multiplier, settings.norm_placement
         )
 
     @classmethod

@@ -101,6 +101,8 @@ class AttentionPlan(LayerPlan):
         super().__init__(layer)
         attention, feed_forward = layer.self_attn, layer.mlp
         self.attention = attention
+        assert layer.input_layernorm is not None
+        assert layer.post_attention_layernorm is not None
         self.input_norm = Norm(layer.input_layernorm)
         # [M, (H + 2 K) D]
         self.query_key_value = Matrix(joined([attention.q_proj, attention.k_proj, attention.v_proj]))
@@ -131,7 +133,8 @@ class AttentionPlan(LayerPlan):
         return self.down.times_plus(F.silu(gate).mul_(up), hidden)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, past: InPlace, position: int | None) -> Tensor:
-        settings, ring = self.attention.settings, past.kept["key"]
+        attention, ring = self.attention, past.kept["key"]
+        settings = attention.settings
         if position is None or key.dtype != ring.dtype or settings.attention_backend == "reference":
             return self.attention.attend_step(query, key, value, past)
         table = self._table
@@ -141,7 +144,7 @@ class AttentionPlan(LayerPlan):
             table = self._table = periodic_table(ring.shape[1], settings.num_key_value_heads, bias)
         output, lse = step_together(
             query, key, value, ring, past.kept["value"], position, table, settings.score_function,
-            settings.head_dim**-0.5, return_lse=settings.learned_sink,
+            attention.scale, return_lse=settings.learned_sink,
         )  # fmt: skip
         return self.attention.heads_output(output if lse is None else (output, lse))
 
@@ -149,8 +152,8 @@ class AttentionPlan(LayerPlan):
 def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     """Store the weights by input channel and join those with the same input; returns the plan that uses them.
 
-    None where the layer has what a plan does not cover (biases, qk_norm, adapters, fewer than 32 bits): its weights
-    are laid out all the same.
+    None where the layer has what a plan does not cover (biases, qk_norm, norms behind, a scaled residual stream,
+    another activation than SiLU, adapters, fewer than 32 bits): its weights are laid out all the same.
     """
     attention, feed_forward = layer.self_attn, layer.mlp
     # down_proj stays as it is: few outputs of many inputs are read faster by rows
@@ -161,7 +164,13 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     ):
         join([module for module in group if type(module) is nn.Linear and type(module.weight) is nn.Parameter])
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *feed_forward.children())
-    if attention.q_norm is not None or not all(is_plain(module) for module in linears):
+    if (
+        attention.q_norm is not None
+        or attention.settings.norm_placement != "pre"
+        or attention.settings.hidden_act != "silu"
+        or layer.residual_multiplier != 1
+        or not all(is_plain(module) for module in linears)
+    ):
         return None
     return AttentionPlan(layer) if attention.q_proj.weight.dtype in (torch.float32, torch.float64) else None
 

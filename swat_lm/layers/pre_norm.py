@@ -1,9 +1,12 @@
 """Llama's layer around any mixer: a norm before the mixer and one before SwiGLU, each added to the residual stream.
 
+Or with norms behind them, as OLMo 2 has them (arXiv 2501.00656), or before and behind.
+
 Parameter names and shapes are Llama's. Legend: B rows, T tokens, M width.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,9 @@ from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTenso
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import RMSNorm
 
+NORM_PLACEMENTS = ("pre", "post", "both")
+"""Before mixer and feed-forward, behind each before it joins the residual stream, or both."""
+
 
 class Mixer(TokenMixer):
     """What such a layer has between its first norm and the residual stream."""
@@ -21,40 +27,73 @@ class Mixer(TokenMixer):
     """The projection that writes to the stream."""
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""Of the feed-forward's gate, by Hugging Face's names."""
 
-    def __init__(self, width: int, intermediate_size: int, bias: bool = False) -> None:
+
+class FeedForward(nn.Module):
+    """SwiGLU or GEGLU (arXiv 2002.05202): `down(activation(gate(x)) * up(x))`."""
+
+    def __init__(self, width: int, intermediate_size: int, bias: bool = False, activation: str = "silu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.gate_proj = nn.Linear(width, intermediate_size, bias=bias)
         self.up_proj = nn.Linear(width, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, width, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, T, M]` to `[B, T, M]`."""
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class PreNorm(Layer):
-    """Pre-norm mixer and feed-forward, each added to the residual stream."""
+    """Normed mixer and feed-forward, each added to the residual stream."""
 
-    def __init__(self, mixer: Mixer, feed_forward: FeedForward, width: int, norm_eps: float) -> None:
+    def __init__(
+        self,
+        mixer: Mixer,
+        feed_forward: FeedForward,
+        width: int,
+        norm_eps: float,
+        residual_multiplier: float = 1.0,
+        norm_placement: str = "pre",
+    ) -> None:
         super().__init__()
         self.self_attn: Mixer = mixer
         self.mlp = feed_forward
-        self.input_layernorm = RMSNorm(width, norm_eps)
-        self.post_attention_layernorm = RMSNorm(width, norm_eps)
+        self.residual_multiplier = residual_multiplier
+        before, behind = norm_placement != "post", norm_placement != "pre"
+        self.input_layernorm = RMSNorm(width, norm_eps) if before else None
+        self.post_attention_layernorm = RMSNorm(width, norm_eps) if before else None
+        self.mixer_output_layernorm = RMSNorm(width, norm_eps) if behind else None
+        self.feedforward_output_layernorm = RMSNorm(width, norm_eps) if behind else None
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Process a chunk `[B, T, M]` after its past."""
-        mixed, past, auxiliary = self.self_attn(self.input_layernorm(hidden), chunk, past)
-        hidden = hidden + mixed
-        return Output(hidden + self.mlp(self.post_attention_layernorm(hidden)), past, auxiliary)
+        mixed, past, auxiliary = self.self_attn(self._mixer_input(hidden), chunk, past)
+        return Output(self._feed(self._join(hidden, mixed, self.mixer_output_layernorm)), past, auxiliary)
 
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """Process one token per row, `[B, 1, M]`, in place over slots."""
-        hidden = hidden + self.self_attn.step(self.input_layernorm(hidden), chunk, past)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        mixed = self.self_attn.step(self._mixer_input(hidden), chunk, past)
+        return self._feed(self._join(hidden, mixed, self.mixer_output_layernorm))
+
+    def _mixer_input(self, hidden: Tensor) -> Tensor:
+        return hidden if self.input_layernorm is None else self.input_layernorm(hidden)
+
+    def _join(self, hidden: Tensor, change: Tensor, norm: RMSNorm | None) -> Tensor:
+        """The residual stream with what the mixer or the feed-forward adds to it."""
+        change = change if norm is None else norm(change)
+        return hidden + (change if self.residual_multiplier == 1 else change * self.residual_multiplier)
+
+    def _feed(self, hidden: Tensor) -> Tensor:
+        """The residual stream `[B, T, M]` after the feed-forward."""
+        norm = self.post_attention_layernorm
+        change = self.mlp(hidden if norm is None else norm(hidden))
+        return self._join(hidden, change, self.feedforward_output_layernorm)
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """What the mixer keeps."""

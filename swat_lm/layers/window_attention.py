@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from swat_lm.layers.base import InPlace, Output, Past, StateTensor
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.norm import RMSNorm
-from swat_lm.layers.pre_norm import Mixer
+from swat_lm.layers.pre_norm import ACTIVATIONS, NORM_PLACEMENTS, Mixer
 from swat_lm.ops import window_attention, window_attention_step
 from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.flops import attention_flops
@@ -23,6 +23,7 @@ from swat_lm.ops.rotary import apply_rotary, half_angles, rotate_paired
 from swat_lm.ops.slopes import slopes_for
 
 INVERSE_WINDOW = "-log(window)"
+QK_NORMS = ("head", "layer")
 # kernels count positions in 32 bits, and differences of two of them must fit as well
 LARGEST_WINDOW = 2**30
 
@@ -41,10 +42,18 @@ class AttentionSettings:
     slope_schedule: str = "swat"
     score_bias: float | str = 0.0
     qk_norm: bool = False
+    qk_norm_over: str = "head"
+    """"head": each head by itself, with one weight for all of them; "layer": all heads together."""
     output_norm: bool = False
     learned_sink: bool = False
     attention_bias: bool = False
+    output_bias: bool | None = None
+    """Of `o_proj`; None: as `attention_bias` says."""
     mlp_bias: bool = False
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    norm_placement: str = "pre"
+    hidden_act: str = "silu"
     use_rotary: bool = True
     rope_theta: float | None = None
     """Rotary base; None: that of `rope_parameters`."""
@@ -72,6 +81,17 @@ class AttentionSettings:
             raise ValueError("learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it")
         if self.use_rotary and self.head_dim % 2:
             raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
+        for name, words in (
+            ("qk_norm_over", QK_NORMS),
+            ("norm_placement", NORM_PLACEMENTS),
+            ("hidden_act", ACTIVATIONS),
+        ):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name}: expected {' or '.join(map(repr, words))}, got {getattr(self, name)!r}")
+        for name in ("attention_multiplier", "residual_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.attention_backend not in BACKENDS:
             raise ValueError(f"attention_backend: expected {', '.join(BACKENDS)}, got {self.attention_backend!r}")
 
@@ -111,16 +131,21 @@ class WindowAttention(Mixer):
         self.rotary = rotary
         self.index = index
         self.score_bias = settings.bias()
+        given = settings.attention_multiplier
+        self.scale = settings.head_dim**-0.5 if given is None else float(given)
         self.num_heads, self.num_kv_heads = settings.num_attention_heads, settings.num_key_value_heads
         query_width, bias = settings.num_attention_heads * settings.head_dim, settings.attention_bias
+        output_bias = bias if settings.output_bias is None else settings.output_bias
         key_width = settings.num_key_value_heads * settings.head_dim
         self.q_proj = nn.Linear(width, query_width, bias=bias)
         self.k_proj = nn.Linear(width, key_width, bias=bias)
         self.v_proj = nn.Linear(width, key_width, bias=bias)
-        self.o_proj = nn.Linear(query_width, width, bias=bias)
-        # one weight per head channel, shared by the heads
-        self.q_norm = RMSNorm(settings.head_dim, norm_eps) if settings.qk_norm else None
-        self.k_norm = RMSNorm(settings.head_dim, norm_eps) if settings.qk_norm else None
+        self.o_proj = nn.Linear(query_width, width, bias=output_bias)
+        # one weight per head channel, shared by the heads; or one per channel of the layer
+        self.norms_heads = settings.qk_norm_over == "head"
+        query_norm, key_norm = (settings.head_dim,) * 2 if self.norms_heads else (query_width, key_width)
+        self.q_norm = RMSNorm(query_norm, norm_eps) if settings.qk_norm else None
+        self.k_norm = RMSNorm(key_norm, norm_eps) if settings.qk_norm else None
         self.output_norm = RMSNorm(settings.head_dim, norm_eps) if settings.output_norm else None
         self.register_parameter(
             "sink", nn.Parameter(torch.zeros(settings.num_attention_heads)) if settings.learned_sink else None
@@ -133,8 +158,13 @@ class WindowAttention(Mixer):
         """Be one of `num_shares` parts, each with as many heads in order; the projections are cut by whoever asks.
 
         Raises:
-            ValueError: heads that cannot be shared equally.
+            ValueError: heads that cannot be shared equally, or that are normed together.
         """
+        if self.q_norm is not None and not self.norms_heads:
+            raise ValueError(
+                "qk_norm_over: 'layer' norms all heads together, so they cannot be shared by processes; "
+                "use qk_norm_over='head', or run the model without tensor parallelism"
+            )
         for name, heads in (("num_attention_heads", self.num_heads), ("num_key_value_heads", self.num_kv_heads)):
             if heads % num_shares:
                 raise ValueError(
@@ -185,7 +215,7 @@ class WindowAttention(Mixer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """What the operator gives for queries `[B, T, H, D]` over P + T keys; with its lse where a sink is learned."""
         settings = self.settings
-        scale, head_dim = settings.head_dim**-0.5, query.shape[-1]
+        scale, head_dim = self.scale, query.shape[-1]
         blind = chunk.hidden_items(num_past)
         if rotary is not None and (blind is not None or chunk.last is not None):
             # the kernels rotate where tokens see what is before them, and all of it
@@ -263,6 +293,7 @@ class WindowAttention(Mixer):
                 score_function=settings.score_function,
                 slopes=self.slopes_on(query.device),
                 score_bias=self.score_bias,
+                scale=self.scale,
                 rotary=rotary,
                 return_lse=settings.learned_sink,
                 backend=settings.attention_backend,
@@ -272,12 +303,15 @@ class WindowAttention(Mixer):
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query `[B, T, H, D]`, key and value `[B, T, K, D]`, normed but not rotated."""
         batch, num_tokens, _ = hidden.shape
-        shape = batch, num_tokens, self.num_kv_heads, self.settings.head_dim
-        query = self.q_proj(hidden).view(batch, num_tokens, self.num_heads, self.settings.head_dim)
-        key, value = self.k_proj(hidden).view(shape), self.v_proj(hidden).view(shape)
+        queries = batch, num_tokens, self.num_heads, self.settings.head_dim
+        keys = batch, num_tokens, self.num_kv_heads, self.settings.head_dim
+        query, key = self.q_proj(hidden), self.k_proj(hidden)
+        value = self.v_proj(hidden).view(keys)
+        if self.norms_heads:
+            query, key = query.view(queries), key.view(keys)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        return query, key, value
+        return query.view(queries), key.view(keys), value
 
     def heads_output(self, result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """From the operator's `[B, T, H, D]`, with its lse where a sink is learned, to `o_proj`'s `[B, T, H * D]`."""

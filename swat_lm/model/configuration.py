@@ -5,6 +5,7 @@ settings of attention may be lists with one value per layer, which is all that m
 """
 
 import difflib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -76,10 +77,19 @@ class SwatConfig(PreTrainedConfig):
         slopes: "balanced", "negative", "positive", "none" or a split such as "8:4"; or one per layer.
         slope_schedule: "swat" (2**-k) or "alibi" (standard ALiBi magnitudes).
         score_bias: added to every score; a number or "-log(window)" (arXiv 2409.04431); or one per layer.
-        qk_norm: RMS norm per head on queries and keys before rotary.
+        qk_norm: RMS norm on queries and keys before rotary.
+        qk_norm_over: what that norm is over: each "head" by itself, or all heads of the "layer" together.
         output_norm: RMS norm per head on the attention's output (hybrid-norm).
         learned_sink: softmax only: one more key per head with a learned score and the value zero.
         output_projection_init_scale: multiplies the start of `o_proj` and `down_proj`.
+        attention_bias: biases of `q_proj`, `k_proj`, `v_proj` and `o_proj`.
+        output_bias: the bias of attention's `o_proj`, where it differs from that; None: as `attention_bias`.
+        embedding_multiplier: what token embeddings are multiplied with.
+        logits_scaling: what logits are divided by.
+        residual_multiplier: what attention and feed-forward give is multiplied with, before it joins the stream.
+        attention_multiplier: what products of queries and keys are multiplied with; None: `head_dim ** -0.5`.
+        norm_placement: norms "pre" (before attention and feed-forward), "post" (behind them) or "both".
+        hidden_act: activation of the feed-forward's gate.
         use_rotary: rotary position embedding on or off; or one per layer.
         rope_theta: rotary base; a list gives one per layer. A single base is kept in `rope_parameters`.
         rope_parameters: Hugging Face's form: rope_theta, rope_type ("default", "linear", "llama3", "yarn"), ...
@@ -102,7 +112,7 @@ class SwatConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    hidden_act: Literal["silu"] = "silu"
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     output_projection_init_scale: float | int = 1.0
@@ -112,7 +122,13 @@ class SwatConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
+    embedding_multiplier: float | int = 1.0
+    logits_scaling: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    attention_multiplier: float | int | None = None
     attention_bias: bool = False
+    output_bias: bool | None = None
     mlp_bias: bool = False
     rope_parameters: dict[str, Any] | None = None
     rope_theta: float | int | list[float | int] | None = None
@@ -125,6 +141,7 @@ class SwatConfig(PreTrainedConfig):
     slope_schedule: Literal["swat", "alibi"] = "swat"
     score_bias: float | int | str | list[float | int | str] = 0.0
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "layer"] = "head"
     output_norm: bool = False
     learned_sink: bool = False
     attention_backend: str = "auto"
@@ -235,6 +252,9 @@ class SwatConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("embedding_multiplier", "logits_scaling"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
     def _settle_windows(self) -> None:
         windows = self._per_layer("sliding_window")

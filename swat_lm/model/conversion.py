@@ -34,10 +34,9 @@ WEIGHT_SHAPES = (
     "head_dim",
     "tie_word_embeddings",
     "attention_bias",
+    "output_bias",
     "mlp_bias",
 )
-# parameters that options of ours add to the source's
-ADDED = (".q_norm.", ".k_norm.", ".output_norm.", ".sink")
 # of the tokenizer, and the record of the text that the weights were trained on
 FILES_BESIDE = (
     "tokenizer.json",
@@ -56,7 +55,7 @@ FILES_BESIDE = (
 def convert(
     source: str | Path | PreTrainedModel, window: int | Literal["keep"] | None = "keep", **changes: Any
 ) -> SwatForCausalLM:
-    """Take a Llama, Mistral or Mamba-2 model over.
+    """Take a model of one of `swat_lm.model.families.FAMILIES` over.
 
     Without further arguments the result computes the same function: for Llama softmax, no slopes, the source's window.
 
@@ -74,37 +73,37 @@ def convert(
     """
     if isinstance(source, PreTrainedModel):
         config = convert_config(source.config, window, **changes)
-        family = family_of(source.config.model_type)
+        family = family_of(source.config)
         model = SwatForCausalLM(config).to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
-        state = {family.rename(name): tensor for name, tensor in source.state_dict().items()}
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        _check_keys(missing, unexpected, config)
+        missing, unexpected = model.load_state_dict(family.weights(source.state_dict(), source.config), strict=False)
+        _check_keys(missing, unexpected, family.fields(source.config))
         model.generation_config = copy.deepcopy(source.generation_config)  # type: ignore[assignment]
         return model
     folder = _existing_folder(source)
     theirs = AutoConfig.from_pretrained(folder)
-    config, family = convert_config(theirs, window, **changes), family_of(theirs.model_type)
+    config, family = convert_config(theirs, window, **changes), family_of(theirs)
     check_readable(folder)
-    return _read_renamed(folder, config, family) if family.names else _read(folder, config)
-
-
-def _read(folder: Path, config: SwatConfig) -> SwatForCausalLM:
-    """Weights whose names are ours already."""
+    if family.names or family.parts:
+        return _read_through_theirs(folder, config, family)
+    # their names are ours already
     model, report = _loaded(SwatForCausalLM, folder, config=config)
-    _check_keys(report["missing_keys"], report["unexpected_keys"], config)
+    _check_keys(report["missing_keys"], report["unexpected_keys"], family.fields(theirs))
     return model
 
 
-def _read_renamed(folder: Path, config: SwatConfig, family: Family) -> SwatForCausalLM:
-    """Weights under their own names, in their own model, which then lends them to ours."""
+def _read_through_theirs(folder: Path, config: SwatConfig, family: Family) -> SwatForCausalLM:
+    """Weights under their own names, or joined, in their own model, which then lends them to ours."""
     # with `key_mapping`, transformers would write ours under the source's names again
     source, report = _loaded(AutoModelForCausalLM, folder)
-    _check_keys(report["missing_keys"], report["unexpected_keys"], config)
+    same = family.fields(source.config)
+    # named as theirs are
+    _check_complete(report["missing_keys"], report["unexpected_keys"], source.config.tie_word_embeddings)
     with torch.device("meta"):
         model = SwatForCausalLM(config)
-    state = {family.rename(name): tensor for name, tensor in source.state_dict().items()}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    _check_keys(missing, unexpected, config)
+    missing, unexpected = model.load_state_dict(
+        family.weights(source.state_dict(), source.config), strict=False, assign=True
+    )
+    _check_keys(missing, unexpected, same)
     if config.tie_word_embeddings:
         model.tie_weights()
     model.generation_config = source.generation_config
@@ -122,19 +121,20 @@ def _loaded(kind: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any
 def convert_config(
     source: PreTrainedConfig, window: int | Literal["keep"] | None = "keep", **changes: Any
 ) -> SwatConfig:
-    """The SwatConfig of a Llama, Mistral or Mamba-2 configuration; arguments and errors as in `convert`."""
-    family = family_of(source.model_type)
+    """The SwatConfig of a configuration of such a family; arguments and errors as in `convert`."""
+    family = family_of(source)
     check_fields(changes, [name for name in RECIPE_KEYS if name != "sliding_window"], "changes")
     family.refuse(source)
     ours = family.fields(source)
     same = SwatConfig(**ours, dtype=source.dtype)
     _refuse_meaningless([*changes] if window == "keep" else ["window", *changes], same, family)
-    of_weights = [name for name in WEIGHT_SHAPES if name in changes and changes[name] != ours.get(name)]
+    shapes = (*WEIGHT_SHAPES, "qk_norm_over") if same.qk_norm else WEIGHT_SHAPES
+    of_weights = [name for name in shapes if name in changes and changes[name] != getattr(same, name)]
     if of_weights:
         name = of_weights[0]
         raise ValueError(
             f"changes: {', '.join(of_weights)} would change the shapes of the weights, which are taken over as they "
-            f"are; leave {name} at the source's {ours.get(name)}"
+            f"are; leave {name} at the source's {getattr(same, name)}"
         )
     windowed = {} if window == "keep" else {"sliding_window": window}
     config = SwatConfig(**{**ours, **windowed, **changes}, dtype=source.dtype)
@@ -211,9 +211,16 @@ def _existing_folder(source: str | Path) -> Path:
     return Path(find_model_folder(str(source)))
 
 
-def _check_keys(missing: Any, unexpected: Any, config: SwatConfig) -> None:
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    lacking = sorted(key for key in set(missing) - tied if not any(part in key for part in ADDED))
+def _check_keys(missing: Iterable[str], unexpected: Iterable[str], same: dict[str, Any]) -> None:
+    """Raise ValueError unless nothing is missing but what changes add to the function described by `same`."""
+    with torch.device("meta"):
+        known = {name for name, _ in SwatForCausalLM(SwatConfig(**same)).named_parameters()}
+    _check_complete(known & set(missing), unexpected, same["tie_word_embeddings"])
+
+
+def _check_complete(missing: Iterable[str], unexpected: Iterable[str], is_tied: bool) -> None:
+    """Raise ValueError, naming them, where parameters are missing or not understood."""
+    lacking = sorted(set(missing) - ({"lm_head.weight"} if is_tied else set()))
     # old checkpoints stored the frequencies
     surplus = sorted(key for key in unexpected if not key.endswith("rotary_emb.inv_freq"))
     if lacking or surplus:

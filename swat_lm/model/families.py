@@ -9,12 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
+from swat_lm.layers.pre_norm import ACTIVATIONS
 from swat_lm.model.configuration import ROPE_TYPES
 
 __all__ = ["FAMILIES", "Family", "family_of", "family_words"]
 
+LAYER_TYPES = ("sliding_attention", "full_attention")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id")
 LLAMA_FIELDS = (
     "vocab_size",
@@ -46,18 +50,61 @@ class Family:
     names: Mapping[str, str] = field(default_factory=dict)
     """Parameter names, as regular expressions and what stands for them here; {}: they are ours already."""
 
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Projections that they join, and the projections here that have the rows one after the other."""
+
+    are_norms_offset: bool = False
+    """Whether a norm's weight is what is added to 1; here it is the whole factor."""
+
     def rename(self, name: str) -> str:
         """What a parameter of theirs is called here."""
         for pattern, ours in self.names.items():
             name = re.sub(pattern, ours, name)
         return name
 
+    def weights(self, state: Mapping[str, Tensor], source: PreTrainedConfig) -> dict[str, Tensor]:
+        """Their parameters by our names; memory is shared with theirs, but for norms that are offset."""
+        found = self.renamed(state, source)
+        if self.are_norms_offset:
+            for name in [name for name in found if name.endswith("norm.weight")]:
+                found[name] = (1 + found[name].float()).to(found[name].dtype)
+        return found
 
-def family_of(model_type: str) -> Family:
-    """The family of an architecture; raises ValueError, naming those that there are, for one that has none."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"source: expected a {family_words('or')} model, got {model_type!r}")
-    return FAMILIES[model_type]
+    def renamed(self, state: Mapping[str, Tensor], source: PreTrainedConfig) -> dict[str, Tensor]:
+        """What belongs to their parameters, such as gradients, by our names."""
+        found = {}
+        for name, tensor in state.items():
+            module, _, kind = name.rpartition(".")
+            parent, _, joined = module.rpartition(".")
+            if joined not in self.parts:
+                found[self.rename(name)] = tensor
+                continue
+            parts = self.parts[joined]
+            sizes = projection_sizes(source)
+            for part, rows in zip(parts, tensor.split([sizes[part] for part in parts]), strict=True):
+                found[self.rename(f"{parent}.{part}.{kind}")] = rows
+        return found
+
+
+def projection_sizes(source: PreTrainedConfig) -> dict[str, int]:
+    """Outputs of the projections that families join."""
+    head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    keys, width = source.num_key_value_heads * head_dim, source.intermediate_size
+    heads = {"q_proj": source.num_attention_heads * head_dim, "k_proj": keys, "v_proj": keys}
+    return {**heads, "gate_proj": width, "up_proj": width}
+
+
+def family_of(source: PreTrainedConfig) -> Family:
+    """The family of a model; raises ValueError, naming those that there are, for one that has none."""
+    kind = source.model_type
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    # experts are counted under one of these names
+    is_mixture = any(getattr(source, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    reason = "is a mixture of experts, whose feed-forward has no counterpart here" if is_mixture else REFUSED.get(kind)
+    raise ValueError(
+        f"source: expected a {family_words('or')} model, got {kind!r}" + ("" if reason is None else f", which {reason}")
+    )
 
 
 def family_words(joint: str) -> str:
@@ -79,6 +126,102 @@ def llama_fields(source: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
+def refuse_phi3(source: PreTrainedConfig) -> None:
+    """What Llama's layer refuses, dropout elsewhere, and rotary of a part of each head."""
+    part = source.rope_parameters.get("partial_rotary_factor", 1.0)
+    if part != 1:
+        raise ValueError(
+            f"source: partial_rotary_factor {part} rotates a part of each head, which layers here do not; "
+            "it cannot be taken over"
+        )
+    for name in ("resid_pdrop", "embd_pdrop"):
+        if getattr(source, name, 0.0):
+            raise ValueError(
+                f"source: {name} {getattr(source, name)} has no counterpart; set it to 0 in the source's config"
+            )
+    refuse_llama(source)
+
+
+def windows_by_layer(source: PreTrainedConfig) -> int | list[int | None] | None:
+    """The windows of a model that says of each layer whether it has one."""
+    kinds = source.layer_types
+    if any(kind not in LAYER_TYPES for kind in kinds):
+        raise ValueError(
+            f"source: layer_types {sorted(set(kinds))}: expected sliding_attention or full_attention for each"
+        )
+    return [source.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def qwen3_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with a norm on the queries and keys of each head, and a window in some layers or in none."""
+    return {**llama_fields(source), "sliding_window": windows_by_layer(source), "qk_norm": True}
+
+
+def qwen2_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with biases on queries, keys and values, none on the output, and a window in some layers or in none."""
+    biases = {"attention_bias": True, "output_bias": False}
+    return {**llama_fields(source), "sliding_window": windows_by_layer(source), **biases}
+
+
+def smollm3_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with rotary in most layers and none in others, and a window in some layers or in none."""
+    is_rotary = [bool(flag) for flag in source.no_rope_layers[: source.num_hidden_layers]]
+    return {**llama_fields(source), "sliding_window": windows_by_layer(source), "use_rotary": is_rotary}
+
+
+def granite_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with numbers that scale embeddings, scores, the residual stream and logits."""
+    names = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+    return {**llama_fields(source), **{name: getattr(source, name) for name in names}}
+
+
+def olmo2_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Llama's, with the norms behind attention and feed-forward, and one over all queries and one over all keys."""
+    return {**llama_fields(source), "norm_placement": "post", "qk_norm": True, "qk_norm_over": "layer"}
+
+
+def olmo3_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """OLMo 2's, with a window in most layers, and rotary of its own in those and in the others."""
+    return {**olmo2_fields(source), "sliding_window": windows_by_layer(source), **rotary_by_layer(source)}
+
+
+def gemma3_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Norms on both sides and on each head, scaled embeddings, GEGLU, windows and two kinds of rotary by layer."""
+    # theirs is rounded to the dtype of the weights, which a file gives by its name
+    dtype = getattr(torch, source.dtype) if isinstance(source.dtype, str) else source.dtype
+    multiplier = torch.tensor(source.hidden_size**0.5).to(dtype or torch.float32)
+    return {
+        **llama_fields(source),
+        "sliding_window": windows_by_layer(source),
+        **rotary_by_layer(source),
+        "norm_placement": "both",
+        "qk_norm": True,
+        "hidden_act": source.hidden_activation,
+        "embedding_multiplier": multiplier.item(),
+        "attention_multiplier": source.query_pre_attn_scalar**-0.5,
+    }
+
+
+def refuse_gemma3(source: PreTrainedConfig) -> None:
+    """What Llama's layer refuses, soft-capping, attention in both directions and activations that are not here."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(source, name, None):
+            raise ValueError(f"source: {name} {getattr(source, name)} has no counterpart here; it cannot be taken over")
+    if source.hidden_activation not in ACTIVATIONS:
+        raise ValueError(
+            f"source: hidden_activation {source.hidden_activation!r} is not supported, only {', '.join(ACTIVATIONS)}"
+        )
+    refuse_llama(source)
+
+
+def rotary_by_layer(source: PreTrainedConfig) -> dict[str, Any]:
+    """Rotary by type of layer, written down layer by layer: another window does not change how a layer rotates."""
+    layers = [
+        {"kind": "attention", "rope_parameters": dict(source.rope_parameters[kind])} for kind in source.layer_types
+    ]
+    return {"rope_parameters": dict(source.rope_parameters), "layers": layers}
+
+
 def refuse_llama(source: PreTrainedConfig) -> None:
     """Other activations, dropout, and rotary that changes with the sequence."""
     refuse_activation(source)
@@ -86,11 +229,12 @@ def refuse_llama(source: PreTrainedConfig) -> None:
     if dropout:
         raise ValueError(f"source: attention_dropout {dropout} has no counterpart; set it to 0 in the source's config")
     rope = source.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(
-            f"source: rotary of type {rope['rope_type']!r} changes with the sequence's length: not taken over; "
-            f"supported are {', '.join(ROPE_TYPES)}"
-        )
+    for entry in [rope[kind] for kind in LAYER_TYPES if kind in rope] or [rope]:
+        if entry["rope_type"] not in ROPE_TYPES:
+            raise ValueError(
+                f"source: rotary of type {entry['rope_type']!r} changes with the sequence's length: not taken over; "
+                f"supported are {', '.join(ROPE_TYPES)}"
+            )
     if getattr(source, "pretraining_tp", 1) not in (None, 1):
         raise ValueError("source: pretraining_tp other than 1 is not supported")
 
@@ -137,9 +281,29 @@ def refuse_activation(source: PreTrainedConfig) -> None:
         raise ValueError(f"source: hidden_act {activation!r} is not supported, only 'silu'")
 
 
+OLMO_NAMES = {
+    r"\.post_attention_layernorm\.": ".mixer_output_layernorm.",
+    r"\.post_feedforward_layernorm\.": ".feedforward_output_layernorm.",
+}
+
+GEMMA_NAMES = {**OLMO_NAMES, r"\.pre_feedforward_layernorm\.": ".post_attention_layernorm."}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama", llama_fields, refuse_llama),
     "mistral": Family("Mistral", llama_fields, refuse_llama),
+    "qwen2": Family("Qwen2", qwen2_fields, refuse_llama),
+    "qwen3": Family("Qwen3", qwen3_fields, refuse_llama),
+    "smollm3": Family("SmolLM3", smollm3_fields, refuse_llama),
+    "phi3": Family(
+        "Phi-3",
+        llama_fields,
+        refuse_phi3,
+        parts={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
+    ),
+    "granite": Family("Granite", granite_fields, refuse_llama),
+    "olmo2": Family("OLMo 2", olmo2_fields, refuse_llama, OLMO_NAMES),
+    "olmo3": Family("OLMo 3", olmo3_fields, refuse_llama, OLMO_NAMES),
+    "gemma3_text": Family("Gemma 3", gemma3_fields, refuse_gemma3, GEMMA_NAMES, are_norms_offset=True),
     "mamba2": Family(
         "Mamba-2",
         mamba2_fields,
@@ -152,3 +316,10 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """By `model_type`."""
+
+REFUSED = {
+    "gemma3": "reads images too; its text model alone, 'gemma3_text', is taken over",
+    "starcoder2": "has LayerNorm and a feed-forward without a gate, which layers here do not have",
+    "gemma2": "caps its attention scores (attn_logit_softcapping), which the operators here do not",
+}
+"""Why not, where it has been looked at."""

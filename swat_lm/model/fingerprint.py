@@ -20,6 +20,11 @@ __all__ = ["fingerprint"]
 MOST_ELEMENTS = 1 << 22
 # settings of layers that change nothing but rounding
 HOW = ("attention_backend", "chunk_size")
+# settings that came later, and what they say where they change nothing: states of before still belong to their models
+LATER = {
+    "output_bias": None, "attention_multiplier": None, "residual_multiplier": 1.0, "norm_placement": "pre",
+    "qk_norm_over": "head", "hidden_act": "silu",
+}  # fmt: skip
 # elements at the beginning of a row that tell whether a weight has changed since
 GLIMPSE = 8
 
@@ -62,7 +67,11 @@ def whole_fingerprint(model: "SwatForCausalLM") -> str:
     for entry in model.config.plan():
         # what says how, not what
         settings = {name: value for name, value in asdict(entry.settings).items() if name not in HOW}
+        settings = {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
         found.update(json.dumps([entry.kind.name, settings], sort_keys=True, default=str).encode())
+    scaled = [model.config.embedding_multiplier, model.config.logits_scaling]
+    if scaled != [1, 1]:
+        found.update(json.dumps(scaled).encode())
     sums = []
     for name, weight in model.named_parameters():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

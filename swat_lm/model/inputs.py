@@ -3,13 +3,22 @@
 Legend: B rows, T tokens of the chunk, P items before it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from swat_lm.layers.chunk import FARTHEST, Chunk
+from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.pasts import Carry, Rows
 from swat_lm.model.slots import Slots
 from swat_lm.ops.visibility import from_cu_seqlens, from_document_ids, from_mask_with_holes, from_position_ids
+
+# what Hugging Face's tools pass along and no causal language model has a use for
+TOLERATED = {
+    "cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal", "token_type_ids",
+    "tokenizer", "assistant_tokenizer", "output_hidden_states",
+}  # fmt: skip
 
 
 def plan_chunk(
@@ -178,3 +187,15 @@ def plan_carry(input_ids: Tensor, document_ids: Tensor | None, carry: Carry) -> 
     after = torch.where(ids[:, -1] < 0, 0, ids.shape[1] - start[:, -1])
     chunk = Chunk(positions, start.clamp(min=FARTHEST).to(torch.int32))
     return chunk, Carry(carry.mode, (), num_tokens, ids[:, -1], after)
+
+
+def refuse_unknown(kwargs: dict[str, Any], name: str, config: SwatConfig) -> None:
+    """Raise TypeError for keywords of a `forward` that would change its result, ValueError for attention weights."""
+    if kwargs.pop("output_attentions", None) or config.output_attentions:
+        raise ValueError("output_attentions: windowed attention never forms its weights, so they cannot be returned")
+    # an argument that says nothing, or no, changes nothing, whatever it is called
+    unknown = sorted(
+        key for key, value in kwargs.items() if value is not None and value is not False and key not in TOLERATED
+    )
+    if unknown:
+        raise TypeError(f"{name}.forward got unexpected keyword arguments: {', '.join(unknown)}")

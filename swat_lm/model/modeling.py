@@ -24,20 +24,15 @@ from swat_lm.layers.norm import RMSNorm
 from swat_lm.model.building import build_layers, shared_by
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
+from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embedding
 from swat_lm.model.execution import check_chunk, is_hooked, run_layers, step_layers, stepped_over
-from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk
+from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk, refuse_unknown
 from swat_lm.model.kept import check_kept
 from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
 from swat_lm.model.outputs import SwatCausalLMOutput, SwatModelOutput
 from swat_lm.model.paged import PAGED, check_paged, run_paged
 from swat_lm.model.pasts import CachePast, Carry, check_foreign
 from swat_lm.model.streaming import Streaming
-
-# what Hugging Face's tools pass along and no causal language model has a use for
-TOLERATED = {
-    "cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal", "token_type_ids",
-    "tokenizer", "assistant_tokenizer", "output_hidden_states",
-}  # fmt: skip
 
 
 class SwatPreTrainedModel(PreTrainedModel):
@@ -99,7 +94,9 @@ class SwatModel(SwatPreTrainedModel):
     def __init__(self, config: SwatConfig) -> None:
         super().__init__(config)
         self.padding_idx = config.pad_token_id
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = token_embedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_multiplier
+        )
         self.layers = nn.ModuleList(build_layers(config))
         self._stepped_over = stepped_over(self.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -126,7 +123,7 @@ class SwatModel(SwatPreTrainedModel):
         """Run all layers over `[B, T]` tokens.
 
         Args:
-            input_ids: `[B, T]`; or give `inputs_embeds` `[B, T, M]`.
+            input_ids: `[B, T]`; or give `inputs_embeds` `[B, T, M]`, what `embed_tokens` makes of ids.
             attention_mask: `[B, past + T]`, 1 = real token; padding on either side, and holes, which nobody sees.
             position_ids: `[B or 1, T]` for rotary; without a mask, a break in them begins a packed document.
             past_key_values: a `SlotCache`, or for attention layers a cache of `transformers`.
@@ -145,7 +142,7 @@ class SwatModel(SwatPreTrainedModel):
         """
         paged = kwargs.keys() >= {"cache", "read_index"}
         if not paged:
-            _refuse_unknown(kwargs, type(self).__name__, self.config)
+            refuse_unknown(kwargs, type(self).__name__, self.config)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -277,8 +274,14 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SwatModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = output_embedding(
+            nn.Linear(config.hidden_size, config.vocab_size, bias=False), config.logits_scaling
+        )
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take another output embedding; a plain one, as resizing makes it, divides as the one before did."""
+        self.lm_head = output_embedding(cast(nn.Linear, new_embeddings), self.config.logits_scaling)
 
     @can_return_tuple
     def forward(
@@ -350,8 +353,12 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
         head = self.lm_head
         # a weight of another type is quantised or sharded, and its module knows how to multiply with it
-        is_plain = type(head) is nn.Linear and head.bias is None and type(head.weight) in (Tensor, nn.Parameter)
+        is_plain = (
+            type(head) in (nn.Linear, ScaledHead) and head.bias is None and type(head.weight) in (Tensor, nn.Parameter)
+        )
         if is_plain and not is_hooked(head):
+            # what divides logits may as well divide what they are formed of
+            hidden = hidden / head.divisor if isinstance(head, ScaledHead) else hidden
             return chunked_cross_entropy(hidden, head.weight, targets, num_items)
         return chunked_cross_entropy_through(head, hidden, targets, self.config.vocab_size, num_items)
 
@@ -382,14 +389,3 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-
-
-def _refuse_unknown(kwargs: dict[str, Any], name: str, config: SwatConfig) -> None:
-    if kwargs.pop("output_attentions", None) or config.output_attentions:
-        raise ValueError("output_attentions: windowed attention never forms its weights, so they cannot be returned")
-    # an argument that says nothing, or no, changes nothing, whatever it is called
-    unknown = sorted(
-        key for key, value in kwargs.items() if value is not None and value is not False and key not in TOLERATED
-    )
-    if unknown:
-        raise TypeError(f"{name}.forward got unexpected keyword arguments: {', '.join(unknown)}")

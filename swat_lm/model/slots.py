@@ -307,12 +307,11 @@ class Slots:
 
     def _refuse_summaries(self) -> None:
         for index, spec in enumerate(self.specs):
-            for entry in spec.values():
-                if entry.kind == "summary":
-                    raise ValueError(
-                        f"layer {index} keeps {entry.name}, a summary of its past, which cannot be taken back: "
-                        "use generation without drafts"
-                    )
+            for name in (name for name, entry in spec.items() if entry.kind == "summary"):
+                raise ValueError(
+                    f"layer {index} keeps {name}, a summary of its past, which cannot be taken back: "
+                    "use generation without drafts"
+                )
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for T more columns. Raises ValueError where growing tensors would pass their bound."""

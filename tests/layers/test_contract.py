@@ -20,6 +20,32 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
         ],
     ),
     Subject(
+        "biases per projection",
+        [
+            {"kind": "attention", "attention_bias": True, "output_bias": False, "score_function": "softmax",
+             "slopes": "none"},
+            {"kind": "attention", "output_bias": True, "mlp_bias": True},
+        ],
+    ),
+    Subject(
+        "scaled",
+        [
+            {"kind": "attention", "attention_multiplier": 0.4, "residual_multiplier": 0.3, "learned_sink": True,
+             "score_function": "softmax", "slopes": "none"},
+            {"kind": "attention", "attention_multiplier": 0.1},
+        ],
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    ),
+    Subject(
+        "norms behind",
+        [
+            {"kind": "attention", "norm_placement": "post", "qk_norm": True, "qk_norm_over": "layer",
+             "score_function": "softmax", "slopes": "none"},
+            {"kind": "attention", "norm_placement": "both", "residual_multiplier": 0.7, "qk_norm_over": "layer",
+             "hidden_act": "gelu_pytorch_tanh"},
+        ],
+    ),
+    Subject(
         "odd recurrences",
         [
             {"kind": "mamba2", "state_size": 8, "ssm_head_dim": 16, "num_groups": 2, "conv_kernel": 2,

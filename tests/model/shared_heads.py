@@ -17,9 +17,12 @@ from .models import close, tiny_model, tokens
 PLANS = {
     "sigmoid": {"slopes": "3:1"},
     "softmax": {"score_function": "softmax", "learned_sink": True, "qk_norm": True, "output_norm": True},
+    "scaled": {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_bias": True,
+               "output_bias": False},
+    "norms behind": {"norm_placement": "both", "qk_norm_over": "layer"},
     "mixed": {"layers": ["mamba2", "attention"]},
     "tied": {"tie_word_embeddings": True},
-}
+}  # fmt: skip
 
 
 def try_one(folder: Path, changes: dict) -> None:
@@ -58,6 +61,12 @@ def refuse(folder: Path) -> None:
     barrier()
     with pytest.raises(ValueError, match="num_key_value_heads: 1 heads cannot be shared by 2 processes"):
         SwatForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+    together = folder / "together"
+    if get_rank() == 0:
+        tiny_model(qk_norm=True, qk_norm_over="layer").save_pretrained(together)
+    barrier()
+    with pytest.raises(ValueError, match="qk_norm_over: 'layer' norms all heads together"):
+        SwatForCausalLM.from_pretrained(together, distributed_config=DistributedConfig(tp_size=2))
 
 
 def main(folder: Path) -> None:

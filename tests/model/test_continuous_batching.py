@@ -26,6 +26,8 @@ def in_one_batch(model, prompts: list[list[int]], **changes) -> list[list[int]]:
         {"sliding_window": None},
         {"layer_types": ["sliding_attention", "full_attention"]},
         {"score_function": "softmax", "learned_sink": True, "qk_norm": True, "use_rotary": False},
+        {"norm_placement": "both", "qk_norm": True, "qk_norm_over": "layer"},
+        {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
     ],
     ids=str,
 )

@@ -1,0 +1,57 @@
+"""Embeddings that scale what they give: those of tokens, and those that logits are formed with.
+
+Legend: B rows, T tokens, M model width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ScaledEmbedding", "ScaledHead", "output_embedding", "token_embedding"]
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token embeddings times a number, as Granite and Gemma (arXiv 2403.08295) have them."""
+
+    multiplier: float = 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids `[B, T]` to embeddings `[B, T, M]`."""
+        return super().forward(input) * self.multiplier
+
+    def extra_repr(self) -> str:
+        """Sizes and the multiplier."""
+        return f"{super().extra_repr()}, multiplier={self.multiplier}"
+
+
+class ScaledHead(nn.Linear):
+    """Logits divided by a number, as Granite has them."""
+
+    divisor: float = 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Hidden states `[B, T, M]` to logits `[B, T, V]`."""
+        return F.linear(input, self.weight, self.bias) / self.divisor
+
+    def extra_repr(self) -> str:
+        """Sizes and the divisor."""
+        return f"{super().extra_repr()}, divisor={self.divisor}"
+
+
+def token_embedding(vocabulary: int, width: int, padding: int | None, multiplier: float) -> nn.Embedding:
+    """Embeddings of V tokens; the plain kind where nothing is scaled."""
+    if multiplier == 1:
+        return nn.Embedding(vocabulary, width, padding)
+    embedding = ScaledEmbedding(vocabulary, width, padding)
+    embedding.multiplier = multiplier
+    return embedding
+
+
+def output_embedding(linear: nn.Linear, divisor: float) -> nn.Linear:
+    """The map from M to V logits with the weight of `linear`; that itself, which has shortcuts, for a divisor of 1."""
+    if divisor == 1 or type(linear) is not nn.Linear:
+        return linear
+    with torch.device("meta"):
+        head = ScaledHead(linear.in_features, linear.out_features, linear.bias is not None)
+    head.weight, head.bias, head.divisor = linear.weight, linear.bias, divisor
+    return head
