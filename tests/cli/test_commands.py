@@ -112,7 +112,7 @@ def test_missing_packages_are_named():
         (["evaluate", "length", "nothing", "--data", "text"], "no checkpoint at nothing"),
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "8,x"], "--lengths: expected whole numbers"),
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "1"], "at least 2"),
-        (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected own, none"),
+        (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected numbers"),
         (["generate", "nothing", "--seed", "100000000000000000000000"], "'--seed'"),
         (["generate", "nothing", "--temperature", "inf"], "temperature: expected 0"),
         (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m'; did you mean 'swat-340m'? presets:"),
