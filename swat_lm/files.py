@@ -5,6 +5,7 @@ on the disk whole, and what it takes the place of goes only then, so nothing is 
 moment. No torch here.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,11 @@ __all__ = [
 BESIDE = ".tmp-"
 """How the name of whatever is not whole yet begins."""
 SET_ASIDE = f"{BESIDE}was-"
-"""How the name of a folder begins while another takes its place."""
+"""How the name of a folder begins while another takes its place: it gets its own back where none came to."""
+OLD = f"{BESIDE}old-"
+"""How the name of a folder begins while it is removed: it may be half gone and never gets its own back."""
+# what systems say of a folder that they cannot write out
+FOLDER_ONLY = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,7 +43,7 @@ def whole(path: Path, *, over_full: bool = False) -> Iterator[Path]:
     """A place to write a file or a folder at, which becomes `path` when all went well and is removed otherwise.
 
     See `put_in_place` for what it may take the place of; folders on the way are made. Several processes may do so at
-    once. Raises OSError, naming the place.
+    once, but for `over_full`. Raises OSError, naming the place.
     """
     path = path if path.name else path.resolve()
     beside = beside_of(path)
@@ -63,34 +68,46 @@ def put_in_place(beside: Path, path: Path, *, over_full: bool = False) -> None:
 
     A file takes the place of another, a folder that of an empty one, or with `over_full` of any, also of a link to one,
     of which only the link goes. The old folder is then set aside and removed last: `clear_leftover` puts it back where
-    a process was killed in between.
+    a process was killed in between. Its name aside is the same for all processes, so `over_full` is for those that hold
+    the lock of a run.
     """
     for written in (*beside.rglob("*"), beside):
         flush(written)
     aside = path.with_name(f"{SET_ASIDE}{path.name}")
-    if over_full and os.path.lexists(path):
-        discard_if_possible(aside)
-        path.rename(aside)
     try:
+        if over_full and os.path.lexists(path):
+            # of an earlier write, whose folder stands
+            remove_aside(aside)
+            path.rename(aside)
         beside.replace(path)
-    except OSError:
-        if over_full and os.path.lexists(aside):
+    except BaseException:
+        if over_full and os.path.lexists(aside) and not os.path.lexists(path):
             aside.rename(path)
         raise
-    flush(path.parent)
+    with suppress(OSError):
+        # it stands, whatever the disk says now
+        flush(path.parent)
     if over_full:
-        discard_if_possible(aside)
+        with suppress(OSError):
+            remove_aside(aside)
 
 
 def flush(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut; Windows has no such call for them."""
+    """Make a file's content survive a power cut, or the names in a folder where that can be asked for.
+
+    It cannot be on Windows, on some file systems of a network, nor of a folder that one may write to and not read.
+    """
     if os.name == "nt" or not (path.is_file() or path.is_dir()):
         return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in FOLDER_ONLY or not path.is_dir():
+            raise
 
 
 def clear_leftover(path: Path) -> None:
@@ -99,10 +116,21 @@ def clear_leftover(path: Path) -> None:
     Raises OSError.
     """
     place = path.with_name(path.name.removeprefix(SET_ASIDE))
-    if os.path.lexists(place):
+    if place == path:
         discard(path)
+    elif os.path.lexists(place):
+        remove_aside(path)
     else:
         path.rename(place)
+
+
+def remove_aside(aside: Path) -> None:
+    """Remove what was set aside, if it is there; half of it must not be put back, so it loses that name first."""
+    if os.path.lexists(aside):
+        old = aside.with_name(aside.name.replace(SET_ASIDE, OLD, 1))
+        discard(old)
+        aside.rename(old)
+        discard(old)
 
 
 def discard(path: Path) -> None:

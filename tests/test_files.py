@@ -1,11 +1,16 @@
 """What is written is whole or absent: an error leaves what was there, takes its own away, and names the place."""
 
 import errno
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from swat_lm.files import BESIDE, beside_of, clear_leftover, put_in_place, whole, write_text
+from swat_lm.files import BESIDE, SET_ASIDE, beside_of, clear_leftover, put_in_place, whole, write_text
 
 
 def test_a_file_takes_the_place_of_another(tmp_path: Path):
@@ -92,22 +97,90 @@ def test_a_folder_takes_the_place_of_a_full_one_where_asked_to(tmp_path: Path):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_full_folder_is_there_again_whatever_happens_in_between(tmp_path: Path, monkeypatch, error: BaseException):
-    path, beside = folder_of(tmp_path / "made", "old"), folder_of(tmp_path / f"{BESIDE}made", "new")
+    path = folder_of(tmp_path / "made", "old")
 
     def fail(*_: object) -> None:
         # the worst moment: nothing bears the name
         assert not path.exists()
         raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
-        with pytest.raises(type(error)):
-            put_in_place(beside, path, over_full=True)
-    assert path.exists() == isinstance(error, OSError)
-    # as after a kill: who comes next removes what was not finished, and puts back what was there
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(type(error)), whole(path, over_full=True) as beside:
+        folder_of(beside, "new")
+    assert contents(tmp_path) == {"made": "old"}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from swat_lm.files import put_in_place
+
+def half(path):
+    (path / "x").unlink()
+    os._exit(9)
+
+if sys.argv[2] == "replace":
+    Path.replace = lambda *_: os._exit(9)
+else:
+    import shutil
+    shutil.rmtree = half
+put_in_place(Path(sys.argv[1], ".tmp-made"), Path(sys.argv[1], "made"), over_full=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["replace", "rmtree"])
+def test_a_kill_loses_no_folder_and_half_of_one_never_gets_its_name_back(tmp_path: Path, moment: str):
+    def run() -> None:
+        folder_of(tmp_path / ".tmp-made", "new")
+        ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], check=False)
+        assert ended.returncode == 9
+
+    path = folder_of(tmp_path / "made", "old")
+    (path / "y").write_text("more")
+    run()
+    assert path.exists() == (moment == "rmtree")
+    if moment == "rmtree":
+        # not even where what had taken its place is gone, and again at the beginning of the next time
+        path.rename(tmp_path / "moved")
+        folder_of(path, "newer")
+        folder_of(tmp_path / f"{SET_ASIDE}made", "older")
+        for left in tmp_path.glob(".tmp-old-made"):
+            clear_leftover(left)
+        run()
+        assert not (tmp_path / f"{SET_ASIDE}made").exists()
+        (path / "x").unlink()
+        path.rmdir()
+    # who comes next removes what was not finished, and puts back what was there
     for left in list(tmp_path.glob(f"{BESIDE}*")):
         clear_leftover(left)
-    assert {one.name: (one / "x").read_text() for one in tmp_path.iterdir()} == {"made": "old"}
+    assert contents(tmp_path) == ({"made": "old"} if moment == "replace" else {"moved": "new"})
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EIO])
+def test_a_folder_that_cannot_be_flushed_is_written_to(tmp_path: Path, monkeypatch, call: str, number: int):
+    # as of mode -wx, on a network, or a disk that fails when the name is given
+    real = getattr(os, call)
+
+    def fail(at: Any, *arguments: int, **others: Any) -> int:
+        folder = os.path.isdir(at) if call == "open" else stat.S_ISDIR(os.fstat(at).st_mode)
+        # folders are opened to remove them, too
+        if folder and not others and (number != errno.EIO or (tmp_path / "made" / "x").exists()):
+            raise OSError(number, os.strerror(number))
+        return real(at, *arguments, **others)
+
+    path = folder_of(tmp_path / "made", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"swat_lm.files.os.{call}", fail)
+        if number != errno.EIO:
+            put_in_place(folder_of(tmp_path / "beside", "new"), path, over_full=True)
+        write_text(path / "x", "newer")
+    assert contents(tmp_path) == {"made": "newer"}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The text `x` in each folder here, by the folder's name."""
+    return {one.name: (one / "x").read_text() for one in folder.iterdir()}
 
 
 def test_all_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from swat_lm.cli.checkpoints import load_any_checkpoint, matching_tokenizer
 from swat_lm.cli.console import print_table, results, text_table
-from swat_lm.cli.options import DEVICE, TOKENIZER, number_or_word, split_name
+from swat_lm.cli.options import DEVICE, number_or_word, split_name
 from swat_lm.cli.outputs import check_folder
 from swat_lm.cli.progress import RunProgress, clock
 from swat_lm.model.loading import find_model_folder
@@ -47,7 +47,7 @@ def tasks(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of results; a rerun continues what is in it.")
     ] = None,
-    tokenizer: TOKENIZER = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoints' own.")] = None,
     device: DEVICE = None,
 ) -> None:
     """Score checkpoints on the eight benchmarks and two perplexities of SWAT's Table 1.

@@ -243,9 +243,13 @@ def whole_text(text: str, option: str) -> str:
     Raises ValueError for bytes that are not UTF-8.
     """
     try:
-        return os.fsencode(text).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option} is not UTF-8 text (byte {error.start})") from None
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{option} is not UTF-8 text (byte {error.start})") from None
+    return text
 
 
 def in_chunks(pieces: Iterable[list[int]], size: int, interruption: SavingInterruption) -> Iterator[list[int]]:

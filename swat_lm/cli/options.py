@@ -33,14 +33,16 @@ HELD_OUT = Annotated[
 
 def whole_numbers(text: str, option: str, least: int, example: str, *, different: bool = False) -> list[int]:
     """`64,128` as numbers; raises ValueError for anything else, also for a number below `least`."""
-    parts = [part.strip() for part in text.split(",")]
-    is_right = all(part.isdecimal() and int(part) >= least for part in parts)
-    if not is_right or (different and len(set(parts)) < len(parts)):
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < least or (different and len(set(numbers)) < len(numbers)):
         raise ValueError(
             f"{option}: expected {'different ' * different}whole numbers of at least {least} with commas between, such "
             f"as {example}; got {text!r}"
         )
-    return [int(part) for part in parts]
+    return numbers
 
 
 def number_or_word(text: str, option: str, words: Mapping[str, Any]) -> Any:
@@ -55,8 +57,9 @@ def number_or_word(text: str, option: str, words: Mapping[str, Any]) -> Any:
 def parse_windows(text: str) -> list[str]:
     """`64,none` as names of windows, each once; raises ValueError for anything else."""
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        number_or_word(name, "--window", {OWN_WINDOW: None, NO_WINDOW: None})
+    if not all(name in (OWN_WINDOW, NO_WINDOW) or (name.isdecimal() and int(name) >= 1) for name in names):
+        words = f"`{NO_WINDOW}` or `{OWN_WINDOW}`"
+        raise ValueError(f"--window: expected numbers of at least 1, {words}, with commas between; got {text!r}")
     return names
 
 

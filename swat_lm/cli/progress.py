@@ -61,7 +61,8 @@ class RunProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live:
+        # on a terminal that cannot be drawn on, Rich ends also what never began by an empty line
+        if self._tasks:
             self._bars.stop()
 
     def event(self, name: str, event: "Event") -> None:

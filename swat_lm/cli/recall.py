@@ -14,7 +14,6 @@ from swat_lm.cli.evaluation_text import read_documents
 from swat_lm.cli.length import check_output, with_error
 from swat_lm.cli.options import CHECKPOINT, DEVICE, HELD_OUT, OWN_WINDOW, TEXT_FIELD, TOKENIZER, WINDOW, whole_numbers
 from swat_lm.cli.progress import counting
-from swat_lm.evaluate.figures import write_figures
 from swat_lm.files import write_text
 
 if TYPE_CHECKING:
@@ -103,6 +102,7 @@ def recall(
         )
         print_table(recall_table(curve))
     if out is not None:
+        from swat_lm.evaluate.figures import write_figures
         from swat_lm.evaluate.recall_plots import plot_recall
 
         # before anything is drawn

@@ -105,7 +105,8 @@ def from_options(described: Described) -> Model:
         )
     kv_heads = heads if kv_heads is None else kv_heads
     rotary = True if rotary is None else rotary
-    score_function = check_word(score_function or "sigmoid", "--score-function", ("sigmoid", "softmax"))
+    score_function = "sigmoid" if score_function is None else score_function
+    score_function = check_word(score_function, "--score-function", ("sigmoid", "softmax"))
     if heads % kv_heads:
         raise ValueError(f"--kv-heads: {heads} query heads cannot be shared evenly by {kv_heads} key/value heads")
     if rotary and head_dim % 2:

@@ -85,8 +85,10 @@ def started(workers: int, *job: object, parallel: bool) -> Iterator[list[subproc
             # the last first
             stack.callback(process.communicate)
             stack.callback(process.kill)
-            send(process, job)
             processes.append(process)
+        for process in processes:
+            # waits for a process to begin, where the job is longer than a pipe holds: the others begin meanwhile
+            send(process, job)
         yield processes
 
 

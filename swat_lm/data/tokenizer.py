@@ -57,7 +57,8 @@ def load_folder(folder: Path) -> "PreTrainedTokenizerFast":
     names = {file.name for file in folder.iterdir()}
     if not names & {"tokenizer.json", "tokenizer_config.json"}:
         for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
-            if {vocabulary, merges} <= names:
+            # not a link whose end is gone
+            if (folder / vocabulary).exists() and (folder / merges).exists():
                 return load_gpt2_style(folder / vocabulary, folder / merges)
     if not names & {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}:
         raise DataError(
@@ -80,20 +81,22 @@ def load_file(path: Path) -> "PreTrainedTokenizerFast":
     if (path.parent / "tokenizer_config.json").exists() and path.name == "tokenizer.json":
         return load_folder(path.parent)
     with parsing(path, "a tokenizer.json"):
-        backend = Tokenizer.from_file(str(path))
+        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     return wrap(backend, **known_specials(backend))
 
 
 @contextmanager
 def parsing(path: Path, expected: str) -> Iterator[None]:
-    """Turns what the tokenizers library says of files that are something else into DataError."""
+    """Turns what Python and the tokenizers library say of files that are something else into DataError."""
     try:
         yield
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not {expected}: not UTF-8 text") from None
     except Exception as error:
         # the Rust library raises plain Exception, and nothing narrower, for a file it cannot parse
-        if type(error) is not Exception:
+        if type(error) is not Exception and not isinstance(error, ValueError | TypeError | IndexError):
             raise
-        raise DataError(f"{path}: not {expected}: {error}") from None
+        raise DataError(f"{path}: not {expected}: {str(error).partition(chr(10))[0]}") from None
 
 
 def load_gpt2_style(vocabulary: Path, merges: Path) -> "PreTrainedTokenizerFast":
@@ -101,7 +104,10 @@ def load_gpt2_style(vocabulary: Path, merges: Path) -> "PreTrainedTokenizerFast"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     with parsing(vocabulary.parent, "GPT-2 tokenizer files"):
-        backend = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+        entries = json.loads(vocabulary.read_text(encoding="utf-8"))
+        # the first line is a version; others may be empty, or have more behind the pair
+        lines = [line.split() for line in merges.read_text(encoding="utf-8").split("\n") if not line.startswith("#ver")]
+        backend = Tokenizer(models.BPE(vocab=entries, merges=[(pair[0], pair[1]) for pair in lines if pair]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return wrap(backend, **known_specials(backend))

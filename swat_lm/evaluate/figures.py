@@ -5,11 +5,10 @@ JSON knows neither infinity nor "not a number": they are written as the texts "I
 
 import json
 import math
+import reprlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, cast
-
-from pydantic import TypeAdapter, ValidationError
 
 from swat_lm.files import write_text
 
@@ -28,11 +27,16 @@ class JsonRecord:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote; raises ValueError for anything else."""
+        # slow to import, and the command line needs only what is below
+        from pydantic import TypeAdapter, ValidationError
+
         try:
             return TypeAdapter(cls).validate_python(read_figures(text))
         except ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            where = "".join(f"{part}." for part in first["loc"])[:-1]
+            came = "" if first["type"] == "missing" else f", got {reprlib.repr(first['input'])}"
+            raise ValueError(f"{where}{': ' * bool(where)}{first['msg']}{came}") from None
 
     def save(self, path: Path) -> None:
         """Write the JSON beside the place and rename it."""

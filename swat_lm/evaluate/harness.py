@@ -4,14 +4,12 @@ Windowed models read contexts of any length, since that costs what their window 
 """
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any, Literal, cast
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
-    Collator,
     handle_stop_sequences,
     has_bos_prefix,
     normalize_gen_kwargs,
@@ -86,6 +84,11 @@ class HarnessModel(TemplateLM):
         """The token that stands before a text's first."""
         return self._prefix  # type: ignore[return-value]
 
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's caches of texts in a chat template."""
+        return self.tokenizer.name_or_path.replace("/", "__")  # type: ignore[union-attr]
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; special tokens as the tokenizer adds them by itself, unless the text has its own."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self._prefix)):  # type: ignore[union-attr]
@@ -131,17 +134,21 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Each request's text, greedy unless it asks otherwise, up to its stop strings."""
+        asked: list[tuple[str, dict[str, Any]]] = [request.args for request in requests]  # type: ignore[misc]
+        # the harness's Collator takes the stop string "ab" for the stop strings "a" and "b"
+        alike: dict[str, list[int]] = {}
         # of like length together: with left padding every row costs what the longest does
-        alike = Collator(
-            [request.args for request in requests], lambda asked: -len(asked[0]), itemgetter(1), group_by="gen_kwargs"
-        )
-        texts: list[str] = []
-        for part in alike.get_batched(n=self._scorer.batch_size or 8):
-            contexts, options = zip(*part, strict=True)
-            texts += self._generate(list(map(str, contexts)), options[0])
-            if self.on_progress:
-                self.on_progress(len(texts), len(requests))
-        return alike.get_original(texts)
+        for index in sorted(range(len(asked)), key=lambda index: -len(asked[index][0])):
+            alike.setdefault(repr(asked[index][1]), []).append(index)
+        texts: dict[int, str] = {}
+        size = self._scorer.batch_size or 8
+        for indices in alike.values():
+            for part in (indices[begin : begin + size] for begin in range(0, len(indices), size)):
+                made = self._generate([asked[index][0] for index in part], asked[part[0]][1])
+                texts |= zip(part, made, strict=True)
+                if self.on_progress:
+                    self.on_progress(len(texts), len(requests))
+        return [texts[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def _generate(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:

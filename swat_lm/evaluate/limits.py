@@ -1,5 +1,6 @@
 """What a model cannot hold, said before any hour is spent: its positions, and the memory of its cache."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -99,7 +100,11 @@ def available_bytes(device: torch.device) -> int | None:
         return None
     table = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: +(\d+) kB", table.read_text()) if table.exists() else None
-    return int(found[1]) * 1024 if found else None
+    if found:
+        return int(found[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def gibibytes(count: int) -> str:

@@ -26,12 +26,14 @@ __all__ = [
 FEWEST_SEEN = 1024
 
 
-def parsed(path: Path, read: Callable[[str], Any]) -> Any:
+def parsed(
+    path: Path, read: Callable[[str], Any], *, said: str = "{path} is damaged ({error}): remove it and measure again"
+) -> Any:
     """What `read` makes of a file's text; raises ValueError that names the file and says what to do."""
     try:
         return read(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it and measure again") from None
+        raise ValueError(said.format(path=path, error=error)) from None
 
 
 def read_json(path: Path) -> Any:

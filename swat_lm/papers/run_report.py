@@ -6,6 +6,7 @@ Reads what the runs' folders hold; what was not measured of a run is named with 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -52,6 +53,10 @@ class RunFindings:
     """By task."""
 
 
+# a run's folder may hold files of others, which nobody is told to remove
+read_found = partial(parsed, said="{path}: not what swat-lm wrote: {error}")
+
+
 def read_run(folder: Path, name: str | None = None) -> RunFindings:
     """Everything of a run that is there; raises ValueError for a folder that is no run, or a damaged file."""
     if not (folder / "recipe.yaml").exists() or not (folder / "metrics.jsonl").exists():
@@ -62,7 +67,9 @@ def read_run(folder: Path, name: str | None = None) -> RunFindings:
     recalls = [
         curve
         for path in sorted(folder.rglob("recall.json"))
-        for curve in parsed(path, lambda text: [RecallCurve.from_json(json.dumps(held)) for held in json.loads(text)])
+        for curve in read_found(
+            path, lambda text: [RecallCurve.from_json(json.dumps(held)) for held in json.loads(text)]
+        )
     ]
     paths = [*folder.rglob("length.json"), *(folder / "evaluation").glob("*window*.json")]
     return RunFindings(
@@ -74,7 +81,8 @@ def read_run(folder: Path, name: str | None = None) -> RunFindings:
             AutoConfig.from_pretrained(folder / "export") if (folder / "export" / "config.json").exists() else None
         ),
         lengths={
-            str(path.relative_to(folder).with_suffix("")): parsed(path, LengthCurve.from_json) for path in sorted(paths)
+            str(path.relative_to(folder).with_suffix("")): read_found(path, LengthCurve.from_json)
+            for path in sorted(paths)
         },
         recalls={curve.task: curve for curve in recalls},
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swat_lm.files import BESIDE, SET_ASIDE, discard, discard_if_possible, put_in_place
+from swat_lm.files import BESIDE, OLD, SET_ASIDE, discard, discard_if_possible, put_in_place
 from swat_lm.train.engine import Engine
 from swat_lm.words import counted
 
@@ -28,8 +28,6 @@ __all__ = ["Checkpoint", "CheckpointError", "find_checkpoints", "newest_checkpoi
 MANIFEST = "checkpoint.json"
 FORMAT = 1
 NAME = re.compile(r"step-([0-9]+)")
-# while it is removed: it may be half gone, so it never gets its name back
-OLD = f"{BESIDE}old-"
 PARTIAL_CHECKPOINT = re.compile(rf"({re.escape(BESIDE)}|{re.escape(OLD)}|{re.escape(SET_ASIDE)}){NAME.pattern}")
 OWN_FILE = re.compile(rf"{re.escape(MANIFEST)}|\.metadata|__[0-9]+_[0-9]+\.distcp")
 

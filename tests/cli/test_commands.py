@@ -53,11 +53,13 @@ def test_version_and_bare_call(cli):
     assert "Commands:" in bare.out + bare.err
 
 
-def test_help_needs_no_torch():
+def test_help_needs_no_large_library():
     program = (
         "import sys, types; package = types.ModuleType('swat_lm'); "
         f"package.__path__ = [{str(ROOT / 'swat_lm')!r}]; sys.modules['swat_lm'] = package\n"
         "from swat_lm.cli.application import run_application\n"
+        # typer itself needs it when it reads arguments
+        "assert 'pydantic' not in sys.modules\n"
         "assert run_application(['train', '--help']) == 0\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)))"
     )
@@ -110,7 +112,7 @@ def test_missing_packages_are_named():
         (["evaluate", "length", "nothing", "--data", "text"], "no checkpoint at nothing"),
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "8,x"], "--lengths: expected whole numbers"),
         (["evaluate", "length", "nothing", "--data", "text", "--lengths", "1"], "at least 2"),
-        (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected own, none"),
+        (["evaluate", "length", "nothing", "--data", "text", "--window", "8,0"], "--window: expected numbers"),
         (["generate", "nothing", "--seed", "100000000000000000000000"], "'--seed'"),
         (["generate", "nothing", "--temperature", "inf"], "temperature: expected 0"),
         (["info", "swat-34m"], "no recipe, checkpoint or preset 'swat-34m'; did you mean 'swat-340m'? presets:"),

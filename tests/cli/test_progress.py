@@ -39,6 +39,14 @@ def test_an_old_held_out_loss_has_its_step():
     ]
 
 
+def test_nothing_is_written_where_nothing_began(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with RunProgress(console):
+        pass
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
 def test_a_narrow_terminal_cuts_no_number_off():
     for width in (40, 60, 80, 120):
         console = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False)

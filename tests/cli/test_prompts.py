@@ -16,11 +16,19 @@ import torch
 from tokenizers import processors
 
 from swat_lm import SwatForCausalLM
-from swat_lm.cli.generation import PIECE_BYTES, SavingInterruption, arriving, prompt_pieces
+from swat_lm.cli.generation import PIECE_BYTES, SavingInterruption, arriving, prompt_pieces, whole_text
 from swat_lm.data.cutting import Cutter
 from swat_lm.data.tokenizer import EOS, wrap
 from tests.cli.test_commands import files_of
 from tests.data.trained import trained
+
+
+def test_a_prompt_may_be_beyond_the_encoding_of_the_locale(monkeypatch: pytest.MonkeyPatch):
+    # as Latin-1 has it, and ASCII, whose arguments are kept byte by byte
+    for encoding in ("latin-1", "ascii"):
+        monkeypatch.setattr("os.fsencode", lambda text, encoding=encoding: text.encode(encoding, "surrogateescape"))
+        assert whole_text("\u6f22\xe9", "--prompt") == "\u6f22\xe9"
+    assert whole_text("\xe9".encode().decode("ascii", "surrogateescape"), "--prompt") == "\xe9"
 
 
 def test_generate_reads_a_pipe_and_saves_its_state(cli, here: Path, exported: Path, monkeypatch: pytest.MonkeyPatch):

@@ -236,6 +236,7 @@ def test_a_full_card_keeps_what_is_finished(cli, here: Path, card: Card):
         ([*OPTIONS, "--head-dim", "33"], "--head-dim: rotary needs an even head size, got 33; or add --no-rotary"),
         ([*OPTIONS, "--head-dim", "512"], "tune: the kernels hold heads of up to 256 channels, these have 512"),
         ([*OPTIONS, "--score-function", "relu"], "--score-function: expected sigmoid or softmax; got 'relu'"),
+        ([*OPTIONS, "--score-function", ""], "--score-function: expected sigmoid or softmax; got ''"),
         ([*OPTIONS, "--dtype", "float32"], "--dtype: expected bfloat16 or float16; got 'float32'"),
         ([*OPTIONS, "--kernels", "both"], "--kernels: expected all, forward or backward; got 'both'"),
         ([*OPTIONS, "--window", "0"], "'--window'"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from swat_lm.data import (
     DataError,
     Progress,
     TokenStore,
+    encoding,
     load_tokenizer,
     prepare,
     resolve_sources,
@@ -85,6 +87,24 @@ def test_bpe_store_equals_the_tokenizer_document_by_document(corpus, tokenizer, 
         assert store.document(i).tolist() == expected
     assert store.token_bytes is not None
     assert store.token_bytes[store.tokens].sum() == store.num_bytes
+
+
+def test_workers_begin_side_by_side(monkeypatch):
+    # a job longer than a pipe holds is only handed over once the worker reads
+    began: list[subprocess.Popen] = []
+    at_hand_over: list[int] = []
+    real = subprocess.Popen
+
+    def begin(*arguments: Any, **options: Any) -> subprocess.Popen:
+        began.append(real(*arguments, **options))
+        return began[-1]
+
+    monkeypatch.setattr(encoding.subprocess, "Popen", begin)
+    monkeypatch.setattr(encoding, "send", lambda *_: at_hand_over.append(len(began)))
+    with encoding.started(3, "encode", parallel=False) as processes:
+        assert processes == began
+    assert at_hand_over == [3, 3, 3]
+    assert all(process.returncode is not None for process in began)
 
 
 def test_number_of_workers_changes_no_byte(corpus, tokenizer, tmp_path):

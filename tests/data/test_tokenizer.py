@@ -1,10 +1,14 @@
+import errno
 import json
 import logging
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +123,50 @@ def test_gpt2_files_are_read(trained, tmp_path, names):
     assert tokenizer.eos_token == "<|endoftext|>"
 
 
+def gpt2_files(folder: Path, merges: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "c": 3, "abc": 4}))
+    (folder / "merges.txt").write_text(merges)
+    return folder
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\n\nab c\n", " \nab c", "\t\nab c", " 7\nab c 5\n", "\r\nab c\r\n"])
+def test_gpt2_merges_may_have_empty_lines_and_more_behind_the_pair(tmp_path, end):
+    tokenizer = load_tokenizer(str(gpt2_files(tmp_path, f"#version: 0.2\na b{end}")))
+    assert tokenizer.encode("abc") == ([4] if "c" in end else [2, 3])
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names are text there")
+def test_gpt2_files_may_lie_where_no_text_names_them(tmp_path):
+    folder = gpt2_files(tmp_path / os.fsdecode(b"\xff"), "a b\n")
+    assert load_tokenizer(str(folder)).encode("ab") == [2]
+    backend = load_tokenizer("bytes").backend_tokenizer.to_str()
+    (folder / "other.json").write_text(backend, encoding="utf-8")
+    assert load_tokenizer(str(folder / "other.json")).encode("a") == [97]
+
+
+def test_bad_gpt2_files_are_named(tmp_path, monkeypatch):
+    for merges, message in (("a\n", "list index"), ("a x\n", "out of vocabulary")):
+        with pytest.raises(DataError, match=f"{re.escape(str(tmp_path))}: not GPT-2 tokenizer files: .*{message}"):
+            load_tokenizer(str(gpt2_files(tmp_path, merges)))
+    for content, message in ((b"\xff", "not UTF-8 text"), (b"{", "Expecting"), (b"[]", "Vocab"), (b'{"a": "b"}', "Vo")):
+        (tmp_path / "vocab.json").write_bytes(content)
+        with pytest.raises(DataError, match=f"not GPT-2 tokenizer files: .*{message}"):
+            load_tokenizer(str(tmp_path))
+
+    def fail(path: Path, **_: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(PermissionError, match=r"Permission denied: '.*vocab\.json'"):
+            load_tokenizer(str(tmp_path))
+    (tmp_path / "merges.txt").unlink()
+    (tmp_path / "merges.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"expected tokenizer\.json, encoder\.json \+ vocab\.bpe"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_bad_tokenizers_are_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"no tokenizer at \./nowhere"):
         load_tokenizer("./nowhere")
@@ -128,7 +176,7 @@ def test_bad_tokenizers_are_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"not a tokenizer\.json"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").write_bytes(b"\xff")
-    with pytest.raises(DataError, match="did not contain valid UTF-8"):
+    with pytest.raises(DataError, match=r"not a tokenizer\.json: not UTF-8 text"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
     monkeypatch.setattr("swat_lm.data.tokenizer.is_installed", lambda name: name != "sentencepiece")

@@ -266,6 +266,27 @@ def test_generation_is_the_harness_own():
         assert ours.generate_until(asked("generate_until", *requests)) == expected
 
 
+def test_requests_with_other_stop_strings_are_not_mixed():
+    ours = HarnessModel(tiny_llama(), load_tokenizer("bytes"), max_length=64, batch_size=2)
+    batches: list[tuple[list[str], Any]] = []
+
+    def generate(contexts: list[str], asked: dict[str, Any]) -> list[str]:
+        batches.append((contexts, asked["until"]))
+        return [context.upper() for context in contexts]
+
+    ours._generate = generate  # type: ignore[method-assign, assignment]
+    requests = [("a", "ab"), ("bbb", ["a", "b"]), ("cc", "ab"), ("dddd", "ab"), ("ee", ["a", "b"])]
+    found = ours.generate_until(asked("generate_until", *((text, {"until": until}) for text, until in requests)))
+    assert found == ["A", "BBB", "CC", "DDDD", "EE"]
+    assert batches == [(["dddd", "cc"], "ab"), (["a"], "ab"), (["bbb", "ee"], ["a", "b"])]
+
+
+def test_the_tokenizer_has_a_name_for_the_harness():
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.name_or_path = "some/where"
+    assert HarnessModel(tiny_llama(), tokenizer).tokenizer_name == "some__where"
+
+
 def test_what_cannot_be_asked_is_said():
     tokenizer = load_tokenizer("bytes")
     with pytest.raises(ValueError, match="token 259 is not among the 259 of the model"):

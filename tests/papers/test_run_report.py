@@ -77,9 +77,15 @@ def test_files_of_a_run_are_found(runs: dict[str, Path]):
     (folder / "mine").mkdir()
     curve.save(folder / "mine" / "length.json")
     assert list(read_run(folder).lengths) == ["mine/length"]
-    (folder / "mine" / "length.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"length\.json is damaged .*: remove it"):
-        read_run(folder)
+    for content, message in (
+        ("{}", "points: Field required$"),
+        ("[1]", r"Input should be a dictionary or an instance of LengthCurve, got \[1\]$"),
+        (curve.to_json().replace("100", '"many"'), "num_tokens: Input should be a valid integer, .*, got 'many'$"),
+        ("{", "Expecting property name"),
+    ):
+        (folder / "mine" / "length.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"length\.json: not what swat-lm wrote: {message}"):
+            read_run(folder)
     (folder / "mine" / "length.json").unlink()
 
 
