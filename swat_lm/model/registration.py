@@ -90,6 +90,8 @@ def _name_adapted_modules(tables: ModuleType) -> None:
             # these ask for widths that divide by their blocks, which that of in_proj need not
             if {"q_proj", "k_proj"} & set(own) and not any(method in name for method in ("_C3A_", "_ROAD_")):
                 own += ["in_proj"] if "IA3" in name else ["in_proj", "out_proj"]
+            if "input_layernorm" in own:
+                own += ["mixer_output_layernorm", "feedforward_output_layernorm"]
             table[MODEL_TYPE] = own
 
 

@@ -37,6 +37,13 @@ def test_adapters_know_where_to_go(plan, kind):
         close(adapted.merge_and_unload()(ids).logits, planned(plan)(ids).logits)
 
 
+def test_norms_behind_are_adapted_too():
+    model = planned("attention", norm_placement="post")
+    adapted = get_peft_model(model, LNTuningConfig(task_type=TaskType.CAUSAL_LM))
+    learnt = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len(learnt) == 2 * model.config.num_hidden_layers + 1
+
+
 @every_plan
 def test_a_learnt_prompt_before_padded_rows(plan):
     """Padding stands between the prompt and the text, a hole in the mask: each row as alone."""
