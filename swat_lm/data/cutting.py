@@ -86,8 +86,8 @@ def find_cuts(tokenizer_json: str) -> Cuts | None:
             break
     is_bytes = normalizer is None and step["type"] == "ByteLevel" and not step["add_prefix_space"]
     model = content["model"]
-    merges = model["type"] != "BPE" or any(model.get(setting) for setting in ("merges", "ignore_merges", "fuse_unk"))
-    return BYTE_CUTS if is_bytes and not merges else None
+    may_join = model["type"] != "BPE" or any(model.get(setting) for setting in ("merges", "ignore_merges", "fuse_unk"))
+    return BYTE_CUTS if is_bytes and not may_join else None
 
 
 def is_plain(token: dict[str, Any]) -> bool:

@@ -22,8 +22,9 @@ class AttentionLayer(PreNorm):
     self_attn: WindowAttention
 
     def __init__(self, settings: AttentionSettings, width: int, index: int, shared: Shared) -> None:
-        make_rotary = shared.rotary if settings.use_rotary else None
-        rotary = make_rotary and make_rotary(settings.head_dim, settings.rope_parameters or {})
+        rotary = None
+        if settings.use_rotary and shared.rotary is not None:
+            rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
         mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps)
         feed_forward = FeedForward(width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act)
         super().__init__(

@@ -30,7 +30,8 @@ def check_paged(config: SwatConfig) -> None:
                 f"continuous batching: layer {index} is {kind.name}, and transformers' paged cache holds keys and "
                 "values of attention alone; use generate(), or streams of swat_lm"
             )
-    for name, what in (("sliding_window", "window"), ("num_key_value_heads", "number of key/value heads")):
+    kept = {"sliding_window": "window", "num_key_value_heads": "number of key/value heads", "head_dim": "head size"}
+    for name, what in kept.items():
         found = {getattr(settings, name) for _, settings in plan} - {None}
         if len(found) > 1:
             raise ValueError(

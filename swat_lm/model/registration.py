@@ -56,26 +56,18 @@ def complaint() -> str | None:
 
 
 def _name_classes(_: ModuleType) -> None:
-    if complaint() is None:
-        # where it looks for its own
-        sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules["swat_lm"]
-        # by the name in config.json its pipelines and its server look for a class there, and so does TRL
-        modules = sys.modules["transformers"]._class_to_module
-        modules |= dict.fromkeys(("SwatConfig", *CLASSES.values()), f"models.{MODEL_TYPE}")
+    # where it looks for its own
+    sys.modules[f"transformers.models.{MODEL_TYPE}"] = sys.modules["swat_lm"]
+    # by the name in config.json its pipelines and its server look for a class there, and so does TRL
+    modules = sys.modules["transformers"]._class_to_module
+    modules |= dict.fromkeys(("SwatConfig", *CLASSES.values()), f"models.{MODEL_TYPE}")
 
 
 def _name_configuration(tables: ModuleType) -> None:
-    problem = complaint()
-    if problem is not None:
-        # said once; who asks for a model class gets it as an error
-        logging.getLogger(__name__).warning(problem)
-        return
     tables.CONFIG_MAPPING_NAMES[MODEL_TYPE] = "SwatConfig"
 
 
 def _name_models(tables: ModuleType) -> None:
-    if complaint() is not None:
-        return
     for table, name in CLASSES.items():
         getattr(tables, f"{table}_NAMES")[MODEL_TYPE] = name
         # made from the configurations' table, which may have been without ours
@@ -106,6 +98,16 @@ FILLED: dict[str, Callable[[ModuleType], None]] = {
 """What is done once such a module is executed."""
 
 
+def fill(module: ModuleType) -> None:
+    """Write our names into a module's tables, unless transformers is too old for ours."""
+    problem = complaint()
+    if problem is None:
+        FILLED[module.__name__](module)
+    elif FILLED[module.__name__] is _name_configuration:
+        # said once; who asks for a model class gets it as an error
+        logging.getLogger(__name__).warning(problem)
+
+
 class _FillingLoader(Loader):
     """Executes a module as its own loader does, then fills its tables."""
 
@@ -120,7 +122,7 @@ class _FillingLoader(Loader):
         # whoever asks for the loader later, for a source or a resource, finds the usual one
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        FILLED[module.__name__](module)
+        fill(module)
 
 
 class _FillingFinder(MetaPathFinder):
@@ -147,6 +149,6 @@ def arrange() -> None:
     if any(isinstance(finder, _FillingFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _FillingFinder())
-    for name, fill in FILLED.items():
+    for name in FILLED:
         if name in sys.modules:
             fill(sys.modules[name])

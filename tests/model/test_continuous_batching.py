@@ -55,6 +55,10 @@ def test_the_tokens_of_generate(settings):
             {"layers": ["mamba2", "attention"]},
             r"layer 0 is mamba2, and transformers. paged cache holds keys",
         ),
+        (
+            {"layers": ["attention", {"kind": "attention", "head_dim": 4}]},
+            r"layers differ in their head size \(4, 8\)",
+        ),
         ({"sliding_window": [3, 7]}, r"layers differ in their window \(3, 7\)"),
     ],
     ids=str,
