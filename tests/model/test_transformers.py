@@ -208,18 +208,22 @@ def _pushed(out, push: torch.Tensor):
 
 
 @every_plan
-def test_offloaded_weights_are_brought_where_they_are_used(plan):
+def test_offloaded_weights_are_brought_where_they_are_used(tmp_path, plan):
     from accelerate import cpu_offload
 
     changes = {"score_function": "softmax", "learned_sink": True} if plan == "attention" else {}
     model, ids = planned(plan, **changes), tokens(2, 9)
     greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
     logits, loss, made = model(ids).logits, model(ids, labels=ids).loss, model.generate(ids, **greedy)
+    model.save_pretrained(tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    on_disk = {"device_map": places | {"lm_head": "disk"}, "offload_folder": tmp_path / "offloaded"}
     cpu_offload(model, execution_device=torch.device("cpu"))
-    with torch.no_grad():
-        close(model(ids).logits, logits)
-        close(model(ids, labels=ids).loss, loss)
-    assert torch.equal(model.generate(ids, **greedy), made)
+    for offloaded in (model, SwatForCausalLM.from_pretrained(tmp_path, **on_disk).eval()):
+        with torch.no_grad():
+            close(offloaded(ids).logits, logits)
+            close(offloaded(ids, labels=ids).loss, loss)
+        assert torch.equal(offloaded.generate(ids, **greedy), made)
 
 
 @every_plan
@@ -309,6 +313,18 @@ def test_a_graph_serves_other_masks():
         mask[1, begin:end] = 0
         expected = model(ids, attention_mask=mask, use_cache=False).logits
         close(graph(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected)
+
+
+def test_a_graph_serves_other_lengths():
+    model, ids = planned("attention"), tokens(2, 12)
+    length = torch.export.Dim("length", min=2, max=4096)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    free = {"input_ids": {1: length}, "attention_mask": {1: length}, "use_cache": None}
+    graph = torch.export.export(model, (), inputs, dynamic_shapes=free).module()
+    for count in (5, 40):
+        given = {"input_ids": tokens(2, count), "attention_mask": torch.ones(2, count, dtype=torch.long)}
+        given["attention_mask"][0, :3] = 0
+        close(graph(**given, use_cache=False).logits, model(**given, use_cache=False).logits)
 
 
 # in a process that has not imported this package
