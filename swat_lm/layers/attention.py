@@ -52,6 +52,9 @@ class AttentionLayer(PreNorm):
         parameters = parameters.get(layer_type(values["sliding_window"]), parameters)
         if values["rope_theta"] is not None:
             parameters = {**parameters, "rope_theta": values["rope_theta"]}
+        if values["sliding_window"] is None and "sinks" not in given:
+            # the configuration's are for its layers with a window; the others see all
+            values = {**values, "sinks": 0}
         return {**values, "rope_theta": None, "rope_parameters": parameters}
 
     @staticmethod

@@ -29,13 +29,15 @@ class StateTensor(NamedTuple):
     items: int | None = None
     """Of a window: places needed, that of the token itself included."""
     dtype: torch.dtype | None = None
-    """At least this wide; None: the model's."""
+    """At least this wide, and just this for whole numbers; None: the model's."""
     fill: float = 0.0
     """What a sequence that has not begun keeps."""
 
     def dtype_in(self, model: torch.dtype) -> torch.dtype:
         """What it is kept in beside a model of this dtype."""
-        return model if self.dtype is None else torch.promote_types(model, self.dtype)
+        if self.dtype is None or not self.dtype.is_floating_point:
+            return self.dtype or model
+        return torch.promote_types(model, self.dtype)
 
     def num_elements(self, context: int | None = None) -> int:
         """Elements for one sequence after `context` tokens; the context matters only where the tensor grows.
@@ -182,7 +184,14 @@ class TokenMixer(nn.Module, ABC):
 
     @abstractmethod
     def reach(self) -> int | None:
-        """Tokens, itself included, that the output at one place depends on through this layer; None: all before it."""
+        """Tokens, itself included, that the output at one place depends on through this layer; None: all before it.
+
+        The first tokens of its document do not count where they are kept.
+        """
+
+    def first_kept(self) -> int:
+        """First tokens of each document that every later output depends on, however far away."""
+        return 0
 
     def refuses(self, chunk: Chunk) -> str | None:
         """Why the layer cannot process such a chunk, in one sentence; None where it can."""

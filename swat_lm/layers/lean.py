@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from swat_lm.layers.base import InPlace
 from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.first_tokens import Heads, join_heads
 from swat_lm.layers.norm import RMSNorm
 from swat_lm.ops.head_bias import head_bias, score_dtype
 from swat_lm.ops.ring import periodic_table, step_together
@@ -125,18 +126,24 @@ class AttentionPlan(LayerPlan):
         heads, kv_heads = settings.num_attention_heads, settings.num_key_value_heads
         joined = self.query_key_value.times(self.input_norm(hidden)).view(batch, 1, -1, settings.head_dim)
         query_key, value = joined.narrow(2, 0, heads + kv_heads), joined.narrow(2, heads + kv_heads, kv_heads)
+        far = None
+        if attention.first_tokens is not None:
+            query, key = query_key.narrow(2, 0, heads), query_key.narrow(2, heads, kv_heads)
+            far = attention.first_tokens.step(query, key, value, chunk, past, position)
         if attention.rotary is not None:
             query_key = rotate_paired(query_key, *chunk.step_angles(attention.rotary, hidden.dtype))
         query, key = query_key.narrow(2, 0, heads), query_key.narrow(2, heads, kv_heads)
-        hidden = self.output.times_plus(self._attend(query, key, value, past, position).view(batch, -1), hidden)
+        hidden = self.output.times_plus(self._attend(query, key, value, past, position, far).view(batch, -1), hidden)
         gate, up = self.gate_up.times(self.feed_forward_norm(hidden)).chunk(2, dim=1)
         return self.down.times_plus(F.silu(gate).mul_(up), hidden)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, past: InPlace, position: int | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, past: InPlace, position: int | None, far: Heads | None
+    ) -> Tensor:
         attention, ring = self.attention, past.kept["key"]
         settings = attention.settings
         if position is None or key.dtype != ring.dtype or settings.attention_backend == "reference":
-            return self.attention.attend_step(query, key, value, past)
+            return self.attention.attend_step(query, key, value, past, far=far)
         table = self._table
         # a ring of full attention grows
         if table is None or table.shape[2] != 2 * ring.shape[1] or table.dtype != score_dtype(query):
@@ -144,9 +151,9 @@ class AttentionPlan(LayerPlan):
             table = self._table = periodic_table(ring.shape[1], settings.num_key_value_heads, bias)
         output, lse = step_together(
             query, key, value, ring, past.kept["value"], position, table, settings.score_function,
-            attention.scale, return_lse=settings.learned_sink,
+            attention.scale, return_lse=attention.asks_for_lse,
         )  # fmt: skip
-        return self.attention.heads_output(output if lse is None else (output, lse))
+        return self.attention.heads_output(join_heads(output if lse is None else (output, lse), far))
 
 
 def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:

@@ -108,6 +108,10 @@ class PreNorm(Layer):
         """The mixer's."""
         return self.self_attn.reach()
 
+    def first_kept(self) -> int:
+        """The mixer's."""
+        return self.self_attn.first_kept()
+
     def refuses(self, chunk: Chunk) -> str | None:
         """What the mixer refuses."""
         return self.self_attn.refuses(chunk)

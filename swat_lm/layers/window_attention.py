@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swat_lm.layers.base import InPlace, Output, Past, StateTensor
 from swat_lm.layers.chunk import Chunk, Rotary
+from swat_lm.layers.first_tokens import SINK_POSITIONS, FirstTokens, Heads, join_heads
 from swat_lm.layers.norm import RMSNorm
 from swat_lm.layers.pre_norm import ACTIVATIONS, NORM_PLACEMENTS, Mixer
 from swat_lm.ops import window_attention, window_attention_step
@@ -46,6 +47,10 @@ class AttentionSettings:
     """"head": each head by itself, with one weight for all of them; "layer": all heads together."""
     output_norm: bool = False
     learned_sink: bool = False
+    sinks: int = 0
+    """First tokens of a document that stay visible when they have left the window."""
+    sink_positions: str = "cache"
+    """Where rotary and slopes see them: "cache", right before the window; "absolute", where they stood."""
     attention_bias: bool = False
     output_bias: bool | None = None
     """Of `o_proj`; None: as `attention_bias` says."""
@@ -73,6 +78,7 @@ class AttentionSettings:
         if window is not None and not 1 <= window <= LARGEST_WINDOW:
             limit = f"at most {LARGEST_WINDOW}" if window > LARGEST_WINDOW else "at least 1 (a query counts itself)"
             raise ValueError(f"sliding_window: expected {limit} or None for full attention, got {window}")
+        self._check_sinks()
         if self.score_function not in ("sigmoid", "softmax"):
             raise ValueError(f"score_function: expected 'sigmoid' or 'softmax', got {self.score_function!r}")
         slopes_for(heads, self.slopes, self.slope_schedule)
@@ -83,6 +89,7 @@ class AttentionSettings:
             raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
         for name, words in (
             ("qk_norm_over", QK_NORMS),
+            ("sink_positions", SINK_POSITIONS),
             ("norm_placement", NORM_PLACEMENTS),
             ("hidden_act", ACTIVATIONS),
         ):
@@ -94,6 +101,20 @@ class AttentionSettings:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.attention_backend not in BACKENDS:
             raise ValueError(f"attention_backend: expected {', '.join(BACKENDS)}, got {self.attention_backend!r}")
+
+    def _check_sinks(self) -> None:
+        if self.sinks < 0:
+            raise ValueError(f"sinks: expected a number of first tokens to keep, or 0 for none, got {self.sinks}")
+        if self.sinks and self.sliding_window is None:
+            raise ValueError(
+                f"sinks: {self.sinks} first tokens are kept beside a window, and the layer has none, so it sees all; "
+                "give it a sliding_window, or set sinks=0"
+            )
+        if self.sinks and self.sink_positions == "absolute" and self.slopes != "none":
+            raise ValueError(
+                "sink_positions: 'absolute' leaves the first tokens where they stood, and a slope has no bound so far "
+                "away; use 'cache', which puts them right before the window, or slopes='none'"
+            )
 
     def bias(self) -> float:
         """The number that is added to every score. Raises ValueError where there is none."""
@@ -153,6 +174,9 @@ class WindowAttention(Mixer):
         # not a buffer: `.to(bfloat16)` must not round the slopes, nor loading leave them uninitialised
         with torch.device("cpu"):
             self._slopes = slopes_for(settings.num_attention_heads, settings.slopes, settings.slope_schedule)
+        self.first_tokens = FirstTokens(self) if settings.sinks else None
+        # what a sink takes, or first tokens, is a share of all weights
+        self.asks_for_lse = settings.learned_sink or (settings.sinks > 0 and settings.score_function == "softmax")
 
     def take_heads(self, share: int, num_shares: int) -> None:
         """Be one of `num_shares` parts, each with as many heads in order; the projections are cut by whoever asks.
@@ -175,10 +199,14 @@ class WindowAttention(Mixer):
             self._slopes = self._slopes[share * self.num_heads : (share + 1) * self.num_heads].clone()
 
     def state_spec(self) -> tuple[StateTensor, ...]:
-        """Rotated keys and values: `window` places, since a new key is written before it is attended to."""
+        """Rotated keys and values: `window` places, since a new key is written before it is attended to.
+
+        And those of the first tokens, where they are kept.
+        """
         shape, window = (self.num_kv_heads, self.settings.head_dim), self.settings.sliding_window
         kind = "growing" if window is None else "window"
-        return StateTensor("key", shape, kind, window), StateTensor("value", shape, kind, window)
+        spec = StateTensor("key", shape, kind, window), StateTensor("value", shape, kind, window)
+        return spec if self.first_tokens is None else (*spec, *self.first_tokens.state_spec())
 
     def refuses(self, chunk: Chunk) -> str | None:
         """A prefix that is read in both directions, where distances or a window count from the query."""
@@ -191,8 +219,16 @@ class WindowAttention(Mixer):
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Mix a chunk `[B, T, M]`; the past, if any, is extended by the chunk's keys and values."""
-        query, key, value = self.project(hidden)
-        rotary = None if self.rotary is None else chunk.angles(self.rotary, hidden.dtype)
+        mixed = self.o_proj(self.heads_output(self.mix(*self.project(hidden), chunk, past)))
+        return Output(mixed, None if past is None else past.after())
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, past: Past | None) -> Heads:
+        """What the heads give to queries `[B, T, H, D]`, with its lse for softmax where that is asked for.
+
+        Queries, keys and values are not rotated; the past, if any, is extended.
+        """
+        far = None if self.first_tokens is None else self.first_tokens.attend(query, key, value, chunk, past)
+        rotary = None if self.rotary is None else chunk.angles(self.rotary, query.dtype)
         num_past = 0
         if past is not None:
             if rotary is not None:
@@ -201,8 +237,7 @@ class WindowAttention(Mixer):
                 rotary = None
             items, num_past = past.extend(key=key, value=value)
             key, value = items["key"], items["value"]
-        mixed = self.o_proj(self.heads_output(self.attend(query, key, value, chunk, num_past, rotary)))
-        return Output(mixed, None if past is None else past.after())
+        return join_heads(self.attend(query, key, value, chunk, num_past, rotary), far)
 
     def attend(
         self,
@@ -212,8 +247,8 @@ class WindowAttention(Mixer):
         chunk: Chunk,
         num_past: int,
         rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """What the operator gives for queries `[B, T, H, D]` over P + T keys; with its lse where a sink is learned."""
+    ) -> Heads:
+        """What the operator gives for queries `[B, T, H, D]` over P + T keys; with its lse where that is asked for."""
         settings = self.settings
         scale, head_dim = self.scale, query.shape[-1]
         blind = chunk.hidden_items(num_past)
@@ -235,7 +270,7 @@ class WindowAttention(Mixer):
             first_visible=chunk.first_visible(num_past),
             last_visible=chunk.last_visible(num_past),
             rotary=rotary,
-            return_lse=settings.learned_sink,
+            return_lse=self.asks_for_lse,
             backend=settings.attention_backend,
         )
         if blind is None:
@@ -257,13 +292,14 @@ class WindowAttention(Mixer):
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """Mix one token per row, `[B, 1, M]`, in place over rings."""
         query, key, value = self.project(hidden)
+        far = None if self.first_tokens is None else self.first_tokens.step(query, key, value, chunk, past)
         angles = None if self.rotary is None else chunk.step_angles(self.rotary, hidden.dtype)
         if angles is not None and query.is_cuda:
             # the kernel rotates
-            return self.o_proj(self.attend_step(query, key, value, past, half_angles(*angles)))
+            return self.o_proj(self.attend_step(query, key, value, past, half_angles(*angles), far))
         if angles is not None:
             query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
-        return self.o_proj(self.attend_step(query, key, value, past))
+        return self.o_proj(self.attend_step(query, key, value, past, far=far))
 
     def attend_step(
         self,
@@ -272,33 +308,34 @@ class WindowAttention(Mixer):
         value: Tensor,
         past: InPlace,
         rotary: tuple[Tensor, Tensor] | None = None,
+        far: Heads | None = None,
     ) -> Tensor:
         """Attend with one token per row, `[B, 1, heads, D]`; returns the heads' output `[B, 1, H * D]`.
 
-        `rotary` is cosine and sine, `[B, 1, D / 2]`; None where query and key are rotated already.
+        `rotary` is cosine and sine, `[B, 1, D / 2]`; None where query and key are rotated already. `far` is what the
+        first tokens give.
         """
         settings, key_ring = self.settings, past.kept["key"]
         if key.dtype != key_ring.dtype:
             # under autocast
             query, key, value = (x.to(key_ring.dtype) for x in (query, key, value))
-        return self.heads_output(
-            window_attention_step(
-                query,
-                key,
-                value,
-                key_ring,
-                past.kept["value"],
-                past.slot,
-                past.position,
-                score_function=settings.score_function,
-                slopes=self.slopes_on(query.device),
-                score_bias=self.score_bias,
-                scale=self.scale,
-                rotary=rotary,
-                return_lse=settings.learned_sink,
-                backend=settings.attention_backend,
-            )
+        near = window_attention_step(
+            query,
+            key,
+            value,
+            key_ring,
+            past.kept["value"],
+            past.slot,
+            past.position,
+            score_function=settings.score_function,
+            slopes=self.slopes_on(query.device),
+            score_bias=self.score_bias,
+            scale=self.scale,
+            rotary=rotary,
+            return_lse=self.asks_for_lse,
+            backend=settings.attention_backend,
         )
+        return self.heads_output(join_heads(near, far))
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query `[B, T, H, D]`, key and value `[B, T, K, D]`, normed but not rotated."""
@@ -313,18 +350,16 @@ class WindowAttention(Mixer):
             query, key = self.q_norm(query), self.k_norm(key)
         return query.view(queries), key.view(keys), value
 
-    def heads_output(self, result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """From the operator's `[B, T, H, D]`, with its lse where a sink is learned, to `o_proj`'s `[B, T, H * D]`."""
+    def heads_output(self, result: Heads) -> Tensor:
+        """From the operator's `[B, T, H, D]`, with its lse where that is asked for, to `o_proj`'s `[B, T, H * D]`."""
+        output = result if isinstance(result, Tensor) else result[0]
         if self.sink is not None:
-            output, lse = result
+            lse = result[1]
             # cut by tensor parallelism, it is this process's part of a whole
             sink: Tensor = self.sink.to_local() if hasattr(self.sink, "to_local") else self.sink  # type: ignore[operator]
             # softmax with one more key, of score `sink` and value zero
             share = torch.sigmoid(lse - sink.to(lse.dtype))
             output = output * share.to(output.dtype).unsqueeze(-1)
-        else:
-            assert isinstance(result, Tensor)
-            output = result
         if self.output_norm is not None:
             output = self.output_norm(output)
         return output.flatten(2)
@@ -348,13 +383,17 @@ class WindowAttention(Mixer):
         settings = self.settings
         # those of keys and values are alike, and those of queries and outputs
         matrices = 2 * (self.q_proj.weight.numel() + self.k_proj.weight.numel())
-        return 2 * num_tokens * matrices + attention_flops(
-            settings.num_attention_heads, settings.head_dim, num_tokens, settings.sliding_window, num_past
-        )
+        heads, size, window = settings.num_attention_heads, settings.head_dim, settings.sliding_window
+        found = 2 * num_tokens * matrices + attention_flops(heads, size, num_tokens, window, num_past)
+        return found if self.first_tokens is None else found + self.first_tokens.flops(num_tokens, num_past)
 
     def reach(self) -> int | None:
         """The window."""
         return self.settings.sliding_window
+
+    def first_kept(self) -> int:
+        """The first tokens."""
+        return self.settings.sinks
 
     def extra_repr(self) -> str:
         """The settings that are not visible in the submodules."""

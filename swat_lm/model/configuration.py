@@ -81,6 +81,8 @@ class SwatConfig(PreTrainedConfig):
         qk_norm_over: what that norm is over: each "head" by itself, or all heads of the "layer" together.
         output_norm: RMS norm per head on the attention's output (hybrid-norm).
         learned_sink: softmax only: one more key per head with a learned score and the value zero.
+        sinks: first tokens of each document that stay visible, and are kept, when they have left the window.
+        sink_positions: where rotary and slopes see these: "cache", right before the window, or "absolute".
         output_projection_init_scale: multiplies the start of `o_proj` and `down_proj`.
         attention_bias: biases of `q_proj`, `k_proj`, `v_proj` and `o_proj`.
         output_bias: the bias of attention's `o_proj`, where it differs from that; None: as `attention_bias`.
@@ -144,6 +146,8 @@ class SwatConfig(PreTrainedConfig):
     qk_norm_over: Literal["head", "layer"] = "head"
     output_norm: bool = False
     learned_sink: bool = False
+    sinks: int = 0
+    sink_positions: Literal["cache", "absolute"] = "cache"
     attention_backend: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -166,6 +170,8 @@ class SwatConfig(PreTrainedConfig):
         self._settle_windows()
         self._settle_rotary(kwargs)
         plan = self.plan()
+        if self.sinks and not any(getattr(entry.settings, "sinks", 0) for entry in plan):
+            raise ValueError(f"sinks: {self.sinks} first tokens are kept beside a window, and no layer has one; set 0")
         if self.layers is not None:
             self.layer_types = [entry.layer_type for entry in plan]
         super().__post_init__(**kwargs)

@@ -73,6 +73,7 @@ def plan_costs(config: SwatConfig, context: int) -> list[LayerCost]:
         if words == "attention":
             window = entry.settings.sliding_window
             words = "full attention" if window is None else f"window {window:,}"
+            words += f" and the first {entry.settings.sinks:,}" if entry.settings.sinks else ""
         flops = layer.flops(context) / context
         held = layer_state_bytes(layer, context)
         found.append(LayerCost(index, words, layer_parameters(layer), held, layer.reach(), flops))
@@ -126,7 +127,9 @@ def layer_state_bytes(layer: Layer, context: int | None = None, dtype_bytes: int
 
 def element_bytes(tensor: StateTensor, dtype_bytes: int) -> int:
     """Bytes of an element beside a model of `dtype_bytes`."""
-    return dtype_bytes if tensor.dtype is None else max(dtype_bytes, tensor.dtype.itemsize)
+    if tensor.dtype is None or not tensor.dtype.is_floating_point:
+        return dtype_bytes if tensor.dtype is None else tensor.dtype.itemsize
+    return max(dtype_bytes, tensor.dtype.itemsize)
 
 
 def decoding_bytes_per_token(
@@ -149,8 +152,16 @@ def decoding_bytes_per_token(
 
 
 def reach(config: SwatConfig) -> int | None:
-    """Tokens, itself included, that the output at one place depends on: 1 + the sum of reach - 1; None = all."""
+    """Tokens, itself included, that the output at one place depends on: 1 + the sum of reach - 1; None = all.
+
+    The first tokens that layers keep (`first_kept`) are not counted.
+    """
     reaches = [layer.reach() for layer in layers_without_weights(config)]
     if None in reaches:
         return None
     return 1 + sum(tokens - 1 for tokens in reaches if tokens is not None)
+
+
+def first_kept(config: SwatConfig) -> int:
+    """First tokens of each document that all later outputs depend on, however far away."""
+    return max(layer.first_kept() for layer in layers_without_weights(config))

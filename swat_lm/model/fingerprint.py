@@ -23,7 +23,7 @@ HOW = ("attention_backend", "chunk_size")
 # settings that came later, and what they say where they change nothing: states of before still belong to their models
 LATER = {
     "output_bias": None, "attention_multiplier": None, "residual_multiplier": 1.0, "norm_placement": "pre",
-    "qk_norm_over": "head", "hidden_act": "silu",
+    "qk_norm_over": "head", "hidden_act": "silu", "sinks": 0, "sink_positions": "cache",
 }  # fmt: skip
 # elements at the beginning of a row that tell whether a weight has changed since
 GLIMPSE = 8

@@ -371,8 +371,7 @@ class Slots:
         return entry.items if self.length is None else min(entry.items, max(self.length, 1))
 
     def _empty(self, num_slots: int, entry: StateTensor, places: int, like: Tensor) -> Tensor:
-        dtype = torch.bool if entry.dtype == torch.bool else entry.dtype_in(self.dtype)
-        like = torch.empty(0, dtype=dtype, device=like.device)
+        like = torch.empty(0, dtype=entry.dtype_in(self.dtype), device=like.device)
         if entry.kind == "summary":
             tensor = like.new_zeros(num_slots, *entry.shape)
         elif len(entry.shape) == 2:

@@ -15,7 +15,12 @@ import swat_lm.ops.state_space.library  # noqa: F401
 
 
 def visible_pairs(num_queries: int, window: int | None, num_past: int = 0) -> int:
-    """Query-key pairs that T causal queries see after `num_past` tokens: the sum of `min(past + t + 1, window)`."""
+    """Query-key pairs that T causal queries see after `num_past` tokens: the sum of `min(past + t + 1, window)`.
+
+    A negative `num_past` is that of queries over fewer keys, which stand before all of them.
+    """
+    if num_past < 0:
+        return num_queries * (num_past + num_queries)
     if window is None:
         window = num_past + num_queries
     # queries that see less than a full window: positions num_past .. window - 2

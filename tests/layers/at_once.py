@@ -39,13 +39,14 @@ def touched(model, ids: Tensor, row: int, place: int, **more) -> Tensor:
 
 def no_gradient_goes_to_the_future_or_other_rows(subject: Subject, folder: Path) -> None:
     model, ids = subject.model(), tokens(2, LENGTH)
-    reach = cost.reach(model.config)
+    reach, kept = cost.reach(model.config), cost.first_kept(model.config)
     for place in (0, 1, 9, LENGTH - 1):
         seen = touched(model, ids, 1, place)
         assert not seen[0].any()
         assert not seen[1, place + 1 :].any()
         first = 0 if reach is None else max(0, place + 1 - reach)
-        assert not seen[1, :first].any(), f"sees beyond its reach of {reach}"
+        assert seen[1, : min(kept, place + 1)].all(), f"does not see all {kept} first tokens"
+        assert not seen[1, kept:first].any(), f"sees beyond its reach of {reach}"
         assert seen[1, first : place + 1].all(), f"does not see all {reach} tokens of its reach"
 
 

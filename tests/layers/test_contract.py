@@ -20,6 +20,13 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
         ],
     ),
     Subject(
+        "first tokens",
+        [
+            {"kind": "attention", "sliding_window": 5, "sinks": 3, "score_function": "softmax", "slopes": "none"},
+            {"kind": "attention", "sliding_window": 4, "sinks": 2},
+        ],
+    ),
+    Subject(
         "biases per projection",
         [
             {"kind": "attention", "attention_bias": True, "output_bias": False, "score_function": "softmax",
