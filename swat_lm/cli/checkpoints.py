@@ -80,11 +80,13 @@ def load_behind_window(
     return behind_window(model, *windows), tokens
 
 
-def behind_window(model: "PreTrainedModel", window: str) -> "PreTrainedModel":
-    """The model itself, or a twin that shares its weights and has the window of this name."""
+def behind_window(model: "PreTrainedModel", window: str, sinks: int = 0) -> "PreTrainedModel":
+    """The model itself, or a twin that shares its weights and has the window of this name, and so many sinks."""
     from swat_lm.evaluate.windows import with_window
 
-    return model if window == OWN_WINDOW else with_window(model, None if window == NO_WINDOW else int(window))
+    if window == OWN_WINDOW:
+        return with_window(model, "keep", sinks) if sinks else model
+    return with_window(model, None if window == NO_WINDOW else int(window), sinks or None)
 
 
 def matching_tokenizer(config: "PreTrainedConfig", folder: str, tokenizer: str | None) -> "PreTrainedTokenizerFast":

@@ -14,6 +14,7 @@ from swat_lm.cli.options import (
     CHECKPOINT,
     DEVICE,
     HELD_OUT,
+    NO_WINDOW,
     OWN_WINDOW,
     TEXT_FIELD,
     TOKENIZER,
@@ -50,7 +51,7 @@ def length(
         str, typer.Option(help="Window of every layer: a number, none or own; several by commas give a heat map.")
     ] = OWN_WINDOW,
     sinks: Annotated[
-        int, typer.Option(min=0, help="Keep so many first tokens of each stream beside --window, untrained.")
+        int, typer.Option(min=0, help="Keep so many first tokens of each stream beside --window; 0: the model's own.")
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Streams read side by side.")] = 8,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass; speed and memory only.")] = 512,
@@ -69,8 +70,8 @@ def length(
     --held-out 0: of its own text what it held out is read.
 
     --window runs the same weights with another window: a number of tokens, none (full attention) or own (as trained).
-    That works for our models, Llama and Mistral. Several windows give the matrix of Figure 2 of the paper. --sinks
-    keeps first tokens beside the window, as StreamingLLM does; for softmax models that were trained without.
+    That works for our models and those that `swat-lm convert` takes. Several windows give the matrix of Figure 2 of
+    the paper. --sinks keeps first tokens beside the window, as StreamingLLM does, without training.
 
     \b
     Examples:
@@ -80,32 +81,27 @@ def length(
       swat-lm evaluate length llama-folder --data books/ --window 128 --sinks 4 --out kept
     """
     sizes, windows = whole_numbers(lengths, "--lengths", 2, "256,1024"), parse_windows(window)
-    if sinks and not all(name.isdigit() for name in windows):
+    if sinks and NO_WINDOW in windows:
         raise ValueError(
-            f"--sinks: sinks are kept beside a window: give a number of tokens with --window, not {window}"
+            f"--sinks: first tokens are kept beside a window: give a number of tokens with --window, not {window}"
         )
     check_output(out, "length.json", "windows.json")
     from swat_lm.data.tokenizer import tokenizer_facts
     from swat_lm.evaluate.curves import WindowMatrix, with_bytes
-    from swat_lm.evaluate.length import windowed_streaming_model
     from swat_lm.evaluate.limits import check_length, extrapolates_beyond
     from swat_lm.evaluate.streaming_model import streaming_model
 
     model, tokens = load_any_checkpoint(checkpoint, tokenizer, device)
-    twins = {name: model if sinks else behind_window(model, name) for name in windows}
-    if sinks:
-        # a model that cannot keep them is refused before any text is read
-        windowed_streaming_model(model, int(windows[0]), sinks)
+    twins = {name: behind_window(model, name, sinks) for name in windows}
     documents = read_documents(checkpoint, data, tokenizer, text_field, held_out, model)
     streams = choose_streams(documents, sizes, whole, most)
-    made_for = extrapolates_beyond(model)
-    # sinks count positions within what is kept
-    if made_for is not None and max(sizes) > made_for and not sinks:
+    made_for = max((limit for twin in twins.values() if (limit := extrapolates_beyond(twin))), default=None)
+    if made_for is not None and max(sizes) > made_for:
         messages().print(f"note: this model was made for {counted(made_for, 'token')}; positions beyond are new to it")
     # what a model cannot hold is said before the first one is measured
-    for twin in twins.values() if not sinks else ():
+    for twin in twins.values():
         check_length(streaming_model(twin), max(sizes), min(batch_size, len(streams)))
-    found, partials = measure_behind_windows(twins, streams, sizes, sinks, out, batch_size, chunk)
+    found, partials = measure_behind_windows(twins, streams, sizes, out, batch_size, chunk)
     counts = tokenizer_facts(tokens).token_bytes
     curves = [with_bytes(curve, streams, counts) for curve in found]
     matrix = WindowMatrix(tuple(windows), tuple(curves))
@@ -141,12 +137,11 @@ def measure_behind_windows(
     models: Mapping[str, "PreTrainedModel"],
     streams: "list[np.ndarray]",
     sizes: list[int],
-    sinks: int,
     out: Path | None,
     batch_size: int,
     chunk: int,
 ) -> "tuple[list[LengthCurve], list[PartialResults]]":
-    """Loss by length of models by the names of the windows that they have, or will have with sinks beside them.
+    """Loss by length of models by the names of their windows.
 
     What is done is kept in `out`; the second list is to be removed when the results are there.
     """
@@ -156,12 +151,11 @@ def measure_behind_windows(
     curves, partials = [], []
     for name, model in models.items():
         if out is not None:
-            settings = [*sizes, *(["window", name, "sinks", sinks] if sinks else [])]
-            partials.append(PartialResults(out / f"partial-{name}.json", measurement_key(model, streams, settings)))
+            partials.append(PartialResults(out / f"partial-{name}.json", measurement_key(model, streams, sizes)))
         with counting(f"evaluating, window {name}", "tokens") as counter:
             curves.append(loss_by_length(
-                model, streams, sizes, chunk=chunk, batch_size=batch_size, window=int(name) if sinks else None,
-                num_sinks=sinks, partial=partials[-1] if partials else None, on_progress=counter,
+                model, streams, sizes, chunk=chunk, batch_size=batch_size,
+                partial=partials[-1] if partials else None, on_progress=counter,
             ))  # fmt: skip
     return curves, partials
 

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from swat_lm.evaluate.curves import LengthCurve, summarise
 from swat_lm.evaluate.limits import check_length
 from swat_lm.evaluate.partial import PartialResults
-from swat_lm.evaluate.sinks import SinkStreamingModel
 from swat_lm.evaluate.streaming_model import StreamingModel, evaluating, padded, streaming_model
-from swat_lm.evaluate.windows import model_window, with_window
+from swat_lm.evaluate.windows import kept_first_tokens, model_window, with_window
 from swat_lm.words import counted
 
 __all__ = [
@@ -56,7 +55,7 @@ def loss_by_length(
         chunk: tokens of each stream per forward pass.
         batch_size: streams read side by side.
         window: evaluate with this window in every layer instead of the model's own; see `with_window`.
-        num_sinks: first tokens of each stream kept beside that window (softmax models, untrained; see sinks.py).
+        num_sinks: first tokens of each stream kept beside the windows; 0: the model's own.
         partial: keeps each batch's sums, and what it holds already is not measured again.
         on_progress: called with tokens done and tokens in all.
 
@@ -107,7 +106,7 @@ def loss_by_length(
         total,
         model_window(streaming.model),
         same_text=False,
-        num_sinks=num_sinks,
+        num_sinks=kept_first_tokens(streaming.model.config),
     )
 
 
@@ -128,7 +127,7 @@ def loss_on_same_text(
     far more exact than those of `loss_by_length`, since no length has easier text. Arguments as there, but every length
     must divide the greatest, of which each document's whole multiples are used; `batch_size` streams of `chunk` tokens
     set the size of a forward pass also where pieces are shorter. `num_sinks` first tokens of each piece are kept beside
-    the window (softmax models, untrained; see sinks.py).
+    the windows; 0: the model's own.
 
     Raises:
         ValueError: a length that does not divide the greatest, no document that reaches it, an argument out of range.
@@ -174,17 +173,17 @@ def loss_on_same_text(
         predicted,
         model_window(streaming.model),
         same_text=True,
-        num_sinks=num_sinks,
+        num_sinks=kept_first_tokens(streaming.model.config),
     )
 
 
 def windowed_streaming_model(model: PreTrainedModel, window: int | None, num_sinks: int) -> StreamingModel:
     """The model read in chunks behind another window than its own, with first tokens kept beside it, or as it is."""
-    if not num_sinks:
-        return streaming_model(model if window is None else with_window(model, window))
-    if window is None:
-        raise ValueError("num_sinks: sinks are kept beside a window: give one")
-    return SinkStreamingModel(model, num_sinks, window)
+    if num_sinks < 0:
+        raise ValueError(f"num_sinks: expected a number of first tokens to keep, or 0, got {num_sinks}")
+    if window is None and not num_sinks:
+        return streaming_model(model)
+    return streaming_model(with_window(model, "keep" if window is None else window, num_sinks or None))
 
 
 class Piece(NamedTuple):

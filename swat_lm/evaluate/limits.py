@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from swat_lm.evaluate.sinks import SinkStreamingModel
 from swat_lm.evaluate.streaming_model import StreamingModel, SwatStreamingModel, probe
 from swat_lm.evaluate.windows import theoretical_reach
 from swat_lm.model.cost import state_bytes
@@ -22,9 +21,6 @@ PROBE_TOKENS = 24
 
 def check_length(streaming: StreamingModel, length: int, batch_size: int) -> None:
     """Raise ValueError if B streams of this many tokens cannot be read: too many positions, or too little memory."""
-    if isinstance(streaming, SinkStreamingModel):
-        # a window and a few tokens, whose positions count within what is kept
-        return
     limit = position_limit(streaming.model)
     name = type(streaming.model).__name__
     if limit is not None and length > limit:

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,11 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from swat_lm.layers import AttentionLayer
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.conversion import convert_config
+from swat_lm.model.cost import first_kept
 from swat_lm.model.families import FAMILIES, family_of
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.plan import LayerEntry
 
-__all__ = ["layer_windows", "model_window", "theoretical_reach", "widest_window", "with_window"]
+__all__ = ["kept_first_tokens", "layer_windows", "model_window", "theoretical_reach", "widest_window", "with_window"]
 
 
 def layer_windows(outer: PreTrainedConfig) -> list[int | None] | None:
@@ -48,30 +49,47 @@ def widest_window(config: PreTrainedConfig) -> int | None:
     return None if windows is None or None in windows else max(cast(list[int], windows))
 
 
+def kept_first_tokens(config: PreTrainedConfig) -> int:
+    """First tokens that layers keep beside their windows; of another family's model none."""
+    return first_kept(config) if isinstance(config, SwatConfig) else 0
+
+
 def theoretical_reach(model: PreTrainedModel) -> int | None:
-    """Tokens, itself included, that a place can depend on: 1 + sum of (window - 1) over layers; None = all."""
+    """Tokens, itself included, that a place can depend on: 1 + sum of (window - 1) over layers; None = all.
+
+    Beside the first tokens, where they are kept.
+    """
     windows = layer_windows(model.config)
     return None if windows is None or None in windows else 1 + sum(window - 1 for window in cast(list[int], windows))
 
 
-def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
+def with_window(
+    model: PreTrainedModel, window: int | Literal["keep"] | None, sinks: int | None = None
+) -> SwatForCausalLM:
     """The same weights (shared, not copied) with one window in every layer, None for full attention.
 
     Figure 2 and the windows of Table 2. Models of other families are taken over as softmax models of ours. A score bias
     that was derived from the trained window keeps its value.
 
+    Args:
+        window: "keep": every layer's own.
+        sinks: first tokens kept beside the windows, as StreamingLLM (arXiv 2309.17453) reads models that were trained
+            without; None: the model's own, and none with full attention.
+
     Raises:
-        ValueError: a window below 1, an architecture without a counterpart here, or a model without attention.
+        ValueError: a window below 1, sinks without a window, an architecture without a counterpart here, or a model
+            without attention.
     """
-    if window is not None and window < 1:
+    if isinstance(window, int) and window < 1:
         raise ValueError(f"window: expected at least 1 (a token counts itself), got {window}")
     state = model.state_dict()
     if isinstance(model, SwatForCausalLM):
         if not any(issubclass(entry.kind, AttentionLayer) for entry in model.config.plan()):
             raise ValueError("window: the model has no layer of attention whose window could be another")
-        config = changed_config(model.config, window)
+        config = changed_config(model.config, window, sinks)
     elif model.config.model_type in FAMILIES:
-        config, state = convert_config(model.config, window), family_of(model.config).weights(state, model.config)
+        config = convert_config(model.config, window, **({"sinks": sinks} if sinks else {}))
+        state = family_of(model.config).weights(state, model.config)
     else:
         raise ValueError(
             f"window: a {model.config.model_type} model cannot be run with another window, only swat models and those "
@@ -85,25 +103,33 @@ def with_window(model: PreTrainedModel, window: int | None) -> SwatForCausalLM:
     return windowed.train(model.training)
 
 
-def changed_config(old: SwatConfig, window: int | None) -> SwatConfig:
-    """A copy with one window in every layer of attention; layers of other kinds stay as they are."""
+def changed_config(old: SwatConfig, window: int | Literal["keep"] | None, sinks: int | None) -> SwatConfig:
+    """A copy with one window, and as many sinks, in every layer of attention; other kinds stay as they are."""
     config = cast(SwatConfig, copy.deepcopy(old))
     layers, plan = range(old.num_hidden_layers), old.plan()
     # by a window's presence, which is about to change; in a list of bases it does not matter
     rotaries = {str(rotary) for layer in layers if (rotary := old.rotary(layer)) is not None}
     if old.layers is not None or (len(rotaries) > 1 and not isinstance(old.rope_theta, list)):
-        config.layers = [entry_with_window(entry, window) for entry in plan]
+        config.layers = [entry_with_window(entry, window, sinks) for entry in plan]
         config.layer_types = [kind.layer_type(settings) for kind, settings in config.plan()]
-        return config
-    config.score_bias = [old.attention_settings(layer).bias() for layer in layers]
-    config.sliding_window = window
-    config.layer_types = ["full_attention" if window is None else "sliding_attention"] * len(layers)
+    elif window == "keep":
+        config.sinks = old.sinks if sinks is None else sinks
+    else:
+        config.score_bias = [old.attention_settings(layer).bias() for layer in layers]
+        config.sliding_window = window
+        config.sinks = 0 if window is None else old.sinks if sinks is None else sinks
+        config.layer_types = ["full_attention" if window is None else "sliding_attention"] * len(layers)
+    if sinks and not kept_first_tokens(config):
+        raise ValueError(f"sinks: {sinks} first tokens are kept beside a window, and no layer has one; give a window")
     return config
 
 
-def entry_with_window(entry: LayerEntry, window: int | None) -> dict[str, Any]:
+def entry_with_window(entry: LayerEntry, window: int | Literal["keep"] | None, sinks: int | None) -> dict[str, Any]:
     """An entry of `SwatConfig.layers` with all its settings, and this window if it is attention."""
-    values = {"kind": entry.kind.name, **asdict(entry.settings)}
-    if isinstance(entry.settings, AttentionLayer.Settings):
-        values |= {"sliding_window": window, "score_bias": entry.settings.bias()}
+    settings = entry.settings
+    values = {"kind": entry.kind.name, **asdict(settings)}
+    if isinstance(settings, AttentionLayer.Settings):
+        own = settings.sliding_window if window == "keep" else window
+        kept = 0 if own is None else settings.sinks if sinks is None else sinks
+        values |= {"sliding_window": own, "score_bias": settings.bias(), "sinks": kept}
     return values

@@ -23,9 +23,11 @@ class SlotCacheLayer(CacheLayerMixin):
 
     supports_early_init = False
 
-    def __init__(self, cache: "SlotCache", index: int, window: int | None, keeps_keys: bool) -> None:
+    def __init__(
+        self, cache: "SlotCache", index: int, window: int | None, keeps_keys: bool, keeps_summary: bool
+    ) -> None:
         self._cache, self._index = cache, index
-        self.window, self.keeps_keys = window, keeps_keys
+        self.window, self.keeps_keys, self.keeps_summary = window, keeps_keys, keeps_summary
         self.is_sliding = window is not None
         self.num_updated = 0
         """Tokens that came by `update`."""
@@ -38,7 +40,7 @@ class SlotCacheLayer(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether tokens can be taken back."""
-        return self.keeps_keys
+        return not self.keeps_summary
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -111,7 +113,9 @@ class SlotCache(Cache):
         layers = []
         for index, entry in enumerate(entries):
             window = getattr(entry.settings, "sliding_window", None)
-            layers.append(SlotCacheLayer(self, index, window, entry.layer_type != "linear_attention"))
+            keeps_keys = entry.layer_type != "linear_attention"
+            keeps_summary = not keeps_keys or getattr(entry.settings, "sinks", 0) > 0
+            layers.append(SlotCacheLayer(self, index, window, keeps_keys, keeps_summary))
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.max_length = max_length
         self.slots: Slots | None = None
@@ -161,7 +165,7 @@ class SlotCache(Cache):
         """The rows of a chunk that the model is about to process; what padding there is moves tokens, not positions."""
         slots = self.slots
         assert slots is not None
-        if not all(layer.keeps_keys for layer in self.layers):
+        if any(layer.keeps_summary for layer in self.layers):
             self._check_read(num_tokens, attention_mask, chunk)
         begin = None
         if attention_mask is not None and chunk.first is not None:
@@ -195,7 +199,7 @@ class SlotCache(Cache):
             if not torch.compiler.is_compiling() and bool(hidden.any()):
                 raise ValueError(
                     f"attention_mask: row {int(hidden.nonzero()[0])} hides tokens that were read, and layers here keep "
-                    "a summary of all they read, from which nothing can be taken out; read the whole rows anew, "
+                    "a summary of what they read, from which nothing can be taken out; read the whole rows anew, "
                     "without past_key_values"
                 )
         self._read = real
@@ -207,7 +211,7 @@ class SlotCache(Cache):
     def activate_past_recording(self) -> None:
         """From now on keep what taking tokens back needs. Raises ValueError where a layer keeps a summary."""
         for index, layer in enumerate(self.layers):
-            if not layer.keeps_keys:
+            if layer.keeps_summary:
                 raise ValueError(
                     f"layer {index} keeps a summary of its past, which cannot be taken back: "
                     "generate without drafts (assistant_model, prompt_lookup_num_tokens)"

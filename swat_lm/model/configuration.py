@@ -171,7 +171,7 @@ class SwatConfig(PreTrainedConfig):
         self._settle_rotary(kwargs)
         plan = self.plan()
         if self.sinks and not any(getattr(entry.settings, "sinks", 0) for entry in plan):
-            raise ValueError(f"sinks: {self.sinks} first tokens are kept beside a window, and no layer has one; set 0")
+            raise ValueError(f"sinks: {self.sinks} first tokens are kept beside a window, and no layer has one")
         if self.layers is not None:
             self.layer_types = [entry.layer_type for entry in plan]
         super().__post_init__(**kwargs)

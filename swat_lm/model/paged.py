@@ -30,6 +30,12 @@ def check_paged(config: SwatConfig) -> None:
                 f"continuous batching: layer {index} is {kind.name}, and transformers' paged cache holds keys and "
                 "values of attention alone; use generate(), or streams of swat_lm"
             )
+    for index, (_, settings) in enumerate(plan):
+        if settings.sinks:
+            raise ValueError(
+                f"continuous batching: layer {index} keeps {settings.sinks} first tokens beside its window (sinks), "
+                "and transformers' paged cache has no place for them; use generate(), or streams of swat_lm"
+            )
     kept = {"sliding_window": "window", "num_key_value_heads": "number of key/value heads", "head_dim": "head size"}
     for name, what in kept.items():
         found = {getattr(settings, name) for _, settings in plan} - {None}

@@ -42,8 +42,9 @@ def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch)
     assert [curve.num_sinks for curve in curves] == [0, 2]
     assert "num_sinks" not in json.loads((here / "bare" / "length.json").read_text())
     assert curves[0].at(64).mean_loss != curves[1].at(64).mean_loss
-    # four places of the window, two tokens and the position
-    assert curves[1].at(64).state_bytes == (curves[0].at(64).state_bytes - 8) * 6 // 4 + 8
+    # four places of the window, two tokens; of each layer where these stood and how much was read; and the position
+    layers = json.loads((here / "runs/soft/export/config.json").read_text())["num_hidden_layers"]
+    assert curves[1].at(64).state_bytes == (curves[0].at(64).state_bytes - 8) * 6 // 4 + layers * 4 * 8 + 8
 
     several = cli(*asked, "--window", "4,8", "--sinks", 2, "--out", "several")
     assert several.code == 0, several.err
@@ -51,11 +52,16 @@ def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch)
     assert [curve["num_sinks"] for curve in windows.values()] == [2, 2]
     assert windows["4"]["points"] == json.loads((here / "kept" / "length.json").read_text())["points"]
 
-    assert cli("train", "run.yaml", "train.steps=2").code == 0
+    assert (
+        cli(
+            "train", "run.yaml", "train.steps=2", "model.layers=[{kind: mamba2, ssm_head_dim: 8}]", "out=runs/mamba"
+        ).code
+        == 0
+    )
     for run, window, message in (
-        ("runs/soft", "own", "--sinks: sinks are kept beside a window"),
-        ("runs/soft", "4,none", "--sinks: sinks are kept beside a window"),
-        ("runs/run", "4", "softmax attention without slopes only"),
+        ("runs/soft", "own", "no layer has one; give a window"),
+        ("runs/soft", "4,none", "--sinks: first tokens are kept beside a window"),
+        ("runs/mamba", "4", "no layer of attention whose window"),
     ):
         failed = cli("evaluate", "length", run, "--data", "text", "--window", window, "--sinks", 2, "--out", "new")
         assert (failed.code, failed.out) == (2, "")

@@ -6,11 +6,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.evaluate.length import loss_by_length, loss_on_same_text
-from swat_lm.evaluate.sinks import SinkStreamingModel
+from swat_lm.evaluate.streaming_model import streaming_model
+from swat_lm.evaluate.windows import kept_first_tokens, with_window
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.modeling import SwatForCausalLM
 
 SINKS, WINDOW = 3, 5
+# two layers, keys and values, the window and the sinks, 16 channels of 4 bytes; the sinks' places and how much was read;
+# and the position
+STATE_BYTES = 2 * (2 * (WINDOW + SINKS) * 16 * 4 + 8 * (SINKS + 2)) + 8
+
+SMALL = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -53,18 +61,17 @@ def written_out(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("chunks", [(24,), (2, 1, 9, 12), (1,) * 24], ids=str)
 def test_it_is_what_the_definition_says(model: LlamaForCausalLM, chunks: tuple[int, ...]):
     tokens = torch.randint(40, (2, 24))
-    streaming = SinkStreamingModel(model, SINKS, WINDOW)
+    streaming = streaming_model(with_window(model, WINDOW, SINKS))
     state = streaming.start(2)
     found = torch.cat([streaming.extend(part, state) for part in tokens.split(chunks, dim=1)], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(found, written_out(model, tokens), rtol=1e-4, atol=1e-5)
-    # two layers, keys and values, the window and the sinks, 16 channels of 4 bytes, and the position
-    assert streaming.state_bytes(state) == 2 * 2 * (WINDOW + SINKS) * 16 * 4 + 8
+    assert streaming.state_bytes(state) == STATE_BYTES
 
 
 def test_a_short_text_is_read_with_full_attention(model: LlamaForCausalLM):
     tokens = torch.randint(40, (2, 8))
-    streaming = SinkStreamingModel(model, SINKS, 8)
+    streaming = streaming_model(with_window(model, 8, SINKS))
     with torch.no_grad():
         whole = model.model(tokens).last_hidden_state
     torch.testing.assert_close(streaming.extend(tokens, streaming.start(2)), whole, rtol=1e-4, atol=1e-5)
@@ -82,7 +89,7 @@ def test_a_learned_sink_keeps_its_share():
             layer.self_attn.sink.copy_(torch.tensor([0.5, 2.0]))
     for count in (2, 3):
         tokens = torch.randint(40, (count, 8))
-        streaming = SinkStreamingModel(model, SINKS, 8)
+        streaming = streaming_model(with_window(model, 8, SINKS))
         with torch.no_grad():
             whole = model.model(tokens).last_hidden_state
         torch.testing.assert_close(streaming.extend(tokens, streaming.start(count)), whole, rtol=1e-4, atol=1e-5)
@@ -93,9 +100,9 @@ def test_loss_by_length_is_measured_with_sinks(model: LlamaForCausalLM):
     plain = loss_on_same_text(model, documents, [8, 32], window=WINDOW)
     kept = loss_on_same_text(model, documents, [8, 32], window=WINDOW, num_sinks=SINKS)
     assert kept.at(32).mean_loss != pytest.approx(plain.at(32).mean_loss, rel=1e-4)
-    assert kept.at(32).state_bytes == 2 * 2 * (WINDOW + SINKS) * 16 * 4 + 8
+    assert kept.at(32).state_bytes == STATE_BYTES
     assert kept.window == WINDOW
-    with pytest.raises(ValueError, match="num_sinks: sinks are kept beside a window"):
+    with pytest.raises(ValueError, match="sinks: 3 first tokens are kept beside a window, and no layer has one"):
         loss_on_same_text(model, documents, [8, 32], num_sinks=SINKS)
 
 
@@ -107,15 +114,24 @@ def test_streams_are_read_with_sinks(model: LlamaForCausalLM):
     assert streams.at(32).mean_loss == pytest.approx(same_text.at(32).mean_loss, rel=1e-5)
     assert (streams.num_sinks, streams.window) == (SINKS, WINDOW)
     assert LengthCurve.from_json(streams.to_json()) == streams
-    with pytest.raises(ValueError, match="num_sinks: sinks are kept beside a window"):
+    with pytest.raises(ValueError, match="sinks: 3 first tokens are kept beside a window, and no layer has one"):
         loss_by_length(model, documents, [8, 32], num_sinks=SINKS)
 
 
-def test_other_models_are_refused(model: LlamaForCausalLM):
+def test_any_attention_of_ours_may_keep_them(model: LlamaForCausalLM):
     sigmoid = SwatForCausalLM(
-        SwatConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        SwatConfig(**SMALL, sliding_window=4, layers=[{"kind": "mamba2", "ssm_head_dim": 16}, "attention"])
     )
-    with pytest.raises(ValueError, match="softmax attention without slopes only"):
-        SinkStreamingModel(sigmoid, 2, 4)
-    with pytest.raises(ValueError, match="at least 1 sink"):
-        SinkStreamingModel(model, 0, 4)
+    twin = with_window(sigmoid, "keep", 2)
+    assert [getattr(entry.settings, "sinks", None) for entry in twin.config.plan()] == [None, 2]
+    # a window in each layer: sinks stay, and go with the window
+    assert kept_first_tokens(with_window(twin, 8).config) == 2
+    assert kept_first_tokens(with_window(twin, None).config) == 0
+    assert kept_first_tokens(with_window(twin, 8, 0).config) == 0
+    assert with_window(model, 8, 4).config.sinks == 4
+    flat = SwatForCausalLM(SwatConfig(**SMALL, sliding_window=4, sinks=3))
+    assert [with_window(flat, window).config.sinks for window in ("keep", 6, None)] == [3, 3, 0]
+    with pytest.raises(ValueError, match="no layer has one; give a window"):
+        with_window(flat, None, 2)
+    with pytest.raises(ValueError, match="expected a number of first tokens"):
+        loss_by_length(model, [[1, 2, 3, 4]], [4], window=2, num_sinks=-1)
