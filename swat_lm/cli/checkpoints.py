@@ -77,7 +77,7 @@ def load_behind_window(
     if len(windows) != 1:
         raise ValueError(f"--window: this command takes one window, got {window!r}")
     model, tokens = load_any_checkpoint(name, tokenizer, device)
-    return behind_window(model, *windows), tokens
+    return behind_window(model, windows[0]), tokens
 
 
 def behind_window(model: "PreTrainedModel", window: str, sinks: int = 0) -> "PreTrainedModel":

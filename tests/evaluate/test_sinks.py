@@ -12,8 +12,8 @@ from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.modeling import SwatForCausalLM
 
 SINKS, WINDOW = 3, 5
-# two layers, keys and values, the window and the sinks, 16 channels of 4 bytes; the sinks' places and how much was read;
-# and the position
+# two layers, keys and values, the window and the sinks, 16 channels of 4 bytes; the sinks' places and how much
+# was read; and the position
 STATE_BYTES = 2 * (2 * (WINDOW + SINKS) * 16 * 4 + 8 * (SINKS + 2)) + 8
 
 SMALL = {
