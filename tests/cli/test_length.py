@@ -52,12 +52,8 @@ def test_sinks_beside_a_window(cli, here: Path, monkeypatch: pytest.MonkeyPatch)
     assert [curve["num_sinks"] for curve in windows.values()] == [2, 2]
     assert windows["4"]["points"] == json.loads((here / "kept" / "length.json").read_text())["points"]
 
-    assert (
-        cli(
-            "train", "run.yaml", "train.steps=2", "model.layers=[{kind: mamba2, ssm_head_dim: 8}]", "out=runs/mamba"
-        ).code
-        == 0
-    )
+    recurrent = ("model.layers=[{kind: mamba2, ssm_head_dim: 8}]", "out=runs/mamba")
+    assert cli("train", "run.yaml", "train.steps=2", *recurrent).code == 0
     for run, window, message in (
         ("runs/soft", "own", "no layer has one; give a window"),
         ("runs/soft", "4,none", "--sinks: first tokens are kept beside a window"),
