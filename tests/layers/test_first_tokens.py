@@ -10,7 +10,10 @@ from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.layers.attention import AttentionLayer
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.window_attention import AttentionSettings, WindowAttention
+from swat_lm.model.cache import SlotCache
+from swat_lm.model.cost import plan_costs
 from swat_lm.model.inputs import plan_chunk
+from swat_lm.model.paged import check_paged
 
 SINKS, WINDOW, LENGTH = 3, 5, 24
 SOFTMAX = {"score_function": "softmax", "slopes": "none"}
@@ -220,3 +223,21 @@ def test_what_cannot_be_is_refused():
     mixed = config(sliding_window=[WINDOW, None])
     assert [entry.settings.sinks for entry in mixed.plan()] == [SINKS, 0]
     assert math.isclose(mixed.attention_settings(0).bias(), 0.0)
+
+
+def test_what_has_no_place_for_them_says_so():
+    model = built(**SOFTMAX)
+    ids = torch.randint(40, (1, 12))
+    with pytest.raises(ValueError, match="keeps a summary of its past, which cannot be taken back"):
+        model.generate(ids, max_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="keeps 3 first tokens beside its window"):
+        check_paged(model.config)
+    cache = SlotCache(model.config)
+    model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    # the first token is kept: it cannot be hidden any more
+    later = torch.ones(1, 13, dtype=torch.int64)
+    later[0, 0] = 0
+    with pytest.raises(ValueError, match="hides tokens that were read"):
+        model(torch.ones(1, 2, dtype=torch.int64), attention_mask=torch.nn.functional.pad(later, (0, 1)),
+              past_key_values=cache)  # fmt: skip
+    assert plan_costs(model.config, 100)[0].words == "window 5 and the first 3"

@@ -50,6 +50,17 @@ def test_any_layout_of_inputs_and_of_the_incoming_gradient(interpreted, score_fu
     interpreted(check_layouts, score_function)
 
 
+def check_few_keys(score_function):
+    # first tokens that are kept: many more queries than keys
+    shape = (2, 40, 3, 4, 2, 8)
+    compare(shape, score_function, None, lambda t: t, *ragged(shape))
+
+
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_more_queries_than_keys(interpreted, score_function):
+    interpreted(check_few_keys, score_function)
+
+
 def check_expanded():
     from swat_lm.ops import window_attention
 
