@@ -7,7 +7,7 @@ settings of attention may be lists with one value per layer, which is all that m
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from swat_lm.files import write_text
 from swat_lm.layers import AttentionLayer, AttentionSettings
 from swat_lm.model.fitting import explain_misfit
+from swat_lm.model.layer_views import LayerViews
 from swat_lm.model.plan import LayerEntry, kinds_with, resolve_plan
 from swat_lm.model.presets import preset_fields
 from swat_lm.model.registration import AUTO_CODE, AUTO_MAP, AUTO_MODULE, MODEL_TYPE
@@ -31,36 +32,6 @@ PER_LAYER = ("sliding_window", "score_function", "slopes", "score_bias", "use_ro
 
 HEADS = "swat_heads"
 """The style of swat_lm/model/tensor_parallel.py."""
-
-
-class LayerView:
-    """The configuration as one layer has it: `sliding_window` is the layer's own, everything else is shared.
-
-    Hugging Face's caches read `config.per_layer_config[i].sliding_window`, so per-layer windows work in them.
-    """
-
-    def __init__(self, config: "SwatConfig", entry: LayerEntry) -> None:
-        self._config = config
-        self.sliding_window = getattr(entry.settings, "sliding_window", None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
-
-
-class LayerViews(Sequence[LayerView]):
-    """The views of all layers, by index."""
-
-    def __init__(self, config: "SwatConfig") -> None:
-        self._views = [LayerView(config, entry) for entry in config.plan()]
-
-    def __len__(self) -> int:
-        return len(self._views)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._views[index]
-
-    def __iter__(self) -> Iterator[LayerView]:
-        return iter(self._views)
 
 
 @strict
