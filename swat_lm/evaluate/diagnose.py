@@ -152,7 +152,10 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
     key = key.repeat_interleave(settings.num_attention_heads // settings.num_key_value_heads, dim=2)
     count = hidden.shape[1]
     distance, visible = distances(len(hidden), count, count, None, None, settings.sliding_window, hidden.device)
-    scores = torch.einsum("bthd,bshd->bhts", query.float(), key.float()) * settings.head_dim**-0.5
+    scores = torch.einsum("bthd,bshd->bhts", query.float(), key.float()) * attention.scale
+    if settings.attn_logit_softcapping is not None:
+        cap = settings.attn_logit_softcapping
+        scores = cap * torch.tanh(scores / cap)
     slopes = attention.slopes_on(hidden.device)
     if slopes is not None:
         scores = scores + slopes.float()[:, None, None] * distance.float()[:, None]

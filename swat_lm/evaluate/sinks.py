@@ -55,16 +55,17 @@ class SinkAttention(WindowAttention):
             far = apply_rotary(query, *self.rotary.angles(kept, hidden.dtype))
         sink_key, sink_value = self._sinks(key, value, chunk, past)
         items, _ = past.extend(key=key, value=value)
+        cap = self.settings.attn_logit_softcapping
         first, lse = window_attention(
             near, items["key"], items["value"], window=self.settings.sliding_window, score_function="softmax",
-            slopes=None, return_lse=True,
+            slopes=None, scale=self.scale, softcap=cap, return_lse=True,
         )  # fmt: skip
         # sinks that still stand in the window are seen there
         last = chunk.positions - self.settings.sliding_window
         last = last.clamp(min=-1, max=self.num_sinks - 1).to(torch.int32).expand(len(key), -1).contiguous()
         second, sink_lse = window_attention(
             far, sink_key, sink_value, window=None, score_function="softmax", slopes=None, last_visible=last,
-            return_lse=True,
+            scale=self.scale, softcap=cap, return_lse=True,
         )  # fmt: skip
         # rows that see no sink have a log-sum-exp of minus infinity
         share = torch.sigmoid(lse - sink_lse).unsqueeze(-1)

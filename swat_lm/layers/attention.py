@@ -26,10 +26,13 @@ class AttentionLayer(PreNorm):
         if settings.use_rotary and shared.rotary is not None:
             rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
         mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps)
-        feed_forward = FeedForward(width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act)
-        super().__init__(
-            mixer, feed_forward, width, shared.norm_eps, settings.residual_multiplier, settings.norm_placement
+        feed_forward = FeedForward(
+            width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
         )
+        super().__init__(
+            mixer, feed_forward, width, shared.norm_eps, settings.residual_multiplier, settings.norm_placement,
+            settings.norm,
+        )  # fmt: skip
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:

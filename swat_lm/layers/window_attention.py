@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from swat_lm.layers.base import InPlace, Output, Past, StateTensor
 from swat_lm.layers.chunk import Chunk, Rotary
-from swat_lm.layers.norm import RMSNorm
-from swat_lm.layers.pre_norm import ACTIVATIONS, NORM_PLACEMENTS, Mixer
+from swat_lm.layers.norm import NORMS, RMSNorm
+from swat_lm.layers.pre_norm import ACTIVATIONS, FEED_FORWARDS, NORM_PLACEMENTS, Mixer
 from swat_lm.ops import window_attention, window_attention_step
 from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.flops import attention_flops
@@ -51,8 +51,11 @@ class AttentionSettings:
     """Of `o_proj`; None: as `attention_bias` says."""
     mlp_bias: bool = False
     attention_multiplier: float | None = None
+    attn_logit_softcapping: float | None = None
     residual_multiplier: float = 1.0
+    norm: str = "rms"
     norm_placement: str = "pre"
+    feed_forward: str = "gated"
     hidden_act: str = "silu"
     use_rotary: bool = True
     rope_theta: float | None = None
@@ -83,12 +86,14 @@ class AttentionSettings:
             raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
         for name, words in (
             ("qk_norm_over", QK_NORMS),
+            ("norm", tuple(NORMS)),
             ("norm_placement", NORM_PLACEMENTS),
+            ("feed_forward", FEED_FORWARDS),
             ("hidden_act", ACTIVATIONS),
         ):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, words))}, got {getattr(self, name)!r}")
-        for name in ("attention_multiplier", "residual_multiplier"):
+        for name in ("attention_multiplier", "attn_logit_softcapping", "residual_multiplier"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -221,7 +226,8 @@ class WindowAttention(Mixer):
             # the kernels rotate where tokens see what is before them, and all of it
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
             rotary = None
-        if blind is not None:
+        softcap = settings.attn_logit_softcapping
+        if blind is not None and softcap is None:
             query, key, value = hide_keys(query, key, value, blind, scale)
         result = window_attention(
             query,
@@ -235,6 +241,8 @@ class WindowAttention(Mixer):
             first_visible=chunk.first_visible(num_past),
             last_visible=chunk.last_visible(num_past),
             rotary=rotary,
+            softcap=softcap,
+            hidden=None if softcap is None else blind,
             return_lse=settings.learned_sink,
             backend=settings.attention_backend,
         )
@@ -295,6 +303,7 @@ class WindowAttention(Mixer):
                 score_bias=self.score_bias,
                 scale=self.scale,
                 rotary=rotary,
+                softcap=settings.attn_logit_softcapping,
                 return_lse=settings.learned_sink,
                 backend=settings.attention_backend,
             )
