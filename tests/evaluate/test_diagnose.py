@@ -23,6 +23,7 @@ def streams(count: int, length: int) -> list[np.ndarray]:
         {},
         {"slopes": "1:1", "score_bias": -1.5, "num_key_value_heads": 1, "qk_norm": True},
         {"score_function": "softmax", "slopes": "none", "learned_sink": True},
+        {"attn_logit_softcapping": 0.3, "attention_multiplier": 0.9},
         {"use_rotary": False, "sliding_window": None},
     ],
 )
