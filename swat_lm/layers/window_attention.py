@@ -242,6 +242,7 @@ class WindowAttention(Mixer):
             last_visible=chunk.last_visible(num_past),
             rotary=rotary,
             softcap=softcap,
+            # no capped score is low enough to hide by
             hidden=None if softcap is None else blind,
             return_lse=settings.learned_sink,
             backend=settings.attention_backend,

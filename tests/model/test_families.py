@@ -193,6 +193,8 @@ def test_weights_are_taken_over_as_they_are():
         ValueError, match=r"qk_norm_over would change the shapes .* leave qk_norm_over at the source's head"
     ):
         convert(source, qk_norm_over="layer")
+    with pytest.raises(ValueError, match=r"feed_forward would change the shapes .* at the source's plain"):
+        convert(source_model("starcoder2", {}), feed_forward="gated")
     with pytest.raises(ValueError, match=r"not understood: model\.layers\.0\.self_attn\.k_norm"):
         convert(source, qk_norm=False)
     # where the source has none, it is one more to train
