@@ -7,7 +7,8 @@ PROGRAM = """
 import onnxruntime, torch
 from swat_lm import SwatConfig, SwatForCausalLM
 
-for changes in ({}, {"score_function": "softmax", "learned_sink": True, "sliding_window": [16, None]}):
+capped = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.5, "norm": "layer", "feed_forward": "plain"}
+for changes in ({}, {"score_function": "softmax", "learned_sink": True, "sliding_window": [16, None]}, capped):
     torch.manual_seed(0)
     config = SwatConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -23,7 +23,7 @@ def convert(
     ] = None,
 ) -> None:
     """Take over a model of another family: Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3,
-    Granite, OLMo 2 and 3, Gemma 3 (text) or Mamba-2.
+    Granite, OLMo 2 and 3, Gemma 2 and 3 (text), StarCoder2 or Mamba-2.
 
     The result is the same function, or a windowed model to train on. With `--window keep` and no --set the result
     computes what the source computes. A change that has no meaning for the source is refused.

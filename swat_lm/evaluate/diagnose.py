@@ -144,15 +144,26 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
 
     With a learned sink its share is missing from the rows' sums.
     """
-    settings = attention.settings
+    settings, count = attention.settings, hidden.shape[1]
     query, key, _ = attention.project(hidden)
-    if attention.rotary is not None:
-        angles = chunk.angles(attention.rotary, hidden.dtype)
-        query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
-    key = key.repeat_interleave(settings.num_attention_heads // settings.num_key_value_heads, dim=2)
-    count = hidden.shape[1]
     distance, visible = distances(len(hidden), count, count, None, None, settings.sliding_window, hidden.device)
-    scores = torch.einsum("bthd,bshd->bhts", query.float(), key.float()) * settings.head_dim**-0.5
+    own = torch.arange(count, device=hidden.device)
+    scores = products(attention, query, key, chunk.positions, chunk.positions)
+    if settings.sinks:
+        window, kept = cast(int, settings.sliding_window), own[: settings.sinks]
+        # of the first tokens those that have left the window, `[T]`, and which pairs that makes
+        gone = (own - window + 1).clamp(0, settings.sinks)
+        seen = kept < gone[:, None]
+        places = [own, kept]
+        if settings.sink_positions == "cache":
+            places = [(window - 1 + gone).clamp(min=0), kept]
+            distance[..., : len(kept)] = torch.where(seen, places[0][:, None] - kept, distance[..., : len(kept)])
+        far = products(attention, query, key[:, : len(kept)], *(place[None] for place in places))
+        scores[..., : len(kept)] = torch.where(seen, far, scores[..., : len(kept)])
+        visible[..., : len(kept)] |= seen
+    if settings.attn_logit_softcapping is not None:
+        cap = settings.attn_logit_softcapping
+        scores = cap * torch.tanh(scores / cap)
     slopes = attention.slopes_on(hidden.device)
     if slopes is not None:
         scores = scores + slopes.float()[:, None, None] * distance.float()[:, None]
@@ -163,6 +174,16 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
         return torch.softmax(scores, dim=-1)
     sink = attention.sink.float()[:, None, None].expand(*scores.shape[:3], 1)
     return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
+
+
+def products(attention: WindowAttention, query: Tensor, key: Tensor, *places: Tensor) -> Tensor:
+    """Scaled products `[B, H, T, S]` in float32 of queries and keys, rotated to places `[1, T]` and `[1, S]`."""
+    if attention.rotary is not None:
+        query, key = (
+            apply_rotary(x, *attention.rotary.angles(own, x.dtype)) for x, own in zip((query, key), places, strict=True)
+        )
+    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+    return torch.einsum("bthd,bshd->bhts", query.float(), key.float()) * attention.scale
 
 
 class Observer:

@@ -1,9 +1,10 @@
 """Layers behind one contract; a model names their kinds in `SwatConfig.layers`."""
 
 from swat_lm.layers.attention import AttentionLayer
+from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import Layer
 from swat_lm.layers.mamba2 import Mamba2Layer
-from swat_lm.layers.window_attention import AttentionSettings, WindowAttention
+from swat_lm.layers.window_attention import WindowAttention
 
 LAYERS: dict[str, type[Layer]] = {kind.name: kind for kind in (AttentionLayer, Mamba2Layer)}
 

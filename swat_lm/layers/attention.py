@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import Shared
 from swat_lm.layers.lean import AttentionPlan, plan_attention
 from swat_lm.layers.pre_norm import FeedForward, PreNorm, start
-from swat_lm.layers.window_attention import AttentionSettings, WindowAttention
+from swat_lm.layers.window_attention import WindowAttention
 
 
 class AttentionLayer(PreNorm):
@@ -26,10 +27,13 @@ class AttentionLayer(PreNorm):
         if settings.use_rotary and shared.rotary is not None:
             rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
         mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps)
-        feed_forward = FeedForward(width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act)
-        super().__init__(
-            mixer, feed_forward, width, shared.norm_eps, settings.residual_multiplier, settings.norm_placement
+        feed_forward = FeedForward(
+            width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
         )
+        super().__init__(
+            mixer, feed_forward, width, shared.norm_eps, settings.residual_multiplier, settings.norm_placement,
+            settings.norm,
+        )  # fmt: skip
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:

@@ -188,6 +188,7 @@ class FirstTokens:
             slopes=attention.slopes_on(query.device),
             score_bias=self.bias_beside(window, query),
             scale=attention.scale,
+            softcap=attention.settings.attn_logit_softcapping,
             first_visible=seen.first,
             last_visible=(seen.first + seen.count - 1).to(torch.int32).contiguous(),
             return_lse=softmax,
@@ -229,6 +230,9 @@ class FirstTokens:
         batch, num_kv_heads, _, head_dim = key.shape
         rows = query.to(precise).view(batch, num_kv_heads, -1, head_dim)
         scores = torch.matmul(rows, key.to(precise).transpose(2, 3)).mul_(attention.scale)
+        cap = attention.settings.attn_logit_softcapping
+        if cap is not None:
+            scores = scores.div_(cap).tanh_().mul_(cap)
         bias = self.bias_beside(window, query)
         if isinstance(bias, Tensor):
             slopes = attention.slopes_on(query.device)

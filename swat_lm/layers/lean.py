@@ -102,8 +102,9 @@ class AttentionPlan(LayerPlan):
         super().__init__(layer)
         attention, feed_forward = layer.self_attn, layer.mlp
         self.attention = attention
-        assert layer.input_layernorm is not None
-        assert layer.post_attention_layernorm is not None
+        assert isinstance(layer.input_layernorm, RMSNorm)
+        assert isinstance(layer.post_attention_layernorm, RMSNorm)
+        assert feed_forward.gate_proj is not None
         self.input_norm = Norm(layer.input_layernorm)
         # [M, (H + 2 K) D]
         self.query_key_value = Matrix(joined([attention.q_proj, attention.k_proj, attention.v_proj]))
@@ -151,7 +152,7 @@ class AttentionPlan(LayerPlan):
             table = self._table = periodic_table(ring.shape[1], settings.num_key_value_heads, bias)
         output, lse = step_together(
             query, key, value, ring, past.kept["value"], position, table, settings.score_function,
-            attention.scale, return_lse=attention.asks_for_lse,
+            attention.scale, return_lse=attention.asks_for_lse, softcap=settings.attn_logit_softcapping,
         )  # fmt: skip
         return self.attention.heads_output(join_heads(output if lse is None else (output, lse), far))
 
@@ -159,8 +160,9 @@ class AttentionPlan(LayerPlan):
 def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     """Store the weights by input channel and join those with the same input; returns the plan that uses them.
 
-    None where the layer has what a plan does not cover (biases, qk_norm, norms behind, a scaled residual stream,
-    another activation than SiLU, adapters, fewer than 32 bits): its weights are laid out all the same.
+    None where the layer has what a plan does not cover (biases, qk_norm, norms behind or of another kind than RMS, a
+    feed-forward without a gate, a scaled residual stream, another activation than SiLU, adapters, fewer than 32 bits):
+    its weights are laid out all the same.
     """
     attention, feed_forward = layer.self_attn, layer.mlp
     # down_proj stays as it is: few outputs of many inputs are read faster by rows
@@ -174,6 +176,8 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     if (
         attention.q_norm is not None
         or attention.settings.norm_placement != "pre"
+        or attention.settings.norm != "rms"
+        or attention.settings.feed_forward != "gated"
         or attention.settings.hidden_act != "silu"
         or layer.residual_multiplier != 1
         or not all(is_plain(module) for module in linears)

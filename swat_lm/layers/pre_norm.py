@@ -1,6 +1,7 @@
 """Llama's layer around any mixer: a norm before the mixer and one before SwiGLU, each added to the residual stream.
 
-Or with norms behind them, as OLMo 2 has them (arXiv 2501.00656), or before and behind.
+Or with norms behind them, as OLMo 2 has them (arXiv 2501.00656), or before and behind; with LayerNorm, and a
+feed-forward without a gate, as StarCoder2 has them (arXiv 2402.19173).
 
 Parameter names and shapes are Llama's. Legend: B rows, T tokens, M width.
 """
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTensor, TokenMixer
 from swat_lm.layers.chunk import Chunk
-from swat_lm.layers.norm import RMSNorm
+from swat_lm.layers.norm import NORMS
 
 NORM_PLACEMENTS = ("pre", "post", "both")
 """Before mixer and feed-forward, behind each before it joins the residual stream, or both."""
@@ -31,21 +32,27 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
-"""Of the feed-forward's gate, by Hugging Face's names."""
+"""Of the feed-forward's gate, or of all that it widens where it has none; by Hugging Face's names."""
+
+FEED_FORWARDS = ("gated", "plain")
 
 
 class FeedForward(nn.Module):
-    """SwiGLU or GEGLU (arXiv 2002.05202): `down(activation(gate(x)) * up(x))`."""
+    """SwiGLU or GEGLU (arXiv 2002.05202): `down(activation(gate(x)) * up(x))`; plain: `down(activation(up(x)))`."""
 
-    def __init__(self, width: int, intermediate_size: int, bias: bool = False, activation: str = "silu") -> None:
+    def __init__(
+        self, width: int, intermediate_size: int, bias: bool = False, activation: str = "silu", kind: str = "gated"
+    ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.gate_proj = nn.Linear(width, intermediate_size, bias=bias)
+        self.gate_proj = nn.Linear(width, intermediate_size, bias=bias) if kind == "gated" else None
         self.up_proj = nn.Linear(width, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, width, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[B, T, M]` to `[B, T, M]`."""
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(hidden)))
         return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
@@ -60,16 +67,17 @@ class PreNorm(Layer):
         norm_eps: float,
         residual_multiplier: float = 1.0,
         norm_placement: str = "pre",
+        norm: str = "rms",
     ) -> None:
         super().__init__()
         self.self_attn: Mixer = mixer
         self.mlp = feed_forward
         self.residual_multiplier = residual_multiplier
-        before, behind = norm_placement != "post", norm_placement != "pre"
-        self.input_layernorm = RMSNorm(width, norm_eps) if before else None
-        self.post_attention_layernorm = RMSNorm(width, norm_eps) if before else None
-        self.mixer_output_layernorm = RMSNorm(width, norm_eps) if behind else None
-        self.feedforward_output_layernorm = RMSNorm(width, norm_eps) if behind else None
+        before, behind, made = norm_placement != "post", norm_placement != "pre", NORMS[norm]
+        self.input_layernorm = made(width, norm_eps) if before else None
+        self.post_attention_layernorm = made(width, norm_eps) if before else None
+        self.mixer_output_layernorm = made(width, norm_eps) if behind else None
+        self.feedforward_output_layernorm = made(width, norm_eps) if behind else None
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Process a chunk `[B, T, M]` after its past."""
@@ -84,7 +92,7 @@ class PreNorm(Layer):
     def _mixer_input(self, hidden: Tensor) -> Tensor:
         return hidden if self.input_layernorm is None else self.input_layernorm(hidden)
 
-    def _join(self, hidden: Tensor, change: Tensor, norm: RMSNorm | None) -> Tensor:
+    def _join(self, hidden: Tensor, change: Tensor, norm: nn.Module | None) -> Tensor:
         """The residual stream with what the mixer or the feed-forward adds to it."""
         change = change if norm is None else norm(change)
         return hidden + (change if self.residual_multiplier == 1 else change * self.residual_multiplier)

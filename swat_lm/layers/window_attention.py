@@ -4,133 +4,22 @@ Parameter names and shapes are Llama's. Equations: SWAT (arXiv 2502.18845), Eq. 
 Legend: B rows, T tokens, P kept tokens, M width, H query heads, K key/value heads, D head size.
 """
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import InPlace, Output, Past, StateTensor
 from swat_lm.layers.chunk import Chunk, Rotary
-from swat_lm.layers.first_tokens import SINK_POSITIONS, FirstTokens, Heads, join_heads
+from swat_lm.layers.first_tokens import FirstTokens, Heads, join_heads
 from swat_lm.layers.norm import RMSNorm
-from swat_lm.layers.pre_norm import ACTIVATIONS, NORM_PLACEMENTS, Mixer
+from swat_lm.layers.pre_norm import Mixer
 from swat_lm.ops import window_attention, window_attention_step
-from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.flops import attention_flops
 from swat_lm.ops.hiding import hide_keys
 from swat_lm.ops.rotary import apply_rotary, half_angles, rotate_paired
 from swat_lm.ops.slopes import slopes_for
-
-INVERSE_WINDOW = "-log(window)"
-QK_NORMS = ("head", "layer")
-# kernels count positions in 32 bits, and differences of two of them must fit as well
-LARGEST_WINDOW = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionSettings:
-    """What may be set of a layer of windowed attention; the fields of SwatConfig of the same names explain them."""
-
-    sliding_window: int | None = 1024
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 16
-    head_dim: int = 64
-    intermediate_size: int = 2816
-    score_function: str = "sigmoid"
-    slopes: str = "balanced"
-    slope_schedule: str = "swat"
-    score_bias: float | str = 0.0
-    qk_norm: bool = False
-    qk_norm_over: str = "head"
-    """"head": each head by itself, with one weight for all of them; "layer": all heads together."""
-    output_norm: bool = False
-    learned_sink: bool = False
-    sinks: int = 0
-    """First tokens of a document that stay visible when they have left the window."""
-    sink_positions: str = "cache"
-    """Where rotary and slopes see them: "cache", right before the window; "absolute", where they stood."""
-    attention_bias: bool = False
-    output_bias: bool | None = None
-    """Of `o_proj`; None: as `attention_bias` says."""
-    mlp_bias: bool = False
-    attention_multiplier: float | None = None
-    residual_multiplier: float = 1.0
-    norm_placement: str = "pre"
-    hidden_act: str = "silu"
-    use_rotary: bool = True
-    rope_theta: float | None = None
-    """Rotary base; None: that of `rope_parameters`."""
-    rope_parameters: dict[str, Any] | None = None
-    attention_backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Hold every setting to its range. Raises ValueError, which begins with the setting's name."""
-        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        heads, kv_heads, window = self.num_attention_heads, self.num_key_value_heads, self.sliding_window
-        if heads % kv_heads:
-            raise ValueError(
-                f"num_key_value_heads: expected a divisor of num_attention_heads ({heads}), got {kv_heads}"
-            )
-        if window is not None and not 1 <= window <= LARGEST_WINDOW:
-            limit = f"at most {LARGEST_WINDOW}" if window > LARGEST_WINDOW else "at least 1 (a query counts itself)"
-            raise ValueError(f"sliding_window: expected {limit} or None for full attention, got {window}")
-        self._check_sinks()
-        if self.score_function not in ("sigmoid", "softmax"):
-            raise ValueError(f"score_function: expected 'sigmoid' or 'softmax', got {self.score_function!r}")
-        slopes_for(heads, self.slopes, self.slope_schedule)
-        self.bias()
-        if self.learned_sink and self.score_function != "softmax":
-            raise ValueError("learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it")
-        if self.use_rotary and self.head_dim % 2:
-            raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
-        for name, words in (
-            ("qk_norm_over", QK_NORMS),
-            ("sink_positions", SINK_POSITIONS),
-            ("norm_placement", NORM_PLACEMENTS),
-            ("hidden_act", ACTIVATIONS),
-        ):
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name}: expected {' or '.join(map(repr, words))}, got {getattr(self, name)!r}")
-        for name in ("attention_multiplier", "residual_multiplier"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
-        if self.attention_backend not in BACKENDS:
-            raise ValueError(f"attention_backend: expected {', '.join(BACKENDS)}, got {self.attention_backend!r}")
-
-    def _check_sinks(self) -> None:
-        if self.sinks < 0:
-            raise ValueError(f"sinks: expected a number of first tokens to keep, or 0 for none, got {self.sinks}")
-        if self.sinks and self.sliding_window is None:
-            raise ValueError(
-                f"sinks: {self.sinks} first tokens are kept beside a window, and the layer has none, so it sees all; "
-                "give it a sliding_window, or set sinks=0"
-            )
-        if self.sinks and self.sink_positions == "absolute" and self.slopes != "none":
-            raise ValueError(
-                "sink_positions: 'absolute' leaves the first tokens where they stood, and a slope has no bound so far "
-                "away; use 'cache', which puts them right before the window, or slopes='none'"
-            )
-
-    def bias(self) -> float:
-        """The number that is added to every score. Raises ValueError where there is none."""
-        bias = self.score_bias
-        if isinstance(bias, str):
-            if bias != INVERSE_WINDOW:
-                raise ValueError(f"score_bias: expected a number or {INVERSE_WINDOW!r}, got {bias!r}")
-            if self.sliding_window is None:
-                raise ValueError(
-                    f"score_bias: the layer has no window, so {INVERSE_WINDOW!r} has no meaning; "
-                    "set score_bias=0 or another number, or a list with one entry per layer"
-                )
-            return -math.log(self.sliding_window)
-        if not math.isfinite(bias):
-            raise ValueError(f"score_bias: expected a finite number, got {bias}")
-        return float(bias)
 
 
 class WindowAttention(Mixer):
@@ -256,7 +145,8 @@ class WindowAttention(Mixer):
             # the kernels rotate where tokens see what is before them, and all of it
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
             rotary = None
-        if blind is not None:
+        softcap = settings.attn_logit_softcapping
+        if blind is not None and softcap is None:
             query, key, value = hide_keys(query, key, value, blind, scale)
         result = window_attention(
             query,
@@ -270,6 +160,9 @@ class WindowAttention(Mixer):
             first_visible=chunk.first_visible(num_past),
             last_visible=chunk.last_visible(num_past),
             rotary=rotary,
+            softcap=softcap,
+            # no capped score is low enough to hide by
+            hidden=None if softcap is None else blind,
             return_lse=self.asks_for_lse,
             backend=settings.attention_backend,
         )
@@ -331,6 +224,7 @@ class WindowAttention(Mixer):
             slopes=self.slopes_on(query.device),
             score_bias=self.score_bias,
             scale=self.scale,
+            softcap=settings.attn_logit_softcapping,
             rotary=rotary,
             return_lse=self.asks_for_lse,
             backend=settings.attention_backend,

@@ -7,7 +7,7 @@ settings of attention may be lists with one value per layer, which is all that m
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from swat_lm.files import write_text
 from swat_lm.layers import AttentionLayer, AttentionSettings
 from swat_lm.model.fitting import explain_misfit
+from swat_lm.model.layer_views import LayerViews
 from swat_lm.model.plan import LayerEntry, kinds_with, resolve_plan
 from swat_lm.model.presets import preset_fields
 from swat_lm.model.registration import AUTO_CODE, AUTO_MAP, AUTO_MODULE, MODEL_TYPE
@@ -31,36 +32,6 @@ PER_LAYER = ("sliding_window", "score_function", "slopes", "score_bias", "use_ro
 
 HEADS = "swat_heads"
 """The style of swat_lm/model/tensor_parallel.py."""
-
-
-class LayerView:
-    """The configuration as one layer has it: `sliding_window` is the layer's own, everything else is shared.
-
-    Hugging Face's caches read `config.per_layer_config[i].sliding_window`, so per-layer windows work in them.
-    """
-
-    def __init__(self, config: "SwatConfig", entry: LayerEntry) -> None:
-        self._config = config
-        self.sliding_window = getattr(entry.settings, "sliding_window", None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
-
-
-class LayerViews(Sequence[LayerView]):
-    """The views of all layers, by index."""
-
-    def __init__(self, config: "SwatConfig") -> None:
-        self._views = [LayerView(config, entry) for entry in config.plan()]
-
-    def __len__(self) -> int:
-        return len(self._views)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._views[index]
-
-    def __iter__(self) -> Iterator[LayerView]:
-        return iter(self._views)
 
 
 @strict
@@ -90,8 +61,12 @@ class SwatConfig(PreTrainedConfig):
         logits_scaling: what logits are divided by.
         residual_multiplier: what attention and feed-forward give is multiplied with, before it joins the stream.
         attention_multiplier: what products of queries and keys are multiplied with; None: `head_dim ** -0.5`.
+        attn_logit_softcapping: c caps these products softly, as `c * tanh(product / c)`; None: as they are.
+        final_logit_softcapping: the same for logits, after `logits_scaling`.
+        norm: "rms" or "layer" (LayerNorm with bias), around attention and feed-forward and behind the last layer.
         norm_placement: norms "pre" (before attention and feed-forward), "post" (behind them) or "both".
-        hidden_act: activation of the feed-forward's gate.
+        feed_forward: "gated" (SwiGLU, GEGLU), or "plain": `down_proj(activation(up_proj(x)))`.
+        hidden_act: activation of the feed-forward's gate, or of the plain one.
         use_rotary: rotary position embedding on or off; or one per layer.
         rope_theta: rotary base; a list gives one per layer. A single base is kept in `rope_parameters`.
         rope_parameters: Hugging Face's form: rope_theta, rope_type ("default", "linear", "llama3", "yarn"), ...
@@ -127,8 +102,12 @@ class SwatConfig(PreTrainedConfig):
     embedding_multiplier: float | int = 1.0
     logits_scaling: float | int = 1.0
     residual_multiplier: float | int = 1.0
+    norm: Literal["rms", "layer"] = "rms"
     norm_placement: Literal["pre", "post", "both"] = "pre"
+    feed_forward: Literal["gated", "plain"] = "gated"
     attention_multiplier: float | int | None = None
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
     attention_bias: bool = False
     output_bias: bool | None = None
     mlp_bias: bool = False
@@ -191,7 +170,9 @@ class SwatConfig(PreTrainedConfig):
         if any(settings.learned_sink for settings in attention):
             own["sink"] = HEADS
         cut = {"self_attn": HEADS} | {f"self_attn.{name}": style for name, style in own.items()}
-        cut |= {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        cut |= {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        if any(settings.feed_forward == "gated" for settings in attention):
+            cut["mlp.gate_proj"] = "colwise"
         return {f"layers.*.{name}": style for name, style in cut.items()}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -261,6 +242,9 @@ class SwatConfig(PreTrainedConfig):
         for name in ("embedding_multiplier", "logits_scaling"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        cap = self.final_logit_softcapping
+        if cap is not None and not 0 < cap < math.inf:
+            raise ValueError(f"final_logit_softcapping: expected a positive number, or None to cap nothing; got {cap}")
 
     def _settle_windows(self) -> None:
         windows = self._per_layer("sliding_window")

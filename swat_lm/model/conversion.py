@@ -36,6 +36,8 @@ WEIGHT_SHAPES = (
     "attention_bias",
     "output_bias",
     "mlp_bias",
+    "norm",
+    "feed_forward",
 )
 # of the tokenizer, and the record of the text that the weights were trained on
 FILES_BESIDE = (

@@ -41,7 +41,7 @@ def count_parameters(config: SwatConfig) -> Parameters:
     layers = sum(map(layer_parameters, layers_without_weights(config)))
     embedding = config.vocab_size * config.hidden_size
     output = 0 if config.tie_word_embeddings else embedding
-    rest = layers + config.hidden_size
+    rest = layers + config.hidden_size * (2 if config.norm == "layer" else 1)
     return Parameters(embedding + output + rest, embedding, output, rest)
 
 

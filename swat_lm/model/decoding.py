@@ -27,7 +27,7 @@ class DecodingPlan:
     def __init__(self, model: "SwatForCausalLM") -> None:
         self.layers: list[LayerPlan | None] = [layer.decoding_plan() for layer in model.model.stack]
         self._planned = list(model.model.stack)
-        self._final_norm = Norm(model.model.norm)
+        self._final_norm = Norm(model.model.norm) if isinstance(model.model.norm, RMSNorm) else None
         self._norm_held: Held = [held for held in held_by(model.model) if isinstance(held[2], RMSNorm)]
         self.head: Matrix | None = None
         """`[M, V]`; None where the output embedding is called instead."""
@@ -69,10 +69,12 @@ class DecodingPlan:
         places = set(positions.tolist()) if may_share else set()
         position = places.pop() if len(places) == 1 else None
         chunk = Chunk((positions if position is None else positions[:1])[:, None])
-        if self._is_whole(layers):
-            return self._final_norm(step_layers(layers, hidden, chunk, pasts, self.layers, position))
-        hidden = step_layers(layers, hidden, chunk, pasts, self.serving(layers), position)
-        return self._final_norm(hidden) if are_in_place(self._norm_held) else norm(hidden)
+        is_whole = self._is_whole(layers)
+        plans = self.layers if is_whole else self.serving(layers)
+        hidden = step_layers(layers, hidden, chunk, pasts, plans, position)
+        if self._final_norm is not None and (is_whole or are_in_place(self._norm_held)):
+            return self._final_norm(hidden)
+        return norm(hidden)
 
     def logits(self, head: nn.Module, hidden: Tensor) -> Tensor:
         """`[B, M]` to `[B, V]`."""

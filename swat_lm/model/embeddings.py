@@ -25,17 +25,22 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class ScaledHead(nn.Linear):
-    """Logits divided by a number, as Granite has them."""
+    """Logits divided by a number, as Granite has them, then capped softly, as Gemma 2 does (arXiv 2408.00118)."""
 
     divisor: float = 1.0
+    softcap: float | None = None
+    """c: logits become `c * tanh(logits / c)`; None: they stay."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Hidden states `[B, T, M]` to logits `[B, T, V]`."""
-        return F.linear(input, self.weight, self.bias) / self.divisor
+        logits = F.linear(input, self.weight, self.bias)
+        if self.divisor != 1:
+            logits = logits / self.divisor
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def extra_repr(self) -> str:
-        """Sizes and the divisor."""
-        return f"{super().extra_repr()}, divisor={self.divisor}"
+        """Sizes, the divisor and the cap."""
+        return f"{super().extra_repr()}, divisor={self.divisor}, softcap={self.softcap}"
 
 
 def token_embedding(vocabulary: int, width: int, padding: int | None, multiplier: float) -> nn.Embedding:
@@ -47,11 +52,11 @@ def token_embedding(vocabulary: int, width: int, padding: int | None, multiplier
     return embedding
 
 
-def output_embedding(linear: nn.Linear, divisor: float) -> nn.Linear:
-    """The map from M to V logits with the weight of `linear`; that itself, which has shortcuts, for a divisor of 1."""
-    if divisor == 1 or type(linear) is not nn.Linear:
+def output_embedding(linear: nn.Linear, divisor: float, softcap: float | None = None) -> nn.Linear:
+    """The map from M to V logits with the weight of `linear`; that itself, which has shortcuts, where it is no more."""
+    if (divisor == 1 and softcap is None) or type(linear) is not nn.Linear:
         return linear
     with torch.device("meta"):
         head = ScaledHead(linear.in_features, linear.out_features, linear.bias is not None)
-    head.weight, head.bias, head.divisor = linear.weight, linear.bias, divisor
+    head.weight, head.bias, head.divisor, head.softcap = linear.weight, linear.bias, divisor, softcap
     return head

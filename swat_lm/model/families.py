@@ -134,11 +134,7 @@ def refuse_phi3(source: PreTrainedConfig) -> None:
             f"source: partial_rotary_factor {part} rotates a part of each head, which layers here do not; "
             "it cannot be taken over"
         )
-    for name in ("resid_pdrop", "embd_pdrop"):
-        if getattr(source, name, 0.0):
-            raise ValueError(
-                f"source: {name} {getattr(source, name)} has no counterpart; set it to 0 in the source's config"
-            )
+    refuse_dropout(source, "resid_pdrop", "embd_pdrop")
     refuse_llama(source)
 
 
@@ -185,33 +181,65 @@ def olmo3_fields(source: PreTrainedConfig) -> dict[str, Any]:
     return {**olmo2_fields(source), "sliding_window": windows_by_layer(source), **rotary_by_layer(source)}
 
 
-def gemma3_fields(source: PreTrainedConfig) -> dict[str, Any]:
-    """Norms on both sides and on each head, scaled embeddings, GEGLU, windows and two kinds of rotary by layer."""
+def gemma2_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Norms on both sides, scaled embeddings, GEGLU, windows in every other layer, capped scores and logits."""
     # theirs is rounded to the dtype of the weights, which a file gives by its name
     dtype = getattr(torch, source.dtype) if isinstance(source.dtype, str) else source.dtype
     multiplier = torch.tensor(source.hidden_size**0.5).to(dtype or torch.float32)
     return {
         **llama_fields(source),
         "sliding_window": windows_by_layer(source),
-        **rotary_by_layer(source),
         "norm_placement": "both",
-        "qk_norm": True,
         "hidden_act": source.hidden_activation,
         "embedding_multiplier": multiplier.item(),
         "attention_multiplier": source.query_pre_attn_scalar**-0.5,
+        "attn_logit_softcapping": source.attn_logit_softcapping,
+        "final_logit_softcapping": source.final_logit_softcapping,
     }
 
 
-def refuse_gemma3(source: PreTrainedConfig) -> None:
-    """What Llama's layer refuses, soft-capping, attention in both directions and activations that are not here."""
-    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if getattr(source, name, None):
-            raise ValueError(f"source: {name} {getattr(source, name)} has no counterpart here; it cannot be taken over")
-    if source.hidden_activation not in ACTIVATIONS:
-        raise ValueError(
-            f"source: hidden_activation {source.hidden_activation!r} is not supported, only {', '.join(ACTIVATIONS)}"
-        )
+def gemma3_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """Gemma 2's, with a norm on the queries and keys of each head, and rotary of its own in layers with a window."""
+    return {**gemma2_fields(source), **rotary_by_layer(source), "qk_norm": True}
+
+
+def refuse_gemma2(source: PreTrainedConfig) -> None:
+    """What Llama's layer refuses, attention in both directions and activations that are not here."""
+    if getattr(source, "use_bidirectional_attention", None):
+        raise ValueError("source: use_bidirectional_attention has no counterpart here; it cannot be taken over")
+    refuse_activation(source, "hidden_activation", tuple(ACTIVATIONS))
     refuse_llama(source)
+
+
+def refuse_gemma3(source: PreTrainedConfig) -> None:
+    """What Gemma 2 refuses, and capped scores, which transformers' Gemma 3 can be asked for and does not have."""
+    cap = source.attn_logit_softcapping
+    if cap is not None:
+        raise ValueError(
+            f"source: attn_logit_softcapping {cap} is not applied by transformers' Gemma 3, so what the model computes "
+            "is in doubt; set it to None in the source's config if its weights were trained without"
+        )
+    refuse_gemma2(source)
+
+
+def starcoder2_fields(source: PreTrainedConfig) -> dict[str, Any]:
+    """LayerNorm, a feed-forward without a gate, biases everywhere or nowhere, one window for all layers or none."""
+    return {
+        **llama_fields(source),
+        "rms_norm_eps": source.norm_epsilon,
+        "norm": "layer",
+        "feed_forward": "plain",
+        "hidden_act": source.hidden_act,
+        "attention_bias": source.use_bias,
+        "mlp_bias": source.use_bias,
+    }
+
+
+def refuse_starcoder2(source: PreTrainedConfig) -> None:
+    """What Llama's layer refuses but for its activation, and dropout elsewhere."""
+    refuse_activation(source, "hidden_act", tuple(ACTIVATIONS))
+    refuse_dropout(source, "residual_dropout", "embedding_dropout")
+    refuse_around_feed_forward(source)
 
 
 def rotary_by_layer(source: PreTrainedConfig) -> dict[str, Any]:
@@ -225,9 +253,12 @@ def rotary_by_layer(source: PreTrainedConfig) -> dict[str, Any]:
 def refuse_llama(source: PreTrainedConfig) -> None:
     """Other activations, dropout, and rotary that changes with the sequence."""
     refuse_activation(source)
-    dropout = getattr(source, "attention_dropout", 0.0)
-    if dropout:
-        raise ValueError(f"source: attention_dropout {dropout} has no counterpart; set it to 0 in the source's config")
+    refuse_around_feed_forward(source)
+
+
+def refuse_around_feed_forward(source: PreTrainedConfig) -> None:
+    """What `refuse_llama` does, but for the activation."""
+    refuse_dropout(source, "attention_dropout")
     rope = source.rope_parameters
     for entry in [rope[kind] for kind in LAYER_TYPES if kind in rope] or [rope]:
         if entry["rope_type"] not in ROPE_TYPES:
@@ -274,11 +305,22 @@ def refuse_mamba2(source: PreTrainedConfig) -> None:
     refuse_activation(source)
 
 
-def refuse_activation(source: PreTrainedConfig) -> None:
-    """Anything but SiLU."""
-    activation = getattr(source, "hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ValueError(f"source: hidden_act {activation!r} is not supported, only 'silu'")
+def refuse_dropout(source: PreTrainedConfig, *names: str) -> None:
+    """Dropout of these names."""
+    for name in names:
+        if getattr(source, name, 0.0):
+            raise ValueError(
+                f"source: {name} {getattr(source, name)} has no counterpart; set it to 0 in the source's config"
+            )
+
+
+def refuse_activation(
+    source: PreTrainedConfig, name: str = "hidden_act", served: tuple[str, ...] = ("silu", "swish")
+) -> None:
+    """Anything but the activations that are served."""
+    activation = getattr(source, name, "silu")
+    if activation not in served:
+        raise ValueError(f"source: {name} {activation!r} is not supported, only {', '.join(map(repr, served))}")
 
 
 OLMO_NAMES = {
@@ -303,7 +345,11 @@ FAMILIES: dict[str, Family] = {
     "granite": Family("Granite", granite_fields, refuse_llama),
     "olmo2": Family("OLMo 2", olmo2_fields, refuse_llama, OLMO_NAMES),
     "olmo3": Family("OLMo 3", olmo3_fields, refuse_llama, OLMO_NAMES),
+    "gemma2": Family("Gemma 2", gemma2_fields, refuse_gemma2, GEMMA_NAMES, are_norms_offset=True),
     "gemma3_text": Family("Gemma 3", gemma3_fields, refuse_gemma3, GEMMA_NAMES, are_norms_offset=True),
+    "starcoder2": Family(
+        "StarCoder2", starcoder2_fields, refuse_starcoder2, {r"\.c_fc\.": ".up_proj.", r"\.c_proj\.": ".down_proj."}
+    ),
     "mamba2": Family(
         "Mamba-2",
         mamba2_fields,
@@ -319,7 +365,5 @@ FAMILIES: dict[str, Family] = {
 
 REFUSED = {
     "gemma3": "reads images too; its text model alone, 'gemma3_text', is taken over",
-    "starcoder2": "has LayerNorm and a feed-forward without a gate, which layers here do not have",
-    "gemma2": "caps its attention scores (attn_logit_softcapping), which the operators here do not",
 }
 """Why not, where it has been looked at."""

@@ -23,7 +23,8 @@ HOW = ("attention_backend", "chunk_size")
 # settings that came later, and what they say where they change nothing: states of before still belong to their models
 LATER = {
     "output_bias": None, "attention_multiplier": None, "residual_multiplier": 1.0, "norm_placement": "pre",
-    "qk_norm_over": "head", "hidden_act": "silu", "sinks": 0, "sink_positions": "cache",
+    "qk_norm_over": "head", "hidden_act": "silu", "attn_logit_softcapping": None, "norm": "rms",
+    "feed_forward": "gated", "sinks": 0, "sink_positions": "cache",
 }  # fmt: skip
 # elements at the beginning of a row that tell whether a weight has changed since
 GLIMPSE = 8
@@ -70,6 +71,8 @@ def whole_fingerprint(model: "SwatForCausalLM") -> str:
         settings = {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
         found.update(json.dumps([entry.kind.name, settings], sort_keys=True, default=str).encode())
     scaled = [model.config.embedding_multiplier, model.config.logits_scaling]
+    if model.config.final_logit_softcapping is not None:
+        scaled.append(model.config.final_logit_softcapping)
     if scaled != [1, 1]:
         found.update(json.dumps(scaled).encode())
     sums = []

@@ -18,7 +18,12 @@ CHUNK_ELEMENTS = 2**22
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor | float | None = None, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_items: Tensor | float | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` against labels, as `F.cross_entropy` gives it, without the whole logits.
 
@@ -28,6 +33,7 @@ def chunked_cross_entropy(
         labels: int64 `[N]`; -100 is ignored.
         num_items: what the sum of losses is divided by; the number of labels that are not ignored when None.
         chunk: tokens per chunk; chosen from the vocabulary's size when None.
+        softcap: c caps logits softly before anything else, as `c * tanh(logits / c)`; None: as they are.
 
     Returns:
         The loss in nats, a float32 scalar (float64 for float64 inputs).
@@ -39,7 +45,7 @@ def chunked_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    total = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk or default_chunk(weight.shape[0]))
+    total = _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk or default_chunk(weight.shape[0]), softcap)
     return total / _divisor(labels, num_items)
 
 
@@ -100,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the losses; the gradients wait in the context and are scaled by the incoming gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, softcap: float | None) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         statistics = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=statistics, device=hidden.device)
@@ -109,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=statistics) if needs_weight else None
         for start in range(0, hidden.shape[0], chunk):
             part, target = hidden[start : start + chunk], labels[start : start + chunk]
-            logits = F.linear(part, weight).to(statistics)
+            logits, derivative = _capped(F.linear(part, weight).to(statistics), softcap)
             log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
             counted = (target != IGNORE).unsqueeze(-1)
             place = target.masked_fill(target == IGNORE, 0).unsqueeze(-1)
@@ -117,6 +123,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden is None and grad_weight is None:
                 continue
             grad_logits = logits.sub_(log_sum).exp_().scatter_add_(-1, place, -counted.to(statistics)).mul_(counted)
+            if derivative is not None:
+                grad_logits.mul_(derivative)
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk])
@@ -130,14 +138,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (grad_total,) = grad_outputs
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits after a soft cap, and their derivative by those before it; None where nothing is capped."""
+    if softcap is None:
+        return logits, None
+    bounded = torch.tanh(logits / softcap)
+    return bounded * softcap, 1 - bounded.square()
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

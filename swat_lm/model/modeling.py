@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 import swat_lm.model.tensor_parallel  # noqa: F401 registers the style that the configuration's plan names
 from swat_lm.layers.base import NOTHING, Auxiliary, Layer
 from swat_lm.layers.chunk import Chunk
-from swat_lm.layers.norm import RMSNorm
+from swat_lm.layers.norm import NORMS
 from swat_lm.model.building import build_layers, shared_by
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
@@ -99,7 +99,7 @@ class SwatModel(SwatPreTrainedModel):
         )
         self.layers = nn.ModuleList(build_layers(config))
         self._stepped_over = stepped_over(self.layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         # the model's own kinds and no others: accelerate refuses a name that it does not find
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         self.gradient_checkpointing = False
@@ -274,14 +274,13 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SwatModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = output_embedding(
-            nn.Linear(config.hidden_size, config.vocab_size, bias=False), config.logits_scaling
-        )
+        self.set_output_embeddings(nn.Linear(config.hidden_size, config.vocab_size, bias=False))
         self.post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Take another output embedding; a plain one, as resizing makes it, divides as the one before did."""
-        self.lm_head = output_embedding(cast(nn.Linear, new_embeddings), self.config.logits_scaling)
+        """Take an output embedding; a plain one, as resizing makes it, divides and caps as the configuration says."""
+        scaling, cap = self.config.logits_scaling, self.config.final_logit_softcapping
+        self.lm_head = output_embedding(cast(nn.Linear, new_embeddings), scaling, cap)
 
     @can_return_tuple
     def forward(
@@ -359,7 +358,8 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         if is_plain and not is_hooked(head):
             # what divides logits may as well divide what they are formed of
             hidden = hidden / head.divisor if isinstance(head, ScaledHead) else hidden
-            return chunked_cross_entropy(hidden, head.weight, targets, num_items)
+            cap = head.softcap if isinstance(head, ScaledHead) else None
+            return chunked_cross_entropy(hidden, head.weight, targets, num_items, softcap=cap)
         return chunked_cross_entropy_through(head, hidden, targets, self.config.vocab_size, num_items)
 
     @staticmethod

@@ -28,7 +28,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     groups = key_groups(band, call.head_bias(), q.shape[0], k.shape[2], call.first_visible, call.last_visible)
     for batch in chain.from_iterable(group.batches for group in groups):
         rows = batch.rows(q)
-        scores = _scores(batch, rows, batch.keys(k), call.scale, scratch)
+        scores, _ = _scores(batch, rows, batch.keys(k), call, scratch)
         if call.softmax:
             weights = _softmax(scores, scratch.take("weights", *scores.shape), batch.rows(lse))
         else:
@@ -43,8 +43,8 @@ def backward(
     """Return the gradients of query, key, value and of the bias (zeros unless `needs_per_head`).
 
     With weights P and dP = dO V^T: dV = P^T dO; dS = dP * P * (1 - P) for sigmoid and
-    dS = P * (dP - rowsum(P * dP) + dlse) for softmax; dQ = scale * dS K; dK = scale * dS^T Q;
-    d slope = sum(dS * distance); d constant = sum(dS).
+    dS = P * (dP - rowsum(P * dP) + dlse) for softmax; d slope = sum(dS * distance); d constant = sum(dS);
+    dQ = scale * dS K; dK = scale * dS^T Q, where a softcap c has multiplied dS by 1 - tanh(scale * q.k / c)^2.
     """
     dtype, bias, softmax, scale = score_dtype(call.query), call.head_bias(), call.softmax, call.scale
     q, k, v, d_output = (t.to(dtype) for t in (call.query, call.key, call.value, grad_output))
@@ -71,7 +71,7 @@ def backward(
             rows, d_rows = layout.rows(q, "rows"), layout.rows(d_output, "d_rows")
             columns = batch.keys(k)
             # two buffers serve four matrices: scores, then dP; weights, then dS
-            scores = _scores(batch, rows, columns, scale, scratch)
+            scores, derivative = _scores(batch, rows, columns, call, scratch)
             weights = layout.weights(scores.shape)
             if softmax:
                 _softmax(scores, weights, None)
@@ -83,12 +83,14 @@ def backward(
                 _softmax_backward(scores, weights, None if d_lse is None else batch.rows(d_lse))
             else:
                 torch.ops.aten.sigmoid_backward.grad_input(scores, weights, grad_input=weights)
+            if needs_per_head:
+                batch.add_per_head(weights, d_bias)
+            if derivative is not None:
+                weights.mul_(derivative)
             result = scratch.take("result", *rows.shape)
             torch.baddbmm(result, weights, columns, beta=0, alpha=scale, out=result)
             batch.rows(d_query).copy_(result)
             layout.add(d_key, weights, rows, scale)
-            if needs_per_head:
-                batch.add_per_head(weights, d_bias)
         d_key.end()
         d_value.end()
     return (
@@ -99,12 +101,28 @@ def backward(
     )
 
 
-def _scores(batch: TileBatch, rows: Tensor, columns: Tensor, scale: float, scratch: Scratch) -> Tensor:
+def _scores(
+    batch: TileBatch, rows: Tensor, columns: Tensor, call: AttentionCall, scratch: Scratch
+) -> tuple[Tensor, Tensor | None]:
+    """The scores `[N, rows, keys]`, and where there is a softcap their derivative by the products that it caps."""
+    derivative = None
     scores = scratch.take("scores", rows.shape[0], rows.shape[1], columns.shape[1])
-    torch.baddbmm(batch.bias.expand(scores.shape), rows, columns.transpose(1, 2), alpha=scale, out=scores)
+    if call.softcap is None:
+        torch.baddbmm(batch.bias.expand(scores.shape), rows, columns.transpose(1, 2), alpha=call.scale, out=scores)
+    else:
+        torch.bmm(rows, columns.transpose(1, 2), out=scores).mul_(call.scale / call.softcap).tanh_()
+        derivative = torch.mul(scores, scores, out=scratch.take("derivative", *scores.shape)).neg_().add_(1)
+        scores.mul_(call.softcap).add_(batch.bias)
     if batch.tiles.hidden is not None:
         scores.masked_fill_(batch.tiles.hidden, float("-inf"))
-    return scores
+    if call.hidden is not None:
+        scores.masked_fill_(_hidden_keys(batch, call.hidden, call.key), float("-inf"))
+    return scores, derivative
+
+
+def _hidden_keys(batch: TileBatch, hidden: Tensor, key: Tensor) -> Tensor:
+    """`[B, S]` as the batch's keys, bool `[N, 1, keys]`."""
+    return batch.keys(hidden[:, :, None, None].expand(*key.shape[:3], 1)).transpose(1, 2)
 
 
 def _softmax(scores: Tensor, weights: Tensor, lse: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from swat_lm.ops.head_bias import HeadBias, head_bias
 
 _TYPES: dict[Any, str] = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "SymInt", int | None: "SymInt?", str: "str",
-    bool: "bool",
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?", int: "SymInt",
+    int | None: "SymInt?", str: "str", bool: "bool",
 }  # fmt: skip
 
 
@@ -37,6 +37,8 @@ class AttentionCall(NamedTuple):
     backend: str = "auto"
     """"blocked" or "triton": it was chosen."""
     skip_saturated: bool = False
+    softcap: float | None = None
+    hidden: Tensor | None = None
 
     def head_bias(self: "AttentionCall | StepCall") -> HeadBias:
         """Slope and constant of every head."""
@@ -78,6 +80,7 @@ class StepCall(NamedTuple):
     """`[B, 1, D/2]`, to rotate query and key on the way."""
     backend: str = "auto"
     """"blocked" or "triton": it was chosen."""
+    softcap: float | None = None
 
     head_bias = AttentionCall.head_bias
     softmax = AttentionCall.softmax

@@ -104,6 +104,23 @@ def check_visibility(query: Tensor, key: Tensor, first_visible: Tensor | None, l
         )
 
 
+def check_softcap(softcap: float | None) -> None:
+    """Refuse a cap that caps nothing or everything."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive number, or None to cap no scores; got {softcap}")
+
+
+def check_hidden(key: Tensor, hidden: Tensor | None) -> None:
+    """Refuse what does not say of each key whether it is hidden."""
+    if hidden is None:
+        return
+    if hidden.shape != key.shape[:2] or hidden.dtype != torch.bool or hidden.device != key.device:
+        raise ValueError(
+            f"hidden: expected bool [batch, keys] = {list(key.shape[:2])} on {key.device}, "
+            f"got {hidden.dtype} {list(hidden.shape)} on {hidden.device}"
+        )
+
+
 def check_rotary(query: Tensor, key: Tensor, last_visible: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> None:
     """Refuse angles that do not fit, and calls whose queries and keys are not the same tokens."""
     if rotary is None:

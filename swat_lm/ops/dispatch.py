@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 _announced: set[str] = set()
 
 
-def choose_backend(backend: str, query: Tensor) -> str:
-    """Return "reference", "blocked" or "triton".
+def choose_backend(backend: str, query: Tensor, lacks: str | None = None) -> str:
+    """Return "reference", "blocked" or "triton"; `lacks` names what the call needs and the kernels do not have.
 
     Raises:
         ValueError: "triton" was asked for and cannot serve these tensors; the message says why and what to do.
@@ -21,6 +21,8 @@ def choose_backend(backend: str, query: Tensor) -> str:
         return backend
     if backend == "auto" and query.device.type == "cpu":
         return "blocked"
+    if lacks is not None:
+        return _without_kernels(backend, f"{lacks} is served by 'blocked' and 'reference' alone")
     # constants where nothing is wrong: torch.compile may know the sizes as symbols only
     head_dim = query.shape[-1] if query.shape[-1] > LARGEST_HEAD else LARGEST_HEAD
     is_batch_too_large = True if query.shape[0] > LARGEST_BATCH else False  # noqa: SIM210
@@ -31,8 +33,11 @@ def choose_backend(backend: str, query: Tensor) -> str:
 @torch.compiler.assume_constant_result
 def _choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, is_batch_too_large: bool) -> str:
     reason = why_not(device, dtype, head_dim, is_batch_too_large)
-    if reason is None:
-        return "triton"
+    return "triton" if reason is None else _without_kernels(backend, reason)
+
+
+@torch.compiler.assume_constant_result
+def _without_kernels(backend: str, reason: str) -> str:
     if backend == "triton":
         raise ValueError(f"backend: 'triton' cannot serve this call: {reason}")
     message = f"window attention runs on the slower 'blocked' PyTorch backend: {reason}"

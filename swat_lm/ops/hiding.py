@@ -1,7 +1,8 @@
 """Keys that nobody sees though they stand between others, for any backend: a hole in a mask.
 
 The operator knows two integers per row, which cannot say so. One more channel can: the query holds 1 there and a
-hidden key a number that makes its score so low that its weight is exactly 0, under sigmoid and softmax alike.
+hidden key a number that makes its score so low that its weight is exactly 0, under sigmoid and softmax alike. Where
+scores are capped no score is so low: there `window_attention` takes `hidden` itself.
 """
 
 import torch

@@ -18,6 +18,8 @@ def window_attention_reference(
     window: int | None,
     score_function: str,
     scale: float,
+    softcap: float | None = None,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return `(output [B, T, H, D], lse [B, T, H] or None)`; arguments as in `swat_lm.ops.window_attention`.
 
@@ -33,12 +35,16 @@ def window_attention_reference(
     grouped = query.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = torch.einsum("btkgd,bskd->bkgts", grouped, key) * scale
     scores = scores.reshape(batch, num_heads, num_queries, num_keys)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
         scores = scores + slopes.to(statistics)[:, None, None] * distance.to(statistics)[:, None]
     if isinstance(score_bias, Tensor):
         score_bias = score_bias.to(statistics)[:, None, None]
     scores = scores + score_bias
 
+    if hidden is not None:
+        visible = visible & ~hidden[:, None]
     visible = visible[:, None]
     lse = None
     if score_function == "sigmoid":

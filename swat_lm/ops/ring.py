@@ -18,7 +18,7 @@ from swat_lm.ops.reference import window_attention_reference
 def step(call: StepCall) -> tuple[Tensor, Tensor]:
     """Write the new key and value, attend; `(output [B, 1, H, D], lse [B, 1, H])`, the lse empty for sigmoid."""
     query, key, value, key_ring, value_ring, slot, position, score_function, scale, *_ = call
-    bias, softmax = call.head_bias(), call.softmax
+    bias, softmax, softcap = call.head_bias(), call.softmax, call.softcap
     num_kv_heads, head_dim = key_ring.shape[2:]
     batch, _, num_heads, _ = query.shape
     if slot.device.type == "cpu":
@@ -36,6 +36,7 @@ def step(call: StepCall) -> tuple[Tensor, Tensor]:
                 score_function,
                 scale,
                 return_lse=softmax,
+                softcap=softcap,
             )
             return output, output.new_empty(0, dtype=table.dtype) if lse is None else lse
     write(key, value, key_ring, value_ring, slot, position)
@@ -44,7 +45,11 @@ def step(call: StepCall) -> tuple[Tensor, Tensor]:
     lse = grouped.new_empty(grouped.shape[:3] if softmax else 0)
     for take, keys, values, table in _products(key_ring, value_ring, slot, position, bias, num_kv_heads):
         rows = take(grouped)
-        scores = torch.baddbmm(table, rows, keys.to(rows.dtype).transpose(1, 2), alpha=scale)
+        keys = keys.to(rows.dtype).transpose(1, 2)
+        if softcap is None:
+            scores = torch.baddbmm(table, rows, keys, alpha=scale)
+        else:
+            scores = torch.add(table, torch.bmm(rows, keys).mul_(scale / softcap).tanh_(), alpha=softcap)
         if softmax:
             take(lse).copy_(scores.logsumexp(dim=-1))
             weights = scores.softmax(dim=-1)
@@ -66,6 +71,7 @@ def step_together(
     score_function: str,
     scale: float,
     return_lse: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Do what `step` does for sequences that stand at one position and own the rings in order, `[B, W, K, D]`.
 
@@ -85,6 +91,8 @@ def step_together(
     if keys.dtype != dtype:
         rows, keys, values = rows.to(dtype), keys.to(dtype), values.to(dtype)
     scores = torch.bmm(rows, keys.transpose(1, 2)).view(batch, num_kv_heads, -1, filled)
+    if softcap is not None:
+        scores, scale = scores.mul_(scale / softcap).tanh_(), softcap
     # an addition of its own: as the product's addend the bias would be copied for every sequence
     scores = torch.add(periodic.narrow(2, window - place, filled), scores, alpha=scale)
     lse = None
@@ -186,6 +194,7 @@ def step_reference(
     score_bias: Tensor | float,
     score_function: str,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Do the same by the definition: put every ring in the order of the stream and attend over it."""
     window = key_ring.shape[1]
@@ -194,7 +203,7 @@ def step_reference(
     keys, values = key_ring[slot[:, None], place], value_ring[slot[:, None], place]
     first = (window - 1 - position).clamp_min(0).to(torch.int32)[:, None]
     return window_attention_reference(
-        query, keys, values, slopes, score_bias, first, None, window, score_function, scale
+        query, keys, values, slopes, score_bias, first, None, window, score_function, scale, softcap
     )  # fmt: skip
 
 

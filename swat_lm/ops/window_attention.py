@@ -15,9 +15,11 @@ from swat_lm.ops import ring
 from swat_lm.ops.calls import AttentionCall, StepCall, schema
 from swat_lm.ops.checks import (
     check_choices,
+    check_hidden,
     check_inputs,
     check_rings,
     check_rotary,
+    check_softcap,
     check_visibility,
     checked_window,
 )
@@ -40,6 +42,8 @@ def window_attention(
     first_visible: Tensor | None = None,
     last_visible: Tensor | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
+    hidden: Tensor | None = None,
     precision: str = "auto",
     skip_saturated: bool = False,
     return_lse: bool = False,
@@ -79,6 +83,10 @@ def window_attention(
         rotary: cosine and sine `[B, T, D/2]` or `[T, D/2]` of `swat_lm.ops.rotary.rotary_angles`: query and key are
             rotated as `apply_rotary` does, and gradients are those of the unrotated. Queries and keys must be the same
             tokens (T = S, no `last_visible`); the angles get no gradient.
+        softcap: c caps products softly: `c * tanh(scale * query . key / c)` stands in the place of the product, before
+            slope and bias are added (Gemma 2, arXiv 2408.00118). The triton backend does not have it.
+        hidden: bool `[B, S]`, keys that nobody sees, wherever they stand; distances stay. The triton backend does not
+            have it; `swat_lm.ops.hiding.hide_keys` does the same for every backend, where nothing is capped.
         precision: "exact"; "fast" permits the hardware's approximate tanh for bfloat16 and float16 inputs; "auto"
             leaves the choice to the backend. float32 and float64 are always exact.
         skip_saturated: sigmoid only: permit the triton backend to take weights as 0 or 1 where a head's slope makes
@@ -100,13 +108,16 @@ def window_attention(
     query, key, value = _under_autocast(query, key, value)
     check_inputs(query, key, value, slopes, score_bias, precision)
     check_visibility(query, key, first_visible, last_visible)
+    check_softcap(softcap)
+    check_hidden(key, hidden)
     if return_lse and score_function != "softmax":
         raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
     if skip_saturated and score_function != "sigmoid":
         raise ValueError("skip_saturated: only sigmoid weights saturate one by one; softmax weights share their sum")
     check_rotary(query, key, last_visible, rotary)
     factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
-    backend = choose_backend(backend, query)
+    lacks = "softcap" if softcap is not None else "hidden" if hidden is not None else None
+    backend = choose_backend(backend, query, lacks)
     cos = sin = None
     if rotary is not None and backend == "triton":
         # one row of angles serves all sequences
@@ -116,12 +127,14 @@ def window_attention(
 
     if backend == "reference":
         output, lse = window_attention_reference(
-            query, key, value, slopes, score_bias, first_visible, last_visible, window, score_function, factor
-        )
+            query, key, value, slopes, score_bias, first_visible, last_visible, window, score_function, factor,
+            softcap, hidden,
+        )  # fmt: skip
     else:
         call = AttentionCall(
             query, key, value, window, score_function, factor, slopes, *_tensor_and_number(score_bias), first_visible,
-            last_visible, cos, sin, precision, backend, skip_saturated,
+            last_visible, cos, sin, precision, backend, skip_saturated, None if softcap is None else float(softcap),
+            hidden,
         )  # fmt: skip
         output, lse, *_ = torch.ops.swat_lm.window_attention(*call)
     if return_lse:
@@ -144,6 +157,7 @@ def window_attention_step(
     score_bias: float | Tensor = 0.0,
     scale: float | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
     precision: str = "auto",
     return_lse: bool = False,
     backend: str = "auto",
@@ -167,7 +181,7 @@ def window_attention_step(
         rotary: cosine and sine of the new tokens' angles, `[B, 1, D/2]`, or `[1, D/2]` for all: rotate query and key
             before anything else, in the same kernel where there is one.
         precision: as in `window_attention`; kernels are exact with every one, since a step waits for memory.
-        score_function, slopes, score_bias, scale, return_lse, backend: as in `window_attention`.
+        score_function, slopes, score_bias, scale, softcap, return_lse, backend: as in `window_attention`.
 
     Returns:
         `[B, 1, H, D]` in the query's dtype; with `return_lse`, also the lse `[B, 1, H]`.
@@ -178,6 +192,7 @@ def window_attention_step(
     check_choices(score_function, precision, backend)
     check_inputs(query, key, value, slopes, score_bias, precision)
     check_rings(query, key, key_ring, value_ring, slot, position)
+    check_softcap(softcap)
     if return_lse and score_function != "softmax":
         raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
     check_rotary(query, key, None, rotary)
@@ -185,7 +200,7 @@ def window_attention_step(
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError("window_attention_step is for inference: call it under torch.no_grad() or inference_mode()")
     factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
-    backend = choose_backend(backend, query)
+    backend = choose_backend(backend, query, None if softcap is None else "softcap")
     cos = sin = None
     if rotary is not None and backend == "triton":
         cos, sin = (x.reshape(-1, 1, x.shape[-1]).expand(query.shape[0], -1, -1) for x in rotary)
@@ -193,12 +208,13 @@ def window_attention_step(
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
     if backend == "reference":
         output, lse = ring.step_reference(
-            query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, score_function, factor
-        )
+            query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, score_function, factor,
+            softcap,
+        )  # fmt: skip
         return (output, lse) if return_lse and lse is not None else output
     call = StepCall(
         query, key, value, key_ring, value_ring, slot, position, score_function, factor, slopes,
-        *_tensor_and_number(score_bias), cos, sin, backend,
+        *_tensor_and_number(score_bias), cos, sin, backend, None if softcap is None else float(softcap),
     )  # fmt: skip
     # the op exists for torch.compile; called eagerly, its dispatch would cost as much as a small step
     if torch.compiler.is_compiling():

@@ -23,7 +23,11 @@ def streams(count: int, length: int) -> list[np.ndarray]:
         {},
         {"slopes": "1:1", "score_bias": -1.5, "num_key_value_heads": 1, "qk_norm": True},
         {"score_function": "softmax", "slopes": "none", "learned_sink": True},
+        {"attn_logit_softcapping": 0.3, "attention_multiplier": 0.9},
         {"use_rotary": False, "sliding_window": None},
+        {"sinks": 3, "score_function": "softmax", "slopes": "none", "learned_sink": True},
+        {"sinks": 2, "score_bias": -0.5},
+        {"sinks": 3, "score_function": "softmax", "slopes": "none", "sink_positions": "absolute"},
     ],
 )
 def test_weights_are_those_of_the_operator(changes: dict):
@@ -48,7 +52,7 @@ def test_weights_are_those_of_the_operator(changes: dict):
     ((expected, given, weights),) = seen
     torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
     window = model.config.window(1) or 17
-    assert (weights[:, :, 16, : 17 - window] == 0).all()
+    assert (weights[:, :, 16, changes.get("sinks", 0) : 17 - window] == 0).all()
 
 
 def test_statistics_are_their_definitions():

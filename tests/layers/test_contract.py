@@ -31,17 +31,18 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
         [
             {"kind": "attention", "attention_bias": True, "output_bias": False, "score_function": "softmax",
              "slopes": "none"},
-            {"kind": "attention", "output_bias": True, "mlp_bias": True},
+            {"kind": "attention", "output_bias": True, "mlp_bias": True, "feed_forward": "plain"},
         ],
+        {"norm": "layer"},
     ),
     Subject(
         "scaled",
         [
             {"kind": "attention", "attention_multiplier": 0.4, "residual_multiplier": 0.3, "learned_sink": True,
-             "score_function": "softmax", "slopes": "none"},
+             "score_function": "softmax", "slopes": "none", "attn_logit_softcapping": 0.8},
             {"kind": "attention", "attention_multiplier": 0.1},
         ],
-        {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "final_logit_softcapping": 1.5},
     ),
     Subject(
         "norms behind",
@@ -49,7 +50,7 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
             {"kind": "attention", "norm_placement": "post", "qk_norm": True, "qk_norm_over": "layer",
              "score_function": "softmax", "slopes": "none"},
             {"kind": "attention", "norm_placement": "both", "residual_multiplier": 0.7, "qk_norm_over": "layer",
-             "hidden_act": "gelu_pytorch_tanh"},
+             "hidden_act": "gelu_pytorch_tanh", "norm": "layer", "attn_logit_softcapping": 0.8},
         ],
     ),
     Subject(
@@ -61,6 +62,7 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
             {"kind": "mamba2", "state_size": 4, "ssm_head_dim": 32, "conv_kernel": 1, "conv_bias": False,
              "chunk_size": 3},
         ],
+        {"norm": "layer", "feed_forward": "plain"},
     ),
 ]  # fmt: skip
 

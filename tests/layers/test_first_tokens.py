@@ -8,8 +8,9 @@ from torch import Tensor
 
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.layers.attention import AttentionLayer
+from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.chunk import Chunk
-from swat_lm.layers.window_attention import AttentionSettings, WindowAttention
+from swat_lm.layers.window_attention import WindowAttention
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.cost import plan_costs
 from swat_lm.model.inputs import plan_chunk
@@ -21,6 +22,7 @@ VARIANTS = {
     "softmax": SOFTMAX,
     "softmax, absolute": {**SOFTMAX, "sink_positions": "absolute"},
     "softmax, learned sink": {**SOFTMAX, "learned_sink": True, "slopes": "negative"},
+    "softmax, capped": {**SOFTMAX, "attn_logit_softcapping": 1.5, "attention_multiplier": 0.4},
     "softmax, no rotary": {**SOFTMAX, "use_rotary": False},
     "sigmoid": {"score_bias": "-log(window)"},
     "sigmoid, absolute": {"slopes": "none", "sink_positions": "absolute", "qk_norm": True, "output_norm": True},
@@ -76,8 +78,10 @@ def defined(attention: WindowAttention, hidden: Tensor, real: list[bool]) -> Ten
                     own, other = WINDOW - 1 + len(gone), number
                     distance = own - other
                 left, right = query[place, head], key[one, head // group]
-                product = turned(left, attention, own) @ turned(right, attention, other)
-                scores.append(attention.scale * product + slope * distance + attention.score_bias)
+                product = attention.scale * turned(left, attention, own) @ turned(right, attention, other)
+                if settings.attn_logit_softcapping is not None:
+                    product = settings.attn_logit_softcapping * (product / settings.attn_logit_softcapping).tanh()
+                scores.append(product + slope * distance + attention.score_bias)
                 values.append(value[one, head // group])
             if not scores:
                 heads.append(torch.zeros_like(value[0, 0]))

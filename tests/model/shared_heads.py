@@ -19,7 +19,9 @@ PLANS = {
     "softmax": {"score_function": "softmax", "learned_sink": True, "qk_norm": True, "output_norm": True},
     "scaled": {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_bias": True,
                "output_bias": False},
-    "norms behind": {"norm_placement": "both", "qk_norm_over": "layer"},
+    "norms behind": {"norm_placement": "both", "qk_norm_over": "layer", "norm": "layer", "feed_forward": "plain",
+                     "mlp_bias": True, "attention_bias": True, "attn_logit_softcapping": 0.5,
+                     "final_logit_softcapping": 1.5},
     "mixed": {"layers": ["mamba2", "attention"]},
     "tied": {"tie_word_embeddings": True},
 }  # fmt: skip

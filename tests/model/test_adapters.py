@@ -44,6 +44,14 @@ def test_norms_behind_are_adapted_too():
     assert len(learnt) == 2 * model.config.num_hidden_layers + 1
 
 
+def test_plain_feed_forwards_are_adapted_too():
+    model, ids = planned("attention", feed_forward="plain", mlp_bias=True), tokens(2, 9)
+    expected = model(ids).logits
+    adapted = get_peft_model(model, IA3Config(task_type=TaskType.CAUSAL_LM))
+    assert sum("mlp.down_proj.ia3_l" in name for name, _ in adapted.named_parameters()) == 2
+    close(adapted.merge_and_unload()(ids).logits, expected)
+
+
 @every_plan
 def test_a_learnt_prompt_before_padded_rows(plan):
     """Padding stands between the prompt and the text, a hole in the mask: each row as alone."""

@@ -28,6 +28,7 @@ def in_one_batch(model, prompts: list[list[int]], **changes) -> list[list[int]]:
         {"score_function": "softmax", "learned_sink": True, "qk_norm": True, "use_rotary": False},
         {"norm_placement": "both", "qk_norm": True, "qk_norm_over": "layer"},
         {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+        {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.5, "norm": "layer", "feed_forward": "plain"},
     ],
     ids=str,
 )

@@ -51,6 +51,8 @@ BY_TYPE = {
     },
 }
 GEMMA = {"head_dim": 12, "sliding_window": 7, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
+# low enough that they cap
+CAPS = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
 NO_ROTARY = [1, 0, 1, 0]
 HALF_WINDOWED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -66,8 +68,14 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {"tie_word_embeddings": True, "attention_bias": True}),
     ("olmo3", {"sliding_window": 7}),
     ("olmo3", {"sliding_window": 7, "max_position_embeddings": 64, "rope_parameters": BY_TYPE}),
+    ("gemma2", {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 3, **CAPS}),
+    ("gemma2", {"head_dim": 12, "sliding_window": 7, "tie_word_embeddings": False, "attention_bias": True,
+                "attn_logit_softcapping": 0.5, "final_logit_softcapping": None}),
     ("gemma3_text", GEMMA),
-    ("gemma3_text", {**GEMMA, "tie_word_embeddings": False, "attention_bias": True, "query_pre_attn_scalar": 3}),
+    ("gemma3_text", {**GEMMA, "tie_word_embeddings": False, "attention_bias": True, "query_pre_attn_scalar": 3,
+                     "final_logit_softcapping": 2.0}),
+    ("starcoder2", {}),
+    ("starcoder2", {"sliding_window": 7, "tie_word_embeddings": False, "use_bias": False, "hidden_act": "silu"}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "tie_word_embeddings": False}),
     ("smollm3", {"no_rope_layers": NO_ROTARY, "attention_bias": True, "mlp_bias": True,
                  "use_sliding_window": True, "sliding_window": 7}),
@@ -164,6 +172,14 @@ def test_a_larger_vocabulary_is_scaled_as_before(is_tied):
     close(model(ids).logits[..., :VOCABULARY], expected)
 
 
+@pytest.mark.parametrize("name", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_caps_are_what_makes_the_logits_those_of_the_source(name):
+    source, ids = source_model("gemma2", {"head_dim": 12, "sliding_window": 7, **CAPS}), tokens(1, 20)
+    assert (convert(source, **{name: None})(ids).logits - source(ids).logits).abs().max() > 1e-2
+    with pytest.raises(ValueError, match=f"{name}: expected a positive number.* got 0"):
+        SwatConfig(**{name: 0})
+
+
 def test_numbers_that_scale_are_positive():
     with pytest.raises(ValueError, match="logits_scaling: expected a positive number, got 0"):
         SwatConfig(logits_scaling=0)
@@ -177,6 +193,8 @@ def test_weights_are_taken_over_as_they_are():
         ValueError, match=r"qk_norm_over would change the shapes .* leave qk_norm_over at the source's head"
     ):
         convert(source, qk_norm_over="layer")
+    with pytest.raises(ValueError, match=r"feed_forward would change the shapes .* at the source's plain"):
+        convert(source_model("starcoder2", {}), feed_forward="gated")
     with pytest.raises(ValueError, match=r"not understood: model\.layers\.0\.self_attn\.k_norm"):
         convert(source, qk_norm=False)
     # where the source has none, it is one more to train
@@ -192,7 +210,8 @@ def test_norms_have_a_place_and_a_range():
 
 def test_states_are_bound_to_the_scales():
     known = {fingerprint(tiny_model(**changes)) for changes in ({}, *({name: 2.0} for name in SCALES))}
-    assert len(known) == 5
+    known |= {fingerprint(tiny_model(**{name: cap})) for name, cap in CAPS.items()}
+    assert len(known) == 7
 
 
 def test_a_norm_of_the_source_that_is_lacking_is_named(tmp_path):
@@ -214,10 +233,11 @@ def test_a_norm_of_the_source_that_is_lacking_is_named(tmp_path):
          "partial_rotary_factor 0.5 rotates a part of each head"),
         (Phi3Config(**SHAPE, rope_parameters=LONGROPE), "rotary of type 'longrope' changes with the sequence's length"),
         (Phi3Config(resid_pdrop=0.1), "resid_pdrop 0.1 has no counterpart"),
-        (Gemma2Config(), "got 'gemma2', which caps its attention scores"),
-        (Gemma3TextConfig(attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0 has no counterpart"),
+        (Gemma2Config(use_bidirectional_attention=True), "use_bidirectional_attention has no counterpart"),
+        (Gemma3TextConfig(attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0 is not applied by transformers'"),
         (Gemma3TextConfig(hidden_activation="relu"), "hidden_activation 'relu' is not supported"),
-        (Starcoder2Config(), "got 'starcoder2', which has LayerNorm and a feed-forward without a gate"),
+        (Starcoder2Config(embedding_dropout=0.1), "embedding_dropout 0.1 has no counterpart; set it to 0"),
+        (Starcoder2Config(hidden_act="relu"), "hidden_act 'relu' is not supported, only 'silu', 'gelu_pytorch_tanh'"),
     ],
 )  # fmt: skip
 def test_other_families_are_refused_by_name(config, message):

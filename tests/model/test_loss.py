@@ -19,17 +19,18 @@ def inputs(num_tokens: int = 37, dtype: torch.dtype = torch.float64):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 37, 100, None])
-@pytest.mark.parametrize("num_items", [None, 11, torch.tensor(11)])
-def test_value_and_gradients(chunk, num_items):
+@pytest.mark.parametrize(("num_items", "softcap"), [(None, None), (11, None), (torch.tensor(11), None), (None, 3.0)])
+def test_value_and_gradients(chunk, num_items, softcap):
     hidden, weight, labels = inputs()
-    losses = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    logits = lambda h: h @ weight.T if softcap is None else softcap * (h @ weight.T / softcap).tanh()  # noqa: E731
+    losses = F.cross_entropy(logits(hidden), labels, reduction="sum")
     expected = losses / ((labels != -100).sum() if num_items is None else num_items)
     gradients = torch.autograd.grad(3 * expected, (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, labels, num_items, chunk)
+    loss = chunked_cross_entropy(hidden, weight, labels, num_items, chunk, softcap)
     close(loss, expected, 1e-12)
     for actual, wanted in zip(torch.autograd.grad(3 * loss, (hidden, weight)), gradients, strict=True):
         close(actual, wanted, 1e-12)
-    through = chunked_cross_entropy_through(lambda h: h @ weight.T, hidden, labels, 53, num_items, chunk)
+    through = chunked_cross_entropy_through(logits, hidden, labels, 53, num_items, chunk)
     close(through.double(), expected, 1e-6)
     for actual, wanted in zip(torch.autograd.grad(3 * through, (hidden, weight)), gradients, strict=True):
         close(actual, wanted, 1e-6)

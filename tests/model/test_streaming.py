@@ -90,6 +90,8 @@ def test_memory_is_constant():
         {},
         {"tie_word_embeddings": True, "sliding_window": [4, None]},
         {"score_function": "softmax", "learned_sink": True, "output_norm": True, "use_rotary": [True, False]},
+        {"score_function": ["softmax", "sigmoid"], "attn_logit_softcapping": 0.3},
+        {"layers": [{"kind": "attention", "norm": "rms"}], "norm": "layer"},
         {"qk_norm": True, "attention_bias": True},
     ],
 )

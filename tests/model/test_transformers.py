@@ -303,9 +303,12 @@ def test_one_graph_whatever_values_say(plan, case):
             close(outputs.loss, expected.loss)
 
 
-def test_a_graph_serves_other_masks():
+@pytest.mark.parametrize(
+    "changes", [{}, {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.5, "norm": "layer"}], ids=str
+)
+def test_a_graph_serves_other_masks(changes):
     """It was made from a mask without a hole."""
-    model, ids = planned("attention"), tokens(2, 12)
+    model, ids = planned("attention", **changes), tokens(2, 12)
     plain = torch.ones_like(ids)
     graph = torch.export.export(model, (), {"input_ids": ids, "attention_mask": plain, "use_cache": False}).module()
     for begin, end in ((0, 3), (4, 6), (9, 12)):

@@ -48,12 +48,16 @@ def ragged(shape, seed=0):
     return first.to(torch.int32), last.to(torch.int32)
 
 
-def outputs_and_gradients(inputs, dtype, backend, score_function, window, first=None, last=None):
+def hidden_keys(shape, seed=0):
+    return torch.rand(shape[0], shape[2], generator=torch.Generator().manual_seed(seed + 2)) < 0.3
+
+
+def outputs_and_gradients(inputs, dtype, backend, score_function, window, first=None, last=None, **options):
     query, key, value, slopes, bias = (t.to(dtype).requires_grad_() for t in inputs)
     softmax = score_function == "softmax"
     result = window_attention(
         query, key, value, window=window, score_function=score_function, slopes=slopes, score_bias=bias,
-        first_visible=first, last_visible=last, return_lse=softmax, backend=backend,
+        first_visible=first, last_visible=last, return_lse=softmax, backend=backend, **options,
     )  # fmt: skip
     output, lse = result if softmax else (result, None)
     loss = output.to(torch.float64).sin().sum()
@@ -63,11 +67,11 @@ def outputs_and_gradients(inputs, dtype, backend, score_function, window, first=
     return {"output": output, **({"lse": lse} if softmax else {}), **dict(zip(NAMES, gradients, strict=True))}
 
 
-def compare(inputs, dtype, backend, score_function, window, first=None, last=None):
+def compare(inputs, dtype, backend, score_function, window, first=None, last=None, **options):
     arguments = (score_function, window, first, last)
-    exact = outputs_and_gradients(inputs, torch.float64, "reference", *arguments)
-    plain = outputs_and_gradients(inputs, dtype, "reference", *arguments)
-    ours = outputs_and_gradients(inputs, dtype, backend, *arguments)
+    exact = outputs_and_gradients(inputs, torch.float64, "reference", *arguments, **options)
+    plain = outputs_and_gradients(inputs, dtype, "reference", *arguments, **options)
+    ours = outputs_and_gradients(inputs, dtype, backend, *arguments, **options)
     for name, expected in exact.items():
         if dtype == torch.float64:
             torch.testing.assert_close(ours[name], expected, atol=1e-10, rtol=1e-10)
@@ -114,8 +118,8 @@ def test_every_way_of_batching_tiles(monkeypatch, score_function, window, budget
     shape = (1, 1000, 1010, 4, 2, 4)
     inputs = make_inputs(shape)
     documents = torch.arange(1000, dtype=torch.int32).div(170, rounding_mode="floor").mul(170)[None]
-    for first in (None, documents):
-        compare(inputs, torch.float32, "blocked", score_function, window, first)
+    for first, options in ((None, {}), (documents, {}), (documents, {"softcap": 2.0, "hidden": hidden_keys(shape)})):
+        compare(inputs, torch.float32, "blocked", score_function, window, first, **options)
 
 
 @settings(max_examples=40, deadline=None)
@@ -126,24 +130,56 @@ def test_every_way_of_batching_tiles(monkeypatch, score_function, window, budget
     group=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
     score_function=st.sampled_from(["sigmoid", "softmax"]),
     documents=st.booleans(),
+    softcap=st.sampled_from([None, 0.5, 3.0]),
+    holes=st.booleans(),
     seed=st.integers(0, 10),
 )
-def test_any_shape(num_queries, earlier, window, group, score_function, documents, seed):
+def test_any_shape(num_queries, earlier, window, group, score_function, documents, softcap, holes, seed):
     shape = (1, num_queries, num_queries + earlier, group[0], group[1], 4)
     first = ragged(shape, seed)[0] if documents else None
-    compare(make_inputs(shape, seed), torch.float64, "blocked", score_function, window, first)
+    hidden = hidden_keys(shape, seed) if holes else None
+    options = {"softcap": softcap, "hidden": hidden}
+    compare(make_inputs(shape, seed), torch.float64, "blocked", score_function, window, first, **options)
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
-def test_gradcheck(backend, score_function):
+def test_soft_capped_by_a_plain_definition(backend, score_function):
+    """Query by query: the scaled product is capped, then slope and bias are added, then keys are hidden."""
+    shape = (2, 9, 14, 4, 2, 8)
+    query, key, value, slopes, bias = (t.requires_grad_() for t in make_inputs(shape))
+    query, hidden = 4 * query, hidden_keys(shape)
+    options = {"score_function": score_function, "slopes": slopes, "score_bias": bias, "scale": 0.7, "softcap": 1.5}
+    output = window_attention(query, key, value, window=6, hidden=hidden, backend=backend, **options)
+    rows = []
+    for b, t, h in itertools.product(range(2), range(9), range(4)):
+        own = 5 + t
+        seen = [j for j in range(own - 5, own + 1) if not hidden[b, j]]
+        distance = own - torch.tensor(seen)
+        product = (key[b, seen, h // 2] * query[b, t, h]).sum(-1) * 0.7
+        assert (product.abs() > 1.5).any() or len(seen) < 4
+        scores = 1.5 * (product / 1.5).tanh() + slopes[h] * distance + bias[h]
+        weights = scores.sigmoid() if score_function == "sigmoid" else scores.softmax(0)
+        rows.append(weights @ value[b, seen, h // 2])
+    expected = torch.stack(rows).view_as(output)
+    torch.testing.assert_close(output, expected, atol=1e-12, rtol=1e-12)
+    inputs = (query, key, value, slopes, bias)
+    gradients = [torch.autograd.grad(result.sin().sum(), inputs, retain_graph=True) for result in (output, expected)]
+    for name, ours, plain in zip(NAMES, *gradients, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_gradcheck(backend, score_function, softcap):
     query, key, value, slopes, bias = (t.requires_grad_() for t in make_inputs((1, 7, 9, 2, 1, 3)))
     first = torch.tensor([[0, 0, 3, 3, 9, 9, 9]], dtype=torch.int32)
 
     def attend(*tensors):
         result = window_attention(
             *tensors[:3], window=4, score_function=score_function, slopes=tensors[3], score_bias=tensors[4],
-            first_visible=first, return_lse=score_function == "softmax", backend=backend,
+            first_visible=first, return_lse=score_function == "softmax", softcap=softcap, backend=backend,
         )  # fmt: skip
         if score_function == "sigmoid":
             return result

@@ -1,6 +1,7 @@
 """The wrapper: bad input, autocast, torch.compile and the checks of torch.library."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,11 @@ BAD = [
         {"skip_saturated": True, "score_function": "softmax"},
         r"^skip_saturated: only sigmoid weights saturate",
     ),
+    ({"softcap": 0.0}, r"^softcap: expected a positive number, or None to cap no scores; got 0.0"),
+    ({"softcap": 5.0, "backend": "triton"}, r"^backend: 'triton' cannot serve this call: softcap is served"),
+    ({"hidden": torch.zeros(2, 9, dtype=torch.bool)}, r"^hidden: expected bool \[batch, keys\] = \[2, 10\]"),
+    ({"hidden": torch.zeros(2, 10)}, r"^hidden: expected bool .* got torch.float32"),
+    ({"hidden": torch.zeros(2, 10, dtype=torch.bool), "backend": "triton"}, r"cannot serve .*: hidden is served"),
     ({"return_lse": True}, r"^return_lse: only softmax has a normaliser"),
     ({"query": torch.zeros(2, 10, 8)}, r"^query: expected 4 dimensions"),
     ({"query": torch.zeros(2, 10, 3, 8)}, r"^query: 3 query heads cannot be shared evenly by 2"),
@@ -84,6 +90,7 @@ def test_opcheck(score_function):
         plain._replace(slopes=slopes, score_bias=bias, first_visible=first),
         plain,
         plain._replace(slopes=slopes.detach(), score_bias=bias, last_visible=first),
+        plain._replace(softcap=0.5, hidden=torch.arange(20).view(2, 10) % 3 == 0),
     ):
         torch.library.opcheck(torch.ops.swat_lm.window_attention, tuple(call))
 
@@ -105,16 +112,18 @@ def test_opcheck_of_the_step():
     rings = torch.zeros(2, 3, 4, 2, 8)
     places = torch.tensor([0, 2]), torch.tensor([5, 1])
     call = StepCall(query, key, value, *rings, *places, "softmax", 0.3, backend="blocked")
-    torch.library.opcheck(torch.ops.swat_lm.window_attention_step, tuple(call))
+    for one in (call, call._replace(softcap=0.5)):
+        torch.library.opcheck(torch.ops.swat_lm.window_attention_step, tuple(one))
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_compiles_to_one_graph(softcap):
     query, key, value = (t.requires_grad_() for t in tensors())
     slopes = torch.randn(4, requires_grad=True)
 
     def loss(query, key, value, slopes):
         output, lse = window_attention(
-            query, key, value, window=3, score_function="softmax", slopes=slopes, return_lse=True
+            query, key, value, window=3, score_function="softmax", slopes=slopes, softcap=softcap, return_lse=True
         )
         return output.square().sum() + lse.sum()
 
@@ -150,6 +159,18 @@ def test_a_slower_path_is_announced_once_by_name(caplog):
     assert len(caplog.records) == 1
     assert "slower 'blocked' PyTorch backend: the kernels are for NVIDIA GPUs" in caplog.text
     assert dispatch.choose_backend("reference", query) == "reference"
+
+
+def test_what_kernels_lack_is_served_without_them_on_a_gpu_too(caplog):
+    dispatch._announced.clear()
+    # of a query only these are looked at, and here is no GPU
+    query = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(2, 10, 4, 64))
+    with caplog.at_level(logging.WARNING):
+        assert dispatch.choose_backend("auto", query, "softcap") == "blocked"
+    assert "slower 'blocked' PyTorch backend: softcap is served by 'blocked' and 'reference' alone" in caplog.text
+    with pytest.raises(ValueError, match=r"^backend: 'triton' cannot serve this call: softcap is served by 'blocked'"):
+        dispatch.choose_backend("triton", query, "softcap")
+    assert dispatch.choose_backend("reference", query, "softcap") == "reference"
 
 
 def test_triton_is_refused_where_it_cannot_run():

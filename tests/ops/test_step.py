@@ -16,11 +16,11 @@ def stream(batch, length, seed=0):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("window", [1, 2, 7, 64])
-def test_every_step_equals_the_full_pass(window, score_function, backend):
+@pytest.mark.parametrize(("window", "softcap"), [(1, None), (2, None), (7, None), (64, None), (7, 0.5)])
+def test_every_step_equals_the_full_pass(window, softcap, score_function, backend):
     length = min(5 * window + 3, 200) if window < 64 else 330
     query, key, value, slopes = stream(2, length)
-    options = {"score_function": score_function, "slopes": slopes, "score_bias": -0.3}
+    options = {"score_function": score_function, "slopes": slopes, "score_bias": -0.3, "softcap": softcap}
     full = window_attention(query, key, value, window=window, **options)
     key_ring, value_ring = torch.zeros(2, window, 2, 8), torch.zeros(2, window, 2, 8)
     slot = torch.tensor([1, 0])
@@ -36,8 +36,8 @@ def test_every_step_equals_the_full_pass(window, score_function, backend):
 @pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("slots", [[0, 1, 2], [5, 0, 3], [2, 1, 0]])
 @pytest.mark.parametrize("positions", [[2, 19, 7], [13, 13, 13], [3, 3, 3]])
-@pytest.mark.parametrize("head_major", [False, True])
-def test_positions_and_slots_agree_with_the_first_entry(slots, positions, score_function, head_major):
+@pytest.mark.parametrize(("head_major", "softcap"), [(False, None), (True, None), (False, 0.5), (True, 0.5)])
+def test_positions_and_slots_agree_with_the_first_entry(slots, positions, score_function, head_major, softcap):
     """Sequences at different places of their streams, some younger than the window, in any slots of a larger pool."""
     window = 6
     query, key, value, slopes = stream(3, 20)
@@ -60,6 +60,7 @@ def test_positions_and_slots_agree_with_the_first_entry(slots, positions, score_
             pick,
             score_function=score_function,
             slopes=slopes,
+            softcap=softcap,
             return_lse=score_function == "softmax",
         )
     )
@@ -73,6 +74,7 @@ def test_positions_and_slots_agree_with_the_first_entry(slots, positions, score_
             score_function=score_function,
             slopes=slopes,
             last_visible=pick[:, None].to(torch.int32),
+            softcap=softcap,
             return_lse=score_function == "softmax",
         )
     )
@@ -136,6 +138,8 @@ def test_refusals():
         call(query, key, value, ring[:1], ring[:1].clone(), slot, position)
     with pytest.raises(ValueError, match=r"^backend: 'triton' cannot serve this call: .*TRITON_INTERPRET=1"):
         call(query, key, value, ring, ring.clone(), slot, position, backend="triton")
+    with pytest.raises(ValueError, match=r"^backend: 'triton' cannot serve this call: softcap is served by 'blocked'"):
+        call(query, key, value, ring, ring.clone(), slot, position, softcap=2.0, backend="triton")
     with pytest.raises(ValueError, match="for inference"):
         call(query, key.requires_grad_(), value, ring, ring.clone(), slot, position)
     with pytest.raises(ValueError, match=r"^slopes: expected one number per query head, shape \[4\], got \[3\]"):
