@@ -5,6 +5,7 @@ Which architectures, and what theirs is called here, is in families.py.
 
 import copy
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from swat_lm.files import whole
 from swat_lm.hub import nearest_name
 from swat_lm.model.building import layers_without_weights
 from swat_lm.model.configuration import RECIPE_KEYS, SwatConfig, check_fields
-from swat_lm.model.families import Family, family_of
+from swat_lm.model.families import Family, family_of, left_out
 from swat_lm.model.loading import find_model_folder
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.plan import kinds_with
@@ -74,6 +75,7 @@ def convert(
         OSError: the folder cannot be read.
     """
     if isinstance(source, PreTrainedModel):
+        _tell_what_is_left_out(source.config)
         config = convert_config(source.config, window, **changes)
         family = family_of(source.config)
         model = SwatForCausalLM(config).to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
@@ -84,6 +86,7 @@ def convert(
     folder = _existing_folder(source)
     theirs = AutoConfig.from_pretrained(folder)
     config, family = convert_config(theirs, window, **changes), family_of(theirs)
+    _tell_what_is_left_out(theirs)
     check_readable(folder)
     if family.names or family.parts:
         return _read_through_theirs(folder, config, family)
@@ -91,6 +94,15 @@ def convert(
     model, report = _loaded(SwatForCausalLM, folder, config=config)
     _check_keys(report["missing_keys"], report["unexpected_keys"], family.fields(theirs))
     return model
+
+
+def _tell_what_is_left_out(source: PreTrainedConfig) -> None:
+    """Warn of dropout: what is computed of a text is the same without."""
+    if words := left_out(source):
+        warnings.warn(
+            f"source: {', '.join(words)} left out: layers here have no dropout, so training on goes without",
+            stacklevel=3,
+        )
 
 
 def _read_through_theirs(folder: Path, config: SwatConfig, family: Family) -> SwatForCausalLM:

@@ -16,10 +16,13 @@ from transformers import PreTrainedConfig
 from swat_lm.layers.pre_norm import ACTIVATIONS
 from swat_lm.model.configuration import ROPE_TYPES
 
-__all__ = ["FAMILIES", "Family", "family_of", "family_words"]
+__all__ = ["FAMILIES", "Family", "family_of", "family_words", "left_out"]
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id")
+DROPOUTS = (
+    "attention_dropout", "residual_dropout", "embedding_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout",
+)  # fmt: skip
 LLAMA_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -127,14 +130,13 @@ def llama_fields(source: PreTrainedConfig) -> dict[str, Any]:
 
 
 def refuse_phi3(source: PreTrainedConfig) -> None:
-    """What Llama's layer refuses, dropout elsewhere, and rotary of a part of each head."""
+    """What Llama's layer refuses, and rotary of a part of each head."""
     part = source.rope_parameters.get("partial_rotary_factor", 1.0)
     if part != 1:
         raise ValueError(
             f"source: partial_rotary_factor {part} rotates a part of each head, which layers here do not; "
             "it cannot be taken over"
         )
-    refuse_dropout(source, "resid_pdrop", "embd_pdrop")
     refuse_llama(source)
 
 
@@ -236,9 +238,8 @@ def starcoder2_fields(source: PreTrainedConfig) -> dict[str, Any]:
 
 
 def refuse_starcoder2(source: PreTrainedConfig) -> None:
-    """What Llama's layer refuses but for its activation, and dropout elsewhere."""
+    """What Llama's layer refuses but for its activation."""
     refuse_activation(source, "hidden_act", tuple(ACTIVATIONS))
-    refuse_dropout(source, "residual_dropout", "embedding_dropout")
     refuse_around_feed_forward(source)
 
 
@@ -251,14 +252,13 @@ def rotary_by_layer(source: PreTrainedConfig) -> dict[str, Any]:
 
 
 def refuse_llama(source: PreTrainedConfig) -> None:
-    """Other activations, dropout, and rotary that changes with the sequence."""
+    """Other activations, and rotary that changes with the sequence."""
     refuse_activation(source)
     refuse_around_feed_forward(source)
 
 
 def refuse_around_feed_forward(source: PreTrainedConfig) -> None:
     """What `refuse_llama` does, but for the activation."""
-    refuse_dropout(source, "attention_dropout")
     rope = source.rope_parameters
     for entry in [rope[kind] for kind in LAYER_TYPES if kind in rope] or [rope]:
         if entry["rope_type"] not in ROPE_TYPES:
@@ -305,13 +305,9 @@ def refuse_mamba2(source: PreTrainedConfig) -> None:
     refuse_activation(source)
 
 
-def refuse_dropout(source: PreTrainedConfig, *names: str) -> None:
-    """Dropout of these names."""
-    for name in names:
-        if getattr(source, name, 0.0):
-            raise ValueError(
-                f"source: {name} {getattr(source, name)} has no counterpart; set it to 0 in the source's config"
-            )
+def left_out(source: PreTrainedConfig) -> list[str]:
+    """What the source does in training and layers here do not: dropout, as `attention_dropout 0.1`."""
+    return [f"{name} {getattr(source, name)}" for name in DROPOUTS if getattr(source, name, 0.0)]
 
 
 def refuse_activation(

@@ -110,13 +110,18 @@ def test_windowed_sigmoid_model_to_train_on(tmp_path):
     [
         (GPT2Config(), "expected a llama, mistral, .* or mamba2 model, got 'gpt2'$"),
         (LlamaConfig(**SHAPE, hidden_act="gelu"), "hidden_act 'gelu'"),
-        (LlamaConfig(**SHAPE, attention_dropout=0.1), "attention_dropout 0.1"),
         (LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "'dynamic'"),
     ],
 )
 def test_what_cannot_be_taken_over(config, message):
     with pytest.raises(ValueError, match=message):
         convert_config(config)
+
+
+def test_dropout_is_left_out_and_said():
+    source = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_dropout=0.1))
+    with pytest.warns(UserWarning, match="source: attention_dropout 0.1 left out: layers here have no dropout"):
+        convert(source)
 
 
 def test_damaged_checkpoints_leave_nothing_behind(tmp_path):

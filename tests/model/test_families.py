@@ -232,11 +232,9 @@ def test_a_norm_of_the_source_that_is_lacking_is_named(tmp_path):
         (Phi3Config(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default"}),
          "partial_rotary_factor 0.5 rotates a part of each head"),
         (Phi3Config(**SHAPE, rope_parameters=LONGROPE), "rotary of type 'longrope' changes with the sequence's length"),
-        (Phi3Config(resid_pdrop=0.1), "resid_pdrop 0.1 has no counterpart"),
         (Gemma2Config(use_bidirectional_attention=True), "use_bidirectional_attention has no counterpart"),
         (Gemma3TextConfig(attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0 is not applied by transformers'"),
         (Gemma3TextConfig(hidden_activation="relu"), "hidden_activation 'relu' is not supported"),
-        (Starcoder2Config(embedding_dropout=0.1), "embedding_dropout 0.1 has no counterpart; set it to 0"),
         (Starcoder2Config(hidden_act="relu"), "hidden_act 'relu' is not supported, only 'silu', 'gelu_pytorch_tanh'"),
     ],
 )  # fmt: skip
