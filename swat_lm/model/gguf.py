@@ -212,8 +212,8 @@ def tokenizer_of(header: GgufHeader) -> Any:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     elif split not in SPLIT_AS_GPT2 and isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
         warnings.warn(
-            f"{header.path}: transformers {transformers.__version__} does not know how {split!r} splits text and splits "
-            "it as GPT-2 does: some tokens will differ; give the model's own tokenizer where that matters",
+            f"{header.path}: transformers {transformers.__version__} does not know how {split!r} splits text and "
+            "splits it as GPT-2 does: some tokens will differ; give the model's own tokenizer where that matters",
             stacklevel=2,
         )
     return tokenizer

@@ -85,7 +85,7 @@ def check_numbers(numbers: Sequence[int], layers: Sequence[int]) -> list[int]:
             raise ValueError(f"full_layers: expected numbers of layers or one of {FORMS}; got {number!r}")
         if number not in layers:
             raise ValueError(
-                f"full_layers: there is no layer {number} with attention; there are {len(layers)} such layers, numbered "
+                f"full_layers: there is no layer {number} with attention; there are {len(layers)}, numbered "
                 f"{layers[0]} to {layers[-1]}"
             )
         if list(numbers).count(number) > 1:

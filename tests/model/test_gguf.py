@@ -1,4 +1,4 @@
-"""GGUF files become ours: weights, tokenizer, chat template, end tokens; what cannot is named before weights are read."""
+"""GGUF files become ours: weights, tokenizer, chat template, end tokens; what cannot is named before weights."""
 
 import builtins
 import re
