@@ -274,7 +274,8 @@ def prompt_pieces(
 ) -> Iterator[list[int]]:
     """Token ids of the prompt, piece by piece; an empty prompt of a fresh stream is the start of a new text.
 
-    One that is `whole` holds its special tokens already. The pieces are cut where the tokenizer leaves the tokens as they are, so they do not depend on how the text comes.
+    One that is `whole` holds its special tokens already. The pieces are cut where the tokenizer leaves the tokens as
+    they are, so they do not depend on how the text comes.
     """
     from swat_lm.data.cutting import Cutter, find_cuts
     from swat_lm.data.source_text import cut

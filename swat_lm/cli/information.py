@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["info"]
 
+
 def info(
     target: Annotated[
         str | None, typer.Argument(metavar="RECIPE|CHECKPOINT|PRESET", help="Leave out to list presets and recipes.")
@@ -36,7 +37,9 @@ def info(
     ] = False,
     window: Annotated[
         int | None,
-        typer.Option(min=1, help=f"With --plans: the window of the others; default the model's own, else {PLAN_WINDOW}."),
+        typer.Option(
+            min=1, help=f"With --plans: the window of the others; default the model's own, else {PLAN_WINDOW}."
+        ),
     ] = None,
     full_layers: Annotated[
         list[str] | None,

@@ -77,7 +77,7 @@ def without_biases(config: "SwatConfig") -> "SwatConfig":
 
 def plans_of(config: "SwatConfig", window: int, asked: Sequence[str]) -> "list[tuple[str, SwatConfig]]":
     """Plans by what they are called: the model's own, all layers full, the usual ones, and those asked for."""
-    from swat_lm.model.window_plan import with_full_layers, with_windows, windows_of
+    from swat_lm.model.window_plan import windows_of, with_full_layers, with_windows
 
     layers = windows_of(config)
     windowed = with_windows(config, dict.fromkeys(layers, window))

@@ -1,5 +1,6 @@
 """Tiny GGUF files for tests, as llama.cpp's converter would write them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,11 @@ NAMES = {
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
+}  # fmt: skip
+GEMMA_NAMES = {
+    **NAMES, "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
 
 
@@ -69,7 +75,9 @@ def write_gguf(
         values = tensor.float().numpy()
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             values = permuted(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        add_tensor(writer, gguf_name(name), values, kind)
+        if architecture == "gemma3" and "norm" in name:
+            values = 1 + values
+        add_tensor(writer, gguf_name(name, GEMMA_NAMES if architecture == "gemma3" else NAMES), values, kind)
     if config.rope_parameters.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(model))
     writer.write_header_to_file()
@@ -91,7 +99,7 @@ def llama3_factors(model: PreTrainedModel) -> np.ndarray:
     return (plain.model.rotary_emb.inv_freq / model.model.rotary_emb.inv_freq).numpy()
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, names: Mapping[str, str]) -> str:
     whole = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -101,7 +109,7 @@ def gguf_name(name: str) -> str:
         return whole[name]
     _, _, layer, module = name.split(".", 3)
     module, _, kind = module.rpartition(".")
-    return f"blk.{layer}.{NAMES[module]}.{kind}"
+    return f"blk.{layer}.{names[module]}.{kind}"
 
 
 def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:

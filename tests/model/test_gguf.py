@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Phi3ForCausalLM, Qwen3ForCausalLM
 
 from swat_lm import SwatForCausalLM
 from swat_lm.model import gguf as reading
@@ -59,13 +59,23 @@ def test_halves_stay_halves_and_a_padded_vocabulary_is_fine(tmp_path: Path):
     assert all(torch.equal(ours.state_dict()[name], weight.half()) for name, weight in model.state_dict().items())
 
 
-def test_a_head_size_of_its_own(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("architecture", "kind", "own", "settings"),
+    [
+        # transformers leaves the size of heads, and of Phi-3 the window, at its own default
+        ("qwen3", Qwen3ForCausalLM, {"head_dim": 32}, {"attention.key_length": 32, "attention.value_length": 32}),
+        ("phi3", Phi3ForCausalLM, {"sliding_window": 8, "pad_token_id": 0}, {"attention.sliding_window": 8}),
+        ("gemma3", Gemma3ForCausalLM, {"head_dim": 256, "sliding_window": 8},
+         {"attention.key_length": 256, "attention.sliding_window": 8}),
+    ],
+)  # fmt: skip
+def test_other_families(tmp_path: Path, architecture: str, kind, own: dict, settings: dict):
     torch.manual_seed(0)
     shape = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    model = Qwen3ForCausalLM(Qwen3Config(**shape, **heads)).eval()
-    sizes = {"qwen3.attention.key_length": 32, "qwen3.attention.value_length": 32}
-    path = write_gguf(tmp_path / "q.gguf", model, architecture="qwen3", extra=sizes)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+    model = kind(kind.config_class(**shape, **heads, **own)).eval()
+    extra = {f"{architecture}.{name}": value for name, value in settings.items()}
+    path = write_gguf(tmp_path / "other.gguf", model, architecture=architecture, extra=extra)
     close(convert(path)(IDS).logits, model(IDS).logits)
 
 
