@@ -108,13 +108,15 @@ def _open(source: str | Path, dtype: torch.dtype | None) -> _Opened:
         gguf = open_gguf(place, dtype)
         return _Opened(place, gguf.config, gguf)
     theirs = AutoConfig.from_pretrained(place)
+    # before anything is looked for that another kind of model may not have
+    family_of(theirs)
     quantised = getattr(theirs, "quantization_config", None)
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise ValueError(f"source: the weights in {place} are quantised ({method}): save the model without that first")
     check_readable(place)
     check_whole(place)
-    check_tokenizer(place, theirs.get_text_config().vocab_size)
+    check_tokenizer(place, theirs.vocab_size)
     return _Opened(place, theirs if dtype is None else _with_dtype(theirs, dtype), None)
 
 

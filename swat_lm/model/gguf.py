@@ -21,6 +21,10 @@ from swat_lm.words import install_extra
 
 __all__ = ["GgufSource", "open_gguf", "read_gguf_model"]
 
+# llama.cpp's names of the families whose files are held against the models that they were made of
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma3")
+# of Gemma's families, the layers of the one size that scales scores by the width and not by the size of a head
+SCALED_BY_WIDTH = {"gemma3": 62}
 # by ggml's numbers; every other form is of blocks, whose values float32 holds exactly
 FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 TOKENS = "tokenizer.ggml.tokens"
@@ -50,18 +54,18 @@ def open_gguf(path: Path, dtype: torch.dtype | None) -> GgufSource:
         dtype: of the weights to be; None: the file's own where it holds floats, float32 where it holds blocks.
 
     Raises:
-        ValueError: what `read_gguf_header` refuses, an architecture that transformers does not read from GGUF files,
-            settings or tensors that it would leave out, or a vocabulary that does not fit the model.
+        ValueError: what `read_gguf_header` refuses, an architecture that is not one of `ARCHITECTURES`, settings that
+            would be left out, or a vocabulary that does not fit the model.
         OSError: the file cannot be read.
     """
     header = read_gguf_header(path)
+    check_architecture(header)
     check_library(path)
     try:
         config = read_alone(AutoConfig, path)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"source: {path}: transformers {transformers.__version__} reads no GGUF file of the architecture "
-            f"{header.architecture!r}: {error}"
+            f"source: {path}: transformers {transformers.__version__} cannot read its header: {error}"
         ) from error
     check_vocabulary(header)
     settle(config, header)
@@ -88,6 +92,17 @@ def end_tokens(header: GgufHeader) -> list[int]:
     """Ids that end a text or a turn, each once."""
     ids = [header.settings.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return list(dict.fromkeys(number for number in ids if number is not None))
+
+
+def check_architecture(header: GgufHeader) -> None:
+    """Raise ValueError for families that are not read from GGUF files, and for mixtures of experts of the others."""
+    if header.architecture not in ARCHITECTURES or header.setting("expert_count"):
+        *others, last = ARCHITECTURES
+        what = "a mixture of experts, " if header.setting("expert_count") else ""
+        raise ValueError(
+            f"source: {header.path}: expected a GGUF file of the architecture {', '.join(others)} or {last}; got "
+            f"{what}{header.architecture!r}. Families that are not among these may be as folders of safetensors"
+        )
 
 
 def check_library(path: Path) -> None:
@@ -128,10 +143,25 @@ def settle(config: PreTrainedConfig, header: GgufHeader) -> None:
     window = header.setting("attention.sliding_window")
     if window and hasattr(config, "sliding_window") and getattr(config, "layer_types", None) is None:
         config.sliding_window = window
-    rotary = getattr(config, "rope_parameters", None)
-    if header.architecture == "llama" and rotary:
-        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-        config.rope_parameters = llama3_rotary(header, rotary["rope_theta"], head_dim) or rotary
+    if header.setting("block_count") == SCALED_BY_WIDTH.get(header.architecture):
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+    settle_rotary(config, header)
+
+
+def settle_rotary(config: PreTrainedConfig, header: GgufHeader) -> None:
+    """Scaled rotary, where it is linear or Llama 3's; of families that rotate by type, of the layers with no window."""
+    whole = config.rope_parameters
+    rotary = whole.get("full_attention", whole)
+    if header.setting("rope.scaling.type") == "linear":
+        scaled = {**rotary, "rope_type": "linear", "factor": header.setting("rope.scaling.factor")}
+    else:
+        scaled = llama3_rotary(header, rotary["rope_theta"], head_size(config)) or rotary
+    config.rope_parameters = {**whole, "full_attention": scaled} if rotary is not whole else scaled
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Channels of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def llama3_rotary(header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any] | None:
@@ -160,22 +190,30 @@ def llama3_rotary(header: GgufHeader, theta: float, head_dim: int) -> dict[str, 
 
 def refuse_unread(config: PreTrainedConfig, header: GgufHeader) -> None:
     """Raise ValueError for what changes the function and transformers does not take from such a file."""
-    rotary = getattr(config, "rope_parameters", None) or {}
-    plain = all(entry.get("rope_type", "default") == "default" for entry in rotary.values() if isinstance(entry, dict))
-    scaled = header.setting("rope.scaling.type") not in (None, "none")
-    factors = [name for name in ROTARY_FACTORS if name in header.tensors]
-    if plain and rotary.get("rope_type", "default") == "default" and (scaled or factors):
-        what = f"rope.scaling.type {header.setting('rope.scaling.type')!r}" if scaled else f"factors in {factors[0]}"
+
+    def refuse(what: str) -> None:
         raise ValueError(
-            f"source: {header.path} scales its rotary ({what}), which transformers {transformers.__version__} does not "
-            "read from GGUF files: the result would be another function. Convert the model's safetensors folder"
+            f"source: {header.path} {what}, which transformers {transformers.__version__} does not read from a GGUF "
+            f"file of {header.architecture!r}: the result would be another function. Convert the model's folder of "
+            "safetensors"
         )
+
+    rotary = config.rope_parameters.get("full_attention", config.rope_parameters)
+    scaling = header.setting("rope.scaling.type")
+    factors = [name for name in ROTARY_FACTORS if name in header.tensors]
+    if rotary["rope_type"] == "default" and scaling not in (None, "none"):
+        refuse(f"scales its rotary (rope.scaling.type {scaling!r})")
+    if factors and rotary["rope_type"] != "llama3":
+        refuse(f"scales its rotary (by {factors[0]})")
+    rotated = header.setting("rope.dimension_count")
+    if rotated not in (None, head_size(config)):
+        refuse(f"rotates {rotated} of the {head_size(config)} channels of each head")
+    base = header.setting("rope.freq_base")
+    if base is not None and base != rotary["rope_theta"]:
+        refuse(f"has the rotary base {base}")
     window = header.setting("attention.sliding_window")
     if window and getattr(config, "sliding_window", None) is None:
-        raise ValueError(
-            f"source: {header.path} has windows of {window:,} tokens, which transformers {transformers.__version__} "
-            f"does not read from GGUF files of {header.architecture!r}. Convert the model's safetensors folder"
-        )
+        refuse(f"has windows of {window:,} tokens")
 
 
 def check_all_is_read(config: PreTrainedConfig, header: GgufHeader) -> None:

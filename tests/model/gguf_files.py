@@ -55,7 +55,7 @@ def write_gguf(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(head_dim)
     for key, value in (extra or {}).items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
     if "tokenizer" not in leave_out:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")

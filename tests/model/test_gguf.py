@@ -16,6 +16,11 @@ from swat_lm.model.sources import find_source
 from .gguf_files import VOCABULARY, tiny_llama, write_gguf
 from .models import close
 
+# of the larger ones: the layers without a window, here the last, are scaled
+GEMMA_ROTARY = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
 IDS = torch.randint(0, len(VOCABULARY), (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -65,13 +70,14 @@ def test_halves_stay_halves_and_a_padded_vocabulary_is_fine(tmp_path: Path):
         # transformers leaves the size of heads, and of Phi-3 the window, at its own default
         ("qwen3", Qwen3ForCausalLM, {"head_dim": 32}, {"attention.key_length": 32, "attention.value_length": 32}),
         ("phi3", Phi3ForCausalLM, {"sliding_window": 8, "pad_token_id": 0}, {"attention.sliding_window": 8}),
-        ("gemma3", Gemma3ForCausalLM, {"head_dim": 256, "sliding_window": 8},
-         {"attention.key_length": 256, "attention.sliding_window": 8}),
+        ("gemma3", Gemma3ForCausalLM, {"head_dim": 256, "sliding_window": 8, "rope_parameters": GEMMA_ROTARY},
+         {"attention.key_length": 256, "attention.sliding_window": 8, "rope.scaling.type": "linear",
+          "rope.scaling.factor": 8.0}),
     ],
 )  # fmt: skip
 def test_other_families(tmp_path: Path, architecture: str, kind, own: dict, settings: dict):
     torch.manual_seed(0)
-    shape = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    shape = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
     model = kind(kind.config_class(**shape, **heads, **own)).eval()
     extra = {f"{architecture}.{name}": value for name, value in settings.items()}
@@ -91,7 +97,7 @@ def test_rotary_of_llama3_which_transformers_drops(tmp_path: Path):
     close(ours(IDS).logits, model(IDS).logits)
     # other factors are no reading of ours
     model = tiny_llama(rope_parameters={**scaled, "original_max_position_embeddings": 512})
-    with pytest.raises(ValueError, match=r"scales its rotary \(factors in rope_freqs\.weight\)"):
+    with pytest.raises(ValueError, match=r"scales its rotary \(by rope_freqs\.weight\)"):
         convert(write_gguf(tmp_path / "other.gguf", model))
 
 
@@ -114,9 +120,10 @@ def test_what_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: py
     refused(b"PK" + whole, "bad.gguf is not a GGUF file")
     refused(whole[:4] + b"\x09" + whole[5:], "damaged or no GGUF file that is known here: version 9")
     made = {"path": tmp_path / "bad.gguf", "model": model}
-    refused(write_gguf(**made, architecture="rwkv7"), "reads no GGUF file of the architecture 'rwkv7'")
-    refused(write_gguf(**made, architecture="gpt2"), "expected a llama, mistral, .*, got 'gpt2'")
-    refused(write_gguf(**made, extra={"llama.rope.scaling.type": "yarn"}), "scales its rotary .*'yarn'")
+    refused(write_gguf(**made, architecture="rwkv7"), "expected a GGUF file of the architecture llama, .*; got 'rwkv7'")
+    refused(write_gguf(**made, extra={"llama.expert_count": 8}), "got a mixture of experts, 'llama'")
+    refused(write_gguf(**made, extra={"llama.attention.key_length": 32}), "rotates 16 of the 32 channels")
+    refused(write_gguf(**made, extra={"llama.rope.scaling.type": "yarn"}), "scales its rotary .*'yarn'.*safetensors")
     refused(write_gguf(**made, extra={"llama.attention.sliding_window": 8}), "has windows of 8 tokens")
     refused(write_gguf(**made, extra={"split.count": 3}), "one of 3 parts")
     refused(write_gguf(**made, extra={"tokenizer.ggml.eom_token_id": 999}), "its eom token is number 999")
