@@ -39,9 +39,15 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
 
 
 def write_gguf(
-    path: Path, model: PreTrainedModel, *, architecture: str = "llama", kind: str = "F32", leave_out=(), extra=None
+    path: Path,
+    model: PreTrainedModel,
+    *,
+    architecture: str = "llama",
+    kind: str = "F32",
+    split: str = "smollm",
+    extra=None,
 ) -> Path:
-    """The model as a GGUF file; matrices in blocks of `kind`, or F32, F16."""
+    """The model as a GGUF file; matrices in blocks of `kind`, or F32, F16; `extra` are more settings."""
     config, writer = model.config, GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -56,19 +62,18 @@ def write_gguf(
     writer.add_rope_dimension_count(head_dim)
     for key, value in (extra or {}).items():
         {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
-    if "tokenizer" not in leave_out:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
-        writer.add_token_list(VOCABULARY)
-        writer.add_token_types([3] * len(SPECIAL) + [1] * (len(VOCABULARY) - len(SPECIAL)))
-        writer.add_token_merges(MERGES)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_eot_token_id(3)
-        writer.add_unk_token_id(0)
-        writer.add_pad_token_id(2)
-        writer.add_add_bos_token(False)
-        writer.add_chat_template(TEMPLATE)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(VOCABULARY) - len(SPECIAL)))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(3)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue

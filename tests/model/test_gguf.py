@@ -131,6 +131,12 @@ def test_what_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: py
     refused(write_gguf(tmp_path / "bad.gguf", small), r"its tokenizer has 264 tokens, the model embeds 40")
 
 
+def test_a_way_to_split_text_that_nobody_knows_is_announced(tmp_path: Path):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(), split="novel")
+    with pytest.warns(UserWarning, match="does not know how 'novel' splits text"):
+        convert(path)
+
+
 def test_weights_that_transformers_would_leave_out(tmp_path: Path):
     biased = tiny_llama(attention_bias=True)
     with pytest.raises(ValueError, match=r"holds 110,080 weights in 41 tensors, .* has 109,504"):
