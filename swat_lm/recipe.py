@@ -177,6 +177,7 @@ class Recipe:
     """Folder of the run's results, new, empty or a run's; `runs/NAME` if not given."""
     model: dict[str, Any]
     """Fields of SwatConfig, and `preset: NAME` to start from a preset; `swat-lm info` lists them.
+    `full_layers: every:3` (`last`, `odd`, [0, 7], ...) says which keep full attention beside the window of the others.
     `init: PATH` begins with the weights of a run, a checkpoint or an exported model, and needs no other field."""
     data: DataRecipe
     """What to read, with which tokenizer, and how rows are packed; at least `sources`."""

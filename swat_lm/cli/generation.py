@@ -41,6 +41,9 @@ Result = TypeVar("Result")
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A run's folder, an exported folder, or a hub name.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; `-` reads it from stdin.")] = "",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message to a chat model, put into its chat template.")
+    ] = False,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=0, help="Most tokens to generate.")
     ] = 200,
@@ -68,6 +71,7 @@ def generate(
     \b
     Examples:
       swat-lm generate demo/swat --prompt 'def main(' --seed 1
+      swat-lm generate models/smollm2 --chat --prompt 'What is a prime number?'
       tail -f app.log | head -c 100M | swat-lm generate runs/mine --prompt - --temperature 0
     """
     import torch
@@ -80,7 +84,11 @@ def generate(
     prompt = whole_text(prompt, "--prompt")
     if save_to is not None:
         check_new_file(save_to, "--save-state")
+    if chat and (prompt in ("", "-") or load_from is not None):
+        raise ValueError("--chat takes one message, by --prompt TEXT: neither stdin nor a saved state")
     model, tokens = load_checkpoint(checkpoint, tokenizer, device)
+    if chat:
+        prompt = in_template(tokens, prompt, tokenizer or checkpoint)
     state = model.init_state() if load_from is None else read_state(model, load_from)
     if save_to is not None:
         # goes with the state, and is formed faster while the weights lie in rows
@@ -91,7 +99,7 @@ def generate(
     generator = torch.Generator(model.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     with SavingInterruption(active=save_to is not None) as interruption:
-        pieces = in_chunks(prompt_pieces(tokens, prompt, load_from is None, interruption), chunk, interruption)
+        pieces = in_chunks(prompt_pieces(tokens, prompt, load_from is None, interruption, chat), chunk, interruption)
         logits = first_logits(model, pieces, state, load_from, interruption)
         before, read = state.num_bytes, int(state.position)
         stop = frozenset[int]() if ignore_end else end_tokens(model, tokens)
@@ -262,11 +270,12 @@ def in_chunks(pieces: Iterable[list[int]], size: int, interruption: SavingInterr
 
 
 def prompt_pieces(
-    tokens: "PreTrainedTokenizerFast", prompt: str, fresh: bool, interruption: SavingInterruption
+    tokens: "PreTrainedTokenizerFast", prompt: str, fresh: bool, interruption: SavingInterruption, whole: bool = False
 ) -> Iterator[list[int]]:
     """Token ids of the prompt, piece by piece; an empty prompt of a fresh stream is the start of a new text.
 
-    The pieces are cut where the tokenizer leaves the tokens as they are, so they do not depend on how the text comes.
+    One that is `whole` holds its special tokens already. The pieces are cut where the tokenizer leaves the tokens as
+    they are, so they do not depend on how the text comes.
     """
     from swat_lm.data.cutting import Cutter, find_cuts
     from swat_lm.data.source_text import cut
@@ -277,7 +286,7 @@ def prompt_pieces(
     if prompt == "-" and cuts is None:
         messages().print("note: this tokenizer must see a text whole: the prompt is read to its end first")
     piped = arriving(lambda: interruption.waiting(partial(sys.stdin.buffer.read1, PIECE_BYTES)))  # type: ignore
-    end, first, any_text = end_token(tokens), fresh, False
+    end, first, any_text = end_token(tokens), fresh and not whole, False
     for text in cut(piped if prompt == "-" else [prompt], Cutter(cuts, "the prompt", eager=True)):
         call = partial(tokens.encode, text, add_special_tokens=first)
         # what was read before an interruption still counts, and a short text is quicker than a thread
@@ -292,6 +301,14 @@ def prompt_pieces(
     if fresh and not any_text and end is not None and not interruption.requested:
         # between documents stands the end token, so it also begins one
         yield [end]
+
+
+def in_template(tokens: "PreTrainedTokenizerFast", message: str, name: str) -> str:
+    """A user's message as a chat model's template writes it, up to where the answer begins; raises ValueError."""
+    if not tokens.chat_template:
+        raise ValueError(f"--chat: the tokenizer of {name} has no chat template: leave --chat out, or give --tokenizer")
+    chat = [{"role": "user", "content": message}]
+    return str(tokens.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
 
 def heard(call: Callable[[], Result]) -> Result:

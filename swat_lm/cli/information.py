@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swat_lm.cli.console import key_value_table, messages, results
+from swat_lm.cli.plan_costs import PLAN_WINDOW, print_plans
 from swat_lm.named_recipes import is_recipe, recipe_names
 from swat_lm.words import counted, did_you_mean
 
@@ -31,6 +32,19 @@ def info(
     length: Annotated[
         int | None, typer.Option(min=1, help="Sequence length of the figures; default as trained.")
     ] = None,
+    plans: Annotated[
+        bool, typer.Option("--plans", help="Compare what it costs which layers keep full attention beside windows.")
+    ] = False,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"With --plans: the window of the others; default the model's own, else {PLAN_WINDOW}."
+        ),
+    ] = None,
+    full_layers: Annotated[
+        list[str] | None,
+        typer.Option(help="With --plans: one more row, such as every:4 or 0,7,15; repeatable."),
+    ] = None,
 ) -> None:
     """Show what a model costs.
 
@@ -41,7 +55,12 @@ def info(
       swat-lm info swat-340m
       swat-lm info own-text model.sliding_window=256
       swat-lm info runs/mine --length 100000
+      swat-lm info models/smollm2 --plans --window 256 --full-layers every:4
     """
+    if not plans and (window is not None or full_layers):
+        raise ValueError("--window and --full-layers belong to --plans; for a recipe write model.sliding_window=256")
+    if plans and target is None:
+        raise ValueError("--plans: name a recipe, a checkpoint or a preset")
     if target is None:
         from swat_lm.model.presets import preset_names
 
@@ -51,6 +70,9 @@ def info(
     config, trained_length = find_config(target, overrides or [])
     from swat_lm.model.configuration import SwatConfig
 
+    if plans:
+        print_plans(config, window, full_layers or [], None if length is None else [length])
+        return
     describe = describe_model if isinstance(config, SwatConfig) else describe_library_model
     results().print(key_value_table(describe(config, length or trained_length)))  # type: ignore[arg-type]
 

@@ -23,6 +23,7 @@ from swat_lm.model.layer_views import LayerViews
 from swat_lm.model.plan import LayerEntry, kinds_with, resolve_plan
 from swat_lm.model.presets import preset_fields
 from swat_lm.model.registration import AUTO_CODE, AUTO_MAP, AUTO_MODULE, MODEL_TYPE
+from swat_lm.model.window_plan import with_full_layers
 from swat_lm.words import did_you_mean
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -358,7 +359,8 @@ def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) 
     """Build the configuration that a recipe's `model:` mapping describes.
 
     Args:
-        model: fields of SwatConfig, and optionally `preset: NAME` whose values they replace.
+        model: fields of SwatConfig, and optionally `preset: NAME` whose values they replace and `full_layers`: which
+            layers keep full attention beside the window of the others (swat_lm/model/window_plan.py).
         vocab_size: the tokenizer's; used where the mapping itself names no vocab_size.
 
     Raises:
@@ -366,8 +368,9 @@ def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) 
             smaller than the tokenizer's.
     """
     values = dict(model)
-    check_fields({name: value for name, value in values.items() if name != "mixers"}, (*RECIPE_KEYS, "preset"), "model")
-    preset = values.pop("preset", None)
+    known = (*RECIPE_KEYS, "preset", "full_layers")
+    check_fields({name: value for name, value in values.items() if name != "mixers"}, known, "model")
+    preset, full = values.pop("preset", None), values.pop("full_layers", None)
     if vocab_size is not None:
         if values.get("vocab_size", vocab_size) < vocab_size:
             raise ValueError(
@@ -378,6 +381,7 @@ def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) 
     if preset is not None:
         values = {**preset_fields(preset), **values}
     try:
-        return SwatConfig(**values)
+        config = SwatConfig(**values)
+        return config if full is None else with_full_layers(config, full)
     except StrictDataclassError as error:
         raise ValueError(f"model: {explain_misfit(error, SwatConfig, values)}") from error

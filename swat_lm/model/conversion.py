@@ -6,23 +6,24 @@ Which architectures, and what theirs is called here, is in families.py.
 import copy
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from swat_lm.files import whole
-from swat_lm.hub import nearest_name
 from swat_lm.model.building import layers_without_weights
 from swat_lm.model.configuration import RECIPE_KEYS, SwatConfig, check_fields
 from swat_lm.model.families import Family, family_of, left_out
-from swat_lm.model.loading import find_model_folder
+from swat_lm.model.gguf import GgufSource, open_gguf, read_gguf_model
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.plan import kinds_with
-from swat_lm.model.weight_files import check_readable, give_usual_permissions
+from swat_lm.model.sources import find_source
+from swat_lm.model.weight_files import check_readable, check_tokenizer, check_whole, give_usual_permissions
+from swat_lm.model.window_plan import FullLayers, with_full_layers
 from swat_lm.paths import local_path
 
 WEIGHT_SHAPES = (
@@ -56,42 +57,85 @@ FILES_BESIDE = (
 
 
 def convert(
-    source: str | Path | PreTrainedModel, window: int | Literal["keep"] | None = "keep", **changes: Any
+    source: str | Path | PreTrainedModel,
+    window: int | Literal["keep"] | None = "keep",
+    *,
+    full_layers: FullLayers | None = None,
+    dtype: torch.dtype | None = None,
+    **changes: Any,
 ) -> SwatForCausalLM:
     """Take a model of one of `swat_lm.model.families.FAMILIES` over.
 
     Without further arguments the result computes the same function: for Llama softmax, no slopes, the source's window.
 
     Args:
-        source: a folder with `config.json` and safetensors weights, a run's folder that holds such an `export`, or a
-            loaded model (its weights are copied).
+        source: a folder with `config.json` and safetensors weights, a run's folder that holds such an `export`, a GGUF
+            file or a folder with one, a word of `swat_lm.model.sources.PACKAGED`, or a loaded model (its weights are
+            copied).
         window: "keep" = the source's own (Llama: None), None = full attention, or a number of keys.
+        full_layers: which layers keep full attention beside the window of the others, such as "every:3"; see
+            `swat_lm.model.window_plan.window_plan`.
+        dtype: of the result; None = as the source has it, and float32 for a GGUF file of quantised blocks.
         changes: SwatConfig fields to set otherwise, such as `score_function="sigmoid", slopes="balanced",
             score_bias="-log(window)"` for a model to train on.
 
     Raises:
         ValueError: another architecture, something that cannot be taken over exactly (the message names it), a change
-            that has no meaning for the source, or a checkpoint whose parameters do not fit.
-        OSError: the folder cannot be read.
+            that has no meaning for the source, or a checkpoint that is cut short or whose parameters do not fit.
+        OSError: the folder or file cannot be read.
     """
-    if isinstance(source, PreTrainedModel):
-        _tell_what_is_left_out(source.config)
-        config = convert_config(source.config, window, **changes)
-        family = family_of(source.config)
-        model = SwatForCausalLM(config).to(device=source.device, dtype=source.dtype)  # type: ignore[call-arg]
-        missing, unexpected = model.load_state_dict(family.weights(source.state_dict(), source.config), strict=False)
-        _check_keys(missing, unexpected, family.fields(source.config))
-        model.generation_config = copy.deepcopy(source.generation_config)  # type: ignore[assignment]
-        return model
-    folder = _existing_folder(source)
-    theirs = AutoConfig.from_pretrained(folder)
-    config, family = convert_config(theirs, window, **changes), family_of(theirs)
+    if not isinstance(source, PreTrainedModel):
+        return _convert_opened(_open(source, dtype), window, full_layers, changes)
+    theirs = _with_dtype(source.config, dtype or source.dtype)
+    _refuse_packed(source)
     _tell_what_is_left_out(theirs)
-    check_readable(folder)
+    config, family = convert_config(theirs, window, full_layers, **changes), family_of(theirs)
+    model = SwatForCausalLM(config).to(device=source.device, dtype=theirs.dtype)  # type: ignore[call-arg]
+    missing, unexpected = model.load_state_dict(family.weights(source.state_dict(), theirs), strict=False)
+    _check_keys(missing, unexpected, family.fields(theirs))
+    model.generation_config = copy.deepcopy(source.generation_config)  # type: ignore[assignment]
+    return model
+
+
+class _Opened(NamedTuple):
+    """A source on disk of which all but the weights has been looked at."""
+
+    place: Path
+    config: PreTrainedConfig
+    gguf: GgufSource | None
+
+
+def _open(source: str | Path, dtype: torch.dtype | None) -> _Opened:
+    """What can be known of a source without reading weights. Raises as `convert` does."""
+    place = find_source(source)
+    if place.is_file():
+        gguf = open_gguf(place, dtype)
+        return _Opened(place, gguf.config, gguf)
+    theirs = AutoConfig.from_pretrained(place)
+    # before anything is looked for that another kind of model may not have
+    family_of(theirs)
+    quantised = getattr(theirs, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ValueError(f"source: the weights in {place} are quantised ({method}): save the model without that first")
+    check_readable(place)
+    check_whole(place)
+    check_tokenizer(place, theirs.vocab_size)
+    return _Opened(place, theirs if dtype is None else _with_dtype(theirs, dtype), None)
+
+
+def _convert_opened(
+    opened: _Opened, window: int | Literal["keep"] | None, full_layers: FullLayers | None, changes: Mapping[str, Any]
+) -> SwatForCausalLM:
+    folder, theirs, gguf = opened
+    _tell_what_is_left_out(theirs)
+    config, family = convert_config(theirs, window, full_layers, **changes), family_of(theirs)
+    if gguf is not None:
+        return _from_theirs(read_gguf_model(gguf), config, family)
     if family.names or family.parts:
         return _read_through_theirs(folder, config, family)
     # their names are ours already
-    model, report = _loaded(SwatForCausalLM, folder, config=config)
+    model, report = _loaded(SwatForCausalLM, folder, theirs.dtype, config=config)
     _check_keys(report["missing_keys"], report["unexpected_keys"], family.fields(theirs))
     return model
 
@@ -108,10 +152,15 @@ def _tell_what_is_left_out(source: PreTrainedConfig) -> None:
 def _read_through_theirs(folder: Path, config: SwatConfig, family: Family) -> SwatForCausalLM:
     """Weights under their own names, or joined, in their own model, which then lends them to ours."""
     # with `key_mapping`, transformers would write ours under the source's names again
-    source, report = _loaded(AutoModelForCausalLM, folder)
-    same = family.fields(source.config)
+    source, report = _loaded(AutoModelForCausalLM, folder, config.dtype)
     # named as theirs are
     _check_complete(report["missing_keys"], report["unexpected_keys"], source.config.tie_word_embeddings)
+    return _from_theirs(source, config, family)
+
+
+def _from_theirs(source: PreTrainedModel, config: SwatConfig, family: Family) -> SwatForCausalLM:
+    """Our model with the weights of theirs, which is not to be used any more."""
+    same = family.fields(source.config)
     with torch.device("meta"):
         model = SwatForCausalLM(config)
     missing, unexpected = model.load_state_dict(
@@ -124,16 +173,37 @@ def _read_through_theirs(folder: Path, config: SwatConfig, family: Family) -> Sw
     return model.eval()
 
 
-def _loaded(kind: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model of a folder in the dtype of its weights, and transformers' report of what did not fit."""
+def _loaded(kind: Any, folder: Path, dtype: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of a folder in a dtype, None for that of its weights, and transformers' report of what did not fit."""
+    dtype = "auto" if dtype is None else dtype
     try:
-        return kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **options)
+        return kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder}: the weights cannot be read or do not fit config.json: {error}") from error
 
 
+def _with_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
+    """A copy for weights of another dtype, to which some families round numbers of theirs."""
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    return config
+
+
+def _refuse_packed(source: PreTrainedModel) -> None:
+    """Raise ValueError for weights in quantised blocks."""
+    for name, parameter in source.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"source: {name} holds quantised blocks ({parameter.dtype}); load the model dequantised, a GGUF file "
+                "with quantization_config=GgufConfig(dequantize=True), or convert the file itself"
+            )
+
+
 def convert_config(
-    source: PreTrainedConfig, window: int | Literal["keep"] | None = "keep", **changes: Any
+    source: PreTrainedConfig,
+    window: int | Literal["keep"] | None = "keep",
+    full_layers: FullLayers | None = None,
+    **changes: Any,
 ) -> SwatConfig:
     """The SwatConfig of a configuration of such a family; arguments and errors as in `convert`."""
     family = family_of(source)
@@ -141,7 +211,8 @@ def convert_config(
     family.refuse(source)
     ours = family.fields(source)
     same = SwatConfig(**ours, dtype=source.dtype)
-    _refuse_meaningless([*changes] if window == "keep" else ["window", *changes], same, family)
+    windows = ["window"] * (window != "keep") + ["full_layers"] * (full_layers is not None)
+    _refuse_meaningless([*windows, *changes], same, family)
     shapes = (*WEIGHT_SHAPES, "qk_norm_over") if same.qk_norm else WEIGHT_SHAPES
     of_weights = [name for name in shapes if name in changes and changes[name] != getattr(same, name)]
     if of_weights:
@@ -154,17 +225,17 @@ def convert_config(
     config = SwatConfig(**{**ours, **windowed, **changes}, dtype=source.dtype)
     if "layers" in changes:
         _check_layers(config, same)
-    return config
+    return config if full_layers is None else with_full_layers(config, full_layers)
 
 
 def _refuse_meaningless(names: Iterable[str], config: SwatConfig, family: Family) -> None:
     """Settings of kinds of which the source has no layer."""
     kinds = {entry.kind.name for entry in config.plan()}
     for name in names:
-        setting = "sliding_window" if name == "window" else name
+        setting = "sliding_window" if name in ("window", "full_layers") else name
         owners = kinds_with(setting)
         if owners and not kinds & set(owners):
-            where = name if name == "window" else f"changes: {name}"
+            where = name if setting != name else f"changes: {name}"
             raise ValueError(
                 f"{where} is a setting of {' and '.join(owners)}, of which a {family.title} model has no layer; "
                 "leave it out"
@@ -191,38 +262,42 @@ def _check_layers(config: SwatConfig, same: SwatConfig) -> None:
 
 
 def convert_folder(
-    source: str | Path, out: str | Path, window: int | Literal["keep"] | None = "keep", **changes: Any
+    source: str | Path,
+    out: str | Path,
+    window: int | Literal["keep"] | None = "keep",
+    *,
+    full_layers: FullLayers | None = None,
+    dtype: torch.dtype | None = None,
+    **changes: Any,
 ) -> SwatForCausalLM:
-    """Convert a checkpoint folder into another, with its tokenizer and the record of what text it was trained on.
+    """Convert a checkpoint on disk into a folder, with its tokenizer and the record of what text it was trained on.
 
     It is written beside its place and renamed: whole or absent.
 
     Args:
         out: must not exist, or be an empty folder.
-        source, window, changes: as in `convert`.
+        source, window, full_layers, dtype, changes: as in `convert`.
 
     Raises:
         ValueError: what `convert` refuses, or an `out` that holds something.
         OSError: a folder that cannot be read or written.
     """
-    folder, out = _existing_folder(source), local_path(out)
+    out = local_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and is not an empty folder; choose another one or remove it")
-    model = convert(folder, window, **changes)
+    opened = _open(source, dtype)
+    model = _convert_opened(opened, window, full_layers, changes)
     with whole(out) as beside:
         beside.mkdir()
         model.save_pretrained(beside)
+        if opened.gguf is not None and opened.gguf.tokenizer is not None:
+            opened.gguf.tokenizer.save_pretrained(beside)
         give_usual_permissions(beside)
-        for name in FILES_BESIDE:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, beside / name)
+        # beside a GGUF file lies what may be another model's
+        for name in () if opened.gguf is not None else FILES_BESIDE:
+            if (opened.place / name).is_file():
+                shutil.copyfile(opened.place / name, beside / name)
     return model
-
-
-def _existing_folder(source: str | Path) -> Path:
-    if not local_path(source).exists():
-        raise ValueError(f"source: {source} is not a checkpoint folder{nearest_name(local_path(source))}")
-    return Path(find_model_folder(str(source)))
 
 
 def _check_keys(missing: Iterable[str], unexpected: Iterable[str], same: dict[str, Any]) -> None:

@@ -32,6 +32,8 @@ def find_model_folder(name: str) -> str:
             )
         return name
     check_name(path, "the checkpoint's folder")
+    if path.is_file() and path.suffix == ".gguf":
+        raise ValueError(f"{name} is a GGUF file: make a folder of it first, `swat-lm convert {name} OUT`")
     if path.is_file():
         raise ValueError(f"{name} is a file: expected the folder that holds config.json and the weights")
     if (path / "config.json").exists():

@@ -1,14 +1,21 @@
-"""Files of weights and states on disk: who may read them, and the error of whoever may not.
+"""Files of weights and states on disk: who may read them, whether they are whole, and what their tokenizer fits.
 
 safetensors writes a file for its owner alone, whatever the umask, and calls one that it may not read absent.
 """
 
+import json
 import stat
 from pathlib import Path
+from typing import Any
 
-__all__ = ["check_readable", "give_usual_permissions"]
+from swat_lm.words import counted
+
+__all__ = ["check_readable", "check_tokenizer", "check_whole", "give_usual_permissions"]
 
 WEIGHTS = ("*.safetensors", "*.bin")
+INDEX, TOKENIZER = "model.safetensors.index.json", "tokenizer.json"
+# of the number in front of a safetensors file, which says how long its header is
+LENGTH_BYTES = 8
 
 
 def give_usual_permissions(path: Path) -> None:
@@ -35,3 +42,68 @@ def check_readable(path: Path) -> None:
 def weights_in(path: Path) -> list[Path]:
     """The file itself, or the files of weights in a folder."""
     return sorted(file for pattern in WEIGHTS for file in path.glob(pattern)) if path.is_dir() else [path]
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ValueError, naming it, for a file of safetensors in a folder that is missing or cut short.
+
+    Only headers are read. Weights in other files are for the reader to judge.
+    """
+    names = {file.name for file in folder.glob("*.safetensors")}
+    if (folder / INDEX).is_file():
+        needed = sorted(set(read_object(folder / INDEX).get("weight_map", {}).values()))
+        missing = [name for name in needed if name not in names]
+        if missing:
+            raise ValueError(
+                f"source: {folder} lacks {counted(len(missing), 'file')} of weights that {INDEX} names: "
+                f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; fetch what is missing"
+            )
+    for name in sorted(names):
+        size, wanted = (folder / name).stat().st_size, stated_length(folder / name)
+        if wanted is None or size < wanted:
+            held = "its header" if wanted is None else f"byte {wanted:,}, where its last tensor ends"
+            raise ValueError(
+                f"source: the weights in {folder / name} cannot be read: the file is cut short, it has "
+                f"{counted(size, 'byte')} and ends before {held}; fetch it again"
+            )
+
+
+def stated_length(file: Path) -> int | None:
+    """Bytes that a safetensors file must have by its header; None where that is not whole."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        if LENGTH_BYTES + length > file.stat().st_size:
+            return None
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
+            return None
+    return LENGTH_BYTES + length + max(ends, default=0)
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Raise ValueError for a tokenizer in a folder that knows more tokens than its model.
+
+    Tokens added to a tokenizer are not counted: models are published with one for images that their text never has.
+    """
+    if not (folder / TOKENIZER).is_file():
+        return
+    model = read_object(folder / TOKENIZER).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict | list) and len(vocabulary) > vocab_size:
+        raise ValueError(
+            f"source: the tokenizer in {folder} has {len(vocabulary):,} tokens, the model {vocab_size:,}: they do not "
+            "belong together"
+        )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; raises ValueError naming it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"source: {file} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"source: {file} is damaged: expected a JSON object")
+    return content

@@ -111,7 +111,7 @@ def test_other_architectures(cli, here: Path):
         (["generate", "runs/l1", "--prompt", "a"], "; the nearest is runs/ll"),
         (["evaluate", "length", "runs/l1", "--data", "run.yaml"], "; the nearest is runs/ll"),
         (["info", "runs/l1"], "; the nearest is runs/ll"),
-        (["convert", "runs/l1", "out"], "runs/l1 is not a checkpoint folder; the nearest is runs/ll"),
+        (["convert", "runs/l1", "out"], "runs/l1 is not a checkpoint folder or a GGUF file; the nearest is runs/ll"),
         (["prepare", "run.yaml", "--tokenizer", "runs/zz"], "; runs/zz does not exist"),
     ],
 )

@@ -1,8 +1,21 @@
 """Llama and Mistral weights: the same logits, gradients and cached tokens; and what cannot be taken over is named."""
 
+import copy
+import json
+
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from swat_lm import SwatForCausalLM
 from swat_lm.model.conversion import convert, convert_config, convert_folder
@@ -141,3 +154,60 @@ def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match=r"missing: model\.layers\.1"):
         convert_folder(folder, out)
     assert {entry.name for entry in tmp_path.iterdir()} == {"llama"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_sharded_folders_of_any_dtype(tmp_path, kind):
+    source = source_model("llama")
+    if kind == "phi3":
+        torch.manual_seed(0)
+        source = Phi3ForCausalLM(Phi3Config(**SHAPE, pad_token_id=0)).eval()
+    halves = copy.deepcopy(source).to(torch.bfloat16)
+    halves.save_pretrained(tmp_path / "halves", max_shard_size="10KB")
+    assert len(list((tmp_path / "halves").glob("*.safetensors"))) > 1
+    assert convert(tmp_path / "halves").dtype == torch.bfloat16
+    ours = convert(tmp_path / "halves", dtype=torch.float32)
+    assert ours.dtype == ours.config.dtype == torch.float32
+    assert torch.equal(ours.model.norm.weight, halves.model.norm.weight.float())
+    # copied into weights of float32
+    source.load_state_dict(halves.state_dict())
+    close(ours(tokens(1, 20)).logits, source(tokens(1, 20)).logits)
+    close(convert(halves, dtype=torch.float32)(tokens(1, 20)).logits, ours(tokens(1, 20)).logits)
+
+
+def test_numbers_that_follow_the_dtype(tmp_path):
+    torch.manual_seed(0)
+    # the root of 44 is another number in bfloat16, to which theirs is rounded
+    changes = {"hidden_size": 44, "head_dim": 8, "num_hidden_layers": 1, "dtype": "bfloat16"}
+    source = Gemma3ForCausalLM(Gemma3TextConfig(**{**SHAPE, **changes})).to(torch.bfloat16).eval()
+    source.save_pretrained(tmp_path)
+    theirs = Gemma3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    close(convert(tmp_path, dtype=torch.float32)(tokens(1, 20)).logits, theirs(tokens(1, 20)).logits)
+
+
+def test_what_is_missing_of_a_folder_is_named_before_it_is_read(tmp_path, monkeypatch):
+    folder, out = tmp_path / "llama", tmp_path / "out"
+    source_model("llama").save_pretrained(folder, max_shard_size="10KB")
+    monkeypatch.setattr("swat_lm.model.conversion.SwatForCausalLM", None)
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    whole = second.read_bytes()
+    for content in (whole[:-1], whole[:20], b""):
+        second.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{second.name} cannot be read: the file is cut short"):
+            convert_folder(folder, out)
+    second.write_bytes(whole)
+    first.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"lacks 1 file of weights .* names: {first.name}"):
+        convert_folder(folder, out)
+    (tmp_path / "elsewhere").rename(first)
+    vocabulary = {"model": {"vocab": {str(number): number for number in range(VOCABULARY + 1)}}}
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(ValueError, match=f"has {VOCABULARY + 1} tokens, the model {VOCABULARY}"):
+        convert_folder(folder, out)
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((folder / "config.json").read_text())
+    quantised = {**settings, "quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(ValueError, match=r"are quantised \(fp8\)"):
+        convert_folder(folder, out)
+    assert not out.exists()
