@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from swat_lm.cli.console import messages
 from swat_lm.cli.options import NO_WINDOW, OWN_WINDOW, parse_windows
 from swat_lm.hub import nearest_name
 from swat_lm.model.loading import find_model_folder, load_causal_lm, model_type
@@ -92,13 +93,20 @@ def behind_window(model: "PreTrainedModel", window: str, sinks: int = 0) -> "Pre
 def matching_tokenizer(config: "PreTrainedConfig", folder: str, tokenizer: str | None) -> "PreTrainedTokenizerFast":
     """The tokenizer of a model; the model may have more ids than it (a padded vocabulary).
 
-    Raises ValueError that names both if it has fewer.
+    Tokens that were added to the tokenizer may lie beyond the model's (Gemma 3's, for images). Raises ValueError that
+    names both if it has fewer than the vocabulary itself.
     """
     from swat_lm.data import load_tokenizer, vocabulary_size
 
     tokens = load_tokenizer(tokenizer or folder)
     known, has = vocabulary_size(tokens), cast(int, config.get_text_config().vocab_size)
-    if known > has:
+    if known > has >= tokens.vocab_size:
+        messages().print(
+            f"note: {counted(known - has, 'token')} added to the tokenizer lie beyond the model's {has:,}: a text that "
+            "names one cannot be read",
+            markup=False,
+        )
+    elif known > has:
         raise ValueError(
             f"the tokenizer {tokenizer or folder} has {counted(known, 'id')}, the model {folder} only {has}: "
             "they do not belong together; give the model's own with --tokenizer"
