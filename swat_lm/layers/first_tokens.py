@@ -198,34 +198,47 @@ class FirstTokens:
             return found
         return found[0], torch.where((seen.count > 0)[..., None], found[1], NOTHING_SEEN)
 
-    def step(
-        self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, past: InPlace, position: int | None = None
-    ) -> Heads | None:
-        """As `attend`, for one token per row in place over slots; inference only.
+    def step(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, past: InPlace) -> Heads:
+        """As `attend`, for one token per row in place over slots, of which nothing is hidden; inference only.
 
-        Args:
-            position: where all rows stand; None: where that is not known.
+        The same operations wherever the rows stand: none waits for the device, or depends on another row.
         """
-        window = self.attention.settings.sliding_window
+        attention, kept, slot = self.attention, past.kept, past.slot
+        window = attention.settings.sliding_window
         assert window is not None
-        if query.device.type != "cpu":
-            # looking at positions would make every step wait for the device
-            return self.attend(query, key, value, chunk, past)
-        if (int(past.position.min()) if position is None else position) < window + self.count - 1:
-            return self.attend(query, key, value, chunk, past)
-        # all are kept and have left the window: neither they nor their places change any more
-        past.kept["sink_span"][past.slot, 0] += 1
-        attention = self.attention
-        key, value = (past.kept[name][past.slot].transpose(1, 2) for name in ("sink_key", "sink_value"))
+        by_place = attention.rotary is not None and not self.by_cache
+        if by_place:
+            angles = chunk.step_angles(attention.rotary, query.dtype)  # type: ignore[arg-type]
+            query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
+        # the token's place in its stream, and how many first tokens have left its window
+        place = kept["sink_span"][slot, 0]
+        gone = (place - window + 1).clamp(0, self.count)
+        keys, values = self._kept_with(key, value, place, past)
+        kept["sink_span"][slot, 0] = place + 1
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if attention.rotary is not None and self.by_cache:
-            own, theirs = self._settled_angles(window, query)
-            query, key = rotate_paired(query, *own), rotate_paired(key, *theirs)
-        elif attention.rotary is not None:
-            query = rotate_paired(query, *chunk.step_angles(attention.rotary, query.dtype))
-        return self._attend_to_all(query, key, value, window)
+            own, theirs = self._angles_by_cache(window, query)
+            query = rotate_paired(query, *(angle[gone, None, None] for angle in own))
+            keys = rotate_paired(keys, *theirs)
+        return self._attend_to(query, keys, values, gone, window)
 
-    def _attend_to_all(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Heads:
-        """Queries `[B, 1, H, D]` over keys and values `[B, K, n, D]`, all of them seen."""
+    def _kept_with(self, key: Tensor, value: Tensor, place: Tensor, past: InPlace) -> tuple[Tensor, Tensor]:
+        """The kept keys and values `[B, n, K, D]`, after a token at `place` `[B]` has joined them where it is one."""
+        kept, slot = past.kept, past.slot
+        # all rows write: those behind the first tokens what stands there already
+        is_first, target = place < self.count, place.clamp(max=self.count - 1)
+        found = []
+        for name, new in (("sink_key", key), ("sink_value", value)):
+            stored = kept[name]
+            stored[slot, target] = torch.where(
+                is_first[:, None, None], new[:, 0].to(stored.dtype), stored[slot, target]
+            )
+            found.append(stored[slot])
+        kept["sink_place"][slot, target] = target
+        return found[0], found[1]
+
+    def _attend_to(self, query: Tensor, key: Tensor, value: Tensor, gone: Tensor, window: int) -> Heads:
+        """Queries `[B, 1, H, D]` over the first `gone` `[B]` of the keys and values `[B, K, n, D]`."""
         attention, precise = self.attention, score_dtype(query)
         batch, num_kv_heads, _, head_dim = key.shape
         rows = query.to(precise).view(batch, num_kv_heads, -1, head_dim)
@@ -233,14 +246,18 @@ class FirstTokens:
         cap = attention.settings.attn_logit_softcapping
         if cap is not None:
             scores = scores.div_(cap).tanh_().mul_(cap)
+        order = torch.arange(self.count, device=query.device)
         bias = self.bias_beside(window, query)
         if isinstance(bias, Tensor):
             slopes = attention.slopes_on(query.device)
             assert slopes is not None
-            away = torch.arange(self.count - 1, -1, -1, device=query.device)
-            scores += (bias[:, None] + slopes[:, None] * away).view(num_kv_heads, -1, self.count).to(precise)
+            # the last of those that are seen is W away
+            away = (gone[:, None] - 1 - order).to(precise)
+            scores += (bias[:, None] + slopes.to(precise)[:, None] * away[:, None]).view(*scores.shape)
         elif bias:
             scores += bias
+        # finite, also where nothing is seen
+        scores.masked_fill_((order >= gone[:, None])[:, None, None], NOTHING_SEEN)
         lse = None
         if attention.settings.score_function == "softmax":
             lse = scores.logsumexp(dim=-1).view(batch, 1, -1)
@@ -248,18 +265,18 @@ class FirstTokens:
         output = torch.matmul(weights, value.to(precise)).view(query.shape).to(query.dtype)
         return output if lse is None else (output, lse)
 
-    def _settled_angles(self, window: int, query: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Angles of a query behind a full window, and of the kept keys `[B, K, n, D]`; made once."""
+    def _angles_by_cache(self, window: int, query: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Angles of a query behind 0 to n of the first tokens, `[n + 1, D]`, and of their keys, `[n, D]`; made once."""
         key = (window, query.dtype, query.device)
         if self._angles is None or self._angles[0] != key:
             rotary = self.attention.rotary
             assert rotary is not None
-            places = torch.arange(self.count, device=query.device)
             # made outside inference mode, so that they outlive it
             with torch.inference_mode(False):
-                own = rotary.step_angles(places.new_tensor([[window + self.count - 1]]), query.dtype)
-                theirs = rotary.step_angles(places[:, None], query.dtype)
-            self._angles = key, own, tuple(angle.view(self.count, -1) for angle in theirs)
+                order = torch.arange(self.count + 1, device=query.device)
+                own = tuple(angle[:, 0, 0] for angle in rotary.step_angles((window - 1 + order)[:, None], query.dtype))
+                theirs = tuple(angle[:-1, 0, 0] for angle in rotary.step_angles(order[:, None], query.dtype))
+            self._angles = key, own, theirs
         return self._angles[1:]
 
     def flops(self, num_tokens: int, num_past: int) -> int:

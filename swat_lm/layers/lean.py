@@ -130,7 +130,7 @@ class AttentionPlan(LayerPlan):
         far = None
         if attention.first_tokens is not None:
             query, key = query_key.narrow(2, 0, heads), query_key.narrow(2, heads, kv_heads)
-            far = attention.first_tokens.step(query, key, value, chunk, past, position)
+            far = attention.first_tokens.step(query, key, value, chunk, past)
         if attention.rotary is not None:
             query_key = rotate_paired(query_key, *chunk.step_angles(attention.rotary, hidden.dtype))
         query, key = query_key.narrow(2, 0, heads), query_key.narrow(2, heads, kv_heads)
