@@ -134,17 +134,26 @@ class AttentionPlan(LayerPlan):
         if attention.rotary is not None:
             query_key = rotate_paired(query_key, *chunk.step_angles(attention.rotary, hidden.dtype))
         query, key = query_key.narrow(2, 0, heads), query_key.narrow(2, heads, kv_heads)
-        hidden = self.output.times_plus(self._attend(query, key, value, past, position, far).view(batch, -1), hidden)
+        hidden = self.output.times_plus(
+            self._attend(query, key, value, chunk, past, position, far).view(batch, -1), hidden
+        )
         gate, up = self.gate_up.times(self.feed_forward_norm(hidden)).chunk(2, dim=1)
         return self.down.times_plus(F.silu(gate).mul_(up), hidden)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, past: InPlace, position: int | None, far: Heads | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        chunk: Chunk,
+        past: InPlace,
+        position: int | None,
+        far: Heads | None,
     ) -> Tensor:
         attention, ring = self.attention, past.kept["key"]
         settings = attention.settings
         if position is None or key.dtype != ring.dtype or settings.attention_backend == "reference":
-            return self.attention.attend_step(query, key, value, past, far=far)
+            return self.attention.attend_step(query, key, value, past, None, far, chunk.batch_invariant)
         table = self._table
         # a ring of full attention grows
         if table is None or table.shape[2] != 2 * ring.shape[1] or table.dtype != score_dtype(query):

@@ -189,10 +189,11 @@ class WindowAttention(Mixer):
         angles = None if self.rotary is None else chunk.step_angles(self.rotary, hidden.dtype)
         if angles is not None and query.is_cuda:
             # the kernel rotates
-            return self.o_proj(self.attend_step(query, key, value, past, half_angles(*angles), far))
+            rotary = half_angles(*angles)
+            return self.o_proj(self.attend_step(query, key, value, past, rotary, far, chunk.batch_invariant))
         if angles is not None:
             query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
-        return self.o_proj(self.attend_step(query, key, value, past, far=far))
+        return self.o_proj(self.attend_step(query, key, value, past, None, far, chunk.batch_invariant))
 
     def attend_step(
         self,
@@ -202,6 +203,7 @@ class WindowAttention(Mixer):
         past: InPlace,
         rotary: tuple[Tensor, Tensor] | None = None,
         far: Heads | None = None,
+        batch_invariant: bool = False,
     ) -> Tensor:
         """Attend with one token per row, `[B, 1, heads, D]`; returns the heads' output `[B, 1, H * D]`.
 
@@ -227,6 +229,7 @@ class WindowAttention(Mixer):
             softcap=settings.attn_logit_softcapping,
             rotary=rotary,
             return_lse=self.asks_for_lse,
+            batch_invariant=batch_invariant,
             backend=settings.attention_backend,
         )
         return self.heads_output(join_heads(near, far))

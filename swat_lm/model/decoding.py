@@ -56,6 +56,7 @@ class DecodingPlan:
         pasts: Sequence[InPlace],
         norm: nn.Module,
         may_share: bool,
+        batch_invariant: bool = False,
     ) -> Tensor:
         """Hidden states `[B, M]` before the layers to hidden states after the final norm.
 
@@ -68,7 +69,7 @@ class DecodingPlan:
                 matrix.cut(self.num_threads)
         places = set(positions.tolist()) if may_share else set()
         position = places.pop() if len(places) == 1 else None
-        chunk = Chunk((positions if position is None else positions[:1])[:, None])
+        chunk = Chunk((positions if position is None else positions[:1])[:, None], batch_invariant=batch_invariant)
         is_whole = self._is_whole(layers)
         plans = self.layers if is_whole else self.serving(layers)
         hidden = step_layers(layers, hidden, chunk, pasts, plans, position)

@@ -156,11 +156,15 @@ class Streaming:
         return self.lm_head(last), state
 
     @torch.no_grad()
-    def decode_step(self, token: Tensor, state: Slots, slot: Tensor | None = None) -> Tensor:
+    def decode_step(
+        self, token: Tensor, state: Slots, slot: Tensor | None = None, *, batch_invariant: bool = False
+    ) -> Tensor:
         """Feed one token per row, `[B, 1]`; returns the logits `[B, V]`. The state is changed in place.
 
         Args:
             slot: int64 `[B]`, the slots of the rows; None: all slots in order.
+            batch_invariant: let a row come out bit for bit the same whatever the others of a batch of this size hold,
+                and wherever they stand. A CPU then attends row by row.
 
         Raises:
             ValueError: another number of tokens, slots that are not there or that two rows name (looked at where they
@@ -189,9 +193,11 @@ class Streaming:
                 rows = state.rows(1, slot)
                 pasts, positions = state.pasts(rows), rows.position
             if plan is None:
-                hidden = model.norm(step_layers(model.stack, hidden, Chunk(positions[:, None]), pasts))
+                chunk = Chunk(positions[:, None], batch_invariant=batch_invariant)
+                hidden = model.norm(step_layers(model.stack, hidden, chunk, pasts))
             else:
-                hidden = plan.step(model.stack, hidden, positions, pasts, model.norm, slot is None)
+                may_share = slot is None and not batch_invariant
+                hidden = plan.step(model.stack, hidden, positions, pasts, model.norm, may_share, batch_invariant)
             if slot is None:
                 state.position += 1
                 state.count(1)

@@ -81,6 +81,7 @@ class StepCall(NamedTuple):
     backend: str = "auto"
     """"blocked" or "triton": it was chosen."""
     softcap: float | None = None
+    batch_invariant: bool = False
 
     head_bias = AttentionCall.head_bias
     softmax = AttentionCall.softmax

@@ -21,7 +21,7 @@ def step(call: StepCall) -> tuple[Tensor, Tensor]:
     bias, softmax, softcap = call.head_bias(), call.softmax, call.softcap
     num_kv_heads, head_dim = key_ring.shape[2:]
     batch, _, num_heads, _ = query.shape
-    if slot.device.type == "cpu":
+    if slot.device.type == "cpu" and not call.batch_invariant:
         places = set(position.tolist())
         if len(places) == 1 and slot.tolist() == list(range(batch)) and key_ring.transpose(1, 2).is_contiguous():
             table = periodic_table(key_ring.shape[1], num_kv_heads, bias)
@@ -43,7 +43,8 @@ def step(call: StepCall) -> tuple[Tensor, Tensor]:
     grouped = query.to(score_dtype(query)).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     output = torch.empty_like(grouped)
     lse = grouped.new_empty(grouped.shape[:3] if softmax else 0)
-    for take, keys, values, table in _products(key_ring, value_ring, slot, position, bias, num_kv_heads):
+    products = _products(key_ring, value_ring, slot, position, bias, num_kv_heads, call.batch_invariant)
+    for take, keys, values, table in products:
         rows = take(grouped)
         keys = keys.to(rows.dtype).transpose(1, 2)
         if softcap is None:
@@ -127,13 +128,20 @@ Product = tuple[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor]
 
 
 def _products(
-    key_ring: Tensor, value_ring: Tensor, slot: Tensor, position: Tensor, bias: HeadBias, num_kv_heads: int
+    key_ring: Tensor,
+    value_ring: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    bias: HeadBias,
+    num_kv_heads: int,
+    by_row: bool = False,
 ) -> Iterator[Product]:
     """Yield `(take, keys [N, W, D], values [N, W, D], table [N, G, W])`: batches over which a ring has one stride.
 
     On a CPU that spares copying the rings, which is all the traffic there is: N runs over everything at once where the
     rings are head-major in memory (`empty_ring`) and the sequences their first slots in order; else over the key/value
-    heads of one sequence, or over many such sequences of one head. `take` picks a batch's part of `[B, K, G, ...]`.
+    heads of one sequence, or over many such sequences of one head. `by_row` asks for one sequence at a time: then a
+    batch's shapes depend on nothing else. `take` picks a batch's part of `[B, K, G, ...]`.
     """
     batch, window = slot.shape[0], key_ring.shape[1]
     if key_ring.device.type != "cpu":
@@ -142,7 +150,7 @@ def _products(
         yield (lambda x: x.flatten(0, 1)), keys, values, table
         return
     slots, positions = slot.tolist(), position.tolist()
-    in_order = slots == list(range(batch))
+    in_order = slots == list(range(batch)) and not by_row
     whole = in_order and all(ring.transpose(1, 2).is_contiguous() for ring in (key_ring, value_ring))
     if whole or (in_order and batch > num_kv_heads):
         table = _tables(position, bias, window).unflatten(1, (num_kv_heads, -1))

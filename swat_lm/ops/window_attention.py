@@ -160,6 +160,7 @@ def window_attention_step(
     softcap: float | None = None,
     precision: str = "auto",
     return_lse: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode one token per sequence in place over rings of keys and values; inference only.
@@ -181,6 +182,8 @@ def window_attention_step(
         rotary: cosine and sine of the new tokens' angles, `[B, 1, D/2]`, or `[1, D/2]` for all: rotate query and key
             before anything else, in the same kernel where there is one.
         precision: as in `window_attention`; kernels are exact with every one, since a step waits for memory.
+        batch_invariant: give a sequence bit for bit the same whatever the others of a batch of this size hold, and
+            wherever they stand; on a CPU that takes one sequence at a time.
         score_function, slopes, score_bias, scale, softcap, return_lse, backend: as in `window_attention`.
 
     Returns:
@@ -215,6 +218,7 @@ def window_attention_step(
     call = StepCall(
         query, key, value, key_ring, value_ring, slot, position, score_function, factor, slopes,
         *_tensor_and_number(score_bias), cos, sin, backend, None if softcap is None else float(softcap),
+        batch_invariant,
     )  # fmt: skip
     # the op exists for torch.compile; called eagerly, its dispatch would cost as much as a small step
     if torch.compiler.is_compiling():

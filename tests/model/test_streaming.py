@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.layers.lean import Matrix
 from swat_lm.model.cost import state_bytes
 from swat_lm.model.state import load_state, save_state
@@ -391,3 +392,37 @@ def test_exact_carry_refuses_reentrant_checkpointing():
     model.forward_chunk(tokens(1, 4), model.init_carry("detached"))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.forward_chunk(tokens(1, 4), model.init_carry("exact"))
+
+
+@pytest.mark.parametrize("is_arranged", [False, True])
+def test_a_row_is_the_same_to_the_bit_whatever_its_mates_hold(is_arranged: bool):
+    layers = [
+        {"kind": "attention", "sliding_window": 6, "sinks": 2, "score_function": "softmax", "slopes": "none"},
+        "mamba2",
+        {"kind": "attention", "sliding_window": None},
+    ]
+    torch.manual_seed(0)
+    model = SwatForCausalLM(SwatConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, layers=layers,
+    )).eval()  # fmt: skip
+    if is_arranged:
+        model.arrange_for_decoding()
+    prompt = torch.randint(50, (1, 9))
+
+    def logits(slots: list[int], lengths: list[int]) -> torch.Tensor:
+        """Of four steps of one row among mates in these slots, which have read so much."""
+        state = model.init_state(5)
+        model.extend(prompt, state, slot=torch.tensor([slots[0]]))
+        for slot, length in zip(slots[1:], lengths, strict=True):
+            model.extend(torch.randint(50, (1, length)), state, slot=torch.tensor([slot]))
+        found = []
+        for _ in range(4):
+            tokens = torch.randint(50, (3, 1))
+            tokens[0] = 7
+            found.append(model.decode_step(tokens, state, torch.tensor(slots), batch_invariant=True)[0])
+        return torch.stack(found)
+
+    alone = logits([0, 1, 2], [9, 9])
+    for slots, lengths in (([0, 1, 2], [1, 30]), ([4, 0, 2], [3, 12]), ([1, 3, 0], [40, 2])):
+        assert torch.equal(logits(slots, lengths), alone)
