@@ -29,7 +29,9 @@ __all__ = ["Choice", "SamplingError", "StreamSampler", "TokenConstraint", "choos
 
 
 class SamplingError(ValueError):
-    """One stream has no next token: its logits are not numbers, or its constraint allows none. Others go on."""
+    """One stream has no next token, and others go on: its logits are not numbers, its constraint allows none, or its
+    bias is of tokens that the model has not.
+    """
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,28 @@ class TopP(LogitsProcessor):
     rule is the same, but of equally likely tokens at the edge others may stay: here the first tokens that topk gives.
     """
 
-    MANY = 1024
+    MANY = 256
 
     def __init__(self, top_p: float) -> None:
         self._top_p = top_p
 
     def __call__(self, input_ids: Any, scores: Tensor) -> Tensor:
         """Scores `[1, V]` with those of dropped tokens at minus infinity; `input_ids` is not looked at."""
-        probabilities = scores.softmax(dim=-1)
-        for count in (self.MANY, scores.shape[1]):
-            ordered, places = probabilities.topk(min(count, scores.shape[1]), dim=-1)
-            # a token stays while those before it have not reached the sum, so the first always does
-            reached = ordered.cumsum(dim=-1, dtype=torch.float64)
-            if float(reached[0, -1]) >= self._top_p:
-                break
+        probabilities, size = scores.softmax(dim=-1), scores.shape[1]
+        ordered, places, reached = self._likeliest(probabilities, min(self.MANY, size))
+        if float(reached[0, -1]) < self._top_p:
+            # all tokens below this share together stay below what need not be reached
+            count = int((probabilities >= (1 - self._top_p) / size).sum())
+            ordered, places, reached = self._likeliest(probabilities, max(1, count))
+        # a token stays while those before it have not reached the sum, so the first always does
         kept = places[:, : int(((reached - ordered) < self._top_p).sum())]
         return torch.full_like(scores, -torch.inf).scatter(-1, kept, scores.gather(-1, kept))
+
+    @staticmethod
+    def _likeliest(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first probabilities in order, their tokens and their sums so far, each `[1, count]`."""
+        ordered, places = probabilities.topk(count, dim=-1)
+        return ordered, places, ordered.cumsum(dim=-1, dtype=torch.float64)
 
 
 class StreamSampler:
@@ -178,7 +186,10 @@ class StreamSampler:
         if self.constraint is not None:
             row.masked_fill_(~self.constraint.allowed(len(row)).to(row.device), -torch.inf)
         if self.sampling.logit_bias:
-            self.sampling.check_token_ids(len(row))
+            try:
+                self.sampling.check_token_ids(len(row))
+            except ValueError as error:
+                raise SamplingError(str(error)) from None
             row.index_add_(0, *_pairs(self.sampling.logit_bias, row))
         if self._repetition is not None:
             ids = torch.tensor([sorted(self._seen.union(self._counts))], dtype=torch.int64, device=row.device)
@@ -191,25 +202,21 @@ class StreamSampler:
 
     def _pick(self, scores: Tensor) -> int:
         """A token from scores `[1, V]`."""
+        self._check(float(scores.max()))
         if self.sampling.greedy:
-            best = int(scores.argmax(dim=-1))
-            self._check(float(scores[0, best]))
-            return best
+            return int(scores.argmax(dim=-1))
         for warper in self._warpers:
             scores = warper(None, scores)  # type: ignore[arg-type]
         probabilities = scores.softmax(dim=-1)
         if self._generator is not None:
-            self._check(float(probabilities.sum()))
             return int(torch.multinomial(probabilities, 1, generator=self._generator))
         sums = probabilities[0].cumsum(dim=-1, dtype=torch.float64)
-        whole = float(sums[-1])
-        self._check(whole)
-        drawn = torch.tensor([uniform(self.seed, self.sample, self.step) * whole], dtype=torch.float64)
+        drawn = torch.tensor([uniform(self.seed, self.sample, self.step) * float(sums[-1])], dtype=torch.float64)
         # the first token whose sum is above what was drawn, so never one of probability 0
         return int(torch.searchsorted(sums, drawn.to(sums.device), right=True))
 
     def _check(self, value: float) -> None:
-        """Raise SamplingError if what all tokens amount to is not a number."""
+        """Raise SamplingError if the greatest logit, which NaN counts as, is not a number to choose by."""
         if math.isfinite(value):
             return
         if self.constraint is not None and value == -math.inf:

@@ -142,7 +142,7 @@ def test_penalties_and_bias():
     assert StreamSampler(Sampling(0.0, logit_bias={3: 5})).next_token(logits) == 3
     assert StreamSampler(Sampling(0.0, logit_bias={0: -100, 1: -100})).next_token(logits) == 2
     assert logits.tolist() == [2.0, 1.5, -1.0, -1.5]
-    with pytest.raises(ValueError, match=r"logit_bias: expected token ids below 4"):
+    with pytest.raises(SamplingError, match=r"logit_bias: expected token ids below 4"):
         StreamSampler(Sampling(logit_bias={4: 1})).next_token(logits)
 
 
