@@ -16,6 +16,7 @@ from swat_lm.data import load_tokenizer, train_tokenizer
 from swat_lm.serve.constraints import Constraint, ConstraintCompiler, ConstraintError
 from swat_lm.serve.sampler import Choice, SamplingError, StreamSampler, choose
 from swat_lm.serve.sampling import Sampling
+from tests.serve.pieces import sentence_pieces
 
 
 class Said(BaseModel):
@@ -84,6 +85,14 @@ def test_an_expression_is_followed(expression: str, tokenizer: PreTrainedTokeniz
     begun = compiler.regex(expression)
     for seed in range(8):
         assert re.fullmatch(expression, said(tokenizer, begun.copy(), seed))
+
+
+def test_pieces_with_byte_fallback_follow_too():
+    pieces = sentence_pieces()
+    compiler = ConstraintCompiler(pieces, [pieces.eos_token_id])
+    for seed in range(8):
+        text = said(pieces, compiler.regex("[ab]{2} (a|\u00e9|\u20ac)+"), seed)
+        assert re.fullmatch("[ab]{2} (a|\u00e9|\u20ac)+", text)
 
 
 def test_a_grammar_is_followed(tokenizer: PreTrainedTokenizerFast, compiler: ConstraintCompiler):
