@@ -170,6 +170,7 @@ class StreamSampler:
         sampler._seen = set(state["seen"])
         return sampler
 
+    @torch.inference_mode()
     def next_token(self, logits: Tensor) -> int:
         """Choose from one row of logits `[V]` and accept; always by itself, so its shapes never depend on others.
 
@@ -211,12 +212,15 @@ class StreamSampler:
         if self._generator is not None:
             return int(torch.multinomial(probabilities, 1, generator=self._generator))
         sums = probabilities[0].cumsum(dim=-1, dtype=torch.float64)
-        drawn = torch.tensor([uniform(self.seed, self.sample, self.step) * float(sums[-1])], dtype=torch.float64)
+        whole = float(sums[-1])
+        # a temperature near 0 can take great logits beyond float32
+        self._check(whole)
+        drawn = torch.tensor([uniform(self.seed, self.sample, self.step) * whole], dtype=torch.float64)
         # the first token whose sum is above what was drawn, so never one of probability 0
         return int(torch.searchsorted(sums, drawn.to(sums.device), right=True))
 
     def _check(self, value: float) -> None:
-        """Raise SamplingError if the greatest logit, which NaN counts as, is not a number to choose by."""
+        """Raise SamplingError if the greatest logit (NaN counts as such) or the sum of odds is no number to choose by."""
         if math.isfinite(value):
             return
         if self.constraint is not None and value == -math.inf:
@@ -226,6 +230,7 @@ class StreamSampler:
         )
 
 
+@torch.inference_mode()
 def choose(samplers: Sequence[StreamSampler], logits: Tensor) -> list[Choice | SamplingError]:
     """The next token of each stream from logits `[B, V]`, accepted by its sampler.
 
@@ -255,6 +260,7 @@ def choose(samplers: Sequence[StreamSampler], logits: Tensor) -> list[Choice | S
     return _with_logprobs(samplers, logits, found)
 
 
+@torch.inference_mode()
 def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int | None = None) -> list[Choice]:
     """Log-probabilities of one token per row of logits `[B, V]`, with the `top` likeliest ones below `vocab_size`.
 
