@@ -220,7 +220,7 @@ class StreamSampler:
         return int(torch.searchsorted(sums, drawn.to(sums.device), right=True))
 
     def _check(self, value: float) -> None:
-        """Raise SamplingError if the greatest logit (NaN counts as such) or the sum of odds is no number to choose by."""
+        """Raise SamplingError if the greatest logit (NaN counts as such) or the sum of odds is not finite."""
         if math.isfinite(value):
             return
         if self.constraint is not None and value == -math.inf:
