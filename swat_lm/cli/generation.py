@@ -174,7 +174,8 @@ def write_text(
 
     None, and no text, where an interruption was requested before. Ends early where nobody reads the text any more.
     """
-    from swat_lm.serve.stream import TextAssembler, generate_tokens
+    from swat_lm.serve.stream import generate_tokens
+    from swat_lm.serve.text import TextAssembler
 
     assembler, last = TextAssembler(tokens), None
     count = 0 if interruption.requested else count

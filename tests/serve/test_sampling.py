@@ -1,59 +1,47 @@
-"""Sampling draws what it says, and only that."""
+"""The options of a request check themselves, and say which of them is wrong."""
+
+import re
 
 import pytest
-import torch
 
-from swat_lm.serve.sampling import Sampling, sample
-
-LOGITS = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+from swat_lm.serve.sampling import Sampling
 
 
-def shares(sampling: Sampling, count: int = 4000) -> list[float]:
-    """How often each token is drawn."""
-    drawn = sample(LOGITS.expand(count, -1), sampling, torch.Generator().manual_seed(0))
-    return (torch.bincount(drawn, minlength=4) / count).tolist()
-
-
-def test_temperature():
-    assert shares(Sampling(temperature=0)) == [1, 0, 0, 0]
-    assert shares(Sampling()) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    # so low that dividing by it would leave float32
-    assert shares(Sampling(temperature=1e-45)) == [1, 0, 0, 0]
-    squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    assert shares(Sampling(temperature=0.5)) == pytest.approx((squared / squared.sum()).tolist(), abs=0.03)
-
-
-def test_top_k_and_top_p():
-    assert shares(Sampling(top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert shares(Sampling(top_k=9)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    # 0.5 does not reach 0.6, 0.5 + 0.3 does
-    assert shares(Sampling(top_p=0.6)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert shares(Sampling(top_p=0.01)) == [1, 0, 0, 0]
-
-
-def test_padded_vocabulary_is_never_drawn():
-    assert shares(Sampling(vocab_size=1)) == [1, 0, 0, 0]
-    greedy = sample(torch.tensor([[0.0, 1.0, 9.0]]), Sampling(temperature=0, vocab_size=2))
-    assert greedy.tolist() == [1]
-
-
-def test_same_seed_same_tokens():
-    draws = [sample(LOGITS.expand(50, -1), Sampling(), torch.Generator().manual_seed(3)).tolist() for _ in range(2)]
-    assert draws[0] == draws[1]
+def test_what_json_gives_is_taken():
+    given = Sampling(temperature=0, stop=["a", "b"], stop_token_ids=[3], logit_bias={"7": -100, 8: 1})  # type: ignore
+    assert given == Sampling(0.0, stop=("a", "b"), stop_token_ids=(3,), logit_bias={7: -100.0, 8: 1.0})
+    assert hash(given) == hash(Sampling(0.0, stop=("a", "b"), stop_token_ids=(3,), logit_bias={7: -100.0, 8: 1.0}))
+    assert Sampling(stop="end").stop == ("end",)  # type: ignore
+    # ranges of OpenAI's API end where they are
+    Sampling(presence_penalty=-2, frequency_penalty=2, logprobs=20, n=128, seed=-(2**63), logit_bias={0: 100})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments",
     [
-        ({"temperature": -1.0}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"temperature": float("inf")}, "temperature"),
-        ({"top_k": 0}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"vocab_size": 0}, "vocab_size"),
+        *({"temperature": value} for value in (-1.0, float("nan"), float("inf"), "1", None, True)),
+        *({"top_k": value} for value in (0, 1.0, True)),
+        *({"top_p": value} for value in (0.0, 1.5, None)),
+        *({"min_p": value} for value in (-0.1, 1.1)),
+        *({"repetition_penalty": value} for value in (0, -1, float("inf"))),
+        *({"presence_penalty": value} for value in (-2.1, 2.1, None)),
+        *({"frequency_penalty": value} for value in (-2.1, 2.1, [])),
+        *({"logit_bias": value} for value in ({"x": 1}, {1: 101}, {-1: 0}, {1: "a"}, [1], {"9" * 20: 1}, {True: 1})),
+        *({"seed": value} for value in (2**63, 1.5, "1")),
+        *({"stop": value} for value in ([""], ["a"] * 17, [1], 3, "a" * 1025)),
+        *({"stop_token_ids": value} for value in (3, [-1], ["a"], [1.0])),
+        *({"max_tokens": value} for value in (-1, 1.5)),
+        *({"ignore_end": value} for value in (1, None)),
+        *({"logprobs": value} for value in (-1, 21, True)),
+        *({"n": value} for value in (0, 129, None, "2")),
+        {"vocab_size": 0},
+        {"logit_bias": {10: 1}, "vocab_size": 10},
+        {"stop_token_ids": (10,), "vocab_size": 10},
     ],
+    ids=str,
 )
-def test_bad_values(arguments: dict, message: str):
-    with pytest.raises(ValueError, match=message):
+def test_bad_values(arguments: dict):
+    with pytest.raises(ValueError, match=f"^{re.escape(next(iter(arguments)))}: expected .*, got ") as raised:
         Sampling(**arguments)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 200

@@ -26,7 +26,8 @@ from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.papers.worker import run_workers
 from swat_lm.recipe import Recipe, load_recipe
 from swat_lm.serve.sampling import Sampling
-from swat_lm.serve.stream import TextAssembler, generate_tokens, read_prompt
+from swat_lm.serve.stream import generate_tokens, read_prompt
+from swat_lm.serve.text import TextAssembler
 from swat_lm.train import run
 from swat_lm.words import counted
 
