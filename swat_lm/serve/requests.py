@@ -13,8 +13,8 @@ class RequestError(ValueError):
     """A request that is not taken; nothing has changed.
 
     `kind` says why: `invalid` values, more `samples` than slots, more tokens than the `capacity` of a slot, a `slot`
-    that is not kept or that another request has, a `key` that is in use, or a full `queue`. Only with the last, and with
-    a slot in use, is it worth while to try the same again.
+    that is not kept or that another request has, a `key` that is in use, or a full `queue`. With the last, and with a
+    slot in use, it is worth while to try the same again.
     """
 
     def __init__(self, kind: Kind, message: str) -> None:

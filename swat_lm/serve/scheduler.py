@@ -121,7 +121,9 @@ class Scheduler(ABC):
                 "samples", f"samples: expected at most {limits.num_slots}, a slot for each; got {request.samples}"
             )
         if request.key in self._entries:
-            raise RequestError("key", f"key: {request.key!r} is a request that has not ended; give every request its own")
+            raise RequestError(
+                "key", f"key: {request.key!r} is a request that has not ended; give every request its own"
+            )
         if request.slot is not None and request.slot not in self._kept:
             raise RequestError("slot", f"slot: {request.slot} is in use or not kept; wait for the request that has it")
         if len(self.queue) >= limits.most_waiting:
