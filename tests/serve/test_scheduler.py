@@ -212,9 +212,9 @@ class Engine(RuleBasedStateMachine):
     @initialize(
         num_slots=st.integers(1, 5),
         chunk=st.integers(1, 4),
-        more=st.integers(1, 8),
+        more=st.sampled_from([1, 2, 8]),
         most_waiting=st.integers(1, 6),
-        capacity=st.none() | st.integers(4, 16),
+        capacity=st.sampled_from([None, None, 8, 16]),
     )
     def begin(self, num_slots: int, chunk: int, more: int, most_waiting: int, capacity: int | None) -> None:
         self.limits = Limits(num_slots, chunk + more, chunk, most_waiting, capacity)
@@ -245,7 +245,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule(
         num_tokens=st.integers(1, 12),
-        new_tokens=st.integers(0, 4),
+        new_tokens=st.sampled_from([0, 1, 2, 9]),
         samples=st.sampled_from([1, 1, 1, 2, 3]),
         keep=st.booleans(),
         number=st.integers(0, 9),
@@ -402,6 +402,14 @@ class Engine(RuleBasedStateMachine):
         for key in {key for key, _ in found} - {key for key, _ in self.slots}:
             assert self.read[key] == self.started[key].num_tokens
             self.forget(key)
+
+    @precondition(lambda self: self.waiting or self.started)
+    @rule(num_steps=st.integers(1, 5))
+    def go_on(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.plan()
+            if self.step is not None:
+                self.report(["go on"])
 
     def samples(self, piece: Piece) -> range:
         return range(self.started[piece.key].samples if piece.key in self.started else 0)
