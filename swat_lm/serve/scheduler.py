@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 from swat_lm.serve.requests import Fork, Limits, Piece, Request, RequestError, Row, Step
 
-__all__ = ["SCHEDULERS", "FirstCome", "Scheduler"]
+__all__ = ["SCHEDULERS", "Choice", "Entry", "FirstCome", "Sample", "Scheduler"]
 
 
 @dataclass(eq=False)
@@ -163,11 +163,10 @@ class Scheduler(ABC):
             for entry in choice.reads:
                 self._start(entry)
             pieces = tuple(self._piece(entry) for entry in choice.reads)
-            ended = [entry for entry, piece in zip(choice.reads, pieces, strict=True) if piece.is_last]
             forks = tuple(
-                Fork(entry.request.key, entry.slots[0], tuple(islice(entry.slots.values(), 1, None)))
-                for entry in ended
-                if entry.request.samples > 1
+                Fork(piece.key, piece.slot, tuple(islice(entry.slots.values(), 1, None)))
+                for entry, piece in zip(choice.reads, pieces, strict=True)
+                if piece.is_last and entry.request.samples > 1
             )
             rows = tuple(Row(*sample.name, sample.entry.slots[sample.index]) for sample in choice.decodes)
             step = Step(pieces, forks, rows)
@@ -287,11 +286,11 @@ class Scheduler(ABC):
         for piece, entry in zip(step.pieces, choice.reads, strict=True):
             endable |= {(piece.key, index) for index in range(entry.request.samples) if piece.is_last}
         if wrong := ended - endable:
-            raise ValueError(f"ended: {sorted(map(repr, wrong))} are no samples that drew a token in this step")
+            raise ValueError(f"ended: {sorted(wrong, key=repr)} are no samples that drew a token in this step")
         if wrong := undone - {one.key for one in (*step.pieces, *step.rows)}:
-            raise ValueError(f"undone: {sorted(map(repr, wrong))} have no part in this step")
+            raise ValueError(f"undone: {sorted(wrong, key=repr)} have no part in this step")
         if wrong := undone & {key for key, _ in ended}:
-            raise ValueError(f"undone: {sorted(map(repr, wrong))} are said to have ended too; name them once")
+            raise ValueError(f"undone: {sorted(wrong, key=repr)} are said to have ended too; name them once")
 
 
 class FirstCome(Scheduler):

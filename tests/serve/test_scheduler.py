@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from swat_lm.serve.requests import Fork, Limits, Piece, Request, RequestError, Row, Step
-from swat_lm.serve.scheduler import SCHEDULERS, FirstCome, Scheduler
+from swat_lm.serve.scheduler import SCHEDULERS, Choice, FirstCome, Scheduler
 
 LIMITS = Limits(num_slots=3, token_budget=11, prefill_chunk=4, most_waiting=4)
 
@@ -51,6 +52,20 @@ def test_a_prompt_is_read_once_and_forked():
     ]
     assert [step.num_tokens for step in steps] == [5, 2, 2, 2]
     assert (made.free_slots, made.running, made.waiting) == (3, 0, 0)
+
+
+def test_the_drawing_in_the_documents():
+    made = scheduler(Request("A", 10, 3), Request("B", 3, 2, samples=2), Request("C", 2, 1), token_budget=8)
+    columns = [["      ", "slot 0", "slot 1", "slot 2"]]
+    for number, step in enumerate(run(made), 1):
+        cells = {row.slot: f"{row.key} +" for row in step.rows}
+        for piece in step.pieces:
+            cells[piece.slot] = f"{piece.key} {piece.start}-{piece.start + piece.count - 1}"
+        cells |= {slot: f"{fork.key} =" for fork in step.forks for slot in fork.targets}
+        columns.append([f"step {number}", *(cells.get(slot, "") for slot in range(3))])
+    lines = ["    " + "".join(f"{cell:<9}" for cell in row).rstrip() for row in zip(*columns, strict=True)]
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    assert "\n\n" + "\n".join(lines) + "\n\n" in page.read_text(encoding="utf-8"), "\n".join(lines)
 
 
 def test_texts_to_score_are_packed():
@@ -199,6 +214,20 @@ def test_wrong_reports_change_nothing():
         with pytest.raises(ValueError, match=message):
             made.report(ended, undone)
     assert made.plan() is step
+
+
+def test_a_policy_that_breaks_the_rules_is_stopped():
+    class Greedy(FirstCome):
+        def choose(self) -> Choice:
+            return Choice([*self.reading.values(), *self.queue.values()], list(self.decoding))
+
+    for requests in ([Request("a", 1, 9, samples=3), Request("b", 1)], [Request(key, 4) for key in "abc"]):
+        made = Greedy(LIMITS)
+        for request in requests:
+            made.add(request)
+        with pytest.raises(AssertionError):
+            made.plan()
+        assert (made.waiting, made.free_slots) == (len(requests), 3)
 
 
 # anything that may happen
