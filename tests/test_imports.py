@@ -66,9 +66,16 @@ def test_only_a_paper_knows_its_tables():
         assert file.name == "__init__.py" or "papers.swat" not in file.read_text(), file.name
 
 
-@pytest.mark.parametrize(("module", "absent"), [("recipe", "torch numpy transformers"), ("", "transformers datasets")])
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("recipe", "torch numpy transformers"),
+        ("serve.scheduler", "torch numpy transformers pydantic"),
+        ("", "transformers datasets"),
+    ],
+)
 def test_import_stays_light(module: str, absent: str):
-    # recipe is imported past the package, whose own __init__ may import ops and so torch
+    # named modules are imported past the package, whose own __init__ may import ops and so torch
     program = f"""if True:
         import sys, types, importlib; package = types.ModuleType('swat_lm'); package.__path__ = [{str(ROOT)!r}]
         if {module!r}: sys.modules['swat_lm'] = package
