@@ -89,6 +89,7 @@ class Streaming:
         *,
         slot: Tensor | None = None,
         lengths: Tensor | None = None,
+        num_past: int | None = None,
     ) -> Tensor:
         """Feed one chunk `[B, T]` of any length; returns the hidden states `[B, T, M]` after the final norm.
 
@@ -98,12 +99,16 @@ class Streaming:
             slot: int64 `[B]`, the slots of the rows, each at its own position; None: all slots in order.
             lengths: int64 `[B]`, how many tokens of each row are real, from the left; the rest is padding. A row of 0
                 stays as it is.
+            num_past: tokens that the row has read which has read most of them. None: a bound that the slots know, which
+                is as right, but looks farther back, and then rounds otherwise, where other slots have read more.
 
         Raises:
             ValueError: rows that are not the slots', lengths beyond the chunk, or padding that a stream has no place
                 for; nothing is read then.
         """
         rows, hidden_tokens = self._stream_rows(input_ids, state, attention_mask, slot, lengths)
+        if num_past is not None:
+            rows.num_past = num_past
         state.logits = None
         hidden = self.model.embed_tokens(input_ids)
         chunk = plan_stream(state, rows, hidden_tokens)
