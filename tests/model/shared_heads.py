@@ -1,4 +1,4 @@
-"""What one process of `test_tensor_parallel.py` does: `python -m tests.model.shared_heads FOLDER`, under torchrun."""
+"""What one of both processes of `test_tensor_parallel.py` does: `python -m tests.model.shared_heads FOLDER`."""
 
 import json
 import sys
