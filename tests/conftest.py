@@ -17,8 +17,8 @@ train: {steps: 6, batch_size: 2, warmup_steps: 1, evaluate_every: 3, evaluate_ba
 """
 
 
-# imports, graphs and models make objects by the hundred thousand, hardly any of them garbage: collecting after every 700
-# of them is a tenth of the suite's time
+# imports, graphs and models make objects by the hundred thousand, hardly any of them garbage: to look for it after
+# every 700 takes about a tenth of the suite's time
 gc.set_threshold(50_000, 20, 100)
 
 

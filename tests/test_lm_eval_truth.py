@@ -43,7 +43,7 @@ def test_rounding_is_no_difference_and_ties_are_counted():
     ("change", "message"),
     [
         ({"target": "1"}, "piqa, document 0: target is '0' in the harness, '1' in ours"),
-        ({"filtered_resps": [["-3.01", "False"], ["-4", "False"]]}, "log-likelihood -3.0 in the harness, -3.01 in ours"),
+        ({"filtered_resps": [["-3.1", "False"], ["-4", "False"]]}, "log-likelihood -3.0 in the harness, -3.1 in ours"),
         ({"filtered_resps": [["-3.0", "True"], ["-4.0", "False"]]}, "and no tie"),
         ({"acc": 0.0}, "and no tie"),
         ({"arguments": {}}, "document 0: arguments is"),

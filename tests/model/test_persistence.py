@@ -67,7 +67,7 @@ def test_auto_classes_know_the_model_in_any_order_of_imports(tmp_path):
     assert ran.stdout.split() == ["SwatForCausalLM"] * len(ORDERS), ran.stderr
 
 
-# PyTorch is there, and of transformers nothing, or an old one in a folder; each in a process forked after `import torch`
+# beside PyTorch no transformers, or an old one in a folder; each case in a process forked after `import torch`
 OPERATOR = """
 import os, sys, time
 import torch

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from tests.two_processes import launch
+from tests.forked import run_two
 
 WORDS = ["the", "red", "blue", "slow", "quick", "fox", "dog", "tree", "runs", "sleeps", "sings", "over", "under", "but"]
 # two variants of one table are enough; the first process is slow in what it does alone, as it is on a real text
@@ -45,9 +45,8 @@ def test_two_processes_reproduce_a_table(tmp_path: Path):
         (tmp_path / name).mkdir()
         for number in range(count):
             (tmp_path / name / f"{number}.txt").write_text(" ".join(source.choices(WORDS, k=words)))
-    program, out = tmp_path / "program.py", tmp_path / "out"
-    program.write_text(PROGRAM)
-    launch(program, tmp_path, out)
+    out = tmp_path / "out"
+    run_two(PROGRAM, tmp_path, out, folder=tmp_path)
     for count in (1, 2):
         first, second = (json.loads(Path(f"{out}.rank{rank}.{count}").read_text()) for rank in (0, 1))
         assert first == second
