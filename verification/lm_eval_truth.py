@@ -239,9 +239,10 @@ def sentence(name: str, comparison: Comparison) -> str:
     difference, metrics, seconds = comparison
     values = "; ".join(f"{metric} {first:.6g} and {second:.6g}" for metric, (first, second) in metrics.items())
     ties = f", {difference.flipped} of them decided by a tie" if difference.flipped else ""
+    accuracies = f"; accuracies equal item by item{ties}" if "acc" in metrics else ""
     return (
         f"{name}: {difference.documents:,} documents, {difference.requests:,} requests, the same prompts; "
         f"log-likelihoods differ by at most {difference.largest:.1e} (median {difference.median:.1e}, "
-        f"relative {difference.largest_share:.1e}); metrics equal item by item{ties}; "
+        f"relative {difference.largest_share:.1e}){accuracies}; "
         f"stock and ours: {values}; {seconds[0]:,} and {seconds[1]:,} s"
     )
