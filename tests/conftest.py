@@ -17,6 +17,29 @@ train: {steps: 6, batch_size: 2, warmup_steps: 1, evaluate_every: 3, evaluate_ba
 """
 
 
+# imports, graphs and models make objects by the hundred thousand, hardly any of them garbage: to look for it after
+# every 700 takes about a tenth of the suite's time
+gc.set_threshold(50_000, 20, 100)
+
+
+# the longest, most of which wait for processes of their own; none that shares what was long to make
+LONGEST = {
+    "test_auto_classes_know_the_model_in_any_order_of_imports",
+    "test_experiments_share_variants_and_continue",
+    "test_interrupted_demo_saves_and_goes_on",
+    "test_it_holds_over_two_processes",
+    "test_killed_run_goes_on_bit_for_bit_and_serves",
+    "test_two_processes_compute_what_one_does",
+    "test_two_processes_reproduce_a_table",
+    "test_two_processes_share_the_heads",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker is busy with one when the other has nothing left to take over."""
+    items.sort(key=lambda item: item.name not in LONGEST)
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported out of all later collections of garbage: benchmarks collect before every round."""
     gc.collect()

@@ -3,10 +3,8 @@
 import importlib.util
 import json
 import math
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,6 +23,7 @@ from swat_lm.ops.segments import documents_of
 from swat_lm.ops.slopes import slopes_for
 from swat_lm.ops.state_space import state_space_scan
 from swat_lm.recipe import load_recipe
+from tests.forked import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -299,7 +298,7 @@ def test_info_prints_what_readme_shows(capfd, monkeypatch):
     assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
 
 
-def test_python_snippets_run(tmp_path: Path):
+def test_python_snippets_run(tmp_path: Path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llama = LlamaConfig(
@@ -311,12 +310,8 @@ def test_python_snippets_run(tmp_path: Path):
     beside = "".join(page.read_text(encoding="utf-8") for page in pages)
     snippets = [body for language, body in FENCE.findall(README + beside) if language == "python"]
     assert len(snippets) >= 6
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    code = "\n".join(snippets)
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
+    monkeypatch.chdir(tmp_path)
+    run("\n".join(snippets), output=tmp_path / "said.txt")
     assert (tmp_path / "my-model" / "config.json").exists()
 
 

@@ -40,12 +40,25 @@ def test_checks_are_reported_and_recorded_on_request(places, capsys):
     assert json.loads(record.read_text())["passing"]["outcome"] == "passed"
     with pytest.raises(SystemExit):
         verification.main(["pasing"])
-    assert "no check is called 'pasing'; expected passing, failing" in capsys.readouterr().err
+    assert "no check is called 'pasing'; expected passing, failing, lm_eval_truth" in capsys.readouterr().err
+
+
+def test_a_check_of_what_the_user_brings_runs_only_by_name(places, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(verification, "ON_REQUEST", {"brought": lambda place, options: asked.append(options) or {}})
+    assert verification.main(["passing"]) == 0
+    assert asked == []
+    assert verification.main(["brought", "--limit", "5", "--limit", "piqa=3"]) == 0
+    assert asked[0].limit == ["5", "piqa=3"]
+    assert json.loads(places[0].read_text())["brought"]["outcome"] == "passed"
+    monkeypatch.undo()
+    assert verification.run("lm_eval_truth", asked[0])["outcome"] == "failed"
+    assert "--data must name a folder; got None" in capsys.readouterr().err
 
 
 def test_the_record_has_every_check():
     record = json.loads(verification.RECORD.read_text(encoding="utf-8"))
-    assert set(record) == set(verification.CHECKS)
+    assert set(record) == {*verification.CHECKS, *verification.ON_REQUEST}
     for entry in record.values():
         assert {"date", "commit", "python", "versions", "outcome", "did", "seconds"} <= set(entry)
 

@@ -3,7 +3,8 @@
     python -m verification [NAME ...] [--record]
 
 The report goes to `runs/verification.json`, which git ignores. With `--record` it also becomes the committed
-`verification/record.json`; a check that was not named keeps its entry there.
+`verification/record.json`; a check that was not named keeps its entry there. Checks that need data or weights run only
+where they are named, with their options.
 """
 
 import argparse
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.files import write_text
-from verification import onnx, packaging, site, torchao
+from verification import lm_eval_truth, onnx, packaging, site, torchao
 from verification.workplace import REPOSITORY, CheckFailedError, Workplace
 
 CHECKS = {"packaging": packaging.check, "site": site.check, "onnx": onnx.check, "torchao": torchao.check}
+ON_REQUEST = {"lm_eval_truth": lm_eval_truth.check}
+"""Checks of what the user brings along; they take the options of the command line."""
 OWN = REPOSITORY / "runs" / "verification.json"
 RECORD = REPOSITORY / "verification" / "record.json"
 
@@ -28,13 +31,15 @@ RECORD = REPOSITORY / "verification" / "record.json"
 def main(arguments: list[str] | None = None) -> int:
     """Run checks; returns 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checks", nargs="*", metavar="NAME", help=f"of {', '.join(CHECKS)}; all when none is named")
+    words = f"of {', '.join(CHECKS)}, which all run when none is named; or {', '.join(ON_REQUEST)}"
+    parser.add_argument("checks", nargs="*", metavar="NAME", help=words)
     parser.add_argument("--record", action="store_true", help="also write verification/record.json, which is committed")
+    lm_eval_truth.add_options(parser)
     options = parser.parse_args(arguments)
     for name in options.checks:
-        if name not in CHECKS:
-            parser.error(f"no check is called {name!r}; expected {', '.join(CHECKS)}")
-    found = {name: run(name) for name in options.checks or CHECKS}
+        if name not in {**CHECKS, **ON_REQUEST}:
+            parser.error(f"no check is called {name!r}; expected {', '.join([*CHECKS, *ON_REQUEST])}")
+    found = {name: run(name, options) for name in options.checks or CHECKS}
     write_text(OWN, json.dumps(found, indent=1) + "\n")
     sys.stdout.write(f"{OWN}\n")
     if options.record:
@@ -46,14 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(entry["outcome"] == "passed" for entry in found.values()) else 1
 
 
-def run(name: str) -> dict[str, Any]:
+def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """One check's entry: when, of which commit, on what, how it ended, and what it did."""
     begin = time.monotonic()
     entry: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "python": platform.python_version()}
     with tempfile.TemporaryDirectory(prefix=f"verify-{name}-") as folder:
         place = Workplace(Path(folder), lambda line: say(f"{name}: {line}"))
         try:
-            entry["versions"] = CHECKS[name](place)
+            entry["versions"] = CHECKS[name](place) if name in CHECKS else ON_REQUEST[name](place, options)
             entry["outcome"] = "passed"
         except CheckFailedError as error:
             entry["outcome"] = "failed"

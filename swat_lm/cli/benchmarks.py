@@ -47,6 +47,9 @@ def tasks(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of results; a rerun continues what is in it.")
     ] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Also write each document's requests, answers and metrics to --out.")
+    ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the checkpoints' own.")] = None,
     device: DEVICE = None,
 ) -> None:
@@ -55,7 +58,7 @@ def tasks(
     PIQA, HellaSwag, WinoGrande, ARC-easy, ARC-challenge, SIQA, BoolQ, LAMBADA and WikiText, with the prompts and
     metrics of lm-evaluation-harness, beside the paper's rows. From the hub, any other task of the
     harness can be named too. With --out, each finished task is kept, and the table is written as table.md, table.html
-    and table.json.
+    and table.json; --log-samples adds samples_TASK.jsonl, a row for each document as the harness writes it.
 
     \b
     Examples:
@@ -70,6 +73,8 @@ def tasks(
         if out.is_file():
             raise ValueError(f"--out {out} is a file: expected a folder")
         check_folder(out, "--out")
+    elif log_samples:
+        raise ValueError("--log-samples writes to the folder of --out: name one")
     chosen = label_checkpoints(checkpoints)
     from swat_lm.evaluate.tasks import check_harness, load_tasks, task_names
 
@@ -82,7 +87,7 @@ def tasks(
     wanted = task_names(names)
     subjects = {label: describe(label, name, tokenizer, max_length, limit) for label, name in chosen.items()}
     loaded = load_tasks(wanted, data)
-    suites = {label: Suite(subject, loaded, out) for label, subject in subjects.items()}
+    suites = {label: Suite(subject, loaded, out, log_samples=log_samples) for label, subject in subjects.items()}
     found: dict[str, dict[str, TaskResult]] = {}
     with RunProgress() as progress:
         for label, suite in suites.items():

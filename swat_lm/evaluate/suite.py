@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import io
+import json
 import math
 import os
 import time
@@ -96,20 +97,30 @@ class TaskResult:
 
 
 class Suite:
-    """The results of one checkpoint, in a folder of its own below `folder` (None: kept nowhere)."""
+    """The results of one checkpoint, in a folder of its own below `folder` (None: kept nowhere).
 
-    def __init__(self, subject: Subject, tasks: Sequence[LoadedTask], folder: Path | None) -> None:
-        """Reads what is there already.
+    With `log_samples` each task also leaves `samples_TASK.jsonl` there: every document with its requests, the model's
+    answers and its metrics, a row each, in the form that the harness's `--log_samples` has.
+    """
+
+    def __init__(
+        self, subject: Subject, tasks: Sequence[LoadedTask], folder: Path | None, *, log_samples: bool = False
+    ) -> None:
+        """Reads what is there already; a result without the samples that are asked for is missing.
 
         Raises:
-            ValueError: a kept result that belongs to another measurement, or a damaged file.
+            ValueError: a kept result that belongs to another measurement, a damaged file, or samples without a folder.
         """
-        self.subject, self.tasks = subject, list(tasks)
+        if log_samples and folder is None:
+            raise ValueError("log_samples: expected a folder to write the samples to, got none")
+        self.subject, self.tasks, self.log_samples = subject, list(tasks), log_samples
         self.folder = None if folder is None else folder / subject.label
         self.results: dict[str, TaskResult] = {}
         for task in self.tasks:
             if self.folder is not None and (self.folder / f"{task.name}.json").exists():
-                self.results[task.name] = self._read(task, self.folder / f"{task.name}.json")
+                kept = self._read(task, self.folder / f"{task.name}.json")
+                if not log_samples or samples_file(self.folder, task.name).exists():
+                    self.results[task.name] = kept
 
     @property
     def missing(self) -> list[LoadedTask]:
@@ -128,9 +139,16 @@ class Suite:
             self.folder.mkdir(parents=True, exist_ok=True)
         for task in self.missing:
             model.on_progress = None if on_progress is None else partial(on_progress, task.name)
-            result = measure(model, task, self.subject, self._identity(task))
+            result, samples = measure(model, task, self.subject, self._identity(task))
             self.results[task.name] = result
             if self.folder is not None:
+                # before the result, which says that the task is done
+                place = samples_file(self.folder, task.name)
+                if self.log_samples:
+                    write_text(place, "".join(map(sample_line, samples)))
+                else:
+                    # those of an earlier result would be taken for this one's
+                    place.unlink(missing_ok=True)
                 write_text(self.folder / f"{task.name}.json", write_figures(asdict(result)) + "\n")
             yield result
         if self.folder is not None:
@@ -165,8 +183,10 @@ class Suite:
         return result
 
 
-def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity: Mapping[str, Any]) -> TaskResult:
-    """Ask the model everything that the task asks, by the harness's evaluation."""
+def measure(
+    model: "HarnessModel", task: LoadedTask, subject: Subject, identity: Mapping[str, Any]
+) -> tuple[TaskResult, list[dict[str, Any]]]:
+    """Ask the model everything that the task asks, by the harness's evaluation; returns its samples too."""
     import lm_eval
 
     model.rolling = "whole" if task.rolling == "whole" else "windows"
@@ -184,7 +204,7 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
     samples = found["samples"][inner]
     choices = [len(sample["arguments"]) for sample in samples]
     is_choice = task.task.OUTPUT_TYPE == "multiple_choice"
-    return TaskResult(
+    result = TaskResult(
         task=task.name,
         identity=dict(identity),
         source=task.source,
@@ -199,6 +219,30 @@ def measure(model: "HarnessModel", task: LoadedTask, subject: Subject, identity:
         },
         documents=by_document(samples),
     )
+    return result, samples
+
+
+def samples_file(folder: Path, task: str) -> Path:
+    """Where a task's samples are; the harness's name without its date."""
+    return folder / f"samples_{task}.jsonl"
+
+
+def sample_line(sample: Mapping[str, Any]) -> str:
+    """A document with its requests, answers and metrics as the harness writes it: answers are texts."""
+    from lm_eval.utils import handle_non_serializable, sanitize_list
+
+    changed = {
+        "arguments": {
+            f"gen_args_{number}": {f"arg_{place}": value for place, value in enumerate(request)}
+            for number, request in enumerate(sample["arguments"])
+        },
+        "resps": sanitize_list(sample["resps"]),
+        "filtered_resps": sanitize_list(sample["filtered_resps"]),
+        "target": str(sample["target"]),
+    }
+    # numpy's numbers stay numbers
+    plain = json.loads(json.dumps({**sample, **changed}, default=handle_non_serializable))
+    return write_figures(plain, indent=None) + "\n"
 
 
 def by_document(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -2,9 +2,7 @@ import errno
 import json
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from swat_lm.data import (
 )
 from swat_lm.data.preparation import default_cache
 from swat_lm.recipe import DataRecipe
+from tests.forked import begin, run
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +240,7 @@ try:
 except OSError as error:
     print(error.errno, error.filename)
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    number, _, path = ran.stdout.strip().partition(" ")
+    number, _, path = run(program, output=tmp_path / "said.txt").strip().partition(" ")
     assert int(number) == errno.EFBIG
     assert path.startswith(str(tmp_path / "cache"))
     assert [one.name for one in (tmp_path / "cache").iterdir()] == [before.folder.name]
@@ -261,14 +259,17 @@ def report(progress):
     time.sleep(60)
 prepare(DataRecipe(sources=({str(corpus)!r},), cache={str(tmp_path)!r}, tokenizer={tokenizer!r}, workers=2), report)
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"started\n"
+    said = tmp_path.with_suffix(".said")
+    process = begin(program, output=said)
+    deadline = time.monotonic() + 60
+    while not (said.exists() and said.read_text() == "started\n"):
+        assert process.is_alive(), said.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     children = [int(one) for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(children) == 2
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    process.kill()
+    process.join()
     left = list(tmp_path.iterdir())
     assert len(left) == 1
     assert left[0].name.startswith(".")
@@ -297,7 +298,7 @@ def test_interrupted_call_cleans_up_at_once(corpus, tokenizer, tmp_path):
 def test_lost_race_uses_the_other_store(corpus, tmp_path):
     def other_finishes_first(progress: Progress) -> None:
         if not [one for one in tmp_path.iterdir() if not one.name.startswith(".")]:
-            subprocess.run([sys.executable, "-c", program], check=True)
+            run(program, output=tmp_path.with_suffix(".said"))
 
     program = (
         "from swat_lm.data import prepare; from swat_lm.recipe import DataRecipe;"

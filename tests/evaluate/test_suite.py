@@ -99,6 +99,40 @@ def test_another_measurement_is_refused(
         Suite(SUBJECT, tasks, tmp_path)
 
 
+def test_samples_are_the_harness_own(
+    loaded: list[LoadedTask], model: HarnessModel, results: dict[str, TaskResult], tmp_path: Path
+):
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+
+    tasks, folder = chosen(loaded, "piqa", "wikitext_streamed"), tmp_path / "mine"
+    # a result without samples is not enough, and samples go with the result that they belong to
+    list(Suite(SUBJECT, tasks, tmp_path).run(model))
+    assert not Suite(SUBJECT, tasks, tmp_path).missing
+    suite = Suite(SUBJECT, tasks, tmp_path, log_samples=True)
+    assert suite.missing == tasks
+    list(suite.run(model))
+    assert not Suite(SUBJECT, tasks, tmp_path, log_samples=True).missing
+    ours = {task.name: (folder / f"samples_{task.name}.jsonl").read_text().splitlines() for task in tasks}
+    # as the harness writes them
+    found = lm_eval.evaluate(
+        lm=model, task_dict={"tasks": {"piqa": tasks[0].task}}, bootstrap_iters=0, log_samples=True
+    )  # type: ignore[call-arg]
+    tracker = EvaluationTracker(str(tmp_path / "theirs"))
+    tracker.date_id = "today"
+    tracker.save_results_samples("piqa", found["samples"]["piqa"])
+    (theirs,) = (tmp_path / "theirs").rglob("samples_piqa_*.jsonl")
+    assert [json.loads(line) for line in ours["piqa"]] == [json.loads(line) for line in theirs.read_text().splitlines()]
+    (page, _) = map(json.loads, ours["wikitext_streamed"])
+    assert page["word_perplexity"] == list(results["wikitext_streamed"].documents["word_perplexity"][0])
+    assert float(page["filtered_resps"][0]) == page["word_perplexity"][0]
+    (folder / "piqa.json").unlink()
+    list(Suite(SUBJECT, tasks, tmp_path).run(model))
+    assert sorted(path.name for path in folder.glob("samples_*")) == ["samples_wikitext_streamed.jsonl"]
+    with pytest.raises(ValueError, match="log_samples: expected a folder"):
+        Suite(SUBJECT, tasks, None, log_samples=True)
+
+
 def test_limit_takes_the_first_documents(loaded: list[LoadedTask], model: HarnessModel, results: dict[str, TaskResult]):
     (result,) = Suite(replace(SUBJECT, limit=1), chosen(loaded, "hellaswag"), None).run(model)
     assert result.documents["acc_norm"] == results["hellaswag"].documents["acc_norm"][:1]

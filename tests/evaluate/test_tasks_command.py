@@ -81,10 +81,19 @@ def test_what_is_there_is_taken_up(cli, here: Path):
     assert cli("run", "--data", "data", "--tasks", "piqa", "--out", "table")[0] == 0
     code, _, err = cli("run", "--data", "data", "--tasks", "piqa,wikitext_streamed", "--out", "table")
     assert code == 0
+    assert not list((here / "table").rglob("samples_*"))
     assert "wikitext_streamed done" in err
     assert "piqa done" not in err
     harness = json.loads((here / "table/run/results.json").read_text())
     assert list(harness["results"]) == ["piqa", "wikitext_streamed"]
+    code, _, err = cli("run", "--data", "data", "--tasks", "piqa", "--out", "table", "--log-samples")
+    assert code == 0
+    assert "piqa done" in err
+    (first, _) = map(json.loads, (here / "table/run/samples_piqa.jsonl").read_text().splitlines())
+    assert first["arguments"]["gen_args_1"] == {
+        "arg_0": "Question: Open a jar\nAnswer:", "arg_1": " turn the jar into a lid"
+    }  # fmt: skip
+    assert first["acc"] in (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -132,3 +141,9 @@ def test_one_line_before_anything_is_measured(cli, here: Path, arguments: list[s
     assert err.count("\n") == 1
     assert out == ""
     assert not (here / "table").exists()
+
+
+def test_samples_need_a_folder(cli, here: Path):
+    code, _, err = cli("run", "--data", "data", "--log-samples")
+    assert code == 2
+    assert err == "error: --log-samples writes to the folder of --out: name one\n"

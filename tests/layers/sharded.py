@@ -1,11 +1,10 @@
 """The contract under FSDP2 over two processes: one launch for many subjects, each judged by one process's gradients.
 
-Run as a program by `torchrun`: `python -m tests.layers.sharded FOLDER` with `subjects.json` in the folder.
+`main` is what each of them does, with `subjects.json` in the folder.
 """
 
 import json
 import os
-import subprocess
 import sys
 import traceback
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from swat_lm import SwatForCausalLM
+from tests.forked import run_two
 from tests.layers.in_training import IGNORED, LENGTH, loss_by_chunks, packed_rows, targets_of
 from tests.layers.subject import Subject, close, gradients, tokens
 
@@ -32,17 +32,7 @@ def launch(subjects: list[Subject], folder: Path, prepare: str = "") -> dict[str
     """
     (folder / "subjects.json").write_text(json.dumps([asdict(subject) for subject in subjects]))
     (folder / "prepare.py").write_text(prepare)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ran = subprocess.run(
-        [*command, "-m", "tests.layers.sharded", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    run_two("from tests.layers import sharded; sharded.main()", folder, folder=folder)
     said = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return {subject.name: said[0][subject.name] or said[1][subject.name] for subject in subjects}
 
@@ -82,8 +72,9 @@ def try_one(subject: Subject, rank: int) -> None:
                     close(gradient, expected[name], f"{name}, learnt from {beginning}, {checkpointing=}")
 
 
-def main(folder: Path) -> None:
-    """What one process does."""
+def main() -> None:
+    """What one process does with the folder that is its only argument."""
+    folder = Path(sys.argv[1])
     rank = int(os.environ["RANK"])
     init_process_group("gloo")
     exec(compile((folder / "prepare.py").read_text(), "prepare.py", "exec"), {})
@@ -97,7 +88,3 @@ def main(folder: Path) -> None:
             said[subject.name] = traceback.format_exc()
     (folder / f"rank{rank}.json").write_text(json.dumps(said))
     destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What one process of `test_tensor_parallel.py` does: `python -m tests.model.shared_heads FOLDER`, under torchrun."""
+"""What each of both processes of `test_tensor_parallel.py` does."""
 
 import json
 import sys
@@ -71,8 +71,9 @@ def refuse(folder: Path) -> None:
         SwatForCausalLM.from_pretrained(together, distributed_config=DistributedConfig(tp_size=2))
 
 
-def main(folder: Path) -> None:
-    """All of it; what failed is written down."""
+def main() -> None:
+    """All of it in the folder that is the only argument; what failed is written down."""
+    folder = Path(sys.argv[1])
     init_process_group("gloo")
     said = {}
     for name, changes in PLANS.items():
@@ -88,7 +89,3 @@ def main(folder: Path) -> None:
         said["refused"] = traceback.format_exc()
     (folder / f"rank{get_rank()}.json").write_text(json.dumps(said))
     destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -41,8 +41,12 @@ ORDERS = [
 ]
 # every order in a process of its own, all forked from one that has imported what they have in common
 IN_EVERY_ORDER = """
-import json, os, sys
-import huggingface_hub, safetensors.torch, tokenizers, torch._dynamo
+import gc, json, os, sys
+# half of what an import costs is collecting in between
+gc.disable()
+import accelerate, huggingface_hub.hf_api, huggingface_hub.serialization, jinja2.ext, PIL.Image, safetensors.torch
+import scipy.optimize, tokenizers, torch._dynamo, torch.distributed.checkpoint.hf_storage, torch.distributed.tensor
+import torch.nn.attention.flex_attention
 assert not {"transformers", "swat_lm"} & set(sys.modules)
 folder, orders = sys.argv[1], json.loads(sys.argv[2])
 for first, then in orders:
@@ -63,33 +67,59 @@ def test_auto_classes_know_the_model_in_any_order_of_imports(tmp_path):
     assert ran.stdout.split() == ["SwatForCausalLM"] * len(ORDERS), ran.stderr
 
 
-def test_the_operator_needs_pytorch_alone():
-    program = """
-import sys, time
+# beside PyTorch no transformers, or an old one in a folder; each case in a process forked after `import torch`
+OPERATOR = """
+import os, sys, time
 import torch
-began = time.process_time()
-import swat_lm
-seconds = time.process_time() - began
+for name in ("transformers", "safetensors", "yaml", "swat_lm"):
+    assert name not in sys.modules, name
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("transformers", "huggingface_hub", "safetensors", "yaml"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-for name in ("transformers", "safetensors", "yaml"):
-    assert name not in sys.modules, name
-sys.meta_path.insert(0, Absent())
-x = torch.randn(1, 4, 2, 8)
-print(tuple(swat_lm.window_attention(x, x, x, window=2).shape))
-try:
-    swat_lm.SwatConfig
-except ImportError as error:
-    print(error)
-print(seconds < 2)
+def without():
+    began = time.process_time()
+    import swat_lm
+    print(time.process_time() - began < 2)
+    for name in ("transformers", "safetensors", "yaml"):
+        assert name not in sys.modules, name
+    sys.meta_path.insert(0, Absent())
+    x = torch.randn(1, 4, 2, 8)
+    print(tuple(swat_lm.window_attention(x, x, x, window=2).shape))
+def old():
+    sys.path.insert(0, sys.argv[1])
+    from swat_lm import window_attention
+    from transformers.models.auto.configuration_auto import LOADED
+    print(LOADED)
+for case in (without, old):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        case()
+        try:
+            from swat_lm import SwatConfig
+        except ImportError as error:
+            print(error, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    shape, message, fast = ran.stdout.splitlines()
-    assert shape == "(1, 4, 2, 8)", ran.stderr
-    assert "pip install -e '.[model]'" in message
-    assert fast == "True"
+
+
+def test_the_operator_needs_pytorch_alone(tmp_path):
+    """Beside an old transformers it works too; the model classes say what they need."""
+    (tmp_path / "transformers" / "models" / "auto").mkdir(parents=True)
+    for package in ("transformers", "transformers/models", "transformers/models/auto"):
+        (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / "transformers" / "models" / "auto" / "configuration_auto.py").write_text("LOADED = True\n")
+    (tmp_path / "transformers-4.57.1.dist-info").mkdir()
+    (tmp_path / "transformers-4.57.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.57.1\n")
+    ran = subprocess.run([sys.executable, "-c", OPERATOR, str(tmp_path)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
+    fast, shape, absent, loaded, old = ran.stdout.splitlines()
+    assert (fast, shape, loaded) == ("True", "(1, 4, 2, 8)", "True")
+    assert "pip install -e '.[model]'" in absent
+    assert "need transformers 5.20 or newer, 4.57.1 is installed" in old
 
 
 def test_bfloat16_keeps_slopes_and_angles_exact(tmp_path):
@@ -208,25 +238,3 @@ def test_attention_weights_cannot_be_asked_for():
         tiny_model()(tokens(1, 4), output_attentions=True)
     with pytest.raises(TypeError, match="atention_mask"):
         tiny_model()(tokens(1, 4), atention_mask=torch.ones(1, 4))
-
-
-def test_an_old_transformers_is_left_alone(tmp_path):
-    """The operator works beside it, and the model classes say what they need."""
-    (tmp_path / "transformers" / "models" / "auto").mkdir(parents=True)
-    for package in ("transformers", "transformers/models", "transformers/models/auto"):
-        (tmp_path / package / "__init__.py").write_text("")
-    (tmp_path / "transformers" / "models" / "auto" / "configuration_auto.py").write_text("LOADED = True\n")
-    (tmp_path / "transformers-4.57.1.dist-info").mkdir()
-    (tmp_path / "transformers-4.57.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.57.1\n")
-    program = """
-from swat_lm import window_attention
-from transformers.models.auto.configuration_auto import LOADED
-try:
-    from swat_lm import SwatConfig
-except ImportError as error:
-    print(error)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert "need transformers 5.20 or newer, 4.57.1 is installed" in ran.stdout, ran.stderr
-    assert "Traceback" not in ran.stderr

@@ -330,46 +330,59 @@ def test_a_graph_serves_other_lengths():
         close(graph(**given, use_cache=False).logits, model(**given, use_cache=False).logits)
 
 
-# in a process that has not imported this package
+# each case in a process of its own, forked from one that has imported what they use, but not this package
 STRANGER = """
-import sys
+import os, sys, traceback
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-folder, installed = sys.argv[1:]
+from transformers import dynamic_module_utils
+assert "swat_lm" not in sys.modules
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "swat_lm":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-if installed == "no":
-    sys.meta_path.insert(0, Absent())
-try:
+def use(folder):
     print(type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)).__name__)
     print(type(AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)).__name__)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder + "/again")
-    from lm_eval.models.huggingface import HFLM
     scorer = HFLM(pretrained=folder + "/again", tokenizer=folder, trust_remote_code=True, device="cpu")
     print(len(scorer.loglikelihood_rolling([type("Asked", (), {"args": ("the window",)})])))
-except ImportError as error:
-    print(" ".join(str(error).split()))
+for installed in ("no", "yes"):
+    child = os.fork()
+    if child == 0:
+        dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] + installed
+        sys.stdout = open(f"{sys.argv[2]}/{installed}.txt", "w")
+        if installed == "no":
+            sys.meta_path.insert(0, Absent())
+        try:
+            use(sys.argv[1])
+        except ImportError as error:
+            print(" ".join(str(error).split()))
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.close()
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
-@pytest.mark.parametrize("installed", ["yes", "no"])
-def test_tools_that_do_not_know_the_model_find_it(tmp_path, installed):
+def test_tools_that_do_not_know_the_model_find_it(tmp_path):
     folder = exported(tmp_path / "model", "mixed")
     named = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
     assert named["AutoModelForCausalLM"] == "modeling_swat.SwatForCausalLM"
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", STRANGER, folder, installed]
+    command = [sys.executable, "-c", STRANGER, folder, str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
-    said = ran.stdout.splitlines()
-    if installed == "yes":
-        assert said == ["SwatForCausalLM", "SwatForSequenceClassification", "1"], ran.stderr
-        again = tmp_path / "model" / "again"
-        assert json.loads((again / "config.json").read_text())["auto_map"] == named
-        assert sorted(path.name for path in again.glob("*.py")) == ["modeling_swat.py"]
-    else:
-        assert "swat_lm" in said[-1], ran.stderr
-        assert "pip install" in said[-1]
+    assert ran.returncode == 0, ran.stderr
+    said = (tmp_path / "yes.txt").read_text().splitlines()
+    assert said == ["SwatForCausalLM", "SwatForSequenceClassification", "1"], ran.stderr
+    again = tmp_path / "model" / "again"
+    assert json.loads((again / "config.json").read_text())["auto_map"] == named
+    assert sorted(path.name for path in again.glob("*.py")) == ["modeling_swat.py"]
+    # where this package is not installed
+    (*_, last) = (tmp_path / "no.txt").read_text().splitlines()
+    assert "swat_lm" in last, ran.stderr
+    assert "pip install" in last
 
 
 def test_a_configuration_is_pushed_with_the_module_that_it_names(tmp_path, monkeypatch):

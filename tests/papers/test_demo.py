@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -19,6 +18,7 @@ from swat_lm.papers.demo.report import judge
 from swat_lm.papers.demo.run import DemoSettings, evaluation_lengths, open_plan, run_demo
 from swat_lm.papers.watching import Watcher
 from swat_lm.papers.worker import work
+from tests.forked import begin
 
 
 class Notes(Watcher):
@@ -129,15 +129,17 @@ def test_interrupted_demo_saves_and_goes_on(tmp_path: Path, sources: tuple[str, 
         "except InterruptedRunError:\n"
         "    sys.exit(130)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = begin(program, output=tmp_path / "said.txt", environment={"OMP_NUM_THREADS": "1"})
     metrics = [out / name / "metrics.jsonl" for name in ("swat", "twin")]
     try:
         deadline = time.monotonic() + 120
         while not all(path.exists() and path.stat().st_size for path in metrics) and time.monotonic() < deadline:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 130
+        assert process.pid
+        os.kill(process.pid, signal.SIGINT)
+        process.join(timeout=120)
+        assert process.exitcode == 130, (tmp_path / "said.txt").read_text()
     finally:
         process.kill()
     for name in ("swat", "twin"):

@@ -1,11 +1,10 @@
-"""`reproduce` under torchrun: one process prepares, measures and writes, the others wait; errors reach all."""
+"""`reproduce` on two processes: one process prepares, measures and writes, the others wait; errors reach all."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.forked import run_two
 
 WORDS = ["the", "red", "blue", "slow", "quick", "fox", "dog", "tree", "runs", "sleeps", "sings", "over", "under", "but"]
 # two variants of one table are enough; the first process is slow in what it does alone, as it is on a real text
@@ -46,17 +45,8 @@ def test_two_processes_reproduce_a_table(tmp_path: Path):
         (tmp_path / name).mkdir()
         for number in range(count):
             (tmp_path / name / f"{number}.txt").write_text(" ".join(source.choices(WORDS, k=words)))
-    program, out = tmp_path / "program.py", tmp_path / "out"
-    program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    ran = subprocess.run(
-        [*command, str(tmp_path), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    out = tmp_path / "out"
+    run_two(PROGRAM, tmp_path, out, folder=tmp_path)
     for count in (1, 2):
         first, second = (json.loads(Path(f"{out}.rank{rank}.{count}").read_text()) for rank in (0, 1))
         assert first == second

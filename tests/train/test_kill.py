@@ -4,10 +4,6 @@ The model is an interleaved plan, and what it has become is then used from the c
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +12,7 @@ import torch
 
 from swat_lm.recipe import dump_recipe
 from swat_lm.train import run
+from tests.forked import begin
 from tests.train.runs import assert_same_run
 
 PROGRAM = (
@@ -31,16 +28,16 @@ def test_killed_run_goes_on_bit_for_bit_and_serves(make_recipe, tmp_path, cli, t
     recipes = make_recipe("killed", **settings), make_recipe("whole", **settings)
     killed, whole = (replace(one, model={**one.model, "layers": LAYERS}) for one in recipes)
     (tmp_path / "killed.yaml").write_text(dump_recipe(killed))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "killed.yaml")], env=environment)
+    said = tmp_path / "said.txt"
+    process = begin(PROGRAM, tmp_path / "killed.yaml", output=said, threads=torch.get_num_threads())
     metrics = Path(killed.out, "metrics.jsonl")
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 12):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), f"the run ended before it could be killed: {said.read_text()}"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     done = metrics.read_text().count("\n")
     assert done < 60, "killed too late to test anything"
 
