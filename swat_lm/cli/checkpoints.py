@@ -81,13 +81,13 @@ def load_behind_window(
     return behind_window(model, windows[0]), tokens
 
 
-def behind_window(model: "PreTrainedModel", window: str, sinks: int = 0) -> "PreTrainedModel":
+def behind_window(model: "PreTrainedModel", window: str, sinks: int | None = None) -> "PreTrainedModel":
     """The model itself, or a twin that shares its weights and has the window of this name, and so many sinks."""
     from swat_lm.evaluate.windows import with_window
 
     if window == OWN_WINDOW:
-        return with_window(model, "keep", sinks) if sinks else model
-    return with_window(model, None if window == NO_WINDOW else int(window), sinks or None)
+        return model if sinks is None else with_window(model, "keep", sinks)
+    return with_window(model, None if window == NO_WINDOW else int(window), sinks)
 
 
 def matching_tokenizer(config: "PreTrainedConfig", folder: str, tokenizer: str | None) -> "PreTrainedTokenizerFast":

@@ -51,8 +51,11 @@ def length(
         str, typer.Option(help="Window of every layer: a number, none or own; several by commas give a heat map.")
     ] = OWN_WINDOW,
     sinks: Annotated[
-        int, typer.Option(min=0, help="Keep so many first tokens of each stream beside --window; 0: the model's own.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0, help="Keep so many first tokens of each stream beside the window; default the model's own."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Streams read side by side.")] = 8,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass; speed and memory only.")] = 512,
     text_field: TEXT_FIELD = "text",
@@ -117,7 +120,8 @@ def length(
             results().print(f"window {behind}", markup=False)
         print_table(curve_table(curve))
     if out is not None:
-        title = Path(checkpoint).name + (f", window {window} and the first {counted(sinks, 'token')}" if sinks else "")
+        kept = curves[0].num_sinks
+        title = Path(checkpoint).name + (f", window {window} and the first {counted(kept, 'token')}" if kept else "")
         picture = out / f"{name}.png"
         draw_matrix(matrix, picture, title) if is_matrix else draw_curve(curves[0], picture, title)
         results().print(f"{out / name}.json, {picture}", markup=False)

@@ -233,7 +233,8 @@ class Observer:
         if isinstance(mixer, WindowAttention):
             weights = attention_weights(mixer, arguments[0], arguments[1])
         if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-2:] == (self.length, self.length):
-            self.sums[index] = self.sums.get(index, 0) + weight_sums(weights[0].float(), self.windows[index])
+            found = weight_sums(weights[0].float(), self.windows[index], kept_by(mixer))
+            self.sums[index] = self.sums.get(index, 0) + found
 
     def diagnosis(self, num_streams: int) -> Diagnosis:
         """Means over the streams."""
@@ -247,10 +248,19 @@ class Observer:
         )
 
 
-def weight_sums(weights: Tensor, window: int | None) -> Tensor:
-    """Of weights `[H, T, T]`: first token, row sums, near 0, near 1, distance times weight; float64 `[5, H]` means."""
+def kept_by(mixer: nn.Module) -> int:
+    """First tokens that it sees beside its window."""
+    return mixer.settings.sinks if isinstance(mixer, WindowAttention) else 0
+
+
+def weight_sums(weights: Tensor, window: int | None, sinks: int = 0) -> Tensor:
+    """Of weights `[H, T, T]`: first token, row sums, near 0, near 1, distance times weight; float64 `[5, H]` means.
+
+    Distances are those in the text, of first tokens that are kept beside the window too.
+    """
     count = weights.shape[-1]
     distance, visible = (matrix[0] for matrix in distances(1, count, count, None, None, window, weights.device))
+    visible[:, :sinks] |= distance[:, :sinks] >= 0
     visible[0] = False
     seeing = visible[:, 0]
     rows = (weights * visible).double()
@@ -269,8 +279,10 @@ def layer_weights(means: Tensor, mixer: nn.Module, window: int | None, length: i
     """The statistics of one layer."""
     ours = isinstance(mixer, WindowAttention)
     slopes = mixer.slopes_on(mixer.q_proj.weight.device) if ours else None
-    # query t sees t + 1 keys until the window is full, and the first token only that long
-    seen = range(2, 1 + min(length, window or length))
+    # query t sees t + 1 keys until the window is full, and the first token only that long, unless it is kept
+    kept = kept_by(mixer)
+    most = (window or length) + kept
+    seen = [min(keys, most) for keys in range(2, 1 + (length if kept else min(length, most)))]
     first, row_sum, near_zero, near_one, distance = (tuple(row) for row in means.tolist())
     return LayerWeights(
         mixer.settings.score_function if ours else "softmax",

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from swat_lm.evaluate.streaming_model import StreamingModel, SwatStreamingModel, probe
-from swat_lm.evaluate.windows import theoretical_reach
+from swat_lm.evaluate.windows import kept_first_tokens, theoretical_reach
 from swat_lm.model.cost import state_bytes
 from swat_lm.words import counted
 
@@ -59,9 +59,10 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 def extrapolates_beyond(model: PreTrainedModel) -> int | None:
     """The length that a model without windows was made for, after which its positions are new to it; else None."""
-    if theoretical_reach(model) is not None:
-        return None
     config = cast(Any, model.config.get_text_config())
+    far = kept_first_tokens(config) and config.sink_positions == "absolute"
+    if theoretical_reach(model) is not None and not far:
+        return None
     most = getattr(config, "max_position_embeddings", None)
     return most if isinstance(most, int) and getattr(config, "rope_parameters", None) else None
 

@@ -19,7 +19,7 @@ from swat_lm.evaluate.figures import JsonRecord
 from swat_lm.evaluate.limits import position_limit
 from swat_lm.evaluate.standard_errors import mean_and_error
 from swat_lm.evaluate.streaming_model import evaluating
-from swat_lm.evaluate.windows import model_window, theoretical_reach
+from swat_lm.evaluate.windows import kept_first_tokens, model_window, theoretical_reach
 
 __all__ = ["ReachCurve", "effective_reach", "gradient_norms"]
 
@@ -78,8 +78,9 @@ def effective_reach(
         raise ValueError(f"{type(model).__name__} has no position beyond token {limit}: ask for a length up to {limit}")
     norms = []
     for number, stream in enumerate(streams, start=1):
-        # what stands beyond the reach has no influence and need not be read
-        read = stream if reach is None else stream[-(min(length, reach) + 1) :]
+        # what stands beyond the reach has no influence and need not be read, but where first tokens are kept
+        most = length if reach is None or kept_first_tokens(model.config) else min(length, reach)
+        read = stream[-(most + 1) :]
         found = gradient_norms(model, torch.from_numpy(np.asarray(read, dtype=np.int64))[None])[0]
         norms.append(F.pad(found, (0, length - len(found))))
         if on_progress:

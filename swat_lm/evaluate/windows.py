@@ -109,27 +109,34 @@ def changed_config(old: SwatConfig, window: int | Literal["keep"] | None, sinks:
     layers, plan = range(old.num_hidden_layers), old.plan()
     # by a window's presence, which is about to change; in a list of bases it does not matter
     rotaries = {str(rotary) for layer in layers if (rotary := old.rotary(layer)) is not None}
+    wanted = kept_first_tokens(old) if sinks is None else sinks
+    config.sinks = 0 if window is None else wanted
     if old.layers is not None or (len(rotaries) > 1 and not isinstance(old.rope_theta, list)):
-        config.layers = [entry_with_window(entry, window, sinks) for entry in plan]
+        config.layers = [entry_with_window(entry, window, sinks, wanted) for entry in plan]
         config.layer_types = [kind.layer_type(settings) for kind, settings in config.plan()]
-    elif window == "keep":
-        config.sinks = old.sinks if sinks is None else sinks
-    else:
+        # every entry says its own
+        config.sinks = 0
+    elif window != "keep":
         config.score_bias = [old.attention_settings(layer).bias() for layer in layers]
         config.sliding_window = window
-        config.sinks = 0 if window is None else old.sinks if sinks is None else sinks
         config.layer_types = ["full_attention" if window is None else "sliding_attention"] * len(layers)
     if sinks and not kept_first_tokens(config):
         raise ValueError(f"sinks: {sinks} first tokens are kept beside a window, and no layer has one; give a window")
     return config
 
 
-def entry_with_window(entry: LayerEntry, window: int | Literal["keep"] | None, sinks: int | None) -> dict[str, Any]:
-    """An entry of `SwatConfig.layers` with all its settings, and this window if it is attention."""
+def entry_with_window(
+    entry: LayerEntry, window: int | Literal["keep"] | None, sinks: int | None, wanted: int
+) -> dict[str, Any]:
+    """An entry of `SwatConfig.layers` with all its settings, and this window if it is attention.
+
+    `sinks` beside it; None: as many as it has, or, where it had no window, `wanted`.
+    """
     settings = entry.settings
     values = {"kind": entry.kind.name, **asdict(settings)}
     if isinstance(settings, AttentionLayer.Settings):
         own = settings.sliding_window if window == "keep" else window
-        kept = 0 if own is None else settings.sinks if sinks is None else sinks
+        had = settings.sinks if settings.sliding_window is not None else wanted
+        kept = 0 if own is None else had if sinks is None else sinks
         values |= {"sliding_window": own, "score_bias": settings.bias(), "sinks": kept}
     return values

@@ -14,6 +14,8 @@ INVERSE_WINDOW = "-log(window)"
 QK_NORMS = ("head", "layer")
 # kernels count positions in 32 bits, and differences of two of them must fit as well
 LARGEST_WINDOW = 2**30
+# a handful is what models lean on
+MOST_SINKS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,11 @@ class AttentionSettings:
     def _check_sinks(self) -> None:
         if self.sinks < 0:
             raise ValueError(f"sinks: expected a number of first tokens to keep, or 0 for none, got {self.sinks}")
+        if self.sinks > MOST_SINKS:
+            raise ValueError(
+                f"sinks: expected at most {MOST_SINKS:,} first tokens, which every layer keeps of every stream, got "
+                f"{self.sinks}; a wider sliding_window keeps more of a text"
+            )
         if self.sinks and self.sliding_window is None:
             raise ValueError(
                 f"sinks: {self.sinks} first tokens are kept beside a window, and the layer has none, so it sees all; "

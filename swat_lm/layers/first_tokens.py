@@ -63,24 +63,26 @@ class Layout(NamedTuple):
     """Place among the real tokens of its document."""
     real: Tensor
     """bool: neither padding nor hidden."""
+    is_item: Tensor
+    """bool: not padding."""
 
 
 def layout_of(chunk: Chunk, batch: int) -> Layout:
     """The layout of a chunk; made once for all layers."""
     # made where its columns are
-    return chunk._once(("layout", batch), lambda: _layout(chunk, batch))
+    return chunk._once("layout", lambda: _layout(chunk, batch))
 
 
 def _layout(chunk: Chunk, batch: int) -> Layout:
     places = chunk.places.long().expand(batch, -1)
-    item = torch.ones_like(places) if chunk.first is None else (chunk.first <= chunk.places).long()
-    real = item.bool() if chunk.real is None else chunk.real.expand(batch, -1)
+    is_item = torch.ones_like(places, dtype=torch.bool) if chunk.first is None else chunk.first <= chunk.places
+    real = is_item if chunk.real is None else chunk.real.expand(batch, -1)
     counted, zeros = real.long().cumsum(1), torch.zeros_like(places)
     segment, begin = zeros, zeros
     if chunk.begins is not None and chunk.segments is not None:
         segment, begin = chunk.segments, torch.where(chunk.begins, places, 0).cummax(dim=1).values
     before = (counted - real.long()).gather(1, begin)
-    return Layout(item.cumsum(1) - 1, segment, begin, counted - before - 1, real)
+    return Layout(is_item.long().cumsum(1) - 1, segment, begin, counted - before - 1, real, is_item)
 
 
 class Seen(NamedTuple):
@@ -93,7 +95,7 @@ class Seen(NamedTuple):
     first: Tensor
     """int32 `[B, T]`, index into S: the first that the token sees."""
     count: Tensor
-    """int64 `[B, T]`: how many it sees: those that have left its window."""
+    """int64 `[B, T]`: how many it sees: those that have left its window; none where it is padding."""
 
 
 def join_first(before: dict[str, Tensor], later: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,8 +121,14 @@ def first_valid(valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
     order = valid.long().cumsum(1) - 1
     target = torch.where(valid & (order < count), order, count)
     index = torch.arange(valid.shape[1], device=valid.device).expand_as(target)
-    source = target.new_zeros(len(target), count + 1).scatter(1, target, index)[:, :count]
+    source = target.new_zeros(target.shape[0], count + 1).scatter(1, target, index)[:, :count]
     return source, torch.arange(count, device=valid.device) <= order[:, -1:]
+
+
+def whole_vectors(scores: Tensor) -> Tensor:
+    """Scores `[..., n]` filled up to a multiple of a CPU's vectors: what is left over is rounded otherwise, and which
+    row has it depends on its place in the batch."""
+    return F.pad(scores, (0, -scores.shape[-1] % 16), value=NOTHING_SEEN)
 
 
 def pick(items: Tensor, source: Tensor) -> Tensor:
@@ -147,12 +155,14 @@ class FirstTokens:
         """
         num_tokens, window = query.shape[1], self.attention.window_in(chunk)
         assert window is not None
-        if past is None and num_tokens <= window:
+        # a graph serves lengths on either side of the window
+        is_eager = not torch.compiler.is_compiling()
+        if num_tokens == 0 or (past is None and is_eager and num_tokens <= window):
             return None
         if self.attention.rotary is not None and not self.by_cache:
             angles = chunk.angles(self.attention.rotary, query.dtype)
             query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
-        if past is None and chunk.first is None and chunk.hidden is None:
+        if past is None and is_eager and chunk.first is None and chunk.hidden is None:
             return self._attend_in_one_document(query, key, value, window)
         layout, before = layout_of(chunk, query.shape[0]), None
         if past is not None:
@@ -234,7 +244,7 @@ class FirstTokens:
                 is_first[:, None, None], new[:, 0].to(stored.dtype), stored[slot, target]
             )
             found.append(stored[slot])
-        kept["sink_place"][slot, target] = target
+        kept["sink_place"][slot, target] = torch.where(is_first, target, kept["sink_place"][slot, target])
         return found[0], found[1]
 
     def _attend_to(self, query: Tensor, key: Tensor, value: Tensor, gone: Tensor, window: int) -> Heads:
@@ -261,7 +271,7 @@ class FirstTokens:
         lse = None
         if attention.settings.score_function == "softmax":
             lse = scores.logsumexp(dim=-1).view(batch, 1, -1)
-        weights = scores.sigmoid() if lse is None else scores.softmax(dim=-1)
+        weights = whole_vectors(scores).sigmoid()[..., : self.count] if lse is None else scores.softmax(dim=-1)
         output = torch.matmul(weights, value.to(precise)).view(query.shape).to(query.dtype)
         return output if lse is None else (output, lse)
 
@@ -285,8 +295,9 @@ class FirstTokens:
         window = settings.sliding_window
         assert window is not None
         queries = max(0, num_past + num_tokens - window) - max(0, num_past - window)
+        # as if each saw all of them: the first few see fewer
         heads, head_dim = settings.num_attention_heads, settings.head_dim
-        return attention_flops(heads, head_dim, queries, None, self.count - queries) if queries else 0
+        return attention_flops(heads, head_dim, queries, self.count, self.count) if queries else 0
 
     def bias_beside(self, window: int, query: Tensor) -> float | Tensor:
         """The score's bias `[H]`, or a number, of tokens that stand right before the window.
@@ -311,7 +322,7 @@ class FirstTokens:
     def _seen(self, chunk: Chunk, layout: Layout, window: int, before: dict[str, Tensor] | None) -> Seen:
         if before is None:
             # the same for every layer with this window
-            key = ("first tokens", self.count, window, len(layout.item))
+            key = ("first tokens", self.count, window)
             return chunk._once(key, lambda: seen_tokens(chunk, layout, self.count, window))
         return seen_tokens(chunk, layout, self.count, window, before["sink_place"], before["sink_span"][:, :1])
 
@@ -351,13 +362,15 @@ def seen_tokens(
         gone = gone + torch.where(goes_on, ((distance >= window) & kept[:, None]).sum(-1), 0)
         first = torch.where(goes_on, 0, earlier + kept.sum(1, keepdim=True))
         valid = torch.cat((kept, is_first), dim=1)
-        rank = torch.cat((torch.arange(count, device=rank.device).expand(len(rank), -1), rank), dim=1)
+        rank = torch.cat((torch.arange(count, device=rank.device).expand(rank.shape[0], -1), rank), dim=1)
     most = count
     if chunk.begins is not None:
         # one more document, one more set of them; a graph that is compiled cannot look how many there are
         most = valid.shape[1] if torch.compiler.is_compiling() else max(1, int(valid.sum(1).max()))
     source, _ = first_valid(valid, most)
-    return Seen(source, rank.gather(1, source), first.to(torch.int32), gone)
+    # padding begins behind the last that its document sees, so that bounds still do not fall along the row
+    first = torch.where(layout.is_item, first, first + gone)
+    return Seen(source, rank.gather(1, source), first.to(torch.int32), torch.where(layout.is_item, gone, 0))
 
 
 def join_heads(near: Heads, far: Heads | None) -> Heads:

@@ -70,8 +70,9 @@ class SlotCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: the layer keeps something else than keys and values.
         """
-        if not self.keeps_keys:
-            raise ValueError(f"layer {self._index} keeps no keys and values; its model fills this cache")
+        if self.keeps_summary:
+            kept = "first tokens (sinks) beside keys and values" if self.keeps_keys else "no keys and values"
+            raise ValueError(f"layer {self._index} keeps {kept}; its model fills this cache")
         key, value = key_states.transpose(1, 2), value_states.transpose(1, 2)
         slots = self._cache.prepare(self._cache.specs_like(self._index, key), key.shape[0], key.dtype, key.device)
         new = key.shape[1]
@@ -212,8 +213,9 @@ class SlotCache(Cache):
         """From now on keep what taking tokens back needs. Raises ValueError where a layer keeps a summary."""
         for index, layer in enumerate(self.layers):
             if layer.keeps_summary:
+                kept = "first tokens (sinks) of" if layer.keeps_keys else "a summary of"
                 raise ValueError(
-                    f"layer {index} keeps a summary of its past, which cannot be taken back: "
+                    f"layer {index} keeps {kept} its past, which cannot be taken back: "
                     "generate without drafts (assistant_model, prompt_lookup_num_tokens)"
                 )
         self._records = True

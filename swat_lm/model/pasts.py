@@ -271,5 +271,6 @@ def check_foreign(layers: Iterable[Layer]) -> None:
 def _keys_and_values_alone(names: str) -> ValueError:
     return ValueError(
         "past_key_values: a cache of transformers keeps keys and values of attention only, a layer here keeps "
-        f"{names}; leave past_key_values out, or give swat_lm.model.cache.SlotCache(config)"
+        f"{'first tokens (sinks)' if 'sink_key' in names else names}; leave past_key_values and cache_implementation "
+        "out, or give swat_lm.model.cache.SlotCache(config)"
     )

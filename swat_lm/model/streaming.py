@@ -103,11 +103,15 @@ class Streaming:
                 is as right, but looks farther back, and then rounds otherwise, where other slots have read more.
 
         Raises:
-            ValueError: rows that are not the slots', lengths beyond the chunk, or padding that a stream has no place
-                for; nothing is read then.
+            ValueError: rows that are not the slots', lengths beyond the chunk, padding that a stream has no place for,
+                or another `num_past` than the rows have (looked at where they lie on the CPU); nothing is read then.
         """
         rows, hidden_tokens = self._stream_rows(input_ids, state, attention_mask, slot, lengths)
         if num_past is not None:
+            if rows.position.device.type == "cpu" and num_past != int(rows.position.max()):
+                raise ValueError(
+                    f"num_past: the row that has read most has read {int(rows.position.max())} tokens, got {num_past}"
+                )
             rows.num_past = num_past
         state.logits = None
         hidden = self.model.embed_tokens(input_ids)
@@ -169,11 +173,12 @@ class Streaming:
         Args:
             slot: int64 `[B]`, the slots of the rows; None: all slots in order.
             batch_invariant: let a row come out bit for bit the same whatever the others of a batch of this size hold,
-                and wherever they stand. A CPU then attends row by row.
+                and whichever slots they have. A CPU then attends row by row.
 
         Raises:
             ValueError: another number of tokens, slots that are not there or that two rows name (looked at where they
-                lie on the CPU), or the state of another model.
+                lie on the CPU), the state of another model, or `batch_invariant` where tokens are hidden in the slots
+                or passes are recorded.
         """
         num_rows = state.num_slots if slot is None else len(slot)
         if token.shape != (num_rows, 1):
@@ -187,6 +192,11 @@ class Streaming:
         state.logits = None
         if state.has_holes or state.passed is not None:
             # a step cannot see which of the items it reads are hidden, nor take them back
+            if batch_invariant:
+                raise ValueError(
+                    "batch_invariant: tokens are hidden in these slots, or passes are recorded to be taken back, and "
+                    "then a step looks as far back as the fullest row has read; leave it out, or use slots without"
+                )
             return self.lm_head(self.extend(token, state, slot=slot)[:, -1])
         plan, model = self._decoding_plan, self.model
         # cheaper per operation than no_grad; the logits are formed outside of it, so that callers may change them

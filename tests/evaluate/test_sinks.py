@@ -5,7 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from swat_lm.evaluate.curves import LengthCurve
+from swat_lm.evaluate.diagnose import diagnose
 from swat_lm.evaluate.length import loss_by_length, loss_on_same_text
+from swat_lm.evaluate.reach import effective_reach
 from swat_lm.evaluate.streaming_model import streaming_model
 from swat_lm.evaluate.windows import kept_first_tokens, with_window
 from swat_lm.model.configuration import SwatConfig
@@ -135,3 +137,29 @@ def test_any_attention_of_ours_may_keep_them(model: LlamaForCausalLM):
         with_window(flat, None, 2)
     with pytest.raises(ValueError, match="expected a number of first tokens"):
         loss_by_length(model, [[1, 2, 3, 4]], [4], window=2, num_sinks=-1)
+
+
+def test_a_changed_model_can_be_saved_and_its_first_tokens_are_the_same_everywhere(tmp_path):
+    layers = ["attention", {"kind": "attention", "sliding_window": None}]
+    model = SwatForCausalLM(SwatConfig(**SMALL, sliding_window=4, sinks=2, layers=layers))
+    for window, sinks, expected in ((None, None, [0, 0]), ("keep", 0, [0, 0]), (6, None, [2, 2]), (6, 1, [1, 1])):
+        twin = with_window(model, window, sinks)
+        assert [entry.settings.sinks for entry in twin.config.plan()] == expected
+        twin.save_pretrained(tmp_path / f"{window}-{sinks}")
+        again = SwatForCausalLM.from_pretrained(tmp_path / f"{window}-{sinks}")
+        assert [entry.settings.sinks for entry in again.config.plan()] == expected
+
+
+def test_what_attention_does_and_how_far_it_reaches_count_them():
+    torch.manual_seed(0)
+    config = {**SMALL, "score_function": "softmax", "slopes": "none", "initializer_range": 0.3}
+    model = SwatForCausalLM(SwatConfig(**config, sliding_window=4, sinks=2))
+    streams = [torch.randint(40, (30,)).numpy() for _ in range(2)]
+    for layer in diagnose(model, streams).weights:
+        assert layer is not None
+        assert layer.row_sum == pytest.approx([1, 1], abs=1e-5)
+        assert min(layer.first_token_mass) > 0.02
+    found = effective_reach(model, streams)
+    # the first two of 29 tokens, and nothing between them and the window's reach of 7
+    assert found.share[found.first.index(16)] > 1e-3
+    assert found.share[found.first.index(8)] == 0

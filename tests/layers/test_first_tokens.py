@@ -214,6 +214,7 @@ def test_within_window_and_first_tokens_it_is_full_attention():
 def test_what_cannot_be_is_refused():
     for changes, message in (
         ({"sinks": -1}, "expected a number of first tokens"),
+        ({"sinks": 10**6}, "expected at most 65,536 first tokens"),
         ({"sliding_window": None}, "no layer has one"),
         ({"layers": [{"kind": "attention", "sliding_window": None, "sinks": 2}]}, "give it a sliding_window"),
         ({"layers": ["mamba2"]}, "no layer has one"),
@@ -232,7 +233,7 @@ def test_what_cannot_be_is_refused():
 def test_what_has_no_place_for_them_says_so():
     model = built(**SOFTMAX)
     ids = torch.randint(40, (1, 12))
-    with pytest.raises(ValueError, match="keeps a summary of its past, which cannot be taken back"):
+    with pytest.raises(ValueError, match=r"keeps first tokens \(sinks\) of its past, which cannot be taken back"):
         model.generate(ids, max_new_tokens=4, do_sample=False, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="keeps 3 first tokens beside its window"):
         check_paged(model.config)
@@ -245,3 +246,69 @@ def test_what_has_no_place_for_them_says_so():
         model(torch.ones(1, 2, dtype=torch.int64), attention_mask=torch.nn.functional.pad(later, (0, 1)),
               past_key_values=cache)  # fmt: skip
     assert plan_costs(model.config, 100)[0].words == "window 5 and the first 3"
+
+
+def test_padding_behind_a_document_sees_nothing_of_it():
+    attention = mixer_of(built(**SOFTMAX))
+    hidden = torch.randn(1, LENGTH, 32, dtype=torch.float64)
+    ids = torch.tensor([[0] * 9 + [-1] * 3 + [1] * 9 + [-1] * 3])
+    with torch.no_grad():
+        found = attention(hidden, plan_chunk(1, LENGTH, 0, ids.device, document_ids=ids)).hidden[0]
+        expected = [defined(attention, hidden[0, part], [True] * 9) for part in (slice(0, 9), slice(12, 21))]
+    torch.testing.assert_close(found[ids[0] >= 0], torch.cat(expected), rtol=1e-10, atol=1e-10)
+    assert not found[ids[0] < 0].any()
+
+
+def test_a_row_is_the_same_to_the_bit_at_any_place_of_a_batch():
+    model = built(sinks=3).float()
+    prompt, found = torch.randint(40, (1, 11)), []
+    for place in range(4):
+        state = model.init_state(4)
+        for slot in range(4):
+            text = prompt if slot == place else torch.randint(40, (1, 9 + slot))
+            model.extend(text, state, slot=torch.tensor([slot]), num_past=0)
+        tokens = torch.randint(40, (4, 1))
+        tokens[place] = 5
+        found.append(model.decode_step(tokens, state, torch.arange(4), batch_invariant=True)[place])
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_graphs_serve_lengths_on_either_side_of_the_window():
+    model = built(**SOFTMAX).float()
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=512)
+    ids = torch.randint(40, (2, 12))
+    exported = torch.export.export(
+        Logits(model), (ids, torch.ones_like(ids)), dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
+        strict=False,
+    ).module()  # fmt: skip
+    for rows, size in ((3, 4), (2, 30)):
+        ids = torch.randint(40, (rows, size))
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(exported(ids, mask)[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
+
+
+class Logits(torch.nn.Module):
+    """A model as a function of ids and mask."""
+
+    def __init__(self, model: SwatForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+
+def test_what_a_chunk_is_told_of_its_past_is_checked():
+    model = built(**SOFTMAX)
+    state = model.init_state(2)
+    assert model.extend(torch.zeros(2, 0, dtype=torch.int64), state).shape == (2, 0, 32)
+    model.extend(torch.randint(40, (2, 7)), state)
+    for wrong in (0, 50, -3):
+        with pytest.raises(ValueError, match=f"num_past: the row that has read most has read 7 tokens, got {wrong}"):
+            model.extend(torch.randint(40, (2, 2)), state, num_past=wrong)
+    state._hold_holes()
+    with pytest.raises(ValueError, match="batch_invariant: tokens are hidden in these slots"):
+        model.decode_step(torch.zeros(2, 1, dtype=torch.int64), state, batch_invariant=True)
