@@ -277,13 +277,14 @@ class Engine:
             try:
                 reply.token = choice.token
                 text = reply.text.push(choice.token)
+                ended = None if reply.text.ended is None else reply.text.ended.reason
                 constraint = reply.sampler.constraint
-                if reply.text.ended is None and constraint is not None and constraint.finished:
-                    text += reply.text.finish("constraint")
+                if ended in (None, "length") and constraint is not None and constraint.finished:
+                    # with its last token too a reply is whole
+                    text, ended = text + reply.text.finish("constraint"), "constraint"
             except Exception as error:
                 events.append(self._fail(key, error))
                 continue
-            ended = None if reply.text.ended is None else reply.text.ended.reason
             events.append(Event(key, sample, choice, text, ended=ended))
         return events
 
@@ -315,9 +316,9 @@ def slots_in(config: SwatConfig, memory: int, capacity: int | None = None, dtype
     Raises:
         ValueError: not one fits, no dtype is known, or a layer keeps everything and no capacity is given.
     """
-    dtype = config.dtype if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype: expected the model's, which this configuration does not name, got {dtype!r}; give it")
+    known = config.dtype if dtype is None else dtype
+    if not isinstance(known, torch.dtype):
+        raise ValueError(f"dtype: expected the model's, which this configuration does not name, got {known!r}; give it")
     for name, value in (("memory", memory), ("capacity", capacity)):
         if (value is not None or name == "memory") and (not is_whole(value) or value < 1):
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
@@ -325,7 +326,7 @@ def slots_in(config: SwatConfig, memory: int, capacity: int | None = None, dtype
                                 for entry in layer.state_spec()):  # fmt: skip
         raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
     # and two numbers of 8 bytes that say where it stands
-    each = state_bytes(config, context=capacity, dtype_bytes=dtype.itemsize) + 16
+    each = state_bytes(config, context=capacity, dtype_bytes=known.itemsize) + 16
     fits = memory // each
     count = bisect_right(range(fits + 1), fits, lo=1, key=lambda count: count + most_spare(count)) - 1
     if count < 1:

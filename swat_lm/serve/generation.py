@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from swat_lm.serve.requests import RequestError
 from swat_lm.serve.sampler import Choice, TokenConstraint
@@ -99,6 +100,6 @@ def invalid(message: str) -> RequestError:
     return RequestError("invalid", message)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is an integer; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -303,7 +303,8 @@ class Says:
 def test_a_finished_constraint_ends_its_reply():
     engine, constraint = engine_of(built("windows")), Says([3, 1, 4])
     for key in range(2):
-        engine.submit(Generation(key, [5], Sampling(n=2), constraint))
+        # also where its length would end it with the same token
+        engine.submit(Generation(key, [5], Sampling(n=2, max_tokens=3 if key else None), constraint))
     events = run(engine)
     assert len(constraint.left) == 3
     for key, sample in ((0, 0), (0, 1), (1, 0), (1, 1)):
