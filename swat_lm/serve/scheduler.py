@@ -266,9 +266,10 @@ class Scheduler(ABC):
         """Give an entry its slots with its first piece."""
         key = entry.request.key
         if key in self.queue:
-            self.reading[key] = self.queue.pop(key)
+            # in this order, so that who is interrupted here goes on with the next plan
             for index in range(len(entry.slots), entry.request.samples):
                 entry.slots[index] = heappop(self._free)
+            self.reading[key] = self.queue.pop(key)
 
     def _piece(self, entry: Entry) -> Piece:
         count = self.next_count(entry)
