@@ -94,12 +94,17 @@ class ConstraintCompiler:
     def json_schema(self, schema: Mapping[str, Any] | bool) -> Constraint:
         """JSON that is valid under a schema, on one line as `json.dumps` writes it; `{"type": "object"}`: any object.
 
+        True allows any JSON; false allows none, and is refused as every schema that no text follows.
         A keyword of JSON Schema that llguidance does not implement is refused, never left out.
         """
         from llguidance import LLMatcher
 
         if not isinstance(schema, Mapping | bool):
             raise ConstraintError(f"JSON schema: expected an object, got {type(schema).__name__}")
+        if schema is False:
+            raise ConstraintError("JSON schema: cannot be compiled: no text follows the schema false")
+        # the library takes options only beside an object
+        schema = {} if schema is True else schema
         try:
             text = json.dumps(schema, allow_nan=False)
             grammar = LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE)  # type: ignore[arg-type]

@@ -2,24 +2,27 @@
 
 The scheduler says what a step does (scheduler.py), the model does it, the sampler says what comes next (sampler.py) and
 the text when it ends (text.py). Each piece of a prompt is read by itself, without padding, and all rows are decoded as
-one batch of a fixed size: so a reply is the same to the bit whatever runs beside it. For one thread at a time.
+one batch of one of a few sizes: so among batches of one size a reply is the same to the bit whatever its mates hold,
+and between sizes it differs by the rounding of the dtype (docs/serving.md). For one thread at a time.
 
 Legend: N slots, B rows of a batch, T tokens of a piece, V vocabulary.
 """
 
+from bisect import bisect_right
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swat_lm.model.configuration import SwatConfig
-from swat_lm.model.cost import state_bytes
+from swat_lm.model.cost import layers_without_weights, state_bytes
 from swat_lm.model.modeling import SwatForCausalLM
-from swat_lm.serve.requests import Limits, Piece, Request, Row
-from swat_lm.serve.sampler import Choice, SamplingError, StreamSampler, TokenConstraint, choose, token_logprobs
-from swat_lm.serve.sampling import Sampling
+from swat_lm.serve.generation import Event, Generation, is_whole
+from swat_lm.serve.requests import Limits, Piece, Request, Row, Step
+from swat_lm.serve.sampler import SamplingError, StreamSampler, choose, token_logprobs
 from swat_lm.serve.scheduler import SCHEDULERS
 from swat_lm.serve.text import ReplyText
 
@@ -27,43 +30,6 @@ __all__ = ["Engine", "Event", "Generation", "slots_in"]
 
 # tokens that a reply without a limit may have: more than any lifetime
 ENDLESS = 2**60
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A prompt, and what is to be drawn after it."""
-
-    key: Hashable
-    tokens: Sequence[int]
-    sampling: Sampling = field(default_factory=Sampling)
-    """With `max_tokens` 0 the prompt is only read."""
-    constraint: TokenConstraint | None = None
-    """What the one reply must keep to."""
-    prompt_logprobs: int | None = None
-    """Alternatives whose log-probabilities come with every token of the prompt but the first; None: none."""
-    held: int = 0
-    """Tokens that the slot it brings has read."""
-    slot: int | None = None
-    """A kept slot that it goes on in; None: an empty one."""
-    keep: bool = False
-    """Whether its slot is kept when it ends, until `Engine.scheduler.release`."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step brought to one reply, or to a prompt."""
-
-    key: Hashable
-    sample: int = 0
-    choice: Choice | None = None
-    """The token that was drawn."""
-    text: str = ""
-    """What became sure of the reply's text."""
-    prompt: tuple[Choice, ...] = ()
-    """Of a piece that was read: its tokens, but the prompt's first, with their log-probabilities."""
-    ended: str | None = None
-    """The reason of `ReplyText.ended`; "read" where nothing was to be drawn; "error"."""
-    error: str | None = None
 
 
 @dataclass
@@ -81,7 +47,11 @@ class Running:
     """A request that has not ended."""
 
     generation: Generation
+    tokens: tuple[int, ...]
+    """The prompt as it was at submission."""
     replies: list[Reply]
+    slot: int = -1
+    """Of its prompt; -1 until it starts."""
     logits: Tensor | None = None
     """`[1, V]` after what was read last, where the next piece's first token is to be weighed by them."""
 
@@ -114,8 +84,7 @@ class Engine:
         self.scheduler = SCHEDULERS[policy](limits)
         self.batches = batch_sizes(limits.num_slots)
         # rows that only fill a batch up have slots too, which nobody reads
-        spare = max(self._batch_of(count) - count for count in range(1, limits.num_slots + 1))
-        self.slots = model.init_state(limits.num_slots + spare, capacity=limits.capacity)
+        self.slots = model.init_state(limits.num_slots + most_spare(limits.num_slots), capacity=limits.capacity)
         if self.slots.grows and limits.capacity is None:
             raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
         # requests come and go at positions of their own
@@ -132,27 +101,26 @@ class Engine:
 
         Raises:
             RequestError: it cannot be served, now or at all (its `kind` says why); nothing is changed then.
-            ValueError: tokens that the model does not have, or options that contradict each other.
+            ValueError: options that contradict each other.
         """
-        sampling, vocabulary = generation.sampling, self.model.config.vocab_size
-        for token in generation.tokens:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"tokens: expected ids from 0 to {vocabulary - 1:,}, the model's, got {token}")
-        sampling.check_token_ids(vocabulary)
-        if generation.constraint is not None and sampling.n > 1:
-            raise ValueError(f"constraint: it is followed through one reply; expected n = 1, got {sampling.n}")
+        generation.check(self.model.config.vocab_size)
+        sampling, constraint, tokens = generation.sampling, generation.constraint, tuple(generation.tokens)
         replies = [
-            Reply(StreamSampler(sampling, sample, generation.constraint),
+            Reply(StreamSampler(sampling, sample, None if constraint is None else constraint.copy()),
                   ReplyText(self.tokenizer, sampling, self.end_tokens))
             for sample in range(sampling.n)
         ]  # fmt: skip
         for reply in replies:
-            reply.sampler.read(generation.tokens)
+            reply.sampler.read(tokens)
         self.scheduler.add(self._request(generation))
-        self._requests[generation.key] = Running(generation, replies)
+        self._requests[generation.key] = Running(generation, tokens, replies)
 
     def abort(self, key: Hashable) -> bool:
-        """End a request in whatever state; its slots are free at once. False where none has this key."""
+        """End a request in whatever state; its slots are free at once. False where none has this key.
+
+        So is a slot that it brought, whose contents are lost, unless it had not started: then it is kept as it was
+        (`scheduler.kept` says which are).
+        """
         self._requests.pop(key, None)
         return self.scheduler.abort(key)
 
@@ -160,48 +128,79 @@ class Engine:
     def step(self) -> list[Event]:
         """Do what is next, for every request that has its turn; returns what came of it, nothing where all are idle.
 
-        What goes wrong in a piece ends that request, and in decoding those of its rows, with an "error"; others go on.
+        What goes wrong in a request's piece, draw or text ends that request with an "error", and what does in decoding
+        all rows as one batch ends those that have one; others go on. What is no Exception (an interruption from the
+        keyboard) is raised; requests that had their turn are aborted then, their events lost, and the next step serves
+        the others.
         """
-        step = self.scheduler.plan()
+        step, events = self.scheduler.plan(), []
         if not step:
             return []
-        events: list[Event] = []
+        try:
+            self._do(step, events)
+            return self._report(events)
+        except BaseException:
+            # nobody knows how far it got, and to do it again would read tokens twice
+            self.scheduler.abandon()
+            for one in (*step.pieces, *step.rows):
+                self.abort(one.key)
+            raise
+
+    def _do(self, step: Step, events: list[Event]) -> None:
+        """What the step says; events are added as they come."""
         for piece in step.pieces:
             try:
                 events += self._read(piece)
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:
                 events.append(self._fail(piece.key, error))
         for fork in step.forks:
             if fork.key in self._requests:
-                source = torch.full((len(fork.targets),), fork.source)
-                self.slots.copy(*(self._on_device(numbers) for numbers in (source, torch.tensor(fork.targets))))
+                try:
+                    source = torch.full((len(fork.targets),), fork.source)
+                    self.slots.copy(*(self._on_device(numbers) for numbers in (source, torch.tensor(fork.targets))))
+                except Exception as error:
+                    events.append(self._fail(fork.key, error))
         for piece in step.pieces:
             if piece.is_last and piece.key in self._requests:
-                events += self._draw_first(piece.key)
-        rows = [row for row in step.rows if row.key in self._requests]
+                try:
+                    events += self._draw_first(piece.key)
+                except Exception as error:
+                    events.append(self._fail(piece.key, error))
+        # by slot, so that rows keep their order while they run
+        rows = sorted((row for row in step.rows if row.key in self._requests), key=lambda row: row.slot)
         try:
             events += self._decode(rows) if rows else []
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
             events += [self._fail(key, error) for key in dict.fromkeys(row.key for row in rows)]
-        return events + self._report(events)
 
-    def _report(self, events: Sequence[Event]) -> list[Event]:
+    def _report(self, events: list[Event]) -> list[Event]:
         """Tell the scheduler whose replies ended, and forget requests that have none left.
 
-        Returns the ends of replies whose slots are full.
+        Returns the events with those of replies whose slots are full, and with the slots that are kept.
         """
         ended = [(event.key, event.sample) for event in events if event.ended not in (None, "error", "read")]
         ended = [name for name in ended if name[0] in self._requests]
-        full = []
         for key, sample in self.scheduler.report(ended):
-            text = self._requests[key].replies[sample].text
-            if text.ended is None:
-                full.append(Event(key, sample, text=text.finish("length"), ended="length"))
-        for event in [*events, *full]:
-            running = self._requests.get(event.key)
-            if event.ended is not None and running is not None and all(reply.text.ended for reply in running.replies):
-                del self._requests[event.key]
-        return full
+            running = self._requests.get(key)
+            # none where another sample of it has just failed
+            if running is not None and running.replies[sample].text.ended is None:
+                try:
+                    text = running.replies[sample].text.finish("length")
+                    events.append(Event(key, sample, text=text, ended="length"))
+                except Exception as error:
+                    events.append(self._fail(key, error))
+        return [self._finished(event) for event in events]
+
+    def _finished(self, event: Event) -> Event:
+        """An event with the slot that is kept; a request is forgotten with its last reply."""
+        running = self._requests.get(event.key)
+        if event.ended is None or running is None or not all(reply.text.ended for reply in running.replies):
+            return event
+        del self._requests[event.key]
+        generation = running.generation
+        if generation.slot is None and not generation.keep:
+            return event
+        return replace(event, slot=running.slot, held=self.scheduler.kept[running.slot])
 
     def _request(self, generation: Generation) -> Request:
         limits, sampling = self.scheduler.limits, generation.sampling
@@ -217,9 +216,10 @@ class Engine:
         """A piece of a prompt into its slot; logits after it are kept where they are needed."""
         running = self._requests[piece.key]
         generation, slot = running.generation, self._on_device(torch.tensor([piece.slot]))
+        running.slot = piece.slot
         if piece.start == 0 and generation.slot is None:
             self.slots.reset(slot)
-        part = list(generation.tokens[piece.start : piece.start + piece.count])
+        part = list(running.tokens[piece.start : piece.start + piece.count])
         hidden = self.model.extend(
             self._on_device(torch.tensor([part])), self.slots, slot=slot, num_past=generation.held + piece.start
         )
@@ -268,18 +268,30 @@ class Engine:
         events = []
         choices = choose([reply.sampler for reply in replies], logits)
         for (key, sample), reply, choice in zip(names, replies, choices, strict=True):
-            if isinstance(choice, SamplingError):
-                events += [self._fail(key, choice)] if key in self._requests else []
+            # nothing comes after an error
+            if key not in self._requests:
                 continue
-            reply.token = choice.token
-            text = reply.text.push(choice.token)
-            ended = None if reply.text.ended is None else reply.text.ended.reason
+            if isinstance(choice, SamplingError):
+                events.append(self._fail(key, choice))
+                continue
+            try:
+                reply.token = choice.token
+                text = reply.text.push(choice.token)
+                ended = None if reply.text.ended is None else reply.text.ended.reason
+                constraint = reply.sampler.constraint
+                if ended in (None, "length") and constraint is not None and constraint.finished:
+                    # with its last token too a reply is whole
+                    text, ended = text + reply.text.finish("constraint"), "constraint"
+            except Exception as error:
+                events.append(self._fail(key, error))
+                continue
             events.append(Event(key, sample, choice, text, ended=ended))
         return events
 
     def _fail(self, key: Hashable, error: Exception) -> Event:
         self.abort(key)
-        return Event(key, ended="error", error=str(error))
+        says_it = isinstance(error, RuntimeError | ValueError) and str(error)
+        return Event(key, ended="error", error=str(error) if says_it else f"{type(error).__name__}: {error}")
 
     def _batch_of(self, count: int) -> int:
         """The batch in which so many rows are decoded."""
@@ -294,18 +306,30 @@ def batch_sizes(num_slots: int) -> tuple[int, ...]:
     return (*(1 << power for power in range((num_slots - 1).bit_length())), num_slots)
 
 
-def slots_in(config: SwatConfig, memory: int, capacity: int | None = None, dtype_bytes: int = 4) -> int:
-    """How many slots fit into `memory` bytes, with those that fill batches up; raises ValueError where none does.
+def slots_in(config: SwatConfig, memory: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> int:
+    """How many slots fit into `memory` bytes, with those that fill batches up.
 
     Args:
         capacity: tokens that a slot holds where a layer keeps everything.
-        dtype_bytes: of one element of the state, where the layer does not ask for wider ones.
+        dtype: the model's; None: that of the configuration, where a checkpoint was loaded as it is.
+
+    Raises:
+        ValueError: not one fits, no dtype is known, or a layer keeps everything and no capacity is given.
     """
-    each = state_bytes(config, context=capacity, dtype_bytes=dtype_bytes) + 16
+    known = config.dtype if dtype is None else dtype
+    if not isinstance(known, torch.dtype):
+        raise ValueError(f"dtype: expected the model's, which this configuration does not name, got {known!r}; give it")
+    for name, value in (("memory", memory), ("capacity", capacity)):
+        if (value is not None or name == "memory") and (not is_whole(value) or value < 1):
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if capacity is None and any(entry.kind == "growing" for layer in layers_without_weights(config)
+                                for entry in layer.state_spec()):  # fmt: skip
+        raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
+    # and two numbers of 8 bytes that say where it stands
+    each = state_bytes(config, context=capacity, dtype_bytes=known.itemsize) + 16
     fits = memory // each
-    # a batch is filled up to less than twice its rows
-    count = next((count for count in range(fits, 0, -1) if count + most_spare(count) <= fits), 0)
-    if not count:
+    count = bisect_right(range(fits + 1), fits, lo=1, key=lambda count: count + most_spare(count)) - 1
+    if count < 1:
         raise ValueError(f"memory: a slot takes {each:,} bytes, {memory:,} are too few; give more, or a smaller window")
     return count
 
@@ -313,4 +337,4 @@ def slots_in(config: SwatConfig, memory: int, capacity: int | None = None, dtype
 def most_spare(num_slots: int) -> int:
     """Rows that fill up the batch which needs most of them."""
     sizes = batch_sizes(num_slots)
-    return max(next(size for size in sizes if size >= count) - count for count in range(1, num_slots + 1))
+    return max((large - small - 1 for small, large in pairwise(sizes)), default=0)

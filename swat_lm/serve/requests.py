@@ -37,8 +37,13 @@ class Limits:
     """Items that one slot can hold; None where every layer keeps a state of constant size."""
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "prefill_chunk", "most_waiting", "capacity"):
-            if (value := getattr(self, name)) is not None and value < 1:
+        for name in ("num_slots", "token_budget", "prefill_chunk", "most_waiting", "capacity"):
+            value = getattr(self, name)
+            if value is None and name == "capacity":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
+            if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if self.token_budget <= self.prefill_chunk:
             raise ValueError(
@@ -59,11 +64,13 @@ class Request:
     samples: int = 1
     """Continuations of the prompt, each in a slot of its own."""
     held: int = 0
-    """Items that its slot holds before: of a session that goes on, in the slot that it brings or from a snapshot."""
+    """Items that its slot holds before: of a session that goes on, in the slot that it brings or from a snapshot. Of a
+    slot that it brings they must be those that it holds."""
     slot: int | None = None
     """A kept slot that it reads on in; None: one of the free."""
     keep: bool = False
-    """Whether its slot is kept when it ends, until `release`; one that was brought always is."""
+    """Whether its slot is kept when it ends, until `release`; one that was brought always is. Not where it is aborted
+    after it has started."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_tokens", 1), ("new_tokens", 0), ("samples", 1), ("held", 0)):

@@ -29,9 +29,18 @@ __all__ = ["Choice", "SamplingError", "StreamSampler", "TokenConstraint", "choos
 
 
 class SamplingError(ValueError):
-    """One stream has no next token, and others go on: its logits are not numbers, its constraint allows none, or its
-    bias is of tokens that the model has not.
+    """One stream has no next token, and others go on: its logits are not numbers, its constraint allows none or failed,
+    or its bias is of tokens that the model has not.
     """
+
+    @classmethod
+    def of(cls, error: Exception) -> "SamplingError":
+        """Whatever went wrong in one stream, as this; the error itself is the cause."""
+        if isinstance(error, SamplingError):
+            return error
+        made = cls(f"{type(error).__name__}: {error}")
+        made.__cause__ = error
+        return made
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,15 @@ class TokenConstraint(Protocol):
 
     def accept(self, token: int) -> None:
         """Take a chosen token in."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but an end token may come."""
+        ...
+
+    def copy(self) -> Self:
+        """The same place, for another reply."""
         ...
 
 
@@ -235,7 +253,8 @@ def choose(samplers: Sequence[StreamSampler], logits: Tensor) -> list[Choice | S
     """The next token of each stream from logits `[B, V]`, accepted by its sampler.
 
     Rows that take the likeliest token as it is go together, others each by itself: either way a row's choice is bit for
-    bit that of the row alone. A row that has no next token gets a SamplingError in its place, and the others go on.
+    bit that of the row alone. A row that has no next token, or whose constraint raises anything, gets a SamplingError
+    in its place, and the others go on.
     """
     if logits.dim() != 2 or logits.shape[0] != len(samplers):
         raise ValueError(f"logits: expected [{len(samplers)}, V], a row per sampler, got {list(logits.shape)}")
@@ -247,8 +266,9 @@ def choose(samplers: Sequence[StreamSampler], logits: Tensor) -> list[Choice | S
         else:
             try:
                 found[row] = sampler.next_token(logits[row])
-            except SamplingError as error:
-                found[row] = error
+            except Exception as error:
+                # a constraint may be anybody's
+                found[row] = SamplingError.of(error)
     for size, rows in plain.items():
         for row, best, value in zip(rows, *_likeliest(logits, rows, size), strict=True):
             try:

@@ -104,12 +104,22 @@ class Sampling:
 
 def _shown(value: Any) -> str:
     """A value as an error names it, not longer than a line."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python does not write integers of thousands of digits
+        text = f"{type(value).__name__} of very many digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # an integer beyond every float
+        return False
 
 
 def _number(name: str, value: Any, low: float, expected: str, high: float = math.inf) -> None:

@@ -74,7 +74,8 @@ class Scheduler(ABC):
         """Those that had their turn longest ago come first."""
         self._entries: dict[Hashable, Entry] = {}
         self._free = list(range(limits.num_slots))  # a heap: the lowest is given first
-        self._kept: set[int] = set()
+        self.kept: dict[int, int] = {}
+        """Kept slots that no request has, and how many items each holds."""
         self._planned: tuple[Step, Choice] | None = None
 
     @abstractmethod
@@ -124,35 +125,55 @@ class Scheduler(ABC):
             raise RequestError(
                 "key", f"key: {request.key!r} is a request that has not ended; give every request its own"
             )
-        if request.slot is not None and request.slot not in self._kept:
+        if request.slot is not None and request.slot not in self.kept:
             raise RequestError("slot", f"slot: {request.slot} is in use or not kept; wait for the request that has it")
+        if request.slot is not None and request.held != self.kept[request.slot]:
+            raise RequestError(
+                "invalid",
+                f"held: expected {self.kept[request.slot]}, the tokens that slot {request.slot} has read; "
+                f"got {request.held}; the token that was drawn last is not among them",
+            )
         if len(self.queue) >= limits.most_waiting:
             raise RequestError("queue", f"{len(self.queue)} requests are waiting and no more may; try again later")
         entry = Entry(request)
         if request.slot is not None:
-            self._kept.remove(request.slot)
+            del self.kept[request.slot]
             entry.slots[0] = request.slot
         self._entries[request.key] = self.queue[request.key] = entry
 
     def abort(self, key: Hashable) -> bool:
         """End a request in whatever state, as when it failed or nobody wants it; False where none has this key.
 
-        A step that is planned or under way stays as it is, and what it says of this request no longer matters.
+        A step that is planned or under way stays as it is, and what it says of this request no longer matters. Its
+        slots are free, also one that it was to keep or has brought, since nobody knows what these hold; one that it
+        brought is kept as it was where the request has not started.
         """
         entry = self._entries.get(key)
         if entry is None:
             return False
-        for index in list(entry.slots):
-            self._give_back(entry, index)
+        if key in self.queue and entry.request.slot is not None:
+            self.kept[entry.slots.pop(0)] = entry.request.held
+        while entry.slots:
+            heappush(self._free, entry.slots.popitem()[1])
         self.decoding = {sample: None for sample in self.decoding if sample.entry is not entry}
         self._forget(entry)
         return True
 
+    def abandon(self) -> None:
+        """Abort every request of the planned step, if there is one, and forget it: nobody knows how far it was done."""
+        if self._planned is not None:
+            choice = self._planned[1]
+            for entry in (*choice.reads, *(sample.entry for sample in choice.decodes)):
+                # not a later request with the same key
+                if self._entries.get(entry.request.key) is entry:
+                    self.abort(entry.request.key)
+            self._planned = None
+
     def release(self, slot: int) -> None:
         """Make a kept slot free. Raises ValueError where it is not kept, or a request has brought it."""
-        if slot not in self._kept:
+        if slot not in self.kept:
             raise ValueError(f"slot: {slot} is in use or not kept; release it when the request that has it has ended")
-        self._kept.remove(slot)
+        del self.kept[slot]
         heappush(self._free, slot)
 
     def plan(self) -> Step:
@@ -245,9 +266,10 @@ class Scheduler(ABC):
         """Give an entry its slots with its first piece."""
         key = entry.request.key
         if key in self.queue:
-            self.reading[key] = self.queue.pop(key)
+            # in this order, so that who is interrupted here goes on with the next plan
             for index in range(len(entry.slots), entry.request.samples):
                 entry.slots[index] = heappop(self._free)
+            self.reading[key] = self.queue.pop(key)
 
     def _piece(self, entry: Entry) -> Piece:
         count = self.next_count(entry)
@@ -263,16 +285,14 @@ class Scheduler(ABC):
 
     def _end(self, sample: Sample) -> None:
         del self.decoding[sample]
-        self._give_back(sample.entry, sample.index)
-        if not sample.entry.slots:
-            self._forget(sample.entry)
-
-    def _give_back(self, entry: Entry, index: int) -> None:
-        slot = entry.slots.pop(index)
+        entry, slot = sample.entry, sample.entry.slots.pop(sample.index)
         if entry.request.keeps:
-            self._kept.add(slot)
+            # the token that was drawn last is not read
+            self.kept[slot] = entry.request.held + entry.num_read + max(0, sample.num_drawn - 1)
         else:
             heappush(self._free, slot)
+        if not entry.slots:
+            self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
         for entries in (self._entries, self.queue, self.reading):

@@ -91,8 +91,16 @@ class Engine(RuleBasedStateMachine):
 
     def abort_key(self, key: str) -> None:
         assert self.call("abort", key)
-        for sample in [sample for one, sample in self.slots if one == key]:
-            self.give_back(key, sample)
+        self.books_of_abort(key)
+
+    def books_of_abort(self, key: str) -> None:
+        brought = self.waiting[key].slot if key in self.waiting else None
+        if brought is not None:
+            # nobody has read in it
+            self.kept[brought] = self.waiting[key].held
+        for name in [name for name in self.slots if name[0] == key]:
+            for books in (self.slots, self.drawn, self.waited):
+                books.pop(name, None)
         self.forget(key)
         self.gone.add(key)
 
@@ -108,6 +116,16 @@ class Engine(RuleBasedStateMachine):
     def forget(self, key: str) -> None:
         for books in (self.waiting, self.started, self.read):
             books.pop(key, None)
+
+    @precondition(lambda self: self.step is not None)
+    @rule()
+    def abandon(self) -> None:
+        step, self.step = self.step, None
+        assert step is not None
+        self.call("abandon")
+        for key in dict.fromkeys(one.key for one in (*step.pieces, *step.rows)):
+            if key not in self.gone:
+                self.books_of_abort(key)
 
     @precondition(lambda self: self.kept)
     @rule(number=st.integers(0, 9))
@@ -225,6 +243,7 @@ class Engine(RuleBasedStateMachine):
 
     @invariant()
     def books_agree(self) -> None:
+        assert self.made.kept == self.kept
         assert self.made.waiting == len(self.waiting)
         assert self.made.running == len(self.started)
         assert self.made.free_slots == self.limits.num_slots - len(self.slots) - len(self.kept)

@@ -74,6 +74,11 @@ def test_a_schema_is_followed(tokenizer: PreTrainedTokenizerFast, compiler: Cons
     assert isinstance(
         json.loads(said(load_tokenizer("bytes"), bytes_compiler().json_schema({"type": "boolean"}), 1)), bool
     )
+    # any JSON at all
+    anything, whole = compiler.json_schema(True), tokenizer.encode('{"a": 1}', add_special_tokens=False)
+    for token in whole:
+        anything.accept(token)
+    assert anything.satisfied
 
 
 def bytes_compiler() -> ConstraintCompiler:
@@ -160,6 +165,7 @@ def nested(depth: int) -> dict:
         ("json_schema", nested(300), "JSON schema: cannot be compiled: .*recursion"),
         ("json_schema", nested(100_000), "JSON schema: cannot be compiled: nested too deep"),
         ("json_schema", {"const": float("nan")}, "JSON schema: cannot be compiled: "),
+        ("json_schema", False, "JSON schema: cannot be compiled: no text follows the schema false"),
         ("json_schema", [1], "JSON schema: expected an object, got list"),
         ("regex", "a(", "regular expression: cannot be compiled: unclosed group"),
         ("regex", "(?=x)y", "regular expression: cannot be compiled: look-around"),
@@ -168,7 +174,7 @@ def nested(depth: int) -> dict:
         ("regex", 3, "regular expression: expected a text, got int"),
         ("lark", 'start: "a" other', "grammar: cannot be compiled: .*other"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_what_cannot_be_compiled_is_refused(kind: str, given: Any, message: str, compiler: ConstraintCompiler):
     with pytest.raises(ConstraintError, match=f"^{message}") as raised:

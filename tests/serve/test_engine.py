@@ -225,8 +225,116 @@ def test_slots_are_counted_with_those_that_fill_batches_up():
     assert batch_sizes(6) == (1, 2, 4, 6)
     assert [most_spare(count) for count in (1, 2, 4, 6, 16)] == [0, 0, 1, 1, 7]
     model = built("full")
-    one = slots_in(model.config, 10**6, capacity=60)
-    engine = Engine(model, Limits(one, 40, 7, capacity=60), Letters())
-    assert engine.slots.num_bytes <= 10**6 < engine.slots.num_bytes * (one + 2) / one
-    with pytest.raises(ValueError, match=r"memory: a slot takes [\d,]+ bytes, 1,000 are too few"):
-        slots_in(model.config, 1000, capacity=60)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        one = slots_in(model.config, 10**6, capacity=60, dtype=model.dtype)
+        engine = Engine(model, Limits(one, one + 20, 7, capacity=60), Letters())
+        assert engine.slots.num_bytes <= 10**6 < engine.slots.num_bytes * (one + 2) / one
+    # a checkpoint's configuration names its dtype
+    model.config.dtype = model.dtype
+    assert slots_in(model.config, 10**6, capacity=60) == one
+    # at once, however many there are
+    assert slots_in(model.config, 2**50, capacity=60) > 10**9
+    model.config.dtype = None
+    for memory, more, message in (
+        (1000, {"capacity": 60}, r"memory: a slot takes [\d,]+ bytes, 1,000 are too few"),
+        (1e6, {"capacity": 60}, r"memory: expected a whole number of at least 1, got 1000000\.0"),
+        (10**6, {"capacity": 0}, "capacity: expected a whole number of at least 1, got 0"),
+        (10**6, {}, "capacity: a layer of the model keeps all it has seen"),
+        (10**6, {"capacity": 60, "dtype": None}, "dtype: expected the model's, .* got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            slots_in(model.config, memory, **{"dtype": torch.float32, **more})
+
+
+def test_a_kept_slot_is_named_and_goes_on():
+    model = built("recurrence").double()
+    engine, (prompt,) = engine_of(model), prompts(1, seed=2)
+    whole = alone(model, prompt, 12)
+    engine.submit(Generation("first", prompt, GREEDY, keep=True))
+    end = run(engine)[-1]
+    # the token that was drawn last is not read
+    assert (end.ended, end.slot, end.held) == ("length", 0, len(prompt) + 7)
+    assert int(engine.slots.position[0]) == end.held
+    for held, slot, message in (
+        (end.held + 1, 0, f"held: expected {end.held}, the tokens that slot 0 has read"),
+        (1, None, "held: expected 0 without a slot"),
+        (0, True, "slot: expected a whole"),
+    ):
+        with pytest.raises(RequestError, match=message) as refused:
+            engine.submit(Generation("wrong", [1], held=held, slot=slot))
+        assert refused.value.kind == "invalid"
+    engine.submit(Generation("second", whole[7:8], replace(GREEDY, max_tokens=4), held=end.held, slot=end.slot))
+    events = run(engine)
+    assert tokens_of(events, "second") == whole[8:]
+    assert (events[-1].slot, events[-1].held) == (0, end.held + 4)
+    engine.submit(Generation("read", [1, 2], Sampling(max_tokens=0), held=end.held + 4, slot=0))
+    assert (run(engine)[-1].ended, engine.scheduler.kept) == ("read", {0: end.held + 6})
+    engine.submit(Generation("third", [1] * 20, GREEDY, held=end.held + 6, slot=0))
+    engine.step()
+    assert engine.abort("third")
+    assert (engine.scheduler.kept, engine.scheduler.free_slots) == ({}, 4)
+    engine.submit(Generation("half", [1] * 20, GREEDY, keep=True))
+    engine.step()
+    assert engine.abort("half")
+    assert (engine.scheduler.kept, engine.scheduler.free_slots) == ({}, 4)
+
+
+class Says:
+    """A constraint of a few tokens in their order."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.left = list(tokens)
+
+    @property
+    def finished(self) -> bool:
+        return not self.left
+
+    def allowed(self, size: int) -> torch.Tensor:
+        return torch.arange(size) == self.left[0]
+
+    def accept(self, token: int) -> None:
+        assert token == self.left.pop(0)
+
+    def copy(self) -> "Says":
+        return Says(self.left)
+
+
+def test_a_finished_constraint_ends_its_reply():
+    engine, constraint = engine_of(built("windows")), Says([3, 1, 4])
+    for key in range(2):
+        # also where its length would end it with the same token
+        engine.submit(Generation(key, [5], Sampling(n=2, max_tokens=3 if key else None), constraint))
+    events = run(engine)
+    assert len(constraint.left) == 3
+    for key, sample in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        mine = [event for event in events if (event.key, event.sample) == (key, sample)]
+        assert tokens_of(mine, key, sample) == [3, 1, 4]
+        assert ("".join(event.text for event in mine), mine[-1].ended) == ("DBE", "constraint")
+    assert engine.scheduler.free_slots == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        *(({"tokens": tokens}, f"tokens: expected {expected}") for tokens, expected in (
+            ([], "at least one, got none"), ("abc", "a list of whole numbers, got str"), (7, "a list of whole"),
+            ([1, True], "whole numbers, got True"), ([1.0], "whole numbers, got 1.0"), ([None], "whole numbers, got"),
+            (["1"], "whole numbers, got '1'"), ([-1], "ids from 0 to 49"), (torch.tensor([1]), "a list of whole"),
+        )),
+        *(({"prompt_logprobs": value}, "prompt_logprobs: expected a whole number from 0 to 20")
+          for value in (-1, 21, True, "3", 1.5)),
+        ({"held": None}, "held: expected a whole number from 0, got None"),
+        ({"keep": 1}, "keep: expected true or false, got 1"),
+        ({"sampling": None}, "sampling: expected a Sampling, got NoneType"),
+        ({"sampling": Sampling(logit_bias={50: 1})}, "logit_bias: expected token ids below 50"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_no_request_can_have_is_refused(given: dict, message: str):
+    engine = engine_of(built("windows"))
+    with pytest.raises(RequestError, match=f"^{message}") as refused:
+        engine.submit(Generation(**{"key": "bad", "tokens": [1], **given}))
+    assert refused.value.kind == "invalid"
+    assert "\n" not in str(refused.value)
+    assert engine.is_idle

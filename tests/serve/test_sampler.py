@@ -177,6 +177,26 @@ def test_a_row_without_numbers_fails_alone(bad: float):
         StreamSampler(Sampling(), generator=torch.Generator()).next_token(logits[1])
 
 
+def test_a_constraint_that_raises_fails_alone():
+    class Broken:
+        finished = False
+
+        def allowed(self, size: int) -> Tensor:
+            raise IndexError("gone")
+
+        def accept(self, token: int) -> None: ...
+
+        def copy(self) -> "Broken":
+            return self
+
+    first, second = choose(
+        [StreamSampler(Sampling(0.0)), StreamSampler(Sampling(), constraint=Broken())], LOGITS.expand(2, -1)
+    )
+    assert first == Choice(0)
+    assert isinstance(second, SamplingError)
+    assert (str(second), type(second.__cause__)) == ("IndexError: gone", IndexError)
+
+
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"logits: expected \[1, V\], a row per sampler, got \[2, 97\]"):
         choose([StreamSampler(Sampling())], random_logits(2))

@@ -19,7 +19,7 @@ def test_what_json_gives_is_taken():
 @pytest.mark.parametrize(
     "arguments",
     [
-        *({"temperature": value} for value in (-1.0, float("nan"), float("inf"), "1", None, True)),
+        *({"temperature": value} for value in (-1.0, float("nan"), float("inf"), "1", None, True, 10**400)),
         *({"top_k": value} for value in (0, 1.0, True)),
         *({"top_p": value} for value in (0.0, 1.5, None)),
         *({"min_p": value} for value in (-0.1, 1.1)),
@@ -45,3 +45,8 @@ def test_bad_values(arguments: dict):
         Sampling(**arguments)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 200
+
+
+def test_an_integer_too_long_to_be_written_is_named():
+    with pytest.raises(ValueError, match=r"^seed: expected an integer from .*, got int of very many digits; "):
+        Sampling(seed=1 << 20_000)

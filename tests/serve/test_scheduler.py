@@ -120,11 +120,35 @@ def test_a_kept_slot_goes_on():
     assert refused.value.kind == "slot"
     with pytest.raises(ValueError, match="slot: 0 is in use"):
         made.release(0)
+    # who has not started leaves it as it was
+    assert made.abort("c")
+    assert made.kept == {0: 3}
+    with pytest.raises(RequestError, match="held: expected 3, the tokens that slot 0 has read; got 4") as refused:
+        made.add(Request("c", 2, new_tokens=2, held=4, slot=0))
+    assert refused.value.kind == "invalid"
+    made.add(Request("c", 2, new_tokens=2, held=3, slot=0))
     assert [keys(step) for step in run(made)] == ["c ", " c"]
     assert (made.lacking_slots, made.free_slots) == (1, 1)
     made.release(0)
     assert [keys(step) for step in run(made)] == ["b ", " bb", "d "]
     assert made.free_slots == 2
+
+
+def test_a_slot_that_nobody_knows_is_not_kept():
+    made = scheduler(Request("a", 6, new_tokens=2, keep=True), num_slots=1, capacity=20)
+    made.plan()
+    made.report()
+    assert made.abort("a")
+    assert (made.kept, made.free_slots) == ({}, 1)
+    made.add(Request("a", 1, new_tokens=2, keep=True))
+    list(run(made))
+    assert made.kept == {0: 2}
+    made.add(Request("b", 6, held=2, slot=0))
+    made.plan()
+    # a step that broke off
+    made.abandon()
+    made.abandon()
+    assert (made.kept, made.free_slots, made.running) == ({}, 1, 0)
 
 
 def test_one_request_fails_and_the_others_go_on():
@@ -187,6 +211,11 @@ def test_refusals(request_: dict, kind: str, message: str):
         ({"most_waiting": 0}, "most_waiting"),
         ({"capacity": 0}, "capacity"),
         ({"token_budget": 4}, "token_budget: expected above prefill_chunk"),
+        ({"num_slots": 2.5}, "num_slots: expected a whole number, got 2.5"),
+        ({"num_slots": "3"}, "num_slots: expected a whole number, got '3'"),
+        ({"prefill_chunk": True}, "prefill_chunk: expected a whole number, got True"),
+        ({"token_budget": None}, "token_budget: expected a whole number, got None"),
+        ({"most_waiting": None}, "most_waiting: expected a whole number, got None"),
     ],
 )
 def test_bad_limits(limits: dict, message: str):

@@ -1,0 +1,105 @@
+"""What an engine is asked and what it answers: a prompt with what is to be drawn after it, and what a step brought."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeGuard
+
+from swat_lm.serve.requests import RequestError
+from swat_lm.serve.sampler import Choice, TokenConstraint
+from swat_lm.serve.sampling import MOST_LOGPROBS, Sampling
+
+__all__ = ["Event", "Generation"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A prompt, and what is to be drawn after it.
+
+    A request with `keep` ends with an event that names its slot and how many tokens this has read (`Event.slot`,
+    `Event.held`); the next one brings both (`slot`, `held`). The token that was drawn last is not among them: the slot
+    has not read it yet, so it has to be sent at the head of the next prompt.
+    """
+
+    key: Hashable
+    tokens: Sequence[int]
+    """At least one."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """With `max_tokens` 0 the prompt is only read."""
+    constraint: TokenConstraint | None = None
+    """What each reply must keep to, from where it stands at submission; the engine follows copies."""
+    prompt_logprobs: int | None = None
+    """Alternatives whose log-probabilities come with every token of the prompt but the first, 0 to 20; None: none."""
+    held: int = 0
+    """Tokens that the slot it brings has read."""
+    slot: int | None = None
+    """A kept slot that it goes on in; None: an empty one."""
+    keep: bool = False
+    """Whether its slot is kept when it ends, until `Engine.scheduler.release`; one that it brought always is. Where it
+    fails or is aborted neither is; only one that it brought, and has not started to read in, stays as it was."""
+
+    def check(self, vocabulary: int) -> None:
+        """Raise RequestError (`invalid`) for values that no request to a model of so many tokens can have."""
+        if not isinstance(self.sampling, Sampling):
+            raise invalid(f"sampling: expected a Sampling, got {type(self.sampling).__name__}")
+        self._check_tokens(vocabulary)
+        if not isinstance(self.keep, bool):
+            raise invalid(f"keep: expected true or false, got {self.keep!r}")
+        for name, value, most in (("held", self.held, None), ("prompt_logprobs", self.prompt_logprobs, MOST_LOGPROBS),
+                                  ("slot", self.slot, None)):  # fmt: skip
+            if value is None and name != "held":
+                continue
+            if not is_whole(value) or value < 0 or (most is not None and value > most):
+                span = "from 0" if most is None else f"from 0 to {most}"
+                raise invalid(f"{name}: expected a whole number {span}, got {value!r}")
+        if self.slot is None and self.held:
+            raise invalid(f"held: expected 0 without a slot, since an empty one has read nothing; got {self.held}")
+        try:
+            self.sampling.check_token_ids(vocabulary)
+        except ValueError as error:
+            raise invalid(str(error)) from None
+
+    def _check_tokens(self, vocabulary: int) -> None:
+        if not isinstance(self.tokens, Sequence) or isinstance(self.tokens, str | bytes | bytearray):
+            raise invalid(
+                f"tokens: expected a list of whole numbers, got {type(self.tokens).__name__}; encode texts first"
+            )
+        if not self.tokens:
+            raise invalid("tokens: expected at least one, got none; begin an empty prompt with a token of your own")
+        for token in self.tokens:
+            if not is_whole(token):
+                raise invalid(f"tokens: expected whole numbers, got {token!r:.60}")
+            if not 0 <= token < vocabulary:
+                raise invalid(f"tokens: expected ids from 0 to {vocabulary - 1:,}, the model's, got {token}")
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step brought to one reply, or to a prompt."""
+
+    key: Hashable
+    sample: int = 0
+    choice: Choice | None = None
+    """The token that was drawn."""
+    text: str = ""
+    """What became sure of the reply's text."""
+    prompt: tuple[Choice, ...] = ()
+    """Of a piece that was read: its tokens, but the prompt's first, with their log-probabilities."""
+    ended: str | None = None
+    """The reason of `ReplyText.ended`; "constraint" where nothing may follow; "read" where nothing was to be drawn;
+    "error", after which the request brings nothing more."""
+    error: str | None = None
+    slot: int | None = None
+    """With `ended`: the slot that is kept. None where none is: always with an "error", where a slot that the request
+    brought is lost and free."""
+    held: int | None = None
+    """Tokens that this slot has read; the one drawn last is not among them."""
+
+
+def invalid(message: str) -> RequestError:
+    """A request that nobody can serve."""
+    return RequestError("invalid", message)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
