@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_accelerate_available
 
-from swat_lm.model.gguf_header import GgufHeader, read_gguf_header
+from swat_lm.model.gguf_header import GgufHeader, check_settings, read_gguf_header
 from swat_lm.words import install_extra
 
 __all__ = ["GgufSource", "open_gguf", "read_gguf_model"]
@@ -55,19 +55,20 @@ def open_gguf(path: Path, dtype: torch.dtype | None) -> GgufSource:
 
     Raises:
         ValueError: what `read_gguf_header` refuses, an architecture that is not one of `ARCHITECTURES`, settings that
-            would be left out, or a vocabulary that does not fit the model.
+            would be left out or are of another type than theirs, or a vocabulary that does not fit the model.
         OSError: the file cannot be read.
     """
     header = read_gguf_header(path)
     check_architecture(header)
+    check_settings(path, header.settings, header.architecture)
     check_library(path)
+    check_vocabulary(header)
     try:
         config = read_alone(AutoConfig, path)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"source: {path}: transformers {transformers.__version__} cannot read its header: {error}"
         ) from error
-    check_vocabulary(header)
     settle(config, header)
     refuse_unread(config, header)
     kinds = {tensor.kind for tensor in header.tensors.values()}
@@ -117,6 +118,11 @@ def check_vocabulary(header: GgufHeader) -> None:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise ValueError(f"source: {header.path} holds no model: it has no tensor token_embd.weight")
+    if len(embedding.shape) != 2 or not embedding.num_elements:
+        raise ValueError(
+            f"source: {header.path} is damaged: expected token_embd.weight to be a matrix, got the shape "
+            f"{list(embedding.shape)}; fetch it again"
+        )
     tokens = header.settings.get(TOKENS)
     if tokens is None:
         return
