@@ -29,8 +29,8 @@ def is_path(name: str) -> bool:
 
 
 def nearest_name(path: Path) -> str:
-    """A hint naming the nearest existing name, the first folder on the way that does not exist, or where a link leads."""
-    if path.is_symlink():
+    """A hint naming the nearest existing name, the first folder on the way that does not exist, or a dangling link."""
+    if path.is_symlink() and not path.exists():
         return f"; {path} is a link to {path.readlink()}, which does not exist"
     parent = path.parent
     while not parent.exists():

@@ -50,8 +50,8 @@ def convert(
     Granite, OLMo 2 and 3, Gemma 2 and 3 (text), StarCoder2 or Mamba-2.
 
     The result is the same function, or a windowed model to train on. With `--window keep` and without --full-layers,
-    --sinks and --set the result computes what the source computes. A change that has no meaning for the source is refused. Tokenizer, chat template
-    and end tokens come along. GGUF files need `pip install -e '.[gguf]'`.
+    --sinks and --set the result computes what the source computes. A change that has no meaning for the source is
+    refused. Tokenizer, chat template and end tokens come along. GGUF files need `pip install -e '.[gguf]'`.
 
     \b
     Examples:

@@ -176,6 +176,7 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
 
     count = cost.count_parameters(config)
     reach, first = cost.reach(config), cost.first_kept(config)
+    beside = f" and the first {first:,}" if first else ""
     tokens = counted(length, "token")
     state = cost.state_bytes(config, context=length, dtype_bytes=2)
     grows = f" after {tokens}, growing" if cost.grows(config) else ""
@@ -185,7 +186,7 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
         ("layers", ", ".join(f"{count} x {words}" for words, count in Counter(layer.words for layer in plan).items())),
         ("width", f"{config.hidden_size:,}, {counted(config.num_attention_heads, 'head')} of {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size:,}"),
-        ("reach", "everything before" if reach is None else counted(reach, "token") + f" and the first {first:,}" * (first > 0)),
+        ("reach", "everything before" if reach is None else counted(reach, "token") + beside),
         ("training", f"{cost.training_flops_per_token(config, length):.3g} FLOPs per token at {tokens}"),
         ("decoding", f"{cost.decoding_flops_per_token(config, length):.3g} FLOPs per token after {tokens}"),
         ("state", f"{counted(state, 'byte')} per stream in bf16{grows}"),
