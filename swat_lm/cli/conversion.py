@@ -7,6 +7,7 @@ import typer
 
 from swat_lm.cli.console import results
 from swat_lm.cli.options import number_or_word
+from swat_lm.interruption import leaving_on_termination
 
 __all__ = ["convert"]
 
@@ -83,7 +84,9 @@ def convert(
     from swat_lm.model.conversion import convert_folder
 
     number_type = None if dtype == "auto" else getattr(torch, dtype)
-    convert_folder(source, out, window=wanted, full_layers=full_layers, dtype=number_type, **changes)
+    # a folder half written and one for temporary files are removed then too
+    with leaving_on_termination():
+        convert_folder(source, out, window=wanted, full_layers=full_layers, dtype=number_type, **changes)
     results().print(f"{out}", markup=False)
 
 

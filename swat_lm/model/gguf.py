@@ -245,7 +245,10 @@ def tokenizer_of(header: GgufHeader) -> Any:
         return None
     try:
         tokenizer = read_alone(AutoTokenizer, header.path)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except OSError:
+        raise
+    except Exception as error:
+        # the package tokenizers raises nothing narrower
         raise ValueError(
             f"source: {header.path}: transformers {transformers.__version__} cannot build its tokenizer "
             f"({header.settings.get('tokenizer.ggml.model')}): {error}"

@@ -1,6 +1,10 @@
 """`swat-lm convert` and what costs its plans have, as a stranger uses them: a GGUF file, a chat, wrong words."""
 
+import os
 import re
+import signal
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,25 @@ def test_from_a_gguf_file_to_a_chat(cli):
     load_tokenizer("bytes").save_pretrained("tokens")
     said = cli("generate", "out", *other)[2]
     assert "the tokenizer tokens has no chat template: leave --chat out, or give another one" in said
+
+
+def test_a_conversion_that_is_terminated_leaves_nothing(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    found = []
+
+    def from_pretrained(folder: str, **_: object) -> None:
+        found.extend(Path("temporary").iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+        # the signal is heard before this ends
+        time.sleep(10)
+
+    monkeypatch.setattr("swat_lm.model.gguf.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    with pytest.raises(SystemExit) as left:
+        cli("convert", "tiny.gguf", "out")
+    assert (left.value.code, len(found), list(Path("temporary").iterdir())) == (143, 1, [])
+    assert {entry.name for entry in tmp_path.iterdir()} == {"tiny.gguf", "temporary"}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_what_plans_cost(cli):
