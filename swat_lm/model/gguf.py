@@ -63,6 +63,12 @@ def open_gguf(path: Path, dtype: torch.dtype | None) -> GgufSource:
     check_settings(path, header.settings, header.architecture)
     check_library(path)
     check_vocabulary(header)
+    # a model of so many layers would take for ever to build
+    if (header.setting("block_count") or 0) > len(header.tensors):
+        raise ValueError(
+            f"source: {path} is damaged: it names {header.setting('block_count'):,} layers and holds "
+            f"{len(header.tensors):,} tensors; fetch it again"
+        )
     try:
         config = read_alone(AutoConfig, path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -134,6 +134,7 @@ def test_what_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: py
         refused(write_gguf(**made, extra={key: value}), f"bad.gguf is damaged: expected {key} to be a")
     before, name, after = whole.partition(b"token_embd.weight")
     # of its two dimensions none, and what stands behind begins 16 bytes earlier
+    refused(write_gguf(**made, extra={"llama.block_count": 2**30}), "names 1,073,741,824 layers and holds 29 tensors")
     refused(whole.replace(b"the", b"thX", 1), "bad.gguf: transformers .* cannot build its tokenizer .* out of vocab")
     flat = before + name + bytes(4) + after[20:] + bytes(32)
     refused(flat, r"damaged: expected token_embd\.weight to be a matrix, got the shape \[\]")
