@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_accelerate_available
@@ -71,7 +72,10 @@ def open_gguf(path: Path, dtype: torch.dtype | None) -> GgufSource:
         )
     try:
         config = read_alone(AutoConfig, path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, OSError) as error:
+        # of the last kind is also, without a number, that it could not decode a text
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(
             f"source: {path}: transformers {transformers.__version__} cannot read its header: {error}"
         ) from error
