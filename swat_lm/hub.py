@@ -29,10 +29,14 @@ def is_path(name: str) -> bool:
 
 
 def nearest_name(path: Path) -> str:
-    """A hint naming the nearest existing name, or the first folder on the way that does not exist."""
+    """A hint naming the nearest existing name, the first folder on the way that does not exist, or a dangling link."""
+    if path.is_symlink() and not path.exists():
+        return f"; {path} is a link to {path.readlink()}, which does not exist"
     parent = path.parent
     while not parent.exists():
         path, parent = parent, parent.parent
+        if path.is_symlink():
+            return nearest_name(path)
     near = nearest(path.name, [entry.name for entry in parent.iterdir()] if parent.is_dir() else [])
     return f"; the nearest is {parent / near[0]}" if near else f"; {path} does not exist"
 

@@ -7,6 +7,7 @@ import typer
 
 from swat_lm.cli.console import results
 from swat_lm.cli.options import number_or_word
+from swat_lm.interruption import leaving_on_termination
 
 __all__ = ["convert"]
 
@@ -27,7 +28,8 @@ def convert(
         str | None,
         typer.Option(
             help="Layers that keep full attention beside the window of the others: `every:3` (the 3rd, the 6th, ...), "
-            "`last`, `last:2`, `odd`, `even`, `none`, or their numbers from 0, such as 0,7,15."
+            "`last`, `last:2`, `odd`, `even`, `none`, or their numbers from 0, such as 0,7,15. Needs --window N where "
+            "a layer of the source has no window."
         ),
     ] = None,
     sinks: Annotated[
@@ -48,9 +50,9 @@ def convert(
     """Take over a model of another family: Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3,
     Granite, OLMo 2 and 3, Gemma 2 and 3 (text), StarCoder2 or Mamba-2.
 
-    The result is the same function, or a windowed model to train on. With `--window keep` and no --set the result
-    computes what the source computes. A change that has no meaning for the source is refused. Tokenizer, chat template
-    and end tokens come along. GGUF files need `pip install -e '.[gguf]'`.
+    The result is the same function, or a windowed model to train on. With `--window keep` and without --full-layers,
+    --sinks and --set the result computes what the source computes. A change that has no meaning for the source is
+    refused. Tokenizer, chat template and end tokens come along. GGUF files need `pip install -e '.[gguf]'`.
 
     \b
     Examples:
@@ -82,7 +84,9 @@ def convert(
     from swat_lm.model.conversion import convert_folder
 
     number_type = None if dtype == "auto" else getattr(torch, dtype)
-    convert_folder(source, out, window=wanted, full_layers=full_layers, dtype=number_type, **changes)
+    # a folder half written and one for temporary files are removed then too
+    with leaving_on_termination():
+        convert_folder(source, out, window=wanted, full_layers=full_layers, dtype=number_type, **changes)
     results().print(f"{out}", markup=False)
 
 

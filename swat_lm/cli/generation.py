@@ -88,7 +88,7 @@ def generate(
         raise ValueError("--chat takes one message, by --prompt TEXT: neither stdin nor a saved state")
     model, tokens = load_checkpoint(checkpoint, tokenizer, device)
     if chat:
-        prompt = in_template(tokens, prompt, tokenizer or checkpoint)
+        prompt = in_template(tokens, prompt, checkpoint, tokenizer)
     state = model.init_state() if load_from is None else read_state(model, load_from)
     if save_to is not None:
         # goes with the state, and is formed faster while the weights lie in rows
@@ -304,10 +304,15 @@ def prompt_pieces(
         yield [end]
 
 
-def in_template(tokens: "PreTrainedTokenizerFast", message: str, name: str) -> str:
-    """A user's message as a chat model's template writes it, up to where the answer begins; raises ValueError."""
+def in_template(tokens: "PreTrainedTokenizerFast", message: str, checkpoint: str, given: str | None) -> str:
+    """A user's message as a chat model's template writes it, up to where the answer begins.
+
+    Raises ValueError where the tokenizer, the checkpoint's or the one given, has no template.
+    """
     if not tokens.chat_template:
-        raise ValueError(f"--chat: the tokenizer of {name} has no chat template: leave --chat out, or give --tokenizer")
+        whose = f"of {checkpoint}" if given is None else given
+        advice = "give one that has by --tokenizer" if given is None else "give another one by --tokenizer"
+        raise ValueError(f"--chat: the tokenizer {whose} has no chat template: leave --chat out, or {advice}")
     chat = [{"role": "user", "content": message}]
     return str(tokens.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 

@@ -67,7 +67,7 @@ def info(
         results().print("presets: " + ", ".join(preset_names()), markup=False)
         results().print("recipes: " + ", ".join(recipe_names()), markup=False)
         return
-    config, trained_length = find_config(target, overrides or [])
+    config, trained_length = find_config(target, overrides or [], is_any=plans)
     from swat_lm.model.configuration import SwatConfig
 
     if plans:
@@ -77,8 +77,8 @@ def info(
     results().print(key_value_table(describe(config, length or trained_length)))  # type: ignore[arg-type]
 
 
-def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, int]":
-    """The configuration and training length behind a recipe, a preset or a checkpoint."""
+def find_config(target: str, overrides: list[str], is_any: bool = False) -> "tuple[PreTrainedConfig, int]":
+    """The configuration and training length behind a recipe, a preset or a checkpoint (see `load_config`)."""
     from swat_lm.model.architectures import configure_model
     from swat_lm.model.configuration import config_from_recipe
     from swat_lm.model.presets import preset_names
@@ -107,7 +107,7 @@ def find_config(target: str, overrides: list[str]) -> "tuple[PreTrainedConfig, i
             f"{', '.join(preset_names())}; `swat-lm recipes` lists the recipes"
         )
     else:
-        config = load_config(target)
+        config = load_config(target, is_any)
     # models with a recurrent state name no length
     return config, getattr(config, "max_position_embeddings", None) or 2048
 
@@ -141,8 +141,10 @@ def size_of_vocabulary(recipe: "Recipe") -> int | None:
         return None
 
 
-def load_config(target: str) -> "PreTrainedConfig":
+def load_config(target: str, is_any: bool = False) -> "PreTrainedConfig":
     """The configuration, ours or a baseline's, of a checkpoint's folder or a name on the hub; no weights are read.
+
+    With `is_any` it may be of any architecture, for whoever looks at it next to judge.
 
     Raises ValueError that names both where it is neither; only the first line of a library's many is passed on.
     """
@@ -158,7 +160,8 @@ def load_config(target: str) -> "PreTrainedConfig":
         know_library_of(model_type(Path(folder)), folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=not is_local and not hub_answers())
-        check_known(config, folder)
+        if not is_any:
+            check_known(config, folder)
         return config
     except OSError as error:
         if Path(target).exists():
@@ -172,7 +175,8 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
     from swat_lm.model import cost
 
     count = cost.count_parameters(config)
-    reach = cost.reach(config)
+    reach, first = cost.reach(config), cost.first_kept(config)
+    beside = f" and the first {first:,}" if first else ""
     tokens = counted(length, "token")
     state = cost.state_bytes(config, context=length, dtype_bytes=2)
     grows = f" after {tokens}, growing" if cost.grows(config) else ""
@@ -182,7 +186,7 @@ def describe_model(config: "SwatConfig", length: int) -> list[tuple[str, str]]:
         ("layers", ", ".join(f"{count} x {words}" for words, count in Counter(layer.words for layer in plan).items())),
         ("width", f"{config.hidden_size:,}, {counted(config.num_attention_heads, 'head')} of {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size:,}"),
-        ("reach", "everything before" if reach is None else counted(reach, "token")),
+        ("reach", "everything before" if reach is None else counted(reach, "token") + beside),
         ("training", f"{cost.training_flops_per_token(config, length):.3g} FLOPs per token at {tokens}"),
         ("decoding", f"{cost.decoding_flops_per_token(config, length):.3g} FLOPs per token after {tokens}"),
         ("state", f"{counted(state, 'byte')} per stream in bf16{grows}"),

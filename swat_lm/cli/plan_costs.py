@@ -77,11 +77,11 @@ def without_biases(config: "SwatConfig") -> "SwatConfig":
 
 def plans_of(config: "SwatConfig", window: int, asked: Sequence[str]) -> "list[tuple[str, SwatConfig]]":
     """Plans by what they are called: the model's own, all layers full, the usual ones, and those asked for."""
-    from swat_lm.model.window_plan import windows_of, with_full_layers, with_windows
+    from swat_lm.model.window_plan import full_windows, windows_of, with_windows
 
     layers = windows_of(config)
     windowed = with_windows(config, dict.fromkeys(layers, window))
     usual = [word for word in USUAL if int(word.partition(":")[2] or 1) < len(layers)]
     words = [*usual, *(word for word in dict.fromkeys(asked) if word not in usual)]
-    planned = [(word, with_full_layers(windowed, word)) for word in words]
+    planned = [(word, with_windows(windowed, full_windows(windowed, word))) for word in words]
     return [("as it is", config), ("all full", with_windows(config, dict.fromkeys(layers))), *planned]

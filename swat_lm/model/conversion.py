@@ -22,7 +22,13 @@ from swat_lm.model.gguf import GgufSource, open_gguf, read_gguf_model
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.plan import kinds_with
 from swat_lm.model.sources import find_source
-from swat_lm.model.weight_files import check_readable, check_tokenizer, check_whole, give_usual_permissions
+from swat_lm.model.weight_files import (
+    check_present,
+    check_readable,
+    check_tokenizer,
+    check_whole,
+    give_usual_permissions,
+)
 from swat_lm.model.window_plan import FullLayers, with_full_layers
 from swat_lm.paths import local_path
 
@@ -41,6 +47,8 @@ WEIGHT_SHAPES = (
     "norm",
     "feed_forward",
 )
+# by the names that transformers also takes them by
+DTYPES = {str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.bfloat16, torch.float16)}
 # of the tokenizer, and the record of the text that the weights were trained on
 FILES_BESIDE = (
     "tokenizer.json",
@@ -61,12 +69,13 @@ def convert(
     window: int | Literal["keep"] | None = "keep",
     *,
     full_layers: FullLayers | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **changes: Any,
 ) -> SwatForCausalLM:
     """Take a model of one of `swat_lm.model.families.FAMILIES` over.
 
     Without further arguments the result computes the same function: for Llama softmax, no slopes, the source's window.
+    It is in evaluation mode, whatever mode a loaded source is in.
 
     Args:
         source: a folder with `config.json` and safetensors weights, a run's folder that holds such an `export`, a GGUF
@@ -74,8 +83,10 @@ def convert(
             copied).
         window: "keep" = the source's own (Llama: None), None = full attention, or a number of keys.
         full_layers: which layers keep full attention beside the window of the others, such as "every:3"; see
-            `swat_lm.model.window_plan.window_plan`.
-        dtype: of the result; None = as the source has it, and float32 for a GGUF file of quantised blocks.
+            `swat_lm.model.window_plan.window_plan`. A source some of whose layers have no window needs a number as
+            `window` beside it.
+        dtype: of the result, float32, bfloat16 or float16, as torch has it or by name; None = as the source has it, and
+            float32 for a GGUF file of quantised blocks.
         changes: SwatConfig fields to set otherwise, such as `score_function="sigmoid", slopes="balanced",
             score_bias="-log(window)"` for a model to train on.
 
@@ -84,6 +95,7 @@ def convert(
             that has no meaning for the source, or a checkpoint that is cut short or whose parameters do not fit.
         OSError: the folder or file cannot be read.
     """
+    dtype = _checked_dtype(dtype)
     if not isinstance(source, PreTrainedModel):
         return _convert_opened(_open(source, dtype), window, full_layers, changes)
     theirs = _with_dtype(source.config, dtype or source.dtype)
@@ -94,7 +106,15 @@ def convert(
     missing, unexpected = model.load_state_dict(family.weights(source.state_dict(), theirs), strict=False)
     _check_keys(missing, unexpected, family.fields(theirs))
     model.generation_config = copy.deepcopy(source.generation_config)  # type: ignore[assignment]
-    return model
+    return model.eval()
+
+
+def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """As torch has it; raises ValueError for what weights are not stored in."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise ValueError(f"dtype: expected {', '.join(DTYPES)} (as torch has them or by name) or None; got {dtype!r}")
+    return found
 
 
 class _Opened(NamedTuple):
@@ -118,6 +138,8 @@ def _open(source: str | Path, dtype: torch.dtype | None) -> _Opened:
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise ValueError(f"source: the weights in {place} are quantised ({method}): save the model without that first")
+    if not getattr(theirs, "transformers_weights", None):
+        check_present(place)
     check_readable(place)
     check_whole(place)
     check_tokenizer(place, theirs.vocab_size)
@@ -207,6 +229,10 @@ def convert_config(
 ) -> SwatConfig:
     """The SwatConfig of a configuration of such a family; arguments and errors as in `convert`."""
     family = family_of(source)
+    if window not in ("keep", None) and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(
+            f"window: expected 'keep', None for full attention or a whole number of at least 1, got {window!r}"
+        )
     check_fields(changes, [name for name in RECIPE_KEYS if name != "sliding_window"], "changes")
     family.refuse(source)
     ours = family.fields(source)
@@ -267,7 +293,7 @@ def convert_folder(
     window: int | Literal["keep"] | None = "keep",
     *,
     full_layers: FullLayers | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **changes: Any,
 ) -> SwatForCausalLM:
     """Convert a checkpoint on disk into a folder, with its tokenizer and the record of what text it was trained on.
@@ -285,7 +311,7 @@ def convert_folder(
     out = local_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and is not an empty folder; choose another one or remove it")
-    opened = _open(source, dtype)
+    opened = _open(source, _checked_dtype(dtype))
     model = _convert_opened(opened, window, full_layers, changes)
     with whole(out) as beside:
         beside.mkdir()

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_accelerate_available
 
-from swat_lm.model.gguf_header import GgufHeader, read_gguf_header
+from swat_lm.model.gguf_header import GgufHeader, check_settings, read_gguf_header
 from swat_lm.words import install_extra
 
 __all__ = ["GgufSource", "open_gguf", "read_gguf_model"]
@@ -55,19 +56,29 @@ def open_gguf(path: Path, dtype: torch.dtype | None) -> GgufSource:
 
     Raises:
         ValueError: what `read_gguf_header` refuses, an architecture that is not one of `ARCHITECTURES`, settings that
-            would be left out, or a vocabulary that does not fit the model.
+            would be left out or are of another type than theirs, or a vocabulary that does not fit the model.
         OSError: the file cannot be read.
     """
     header = read_gguf_header(path)
     check_architecture(header)
+    check_settings(path, header.settings, header.architecture)
     check_library(path)
+    check_vocabulary(header)
+    # a model of so many layers would take for ever to build
+    if (header.setting("block_count") or 0) > len(header.tensors):
+        raise ValueError(
+            f"source: {path} is damaged: it names {header.setting('block_count'):,} layers and holds "
+            f"{len(header.tensors):,} tensors; fetch it again"
+        )
     try:
         config = read_alone(AutoConfig, path)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError, OSError) as error:
+        # of the last kind is also, without a number, that it could not decode a text
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(
             f"source: {path}: transformers {transformers.__version__} cannot read its header: {error}"
         ) from error
-    check_vocabulary(header)
     settle(config, header)
     refuse_unread(config, header)
     kinds = {tensor.kind for tensor in header.tensors.values()}
@@ -117,6 +128,11 @@ def check_vocabulary(header: GgufHeader) -> None:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise ValueError(f"source: {header.path} holds no model: it has no tensor token_embd.weight")
+    if len(embedding.shape) != 2 or not embedding.num_elements:
+        raise ValueError(
+            f"source: {header.path} is damaged: expected token_embd.weight to be a matrix, got the shape "
+            f"{list(embedding.shape)}; fetch it again"
+        )
     tokens = header.settings.get(TOKENS)
     if tokens is None:
         return
@@ -239,7 +255,10 @@ def tokenizer_of(header: GgufHeader) -> Any:
         return None
     try:
         tokenizer = read_alone(AutoTokenizer, header.path)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except OSError:
+        raise
+    except Exception as error:
+        # the package tokenizers raises nothing narrower
         raise ValueError(
             f"source: {header.path}: transformers {transformers.__version__} cannot build its tokenizer "
             f"({header.settings.get('tokenizer.ggml.model')}): {error}"

@@ -14,7 +14,7 @@ import numpy as np
 
 from swat_lm.words import counted, install_extra
 
-__all__ = ["GgufHeader", "GgufTensor", "is_gguf", "read_gguf_header"]
+__all__ = ["GgufHeader", "GgufTensor", "check_settings", "is_gguf", "read_gguf_header"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -23,6 +23,15 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 TEXT, ARRAY = 8, 9
 # no file has so much of it, and one that says so is damaged
 MOST_DIMENSIONS = 8
+# what settings that are read are, where a file has them; whole numbers with the least that they may be
+WHOLE_NUMBERS = {
+    "general.alignment": 1, "split.count": 0, "block_count": 1, "context_length": 0, "embedding_length": 1,
+    "attention.head_count": 1, "attention.key_length": 1, "attention.value_length": 1,
+    "attention.sliding_window": 0, "rope.dimension_count": 1, "expert_count": 0,
+}  # fmt: skip
+FRACTIONS = ("rope.freq_base", "rope.scaling.factor", "attention.layer_norm_rms_epsilon")
+LISTS = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores", "tokenizer.ggml.merges")
+TEXTS = ("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template", "rope.scaling.type")
 
 
 class GgufTensor(NamedTuple):
@@ -122,6 +131,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise ValueError(f"source: {path} is damaged or no GGUF file that is known here: {error}") from None
     if not isinstance(settings.get("general.architecture"), str):
         raise ValueError(f"source: {path} names no general.architecture, so nothing is known of its model")
+    check_settings(path, {key: settings[key] for key in ("general.alignment", "split.count") if key in settings})
     if settings.get("split.count", 1) > 1:
         raise ValueError(
             f"source: {path} is one of {settings['split.count']} parts of a model, which transformers does not read; "
@@ -132,6 +142,32 @@ def read_gguf_header(path: Path) -> GgufHeader:
     tensors = {name: GgufTensor(shape, kind, begin + start) for name, (shape, kind, start) in table.items()}
     check_length(path, tensors, len(content))
     return GgufHeader(path, settings, tensors)
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], architecture: str = "") -> None:
+    """Raise ValueError for a setting of another type than its name has, which a byte gone wrong makes of it.
+
+    Settings of a family are judged where its architecture is given: other families may have lists for numbers.
+    """
+    for key, value in settings.items():
+        name = key.removeprefix(f"{architecture}.")
+        if name in WHOLE_NUMBERS:
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= WHOLE_NUMBERS[name]
+            expected = f"a whole number of at least {WHOLE_NUMBERS[name]}"
+        elif key.endswith("_token_id"):
+            # how large they may be depends on the vocabulary
+            fits, expected = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+        elif name in FRACTIONS:
+            fits, expected = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+        elif key in LISTS:
+            fits, expected = isinstance(value, list), "a list"
+        elif name in TEXTS:
+            fits, expected = isinstance(value, str), "a text"
+        else:
+            continue
+        if not fits:
+            shown = f"{value[:3]} ..." if isinstance(value, list) else repr(value)[:60]
+            raise ValueError(f"source: {path} is damaged: expected {key} to be {expected}, got {shown}; fetch it again")
 
 
 def read_parts(reading: Reading) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int, int]]]:

@@ -24,6 +24,8 @@ def find_model_folder(name: str) -> str:
 
     Raises ValueError that says what the folder is instead.
     """
+    if not name.strip():
+        raise ValueError("the checkpoint's name is empty: expected an exported folder, a run's folder or a hub name")
     path = local_path(name)
     if not path.exists():
         if is_path(name):

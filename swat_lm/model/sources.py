@@ -37,6 +37,8 @@ def find_source(name: str | Path) -> Path:
         ValueError: nothing there, several GGUF files, another kind of file, or a package that is not installed.
         OSError: what is there cannot be read.
     """
+    if not str(name).strip():
+        raise ValueError("source: the name is empty; expected a folder with config.json and weights, or a GGUF file")
     path = local_path(name)
     if not path.exists():
         if str(name) in PACKAGED:

@@ -10,10 +10,12 @@ from typing import Any
 
 from swat_lm.words import counted
 
-__all__ = ["check_readable", "check_tokenizer", "check_whole", "give_usual_permissions"]
+__all__ = ["check_present", "check_readable", "check_tokenizer", "check_whole", "give_usual_permissions"]
 
 WEIGHTS = ("*.safetensors", "*.bin")
 INDEX, TOKENIZER = "model.safetensors.index.json", "tokenizer.json"
+# what transformers looks for in a folder; other names only by an index
+FIRST_FILES = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 # of the number in front of a safetensors file, which says how long its header is
 LENGTH_BYTES = 8
 
@@ -44,15 +46,25 @@ def weights_in(path: Path) -> list[Path]:
     return sorted(file for pattern in WEIGHTS for file in path.glob(pattern)) if path.is_dir() else [path]
 
 
+def check_present(folder: Path) -> None:
+    """Raise ValueError for a folder in which transformers would find no weights."""
+    if not any((folder / name).is_file() for name in FIRST_FILES):
+        shards = [file.name for file in weights_in(folder)]
+        beside = f"; {', '.join(shards[:3])}{' ...' if len(shards) > 3 else ''} without an index" if shards else ""
+        raise ValueError(
+            f"source: {folder} has no weights: expected model.safetensors, or shards and {INDEX}{beside}; fetch what "
+            "is missing"
+        )
+
+
 def check_whole(folder: Path) -> None:
-    """Raise ValueError, naming it, for a file of safetensors in a folder that is missing or cut short.
+    """Raise ValueError, naming it, for a file of safetensors in a folder that is missing, cut short or damaged.
 
     Only headers are read. Weights in other files are for the reader to judge.
     """
     names = {file.name for file in folder.glob("*.safetensors")}
     if (folder / INDEX).is_file():
-        needed = sorted(set(read_object(folder / INDEX).get("weight_map", {}).values()))
-        missing = [name for name in needed if name not in names]
+        missing = [name for name in shards_of(folder / INDEX) if name not in names]
         if missing:
             raise ValueError(
                 f"source: {folder} lacks {counted(len(missing), 'file')} of weights that {INDEX} names: "
@@ -68,17 +80,33 @@ def check_whole(folder: Path) -> None:
             )
 
 
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names; raises ValueError where it does not say which tensor is in which."""
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(
+            f"source: {index} is damaged: expected weight_map to name the file of each tensor, got {str(shards)[:60]}; "
+            "fetch it again"
+        )
+    return sorted(set(shards.values()))
+
+
 def stated_length(file: Path) -> int | None:
-    """Bytes that a safetensors file must have by its header; None where that is not whole."""
+    """Bytes that a safetensors file must have by its header; None where it ends within that.
+
+    Raises ValueError, naming it, for a header that is there and says nothing.
+    """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
         if LENGTH_BYTES + length > file.stat().st_size:
             return None
         try:
             header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, AttributeError, TypeError, KeyError, IndexError):
-            return None
+            raise ValueError(
+                f"source: the weights in {file} cannot be read: its header is damaged; fetch it again"
+            ) from None
     return LENGTH_BYTES + length + max(ends, default=0)
 
 

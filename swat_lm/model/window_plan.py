@@ -9,7 +9,7 @@ from swat_lm.words import did_you_mean
 if TYPE_CHECKING:
     from swat_lm.model.configuration import SwatConfig
 
-__all__ = ["FullLayers", "window_plan", "windows_of", "with_full_layers", "with_windows"]
+__all__ = ["FullLayers", "full_windows", "window_plan", "windows_of", "with_full_layers", "with_windows"]
 
 FullLayers = str | int | Sequence[int]
 """`none`, `odd`, `even`, `every:N`, `last`, `last:N`, or the numbers of layers, in a list or with commas between."""
@@ -27,9 +27,11 @@ def window_plan(num_layers: int, window: int, full: FullLayers) -> list[int | No
             `even` = by their numbers, which begin with 0; `none`; or numbers, in a list or with commas between.
 
     Raises:
-        ValueError: a window below 1, words that mean nothing, more layers than there are, a number twice, or none
-            chosen by other words than `none`.
+        ValueError: fewer layers or a window than 1, words that mean nothing, more layers than there are, a number
+            twice, or none chosen by other words than `none`.
     """
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"num_layers: expected a whole number of at least 1, got {num_layers!r}")
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
     chosen = set(choose_layers(full, range(num_layers)))
@@ -78,7 +80,8 @@ def count_of(full: str, text: str, most: int) -> int:
 
 def check_numbers(numbers: Sequence[int], layers: Sequence[int]) -> list[int]:
     """The numbers of layers, in order; raises ValueError for one that is none of them, or twice there."""
-    if not isinstance(numbers, Sequence) or not numbers:
+    # bytes are a sequence of numbers too
+    if not isinstance(numbers, Sequence) or isinstance(numbers, bytes | bytearray) or not numbers:
         raise ValueError(f"full_layers: expected {FORMS}; got {numbers!r}")
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int):
@@ -97,15 +100,39 @@ def with_full_layers(config: "SwatConfig", full: FullLayers) -> "SwatConfig":
     """The same configuration with full attention in the layers of attention that `full` chooses.
 
     Raises:
-        ValueError: as `window_plan`; a model in which no layer has a window, so that nothing would change.
+        ValueError: as `full_windows`; first tokens to keep where no window is left beside which they could be.
+    """
+    windows = full_windows(config, full)
+    if config.sinks and not any(windows.values()):
+        raise ValueError(
+            f"sinks: {config.sinks} first tokens are kept beside a window, and full_layers {full!r} leaves no layer "
+            "one; leave sinks out, or choose fewer layers"
+        )
+    return with_windows(config, windows)
+
+
+def full_windows(config: "SwatConfig", full: FullLayers) -> dict[int, int | None]:
+    """The window of each layer that may have one, where those that `full` chooses have none.
+
+    Raises:
+        ValueError: as `window_plan`; a model in which no layer has a window, so that nothing would change; one in which
+            some have none already, which `none` or `last` would leave as they are.
     """
     windows = windows_of(config)
     if not any(windows.values()):
         raise ValueError(
             f"full_layers: {full!r} chooses among layers with a window, and this model has none; give it a window too"
         )
+    without = [str(index) for index, window in windows.items() if window is None]
+    if without:
+        which = f"layer{'s' * (len(without) > 1)} {', '.join(without[:3])}{' ...' if len(without) > 3 else ''}"
+        raise ValueError(
+            f"full_layers: {full!r} chooses among layers that all have a window, and {which} of this model "
+            f"{'have' if len(without) > 1 else 'has'} none; give all of them one by a single number (--window 1024, "
+            "sliding_window: 1024), or leave full_layers out, which keeps the layers as they are"
+        )
     chosen = set(choose_layers(full, [*windows]))
-    return with_windows(config, {index: None if index in chosen else window for index, window in windows.items()})
+    return {index: None if index in chosen else window for index, window in windows.items()}
 
 
 def windows_of(config: "SwatConfig") -> dict[int, int | None]:
@@ -118,19 +145,26 @@ def windows_of(config: "SwatConfig") -> dict[int, int | None]:
 
 
 def with_windows(config: "SwatConfig", windows: Mapping[int, int | None]) -> "SwatConfig":
-    """The same configuration with other windows, one for each layer that may have one."""
+    """The same configuration with other windows, one for each layer that may have one.
+
+    First tokens are kept beside a window, so without any they are not.
+    """
     fields = config.to_dict()
     each = [windows.get(index) for index in range(config.num_hidden_layers)]
     # derived from windows where it is left out
     fields.pop("layer_types")
+    keeps = [window is not None for window in each]
     if config.layers is not None:
         # what an entry says of its own would come before the list
         written = expand(config.layers)
         cycled = [written[index % len(written)] for index in range(config.num_hidden_layers)]
-        # first tokens are kept beside a window
         dropped = [{"sliding_window"} if window is not None else {"sliding_window", "sinks"} for window in each]
         fields["layers"] = [
             {"kind": kind, **{key: value for key, value in own.items() if key not in names}}
             for (kind, own, _), names in zip(cycled, dropped, strict=True)
         ]
+        # what an entry says of its own is not asked of the model
+        keeps = [has and "sinks" not in own for has, (_, own, _) in zip(keeps, cycled, strict=True)]
+    if not any(keeps):
+        fields["sinks"] = 0
     return type(config).from_dict({**fields, "sliding_window": each})

@@ -137,6 +137,35 @@ def test_dropout_is_left_out_and_said():
         convert(source)
 
 
+def test_a_folder_without_weights_is_said_before_anything_else(tmp_path, recwarn):
+    LlamaConfig(**SHAPE, attention_dropout=0.1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"source: {tmp_path} has no weights: expected model.safetensors, or shards"):
+        convert(tmp_path)
+    assert not recwarn.list
+
+
+def test_arguments_that_mean_nothing(tmp_path):
+    source = source_model("llama")
+    source.save_pretrained(tmp_path)
+    for place in (source, tmp_path):
+        for wrong in (torch.int8, "int8", "auto", 16):
+            with pytest.raises(ValueError, match=r"dtype: expected float32, bfloat16, float16 .* or None; got"):
+                convert(place, dtype=wrong)
+        assert convert(place, dtype="bfloat16").dtype == torch.bfloat16
+        for wrong in (True, 2.5, "8", 0, [4, 4]):
+            with pytest.raises(ValueError, match="window: expected 'keep', None for full attention or a whole number"):
+                convert(place, window=wrong)
+        with pytest.raises(ValueError, match="full_layers: expected none, odd"):
+            convert(place, 4, full_layers=b"last")
+
+
+def test_the_result_is_in_evaluation_mode(tmp_path):
+    source = source_model("llama").train()
+    source.save_pretrained(tmp_path)
+    assert not any(model.training for model in (convert(source), convert(tmp_path)))
+    assert source.training
+
+
 def test_damaged_checkpoints_leave_nothing_behind(tmp_path):
     source = source_model("llama")
     folder, out = tmp_path / "llama", tmp_path / "out"
@@ -195,11 +224,26 @@ def test_what_is_missing_of_a_folder_is_named_before_it_is_read(tmp_path, monkey
         second.write_bytes(content)
         with pytest.raises(ValueError, match=f"{second.name} cannot be read: the file is cut short"):
             convert_folder(folder, out)
+    length = int.from_bytes(whole[:8], "little")
+    for header in (b"[" * length, b'{"a": 1}'.ljust(length), b"\xff" * length):
+        second.write_bytes(whole[:8] + header + whole[8 + length :])
+        with pytest.raises(ValueError, match=f"{second.name} cannot be read: its header is damaged"):
+            convert_folder(folder, out)
     second.write_bytes(whole)
     first.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=f"lacks 1 file of weights .* names: {first.name}"):
         convert_folder(folder, out)
     (tmp_path / "elsewhere").rename(first)
+    index = folder / "model.safetensors.index.json"
+    map_of_all = index.read_text()
+    for damaged in ('{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "{}"):
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match=r"index\.json is damaged: expected weight_map to name the file"):
+            convert_folder(folder, out)
+    index.unlink()
+    with pytest.raises(ValueError, match=rf"llama has no weights: .*; {first.name}, .* without an index; fetch"):
+        convert_folder(folder, out)
+    index.write_text(map_of_all)
     vocabulary = {"model": {"vocab": {str(number): number for number in range(VOCABULARY + 1)}}}
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
     with pytest.raises(ValueError, match=f"has {VOCABULARY + 1} tokens, the model {VOCABULARY}"):

@@ -127,6 +127,17 @@ def test_what_is_refused_before_weights_are_read(tmp_path: Path, monkeypatch: py
     refused(write_gguf(**made, extra={"llama.attention.sliding_window": 8}), "has windows of 8 tokens")
     refused(write_gguf(**made, extra={"split.count": 3}), "one of 3 parts")
     refused(write_gguf(**made, extra={"tokenizer.ggml.eom_token_id": 999}), "its eom token is number 999")
+    for key, value in {
+        "general.alignment": 0, "split.count": "many", "llama.block_count": "2", "llama.rope.freq_base": "x",
+        "tokenizer.ggml.eos_token_id": "2", "llama.attention.head_count": 0, "tokenizer.ggml.tokens": 7,
+    }.items():  # fmt: skip
+        refused(write_gguf(**made, extra={key: value}), f"bad.gguf is damaged: expected {key} to be a")
+    before, name, after = whole.partition(b"token_embd.weight")
+    # of its two dimensions none, and what stands behind begins 16 bytes earlier
+    refused(write_gguf(**made, extra={"llama.block_count": 2**30}), "names 1,073,741,824 layers and holds 29 tensors")
+    refused(whole.replace(b"the", b"thX", 1), "bad.gguf: transformers .* cannot build its tokenizer .* out of vocab")
+    flat = before + name + bytes(4) + after[20:] + bytes(32)
+    refused(flat, r"damaged: expected token_embd\.weight to be a matrix, got the shape \[\]")
     small = tiny_llama(vocab_size=40)
     refused(write_gguf(tmp_path / "bad.gguf", small), r"its tokenizer has 264 tokens, the model embeds 40")
 

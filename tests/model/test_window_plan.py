@@ -1,11 +1,11 @@
 """Which layers keep full attention, in words: for recipes, for sources of other families, for any plan of layers."""
 
 import pytest
-from transformers import LlamaConfig, Mamba2Config, Olmo3Config
+from transformers import LlamaConfig, Mamba2Config, MistralConfig, Olmo3Config
 
 from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.conversion import convert_config
-from swat_lm.model.window_plan import window_plan
+from swat_lm.model.window_plan import window_plan, windows_of, with_windows
 
 from .models import VOCABULARY
 
@@ -44,6 +44,7 @@ def test_words(words, chosen: list[int]):
         ([1, 1], "layer 1 is named twice"),
         ([True], "expected numbers of layers .*got True"),
         ([], r"got \[\]"),
+        (b"last", "expected none, odd.*got b'last'"),
         (2.5, "got 2.5"),
     ],
 )
@@ -60,8 +61,26 @@ def test_only_layers_of_attention_are_counted():
         config_from_recipe({**RECIPE, "layers": plan, "full_layers": "2"})
     with pytest.raises(ValueError, match="window: expected a whole number of at least 1, got 0"):
         window_plan(6, 0, "last")
+    for count in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"num_layers: expected a whole number of at least 1, got {count}"):
+            window_plan(count, 8, "none")
     with pytest.raises(ValueError, match="this model has none; give it a window"):
         config_from_recipe({**RECIPE, "sliding_window": None, "full_layers": "last"})
+
+
+def test_first_tokens_are_kept_beside_windows_alone():
+    softmax = {**RECIPE, "score_function": "softmax", "slopes": "none", "sinks": 2}
+    config = config_from_recipe(softmax)
+    assert with_windows(config, dict.fromkeys(range(6))).sinks == 0
+    assert with_windows(config, {**dict.fromkeys(range(6)), 5: 4}).sinks == 2
+    # what an entry says of its own is not asked of the model
+    plan = ["mamba2", {"kind": "attention", "sinks": 0}, "attention"]
+    config = config_from_recipe({**softmax, "layers": plan})
+    for windows, sinks in (({1: 8, 2: None, 4: 8, 5: None}, 0), ({1: None, 2: None, 4: None, 5: 8}, 2)):
+        changed = with_windows(config, windows)
+        assert (changed.sinks, windows_of(changed)) == (sinks, windows)
+    with pytest.raises(ValueError, match=r"sinks: 2 first tokens .* full_layers 'every:1' leaves no layer one"):
+        config_from_recipe({**softmax, "full_layers": "every:1"})
 
 
 def test_sources_of_other_families():
@@ -74,6 +93,12 @@ def test_sources_of_other_families():
     theirs = Olmo3Config(**shape, sliding_window=8)
     before, after = convert_config(theirs), convert_config(theirs, 16, "0")
     assert full_layers(before) == [3]
+    for words in ("none", "last"):
+        with pytest.raises(ValueError, match=r"layer 3 of this model has none; give all .*--window 1024"):
+            convert_config(theirs, full_layers=words)
+    assert full_layers(convert_config(theirs, 16, "none")) == []
+    mistral = MistralConfig(**shape, num_key_value_heads=4, sliding_window=8)
+    assert full_layers(convert_config(mistral, full_layers="none")) == []
     assert [after.window(layer) for layer in range(6)] == [None, 16, 16, 16, 16, 16]
     assert [after.rotary(layer) for layer in range(6)] == [before.rotary(layer) for layer in range(6)]
     mamba = Mamba2Config(hidden_size=32, num_heads=4, head_dim=16, n_groups=1, num_hidden_layers=2)
