@@ -34,6 +34,6 @@ def test_extras_are_installed_by_a_command_that_works_and_by_one_function():
         # from an index of packages it cannot be had
         assert "pip install 'swat-lm" not in text, path
         named |= set(re.findall(r"install_extra\('(\w+)'\)", text))
-    assert named == {"model", "train", "eval", "gguf", "fla"}
+    assert named == {"model", "train", "eval", "gguf", "fla", "serve"}
     assert named <= extras.keys()
     assert install_extra("eval") == "pip install -e '.[eval]' in the folder of swat-lm's clone"

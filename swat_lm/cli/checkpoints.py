@@ -93,14 +93,15 @@ def behind_window(model: "PreTrainedModel", window: str, sinks: int | None = Non
 def matching_tokenizer(config: "PreTrainedConfig", folder: str, tokenizer: str | None) -> "PreTrainedTokenizerFast":
     """The tokenizer of a model; the model may have more ids than it (a padded vocabulary).
 
-    Tokens that were added to the tokenizer may lie beyond the model's (Gemma 3's, for images). Raises ValueError that
-    names both if it has fewer than the vocabulary itself.
+    Special tokens added to the tokenizer may lie beyond the model's (Gemma 3's, for images). Raises ValueError
+    that names both if it has fewer otherwise.
     """
     from swat_lm.data import load_tokenizer, vocabulary_size
 
     tokens = load_tokenizer(tokenizer or folder)
     known, has = vocabulary_size(tokens), cast(int, config.get_text_config().vocab_size)
-    if known > has >= tokens.vocab_size:
+    added = tokens.added_tokens_decoder
+    if known > has and all(number in added and added[number].special for number in range(has, known)):
         messages().print(
             f"note: {counted(known - has, 'token')} added to the tokenizer lie beyond the model's {has:,}: a text that "
             "names one cannot be read",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swat_lm.serve.sampler import SamplingError
+from swat_lm.words import install_extra
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -79,7 +80,7 @@ class ConstraintCompiler:
         Raises ConstraintError for a tokenizer that llguidance cannot read, for no end token and without llguidance.
         """
         if importlib.util.find_spec("llguidance") is None:
-            raise ConstraintError("structured output needs llguidance: pip install 'swat-lm[serve]'")
+            raise ConstraintError(f"structured output needs llguidance: {install_extra('serve')}")
         from llguidance.hf import from_tokenizer
 
         if not end_tokens:

@@ -191,5 +191,5 @@ def test_tokenizers_and_packages_that_cannot_serve(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConstraintError, match="needs a token that ends a text"):
         ConstraintCompiler(load_tokenizer("bytes"), [])
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ConstraintError, match=r"pip install 'swat-lm\[serve\]'"):
+    with pytest.raises(ConstraintError, match=r"pip install -e '.\[serve\]'"):
         bytes_compiler()
