@@ -22,6 +22,7 @@ from file_tree import tree
 from swat_lm.cli.information import describe_model, find_config
 from swat_lm.evaluate.table1 import GUESSING, MEASURED
 from swat_lm.files import write_text
+from swat_lm.words import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -30,6 +31,9 @@ EXPERIMENTS = ROOT / "docs" / "experiments.md"
 RESULTS = ROOT / "docs" / "results"
 DEMO_RESULT = RESULTS / "demo.json"
 DEMO_PLOT = ROOT / "docs" / "images" / "loss_by_length.png"
+# what `python -m benchmarks.checkpoint --record` found
+CHECKPOINT_RESULT = RESULTS / "smollm2.json"
+CHECKPOINT_PLOT = DEMO_PLOT.with_name("smollm2.png")
 
 
 def main() -> None:
@@ -61,16 +65,21 @@ def main() -> None:
 def blocks() -> dict[Path, dict[str, str]]:
     """Of each page the generated blocks by the names of their markers."""
     result = json.loads(DEMO_RESULT.read_text(encoding="utf-8")) if DEMO_RESULT.exists() else None
+    real = json.loads(CHECKPOINT_RESULT.read_text(encoding="utf-8"))
     return {
         README: {
             "demo": demo(result),
+            "checkpoint": checkpoint(real, shown=("full", "w256s0", "w1024s4", "third4"), far=True),
             "info": f"```text\n{info('swat-340m')}```",
             "claims": claims([json.loads(path.read_text(encoding="utf-8")) for path in records()]),
             "speed": speed(sorted((ROOT / "benchmarks" / "results").glob("*.json"))),
             "tree": f"```\n{tree(ROOT, folders_only=True)}```",
         },
         ARCHITECTURE: {"files": f"```\n{tree(ROOT)}```"},
-        EXPERIMENTS: {path.stem: recorded(json.loads(path.read_text(encoding="utf-8"))) for path in records()},
+        EXPERIMENTS: {
+            "smollm2": checkpoint(real),
+            **{path.stem: recorded(json.loads(path.read_text(encoding="utf-8"))) for path in records()},
+        },
     }
 
 
@@ -113,7 +122,7 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
 
 def records() -> list[Path]:
     """What is kept of experiments: `NAME-SCALE.json` of `reproduce`, `tasks.json` of the benchmarks."""
-    return sorted(path for path in RESULTS.glob("*.json") if path != DEMO_RESULT)
+    return sorted(path for path in RESULTS.glob("*.json") if path not in (DEMO_RESULT, CHECKPOINT_RESULT))
 
 
 def record_experiment(path: Path, commit: str) -> None:
@@ -212,6 +221,43 @@ def demo(result: dict[str, Any] | None) -> str:
         f"torch {machine['torch']}; the whole demo took {minutes(result['seconds'])}.",
     ]
     return "\n".join(lines)
+
+
+# a real checkpoint behind windows
+
+
+def checkpoint(result: dict[str, Any], shown: tuple[str, ...] = (), far: bool = False) -> str:
+    """Loss, state and speed of a checkpoint's plans; with `shown` only of these, and with `far` only at few lengths."""
+    plans = [plan for plan in result["plans"] if not shown or plan["name"] in shown]
+    curves = {plan["name"]: (plan["curve"] or {"points": []})["points"] for plan in plans}
+    lengths = sorted({point["length"] for points in curves.values() for point in points})
+    lengths = [length for length in lengths if length in (2048, 8192, 32768)] if far else lengths
+    head = ["what its layers see", *(f"loss at {length:,}" for length in lengths), "state bytes", "tokens/s"]
+    body = []
+    for plan in plans:
+        points = {point["length"]: point for point in curves[plan["name"]]}
+        speed = plan["decoding"]
+        cells = [f"{points[length]['tail_loss']:.3f}" if length in points else "" for length in lengths]
+        body.append([
+            plan["label"], *cells, f"{speed['state_bytes']:,}",
+            f"{speed['tokens_per_second']:.1f} ({speed['times_full']:.2f} x)",
+        ])  # fmt: skip
+    machine, context = result["machine"], result["context"]
+    parts = [rows(head, body)]
+    if far:
+        place = CHECKPOINT_PLOT.relative_to(ROOT).as_posix()
+        parts.insert(0, f"![Loss against the length of the context, SmolLM2-135M]({place})")
+    if result["stream"] and not far:
+        points = result["stream"]["points"]
+        head = ["", *(f"{point['length']:,} tokens" for point in points)]
+        losses = [f"{point['tail_loss']:.3f}" for point in points]
+        parts.append(rows(head, [["loss", *losses], ["state bytes", *(f"{p['state_bytes']:,}" for p in points)]]))
+    parts.append(
+        f"Loss of tokens N/2+1 .. N in nats; state of one stream in float32, and decoding at batch 1, after "
+        f"{context:,} tokens (medians of rounds in turns). {machine['processor']}, "
+        f"{counted(machine['threads'], 'thread')}, torch {machine['versions']['torch']}, commit {result['commit']}."
+    )
+    return "\n\n".join(parts)
 
 
 # the paper's experiments
