@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from swat_lm.layers.window_attention import WindowAttention
 
 SINK_POSITIONS = ("cache", "absolute")
-NAMES = ("sink_key", "sink_value", "sink_place", "sink_span")
 # of a row that sees no kept token; the log-sum-exp of the window is far above it, and finite where that is not
 NOTHING_SEEN = -1e30
 

@@ -1,1 +1,1 @@
-"""Running a trained model: sampling and endless streams over a state of constant size."""
+"""Running a trained model: many requests at once, sampling, endless streams over a state of constant size."""
