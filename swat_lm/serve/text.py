@@ -157,6 +157,11 @@ class ReplyText:
         """
         return "" if self.ended is not None else self._flush(reason, None, self.count)
 
+    @property
+    def shown(self) -> tuple[int, str]:
+        """How many tokens lie wholly in the text given out so far, and the text given out after those."""
+        return (self._kept, self._text[: self._given]) if self.ended is None else (self.ended.kept, self.ended.tail)
+
     def _flush(self, reason: str, token: int | None, count: int) -> str:
         """Give out what is held, unless a stop string is complete in it after all."""
         given = self._take(self._assembler.finish())
