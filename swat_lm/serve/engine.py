@@ -141,20 +141,20 @@ class Engine:
         self._requests.pop(key, None)
         return self.scheduler.abort(key)
 
-    def stop(self, key: Hashable) -> int | None:
-        """End a request that keeps its slot where it stands; the slot that is kept, None where it has none yet.
+    def stop(self, key: Hashable) -> Event:
+        """End a request that keeps its slot where it stands; the event that says so names the slot.
 
-        For its keeper, between steps: where nothing was decoded yet, or too much, the slot goes back to where the
-        request began (`roll_back`). One that has not started leaves the slot that it brought as it was. Raises
-        ValueError where no such request is there.
+        For its keeper, between steps: where nothing was decoded yet, or too much, the slot may go back to where the
+        request began (`roll_back`). One that has not started leaves the slot that it brought as it was, and none where
+        it brought none. Raises ValueError where no such request is there.
         """
         running = self._requests.get(key)
         if running is None or not running.keeps:
             raise ValueError(f"key: expected a request that keeps its slot, got {key!r}")
-        count = sum(fed.count for fed in running.fed)
-        slot = self.scheduler.stop(key, running.generation.held + count)
+        held = running.generation.held + sum(fed.count for fed in running.fed)
+        slot = self.scheduler.stop(key, held)
         del self._requests[key]
-        return slot
+        return Event(key, ended="stopped", slot=slot, held=None if slot is None else held, fed=tuple(running.fed))
 
     @torch.inference_mode()
     def roll_back(self, slot: int, held: int) -> None:
@@ -357,7 +357,7 @@ class Engine:
         if not (self.restorable and running is not None and running.keeps and running.slot >= 0):
             self.abort(key)
             return event
-        slot = self.stop(key)
+        slot = self.stop(key).slot
         assert slot is not None
         self.roll_back(slot, running.generation.held)
         return replace(event, slot=slot, held=running.generation.held)

@@ -107,8 +107,10 @@ class Event:
     """Of a piece that was read: its tokens, but the prompt's first, with their log-probabilities."""
     ended: str | None = None
     """The reason of `ReplyText.ended`; "constraint" where nothing may follow; "read" where nothing was to be drawn;
-    "error", after which the request brings nothing more."""
+    "error", after which the request brings nothing more; "stopped" by its keeper."""
     error: str | None = None
+    cause: Literal["storage"] | None = None
+    """Of an "error" that lies with what a session is kept in, and not with the request."""
     shown: tuple[int, str] = (0, "")
     """What is out of the reply's text by now: so many tokens wholly, and this text of those after them."""
     slot: int | None = None

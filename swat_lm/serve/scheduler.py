@@ -108,6 +108,12 @@ class Scheduler(ABC):
         missing = (entry.num_lacking - len(self._free) for entry in self.queue.values() if entry.num_lacking)
         return max(0, next(missing, 0))
 
+    @property
+    def first_lacking(self) -> Hashable | None:
+        """The first in line that lacks slots, where one does."""
+        lacking = (key for key, entry in self.queue.items() if entry.num_lacking)
+        return next(lacking, None) if self.lacking_slots else None
+
     def add(self, request: Request) -> None:
         """Put a request in line. Raises RequestError where it cannot be served; nothing is changed then."""
         limits = self.limits
