@@ -1,0 +1,176 @@
+"""From the engine's events to an answer: the one place that submits, listens, and gives up for who has gone away."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Sequence
+from contextlib import aclosing, suppress
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from swat_lm.serve.generation import Event, Generation
+from swat_lm.serve.http import errors
+from swat_lm.serve.http.asking import API_NAMES, Served
+from swat_lm.serve.http.errors import ApiError
+from swat_lm.serve.http.metrics import Metrics
+
+__all__ = ["DONE", "ClientGoneError", "EventStream", "Running", "sse", "unless_gone"]
+
+T = TypeVar("T")
+DONE = "data: [DONE]\n\n"
+logger = logging.getLogger(__name__)
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Running:
+    """The generations that one HTTP request asked for; leaving it ends those that still run."""
+
+    def __init__(self, served: Served, metrics: Metrics, generations: Sequence[Generation]) -> None:
+        self._host, self._metrics = served.host, metrics
+        self.generations = list(generations)
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._left = {number: set(range(one.sampling.n)) for number, one in enumerate(generations)}
+
+    async def start(self) -> Self:
+        """Put all in line. Raises ApiError, with none of them left in it."""
+        loop, begin = asyncio.get_running_loop(), time.monotonic()
+        try:
+            waits = []
+            for number, generation in enumerate(self.generations):
+                watch = self._metrics.watch_reply(begin)
+                deliver = partial(self._deliver, loop, watch, number)
+                waits.append(asyncio.wrap_future(self._host.submit(generation, deliver)))
+            results = await asyncio.gather(*waits, return_exceptions=True)
+            for found in results:
+                if isinstance(found, Exception):
+                    raise errors.of(found, {**API_NAMES, "samples": "n", "tokens": "prompt"})
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End what still runs; its slots are free with the next step."""
+        for number, left in self._left.items():
+            if left:
+                # nobody waits for it: it is done between two steps, or not needed any more
+                self._host.abort(self.generations[number].key)
+        self._left = {}
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop, watch: Any, number: int, event: Event) -> None:
+        watch(event)
+        loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        """Events with the number of their generation, until all have ended. Raises ApiError for one that failed."""
+        while any(self._left.values()):
+            number, event = await self._events.get()
+            if event.ended == "error":
+                self._left[number] = set()
+                raise self._failure(number, event)
+            if event.ended == "read":
+                self._left[number] = set()
+            elif event.ended is not None:
+                self._left[number].discard(event.sample)
+            yield number, event
+
+    def _failure(self, number: int, event: Event) -> ApiError:
+        if self._host.status in ("stopped", "failed", "draining"):
+            return ApiError(503, str(event.error), code=f"server_{self._host.status}")
+        if self.generations[number].constraint is not None:
+            # what it must follow is the request's own
+            return ApiError(400, f"response_format: {event.error}", "response_format", "constraint_failed")
+        return ApiError(500, f"the engine ended this request: {event.error}", code="generation_failed")
+
+
+async def gone(receive: Receive) -> None:
+    """Until the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What some work gives, which is given up when the client goes away. Raises ClientGoneError then."""
+    return await first_of(request.receive, work)
+
+
+async def first_of(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What some work gives, unless a disconnection comes first."""
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise ClientGoneError
+    finally:
+        for one in (doing, leaving):
+            one.cancel()
+        await settled(doing, leaving)
+
+
+async def settled(*tasks: Awaitable[Any]) -> None:
+    """Until tasks that were cancelled have ended."""
+    with suppress(asyncio.CancelledError):
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events of a generator, which is closed when they end or the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, lines: AsyncGenerator[str]) -> None:
+        super().__init__(media_type=self.media_type)
+        self._lines = lines
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        # nginx would keep them until a buffer is full
+        self.headers["x-accel-buffering"] = "no"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them as they come."""
+        try:
+            await first_of(receive, self._send(send))
+        except ClientGoneError:
+            scope["state"]["gone"] = True
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self._lines):
+            try:
+                async for line in self._lines:
+                    await send(chunk(line))
+            except Exception:
+                # the status is sent already: what went wrong can only be said here
+                logger.exception("a stream has failed")
+                await send(chunk(sse(ApiError(500, "a defect of the server; its log says more").body()) + DONE))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def chunk(line: str) -> Message:
+    """A part of a body."""
+    return {"type": "http.response.body", "body": line.encode(), "more_body": True}
+
+
+def sse(data: BaseModel | dict[str, Any], event: str | None = None) -> str:
+    """One server-sent event; a model without the fields that nobody set."""
+    text = data.model_dump_json(exclude_unset=True) if isinstance(data, BaseModel) else json.dumps(data)
+    return f"data: {text}\n\n" if event is None else f"event: {event}\ndata: {text}\n\n"
