@@ -23,7 +23,8 @@ from swat_lm.serve.sessions.store import FolderStore, Store
 from swat_lm.serve.sessions.turns import Turns
 
 TOKENIZER = load_tokenizer("bytes")
-TOKENIZER.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+ROLES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
+TOKENIZER.chat_template = ROLES + "{% if add_generation_prompt %}<assistant>{% endif %}"
 PLANS = {
     "windows": [{"kind": "attention", "sliding_window": 6, "sinks": 2, "score_function": "softmax", "slopes": "none"},
                 {"kind": "attention", "sliding_window": 5}],
