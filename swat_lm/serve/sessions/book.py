@@ -100,6 +100,8 @@ class Book:
         self.clock, self._looked = clock, clock()
         self._sessions: dict[str, Session] = {}
         self._store_failed = False
+        self.pending = 0
+        """Things that other threads do now, after which something is left to do here."""
 
     def take(self, name: str, kind: str | None = None) -> "Session | None":
         """A session that is here, busy from now on; None where it is not. Raises SessionError."""
@@ -320,7 +322,13 @@ class Book:
 
     def run_in(self, executor: Executor, job: Callable[[], Result], then: "Callable[[Future[Result]], None]") -> None:
         """Do something in another thread; then go on in the engine's."""
-        executor.submit(job).add_done_callback(lambda done: self.front.post(partial(then, done)))
+
+        def back(done: "Future[Result]") -> None:
+            self.pending -= 1
+            then(done)
+
+        self.pending += 1
+        executor.submit(job).add_done_callback(lambda done: self.front.post(partial(back, done)))
 
 
 def finish(result: "Future[Any]", error: BaseException | None = None, value: Any = None) -> None:

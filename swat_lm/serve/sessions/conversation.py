@@ -1,14 +1,14 @@
 """Messages as tokens: what a chat model's template writes of them, or of those that a session does not hold yet."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from jinja2 import TemplateError
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from swat_lm.serve.sessions.record import Record, SessionError, digest, digests
 
 __all__ = ["Conversation", "Message", "begin_chat", "continue_chat"]
 
+Write = Callable[[Sequence[Mapping[str, str]]], str]
+"""Messages as a chat template writes them, up to where the next reply goes; see language.py."""
 # stands for the last reply where a template is asked what it writes behind one
 REPLY = "\N{INVISIBLE SEPARATOR}reply\N{INVISIBLE SEPARATOR}"
 
@@ -34,13 +34,13 @@ class Conversation(NamedTuple):
         return self.messages + 1, digest(self.chain, "assistant", text)
 
 
-def begin_chat(tokenizer: Any, messages: Sequence[Message]) -> Conversation:
+def begin_chat(write: Write, messages: Sequence[Message]) -> Conversation:
     """A conversation's beginning, up to where the reply goes. Raises ValueError for what the template refuses."""
     chain = digests(messages)
-    return Conversation(written(tokenizer, messages), len(messages), chain[-1] if chain else "", first_system(messages))
+    return Conversation(written(write, messages), len(messages), chain[-1] if chain else "", first_system(messages))
 
 
-def continue_chat(tokenizer: Any, record: Record, messages: Sequence[Message]) -> Conversation:
+def continue_chat(write: Write, record: Record, messages: Sequence[Message]) -> Conversation:
     """What follows a session's last reply: of a conversation that it holds the rest, else all of the messages.
 
     Raises:
@@ -52,7 +52,7 @@ def continue_chat(tokenizer: Any, record: Record, messages: Sequence[Message]) -
     before = [Message("user", "-"), Message("assistant", REPLY)]
     if record.system is not None:
         before.insert(0, Message("system", "-"))
-    whole = written(tokenizer, [*before, *new])
+    whole = written(write, [*before, *new])
     if REPLY not in whole:
         raise ValueError(
             "messages: the chat template writes a reply otherwise than as it is, so no session can hold it"
@@ -91,12 +91,6 @@ def first_system(messages: Sequence[Message]) -> str | None:
     return digest("", *messages[0]) if messages and messages[0].role in ("system", "developer") else None
 
 
-def written(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """As the tokenizer's template writes them, up to where the next reply goes."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("messages: the model's tokenizer has no chat template; use completions, which take plain text")
-    try:
-        given = [message._asdict() for message in messages]
-        return str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
+def written(write: Write, messages: Sequence[Message]) -> str:
+    """As a template writes them."""
+    return write([message._asdict() for message in messages])

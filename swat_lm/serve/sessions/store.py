@@ -73,7 +73,8 @@ class FolderStore(Store):
         self.folder = folder
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / LOCK)
+            # let go in another thread than the one that took it
+            self._lock = FileLock(folder / LOCK, thread_local=False)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:

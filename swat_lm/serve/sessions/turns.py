@@ -177,3 +177,7 @@ class Turns:
             running.deliver(event)
         if session.unsaved >= self.book.policy.every:
             self.book.save(session)
+
+    def close(self) -> None:
+        """Prepare no more."""
+        self._texts.shutdown()

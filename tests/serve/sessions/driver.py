@@ -33,6 +33,10 @@ PLANS = {
 }  # fmt: skip
 
 
+def written(messages: Any) -> str:
+    return str(TOKENIZER.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
 def built(plan: str, seed: int = 0) -> SwatForCausalLM:
     torch.manual_seed(seed)
     return SwatForCausalLM(SwatConfig(
@@ -110,7 +114,7 @@ class Server:
             if isinstance(said, str):
                 text, conversation = said, None
             else:
-                conversation = continue_chat(TOKENIZER, record, said) if record.turns else begin_chat(TOKENIZER, said)
+                conversation = continue_chat(written, record, said) if record.turns else begin_chat(written, said)
                 text = conversation.text
             tokens = TOKENIZER.encode(text, add_special_tokens=False)
             return Asked(Generation(key, tokens, options), conversation)
