@@ -25,6 +25,7 @@ from swat_lm.cli import (
     recipes,
     reproduction,
     run_report,
+    serving,
     studies,
     training,
     tuning,
@@ -66,7 +67,7 @@ measurements = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Me
 COMMANDS: dict[typer.Typer, tuple[Callable[..., None], ...]] = {
     application: (
         demonstration.demo, training.train, preparation.tokenizer, preparation.prepare, generation.generate,
-        reproduction.reproduce, studies.study, run_report.report, recipes.recipes, information.info,
+        serving.serve, reproduction.reproduce, studies.study, run_report.report, recipes.recipes, information.info,
         conversion.convert, tuning.tune,
     ),
     measurements: (length.length, recall.recall, recall.reach, diagnosis.diagnose, benchmarks.tasks),

@@ -257,7 +257,7 @@ class Host:
         try:
             self._engine = self._open()
         except BaseException as error:
-            logger.exception("the model could not be loaded")
+            # whoever opened the host says it, by `failure`
             self._fail(error)
             return
         with self._changed:

@@ -140,7 +140,7 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
             return await endpoint.handler(request, served)
 
         async def running_of(generations: Sequence[Generation]) -> Running:
-            return await Running(served, app.state.metrics, generations).start()
+            return await Running(served, app.state.metrics, generations, request.state.told).start()
 
         return await endpoint.handler(request, served, running_of)
 

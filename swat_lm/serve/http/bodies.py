@@ -87,7 +87,9 @@ def unknown_field(name: str, known: list[str]) -> ApiError:
 
 def explained(error: ValidationError) -> ApiError:
     """One thing that is wrong with a body: the one that lies deepest."""
-    found = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+    errors = error.errors(include_url=False)
+    # of a text or a list, where it was no text, what is wrong with the list says more
+    found = max(errors, key=lambda one: (len(one["loc"]), one["type"] != "string_type"))
     # where a field may be of two types, the library puts the type's name behind the field's
     path = [part for part in found["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".") or None
@@ -97,7 +99,8 @@ def explained(error: ValidationError) -> ApiError:
         return ApiError(400, f"unknown field {shortened(str(param))!r}; leave it out", param, "unknown_field")
     if found["type"] == "value_error":
         return ApiError(400, str(found.get("ctx", {})["error"]), param)
-    said = found["msg"][:1].lower() + found["msg"][1:]
+    is_either = found["type"] == "list_type" and any(one["type"] == "string_type" for one in errors)
+    said = "expected a text or a list" if is_either else found["msg"][:1].lower() + found["msg"][1:]
     return ApiError(400, f"{param}: {said}; got {shortly(found['input'])}", param)
 
 

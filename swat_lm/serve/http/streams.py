@@ -35,8 +35,11 @@ class ClientGoneError(Exception):
 class Running:
     """The generations that one HTTP request asked for; leaving it ends those that still run."""
 
-    def __init__(self, served: Served, metrics: Metrics, generations: Sequence[Generation]) -> None:
-        self._host, self._metrics = served.host, metrics
+    def __init__(
+        self, served: Served, metrics: Metrics, generations: Sequence[Generation], told: dict[str, Any]
+    ) -> None:
+        """`told` gets what the log line is to say of them."""
+        self._host, self._metrics, self._told = served.host, metrics, told
         self.generations = list(generations)
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._left = {number: set(range(one.sampling.n)) for number, one in enumerate(generations)}
@@ -83,6 +86,7 @@ class Running:
         """Events with the number of their generation, until all have ended. Raises ApiError for one that failed."""
         while any(self._left.values()):
             number, event = await self._events.get()
+            self._told["completion_tokens"] = self._told.get("completion_tokens", 0) + (event.choice is not None)
             if event.ended == "error":
                 self._left[number] = set()
                 raise self._failure(number, event)

@@ -18,6 +18,7 @@ __all__ = ["GONE", "JsonLines", "Watch"]
 
 # as nginx writes it: the client closed the connection before there was an answer
 GONE = 499
+QUIET = ("/health", "/ready", "/metrics")
 access = logging.getLogger("swat_lm.serve.access")
 
 
@@ -70,7 +71,9 @@ class Watch:
         self._metrics.requests.labels(endpoint, str(status)).inc()
         self._metrics.seconds.labels(endpoint).observe(seconds)
         client = scope.get("client")
-        access.info("request", extra={"fields": {
+        # what watches over the server asks every few seconds
+        level = logging.DEBUG if endpoint in QUIET else logging.INFO
+        access.log(level, "request", extra={"fields": {
             "request_id": name, "client": client[0] if client else None, "method": scope["method"],
             "path": scope["path"][:200], "status": status, "seconds": round(seconds, 4),
             **scope["state"].get("told", {}),
