@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 
@@ -14,7 +12,10 @@ import pytest
 
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.cli.serving import KEY_VARIABLE, keys_of, model_name, size_of
+from tests.forked import begin
 from tests.serve.hosting import until
+
+PROGRAM = "import sys; from swat_lm.cli.application import run_application; sys.exit(run_application(sys.argv[1:]))"
 
 
 def test_bytes_are_written_as_people_do():
@@ -58,7 +59,7 @@ def test_what_cannot_be_served_is_one_line(cli, exported: Path, tmp_path: Path, 
         ((exported, "--context", 100), "--context: every slot of this model holds a text of any length; leave it out"),
         ((exported, "--slots", 2, "--memory", "1GiB"), "--slots and --memory: give one of them"),
         ((exported, "--memory", "10"), "--memory: a slot takes"),
-        ((exported, "--token-budget", 20, "--prefill-chunk", 20), "--token-budget: expected above --prefill-chunk (20)"),
+        ((exported, "--token-budget", 20, "--prefill-chunk", 20), "--token-budget: expected above"),
         ((exported, "--rate-limit", 0), "--rate-limit: expected a number above 0"),
         ((exported, "--max-body", "x"), "--max-body: expected bytes"),
         ((exported, "--host", "no.such.host.invalid"), "--host no.such.host.invalid: no such address"),
@@ -80,35 +81,29 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(cli, exported: Path, tmp_
     assert ran.err.rstrip().splitlines()[-1].startswith("error: no tokenizer at"), ran.err
 
 
-def test_it_serves_and_ends_with_a_signal(exported: Path, tmp_path: Path):
+def test_it_serves_and_ends_with_a_signal(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     place = tmp_path / "tiny" / "export"
     place.parent.mkdir()
     place.symlink_to(exported)
-    keys = tmp_path / "keys"
-    keys.write_text("a-key-of-mine\n")
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "swat_lm.cli", "serve", "tiny", "--port", "0", "--host", "0.0.0.0", "--slots", "2",
-         "--api-key-file", str(keys)],
-        cwd=tmp_path, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    said = Path(log.name)
+    Path("keys").write_text("a-key-of-mine\n")
+    said = tmp_path / "said"
+    options = ("--port", "0", "--host", "0.0.0.0", "--slots", "2", "--api-key-file", "keys")
+    process = begin(PROGRAM, "serve", "tiny", *options, output=said, environment={"HF_HUB_OFFLINE": "1"})
     try:
-        until(lambda: "ready: 2 slots of" in said.read_text(), 60)
-        port = re.search(r"listening on http://0\.0\.0\.0:(\d+), model '(\w+)'; loading", said.read_text())
-        assert port is not None
-        body = json.dumps({"model": port[2], "prompt": "a", "max_tokens": 3, "ignore_eos": True}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port[1]}/v1/completions", body, {
-            "content-type": "application/json", "authorization": "Bearer a-key-of-mine",
-        })  # fmt: skip
+        until(lambda: said.exists() and "ready: 2 slots of" in said.read_text(), 60)
+        found = re.search(r"listening on http://0\.0\.0\.0:(\d+), model '(\w+)'; loading", said.read_text())
+        assert found is not None
+        body = json.dumps({"model": found[2], "prompt": "a", "max_tokens": 3, "ignore_eos": True}).encode()
+        headers = {"content-type": "application/json", "authorization": "Bearer a-key-of-mine"}
+        request = urllib.request.Request(f"http://127.0.0.1:{found[1]}/v1/completions", body, headers)
         answer = json.load(urllib.request.urlopen(request, timeout=20))
         assert answer["usage"]["completion_tokens"] == 3
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        os.kill(process.pid or 0, signal.SIGTERM)
+        process.join(20)
+        assert process.exitcode == 0
     finally:
         process.kill()
-        process.wait(20)
-        log.close()
     text = said.read_text()
     assert text.endswith("stopped\n")
     assert "a-key-of-mine" not in text
