@@ -8,25 +8,22 @@ and between sizes it differs by the rounding of the dtype (docs/serving.md). For
 Legend: N slots, B rows of a batch, T tokens of a piece, V vocabulary.
 """
 
-from bisect import bisect_right
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swat_lm.model.configuration import SwatConfig
-from swat_lm.model.cost import layers_without_weights, state_bytes
 from swat_lm.model.modeling import SwatForCausalLM
-from swat_lm.serve.generation import Event, Generation, is_whole
+from swat_lm.serve.generation import Event, Fed, Generation
+from swat_lm.serve.pool import batch_sizes, most_spare
 from swat_lm.serve.requests import Limits, Piece, Request, Row, Step
 from swat_lm.serve.sampler import SamplingError, StreamSampler, choose, token_logprobs
 from swat_lm.serve.scheduler import SCHEDULERS
 from swat_lm.serve.text import ReplyText
 
-__all__ = ["Engine", "Event", "Generation", "slots_in"]
+__all__ = ["Engine", "Event", "Generation"]
 
 # tokens that a reply without a limit may have: more than any lifetime
 ENDLESS = 2**60
@@ -52,8 +49,23 @@ class Running:
     replies: list[Reply]
     slot: int = -1
     """Of its prompt; -1 until it starts."""
+    fed: list[Fed] = field(default_factory=list)
+    """How its slot has read, where the slot is kept."""
     logits: Tensor | None = None
     """`[1, V]` after what was read last, where the next piece's first token is to be weighed by them."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether its slot is kept when it ends."""
+        return self.generation.keep or self.generation.slot is not None
+
+    def note_step(self, size: int, place: int) -> None:
+        """Its slot has read a token in a row of a batch."""
+        last = self.fed[-1]
+        if (last.kind, last.size, last.place) == ("step", size, place):
+            self.fed[-1] = last._replace(count=last.count + 1)
+        else:
+            self.fed.append(Fed("step", size, place, 1))
 
 
 class Engine:
@@ -66,6 +78,7 @@ class Engine:
         tokenizer: Any,
         end_tokens: Collection[int] = (),
         policy: str = "first-come",
+        restorable: bool = False,
     ) -> None:
         """Take memory for the pool; nothing is allocated for it later.
 
@@ -74,6 +87,8 @@ class Engine:
             tokenizer: anything with Hugging Face's `decode`.
             end_tokens: ids that end a text.
             policy: a row of SCHEDULERS.
+            restorable: have a second place for every slot, where what a request goes on from is copied if it keeps its
+                slot: so the slot can go back there (`roll_back`), and does where the request fails.
 
         Raises:
             ValueError: an unknown policy, or a model that grows without a capacity.
@@ -83,8 +98,10 @@ class Engine:
         self.model, self.tokenizer, self.end_tokens = model.eval(), tokenizer, frozenset(end_tokens)
         self.scheduler = SCHEDULERS[policy](limits)
         self.batches = batch_sizes(limits.num_slots)
-        # rows that only fill a batch up have slots too, which nobody reads
-        self.slots = model.init_state(limits.num_slots + most_spare(limits.num_slots), capacity=limits.capacity)
+        self.restorable = restorable
+        # rows that only fill a batch up have slots too, which nobody reads; the places to go back to come last
+        places = limits.num_slots + most_spare(limits.num_slots) + restorable * limits.num_slots
+        self.slots = model.init_state(places, capacity=limits.capacity)
         if self.slots.grows and limits.capacity is None:
             raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
         # requests come and go at positions of their own
@@ -123,6 +140,33 @@ class Engine:
         """
         self._requests.pop(key, None)
         return self.scheduler.abort(key)
+
+    def stop(self, key: Hashable) -> Event:
+        """End a request that keeps its slot where it stands; the event that says so names the slot.
+
+        For its keeper, between steps: where nothing was decoded yet, or too much, the slot may go back to where the
+        request began (`roll_back`). One that has not started leaves the slot that it brought as it was, and none where
+        it brought none. Raises ValueError where no such request is there.
+        """
+        running = self._requests.get(key)
+        if running is None or not running.keeps:
+            raise ValueError(f"key: expected a request that keeps its slot, got {key!r}")
+        held = running.generation.held + sum(fed.count for fed in running.fed)
+        slot = self.scheduler.stop(key, held)
+        del self._requests[key]
+        return Event(key, ended="stopped", slot=slot, held=None if slot is None else held, fed=tuple(running.fed))
+
+    @torch.inference_mode()
+    def roll_back(self, slot: int, held: int) -> None:
+        """Let a kept slot hold the `held` tokens again which it held when the last request that had it began.
+
+        Raises ValueError in an engine that is not `restorable`, and for a slot that is not kept.
+        """
+        if not self.restorable:
+            raise ValueError("roll_back: expected an engine made with restorable=True, which keeps what to go back to")
+        self.scheduler.hold(slot, held)
+        at = torch.tensor([slot])
+        self.slots.copy(*(self._on_device(numbers) for numbers in (at + self._first_place, at)))
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -186,7 +230,9 @@ class Engine:
             if running is not None and running.replies[sample].text.ended is None:
                 try:
                     text = running.replies[sample].text.finish("length")
-                    events.append(Event(key, sample, text=text, ended="length"))
+                    events.append(
+                        Event(key, sample, text=text, ended="length", shown=running.replies[sample].text.shown)
+                    )
                 except Exception as error:
                     events.append(self._fail(key, error))
         return [self._finished(event) for event in events]
@@ -197,10 +243,9 @@ class Engine:
         if event.ended is None or running is None or not all(reply.text.ended for reply in running.replies):
             return event
         del self._requests[event.key]
-        generation = running.generation
-        if generation.slot is None and not generation.keep:
+        if not running.keeps:
             return event
-        return replace(event, slot=running.slot, held=self.scheduler.kept[running.slot])
+        return replace(event, slot=running.slot, held=self.scheduler.kept[running.slot], fed=tuple(running.fed))
 
     def _request(self, generation: Generation) -> Request:
         limits, sampling = self.scheduler.limits, generation.sampling
@@ -216,13 +261,15 @@ class Engine:
         """A piece of a prompt into its slot; logits after it are kept where they are needed."""
         running = self._requests[piece.key]
         generation, slot = running.generation, self._on_device(torch.tensor([piece.slot]))
-        running.slot = piece.slot
-        if piece.start == 0 and generation.slot is None:
-            self.slots.reset(slot)
+        if piece.start == 0:
+            self._begin(running, slot)
+            running.slot = piece.slot
         part = list(running.tokens[piece.start : piece.start + piece.count])
         hidden = self.model.extend(
             self._on_device(torch.tensor([part])), self.slots, slot=slot, num_past=generation.held + piece.start
         )
+        if running.keeps:
+            running.fed.append(Fed("piece", piece.count, 0, piece.count))
         events = []
         if generation.prompt_logprobs is not None:
             logits = self.model.lm_head(hidden)[0]
@@ -238,6 +285,18 @@ class Engine:
             running.logits = None
             events.append(Event(piece.key, ended="read"))
         return events
+
+    def _begin(self, running: Running, slot: Tensor) -> None:
+        """Let the slot hold what the request goes on from, and remember that where it can go back."""
+        generation = running.generation
+        if generation.snapshot is not None:
+            self.slots.restore(slot, generation.snapshot)
+            # as large as a slot, and read
+            running.generation = replace(generation, snapshot=None)
+        elif generation.slot is None:
+            self.slots.reset(slot)
+        if self.restorable and running.keeps:
+            self.slots.copy(slot, slot + self._first_place)
 
     def _draw_first(self, key: Hashable) -> list[Event]:
         """The first token of every reply to a prompt that is read; none where it was only to be read."""
@@ -260,6 +319,9 @@ class Engine:
             # they read one token for ever, and never fill up
             self.slots.position[self._on_device(torch.tensor(spare))] = 0
         logits = self.model.decode_step(self._on_device(tokens), self.slots, slot, batch_invariant=True)
+        for place, (key, _) in enumerate(names):
+            if (running := self._requests[key]).keeps:
+                running.note_step(size, place)
         return self._draw(names, logits[: len(rows)])
 
     def _draw(self, names: Sequence[tuple[Hashable, int]], logits: Tensor) -> list[Event]:
@@ -285,13 +347,25 @@ class Engine:
             except Exception as error:
                 events.append(self._fail(key, error))
                 continue
-            events.append(Event(key, sample, choice, text, ended=ended))
+            events.append(Event(key, sample, choice, text, ended=ended, shown=reply.text.shown))
         return events
 
     def _fail(self, key: Hashable, error: Exception) -> Event:
-        self.abort(key)
         says_it = isinstance(error, RuntimeError | ValueError) and str(error)
-        return Event(key, ended="error", error=str(error) if says_it else f"{type(error).__name__}: {error}")
+        event = Event(key, ended="error", error=str(error) if says_it else f"{type(error).__name__}: {error}")
+        running = self._requests.get(key)
+        if not (self.restorable and running is not None and running.keeps and running.slot >= 0):
+            self.abort(key)
+            return event
+        slot = self.stop(key).slot
+        assert slot is not None
+        self.roll_back(slot, running.generation.held)
+        return replace(event, slot=slot, held=running.generation.held)
+
+    @property
+    def _first_place(self) -> int:
+        """How far behind a slot its place to go back to lies."""
+        return self.slots.num_slots - self.scheduler.limits.num_slots
 
     def _batch_of(self, count: int) -> int:
         """The batch in which so many rows are decoded."""
@@ -299,42 +373,3 @@ class Engine:
 
     def _on_device(self, numbers: Tensor) -> Tensor:
         return numbers.to(self.slots.position.device)
-
-
-def batch_sizes(num_slots: int) -> tuple[int, ...]:
-    """Powers of two below the number of slots, and that number."""
-    return (*(1 << power for power in range((num_slots - 1).bit_length())), num_slots)
-
-
-def slots_in(config: SwatConfig, memory: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> int:
-    """How many slots fit into `memory` bytes, with those that fill batches up.
-
-    Args:
-        capacity: tokens that a slot holds where a layer keeps everything.
-        dtype: the model's; None: that of the configuration, where a checkpoint was loaded as it is.
-
-    Raises:
-        ValueError: not one fits, no dtype is known, or a layer keeps everything and no capacity is given.
-    """
-    known = config.dtype if dtype is None else dtype
-    if not isinstance(known, torch.dtype):
-        raise ValueError(f"dtype: expected the model's, which this configuration does not name, got {known!r}; give it")
-    for name, value in (("memory", memory), ("capacity", capacity)):
-        if (value is not None or name == "memory") and (not is_whole(value) or value < 1):
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    if capacity is None and any(entry.kind == "growing" for layer in layers_without_weights(config)
-                                for entry in layer.state_spec()):  # fmt: skip
-        raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
-    # and two numbers of 8 bytes that say where it stands
-    each = state_bytes(config, context=capacity, dtype_bytes=known.itemsize) + 16
-    fits = memory // each
-    count = bisect_right(range(fits + 1), fits, lo=1, key=lambda count: count + most_spare(count)) - 1
-    if count < 1:
-        raise ValueError(f"memory: a slot takes {each:,} bytes, {memory:,} are too few; give more, or a smaller window")
-    return count
-
-
-def most_spare(num_slots: int) -> int:
-    """Rows that fill up the batch which needs most of them."""
-    sizes = batch_sizes(num_slots)
-    return max((large - small - 1 for small, large in pairwise(sizes)), default=0)

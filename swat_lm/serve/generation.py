@@ -1,14 +1,28 @@
 """What an engine is asked and what it answers: a prompt with what is to be drawn after it, and what a step brought."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import Literal, NamedTuple, TypeGuard
+
+from torch import Tensor
 
 from swat_lm.serve.requests import RequestError
 from swat_lm.serve.sampler import Choice, TokenConstraint
 from swat_lm.serve.sampling import MOST_LOGPROBS, Sampling
 
-__all__ = ["Event", "Generation"]
+__all__ = ["Event", "Fed", "Generation"]
+
+
+class Fed(NamedTuple):
+    """How some tokens of a slot were read; to read them so again gives the same bits."""
+
+    kind: Literal["piece", "step"]
+    """Together in one call, or one after the other in batches of rows."""
+    size: int
+    """Tokens of the call, or rows of the batches."""
+    place: int
+    """Where they began in the call, or which row they had."""
+    count: int
 
 
 @dataclass(frozen=True)
@@ -30,12 +44,15 @@ class Generation:
     prompt_logprobs: int | None = None
     """Alternatives whose log-probabilities come with every token of the prompt but the first, 0 to 20; None: none."""
     held: int = 0
-    """Tokens that the slot it brings has read."""
+    """Tokens that the slot it brings has read, or that its snapshot holds."""
     slot: int | None = None
     """A kept slot that it goes on in; None: an empty one."""
+    snapshot: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    """What `Slots.snapshot` gave of one slot of this model: an empty one starts from it."""
     keep: bool = False
     """Whether its slot is kept when it ends, until `Engine.scheduler.release`; one that it brought always is. Where it
-    fails or is aborted neither is; only one that it brought, and has not started to read in, stays as it was."""
+    fails or is aborted neither is, but for one that it brought and has not started to read in. An engine whose slots
+    can be restored keeps a slot that failed too, with what it held before."""
 
     def check(self, vocabulary: int) -> None:
         """Raise RequestError (`invalid`) for values that no request to a model of so many tokens can have."""
@@ -51,8 +68,12 @@ class Generation:
             if not is_whole(value) or value < 0 or (most is not None and value > most):
                 span = "from 0" if most is None else f"from 0 to {most}"
                 raise invalid(f"{name}: expected a whole number {span}, got {value!r}")
-        if self.slot is None and self.held:
-            raise invalid(f"held: expected 0 without a slot, since an empty one has read nothing; got {self.held}")
+        if self.slot is not None and self.snapshot is not None:
+            raise invalid("snapshot: expected none with a slot of its own, which holds what the request goes on from")
+        known = 0 if self.snapshot is None else int(self.snapshot["position"][0])
+        if self.slot is None and self.held != known:
+            raise invalid(f"held: expected {known}, what {'an empty slot' if known == 0 else 'the snapshot'} has read; "
+                          f"got {self.held}")  # fmt: skip
         try:
             self.sampling.check_token_ids(vocabulary)
         except ValueError as error:
@@ -86,13 +107,19 @@ class Event:
     """Of a piece that was read: its tokens, but the prompt's first, with their log-probabilities."""
     ended: str | None = None
     """The reason of `ReplyText.ended`; "constraint" where nothing may follow; "read" where nothing was to be drawn;
-    "error", after which the request brings nothing more."""
+    "error", after which the request brings nothing more; "stopped" by its keeper."""
     error: str | None = None
+    cause: Literal["storage"] | None = None
+    """Of an "error" that lies with what a session is kept in, and not with the request."""
+    shown: tuple[int, str] = (0, "")
+    """What is out of the reply's text by now: so many tokens wholly, and this text of those after them."""
     slot: int | None = None
-    """With `ended`: the slot that is kept. None where none is: always with an "error", where a slot that the request
-    brought is lost and free."""
+    """With `ended`: the slot that is kept. None where none is: with an "error" a slot that the request brought is lost
+    and free, unless the engine's slots can be restored; then it is kept and holds what it did before."""
     held: int | None = None
     """Tokens that this slot has read; the one drawn last is not among them."""
+    fed: tuple[Fed, ...] = ()
+    """How the kept slot has read the prompt and the reply."""
 
 
 def invalid(message: str) -> RequestError:

@@ -26,6 +26,8 @@ Deliver = Callable[[Event], None]
 T = TypeVar("T")
 # steps that fail one after another before the engine is given up
 MOST_FAILURES = 3
+# seconds between calls of `now_and_then`
+OFTEN = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,9 @@ class Host:
 
     `before_step` and `after_step` hold functions that are called in that thread around each step, for sessions and
     metrics; what they raise is logged, and counts as a step that failed. The first are also called where every request
-    waits for a slot that somebody keeps. After three failures in a row the host has `failed`, with all its requests.
+    waits for a slot that somebody keeps. `now_and_then` are called about every second, also without work. It stops only
+    when nothing in `unfinished` says that there is something left to do, or its time is up; `at_end` are called last.
+    After three failures in a row the host has `failed`, with all its requests.
     """
 
     def __init__(self, open_engine: "Callable[[], Engine]", name: str = "engine") -> None:
@@ -131,6 +135,10 @@ class Host:
         """Why it has failed."""
         self.before_step: list[Callable[[Engine], None]] = []
         self.after_step: list[Callable[[Engine, StepReport], None]] = []
+        self.now_and_then: list[Callable[[Engine], None]] = []
+        self.unfinished: list[Callable[[], bool]] = []
+        self.at_end: list[Callable[[Engine], None]] = []
+        self._looked = time.monotonic()
         self.counters = Counters()
 
     @property
@@ -179,13 +187,18 @@ class Host:
         the last. One that raises ends its request.
         """
 
-        def put(engine: "Engine") -> None:
-            if self._status != "ready":
-                raise self.refusal()
-            engine.submit(generation)
-            self._listeners[generation.key] = Listener(deliver, set(range(generation.sampling.n)))
+        return self.call(lambda engine: self.put(engine, generation, deliver), ("ready",))
 
-        return self.call(put, ("ready",))
+    def put(self, engine: "Engine", generation: Generation, deliver: Deliver) -> None:
+        """What `submit` does, for calls in the engine's thread; raises at once."""
+        if self._status != "ready":
+            raise self.refusal()
+        engine.submit(generation)
+        self._listeners[generation.key] = Listener(deliver, set(range(generation.sampling.n)))
+
+    def forget(self, key: Hashable) -> None:
+        """Deliver nothing more of a request, for calls in the engine's thread."""
+        self._listeners.pop(key, None)
 
     def abort(self, key: Hashable) -> Future[bool]:
         """End a request in whatever state; nothing more is delivered of it. False where none has this key."""
@@ -269,8 +282,9 @@ class Host:
         self._do_calls(engine, wait=engine.is_idle)
         if self._status == "draining":
             is_late = self._deadline is not None and time.monotonic() >= self._deadline
-            if is_late or (engine.is_idle and not self._calls):
+            if is_late or (engine.is_idle and not self._calls and not self._is_unfinished()):
                 return True
+        self._look(engine)
         if engine.is_idle:
             return False
         try:
@@ -287,11 +301,27 @@ class Host:
             self._do_calls(engine, wait=True)
         return False
 
+    def _is_unfinished(self) -> bool:
+        return any(says() for says in self.unfinished)
+
+    def _look(self, engine: "Engine") -> None:
+        """What is to be done now and then, if it is time."""
+        if not self.now_and_then or time.monotonic() - self._looked < OFTEN:
+            return
+        self._looked = time.monotonic()
+        for function in tuple(self.now_and_then):
+            try:
+                function(engine)
+            except Exception:
+                logger.exception("what is done now and then has failed")
+
     def _do_calls(self, engine: "Engine", wait: bool) -> None:
         with self._changed:
-            is_over = self._status == "draining" and engine.is_idle
+            is_over = self._status == "draining" and engine.is_idle and not self._is_unfinished()
             if wait and not self._calls and not is_over:
                 left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+                if self.now_and_then:
+                    left = OFTEN if left is None else min(left, OFTEN)
                 self._changed.wait(left)
             calls, self._calls = self._calls, deque()
         for call in calls:
@@ -348,14 +378,20 @@ class Host:
         concerned = {one.key for one in (*step.pieces, *step.rows)}
         self._tell(engine, concerned, f"the engine could not do a step: {type(error).__name__}: {error}")
 
-    def _tell(self, engine: "Engine | None", keys: set[Any], message: str) -> None:
+    def refuse(self, engine: "Engine", key: Hashable, message: str) -> None:
+        """End a request with an error that lies with what sessions are kept in, for calls in the engine's thread."""
+        self._tell(engine, {key}, message, "storage")
+
+    def _tell(
+        self, engine: "Engine | None", keys: set[Any], message: str, cause: Literal["storage"] | None = None
+    ) -> None:
         """End requests with an error."""
         for key in keys & self._listeners.keys():
             listener = self._listeners.pop(key)
             if engine is not None:
                 engine.abort(key)
             try:
-                listener.deliver(Event(key, ended="error", error=message))
+                listener.deliver(Event(key, ended="error", error=message, cause=cause))
             except Exception:
                 logger.exception("nobody hears of request %r any more", key)
 
@@ -370,5 +406,11 @@ class Host:
         self._tell(self._engine, set(self._listeners), late)
         for call in calls:
             call.refuse(refusal)
+        engine = self._engine
+        for function in tuple(self.at_end) if engine is not None else ():
+            try:
+                function(engine)  # type: ignore[arg-type]
+            except Exception:
+                logger.exception("something at the end has failed")
         if not self._ended.done():
             self._ended.set_result(None)

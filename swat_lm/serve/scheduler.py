@@ -108,6 +108,12 @@ class Scheduler(ABC):
         missing = (entry.num_lacking - len(self._free) for entry in self.queue.values() if entry.num_lacking)
         return max(0, next(missing, 0))
 
+    @property
+    def first_lacking(self) -> Hashable | None:
+        """The first in line that lacks slots, where one does."""
+        lacking = (key for key, entry in self.queue.items() if entry.num_lacking)
+        return next(lacking, None) if self.lacking_slots else None
+
     def add(self, request: Request) -> None:
         """Put a request in line. Raises RequestError where it cannot be served; nothing is changed then."""
         limits = self.limits
@@ -158,6 +164,30 @@ class Scheduler(ABC):
         self.decoding = {sample: None for sample in self.decoding if sample.entry is not entry}
         self._forget(entry)
         return True
+
+    def stop(self, key: Hashable, held: int) -> int | None:
+        """End a request that keeps its slot, in whatever state; returns the slot, which is kept with `held` items.
+
+        Who calls has made the slot hold so many. Where the request has not started, the slot that it brought is kept as
+        it was, and None comes where it brought none. A planned step stays as it is, as with `abort`. Raises ValueError
+        where no such request is there.
+        """
+        entry = self._entries.get(key)
+        if entry is None or not entry.request.keeps:
+            raise ValueError(f"key: expected a request that keeps its slot, got {key!r}")
+        if key in self.queue:
+            slot = entry.request.slot
+        else:
+            slot = entry.slots.pop(0)
+            self.kept[slot] = held
+        self.abort(key)
+        return slot
+
+    def hold(self, slot: int, held: int) -> None:
+        """Say how many items a kept slot holds, where who keeps it has changed that. Raises ValueError."""
+        if slot not in self.kept:
+            raise ValueError(f"slot: {slot} is in use or not kept; only who keeps a slot knows what it holds")
+        self.kept[slot] = held
 
     def abandon(self) -> None:
         """Abort every request of the planned step, if there is one, and forget it: nobody knows how far it was done."""

@@ -70,9 +70,9 @@ class TextAssembler:
         """Forget the held tokens before the last character's beginning; returns what was not yet given of them."""
         for count in range(len(self._held) - 1, 0, -1):
             first, rest = self._held[:count], self._held[count:]
-            first_text = self._decode(first)
-            # two parts of one character would be replaced apart
-            if first_text + self._decode(rest) == text:
+            first_text, rest_text = self._decode(first), self._decode(rest)
+            # two parts of one character would be replaced apart, and tokens without text do not close one
+            if rest_text and first_text + rest_text == text:
                 new = first_text[len(self._given) :]
                 self._context, self._held, self._given = first, rest, self._given[len(first_text) :]
                 return new
@@ -156,6 +156,11 @@ class ReplyText:
         Does nothing where it has ended already.
         """
         return "" if self.ended is not None else self._flush(reason, None, self.count)
+
+    @property
+    def shown(self) -> tuple[int, str]:
+        """How many tokens lie wholly in the text given out so far, and the text given out after those."""
+        return (self._kept, self._text[: self._given]) if self.ended is None else (self.ended.kept, self.ended.tail)
 
     def _flush(self, reason: str, token: int | None, count: int) -> str:
         """Give out what is held, unless a stop string is complete in it after all."""

@@ -104,6 +104,27 @@ class Engine(RuleBasedStateMachine):
         self.forget(key)
         self.gone.add(key)
 
+    @precondition(lambda self: any(asked.keeps for asked in (*self.waiting.values(), *self.started.values())))
+    @rule(number=st.integers(0, 99), held=st.integers(0, 3))
+    def stop(self, number: int, held: int) -> None:
+        known = [key for books in (self.waiting, self.started) for key, asked in books.items() if asked.keeps]
+        key = known[number % len(known)]
+        started, slot = key in self.started, self.slots.get((key, 0))
+        found = self.call("stop", key, held)
+        self.books_of_abort(key)
+        if started:
+            assert slot in (None, found)
+            self.kept[found] = held
+        else:
+            assert found == slot
+
+    @precondition(lambda self: self.kept)
+    @rule(number=st.integers(0, 9), held=st.integers(0, 3))
+    def hold(self, number: int, held: int) -> None:
+        slot = sorted(self.kept)[number % len(self.kept)]
+        self.call("hold", slot, held)
+        self.kept[slot] = held
+
     def give_back(self, key: str, sample: int) -> None:
         asked = self.started.get(key) or self.waiting[key]
         items, slot = self.items(key, sample), self.slots.pop((key, sample))

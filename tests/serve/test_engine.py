@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from swat_lm import SwatConfig, SwatForCausalLM
-from swat_lm.serve.engine import Engine, Event, Generation, batch_sizes, most_spare, slots_in
+from swat_lm.serve.engine import Engine, Event, Generation
+from swat_lm.serve.pool import batch_sizes, most_spare, slots_in
 from swat_lm.serve.requests import Limits, RequestError
 from swat_lm.serve.sampling import Sampling
 
@@ -258,7 +259,7 @@ def test_a_kept_slot_is_named_and_goes_on():
     assert int(engine.slots.position[0]) == end.held
     for held, slot, message in (
         (end.held + 1, 0, f"held: expected {end.held}, the tokens that slot 0 has read"),
-        (1, None, "held: expected 0 without a slot"),
+        (1, None, "held: expected 0, what an empty slot has read"),
         (0, True, "slot: expected a whole"),
     ):
         with pytest.raises(RequestError, match=message) as refused:
