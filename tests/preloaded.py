@@ -9,5 +9,7 @@ import swat_lm.data
 import swat_lm.evaluate.length
 import swat_lm.papers.demo.run
 import swat_lm.papers.reproduction
+import swat_lm.serve.http.app
+import swat_lm.serve.http.server
 import swat_lm.train
 from swat_lm import SwatForCausalLM
