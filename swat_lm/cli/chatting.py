@@ -317,7 +317,7 @@ class Talk:
 
     def _state(self, found: "Description") -> str:
         grows = self._sessions.book.engine.slots.grows
-        size = f"state {counted(found.state_bytes, 'byte')}" + (", the most that it may have" if grows else "")
+        size = f"state {counted(found.state_bytes, 'byte')}, {'the most that it may have' if grows else 'constant'}"
         return f"{found.record.session} · {size} · {counted(found.record.num_tokens, 'token')}"
 
     def fork(self, name: str) -> None:
