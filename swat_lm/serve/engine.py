@@ -20,6 +20,7 @@ from torch import Tensor
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.cost import layers_without_weights, state_bytes
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.model.slots import Slots
 from swat_lm.serve.generation import Event, Generation, is_whole
 from swat_lm.serve.requests import Limits, Piece, Request, Row, Step
 from swat_lm.serve.sampler import SamplingError, StreamSampler, choose, token_logprobs
@@ -66,6 +67,7 @@ class Engine:
         tokenizer: Any,
         end_tokens: Collection[int] = (),
         policy: str = "first-come",
+        slots: Slots | None = None,
     ) -> None:
         """Take memory for the pool; nothing is allocated for it later.
 
@@ -74,9 +76,11 @@ class Engine:
             tokenizer: anything with Hugging Face's `decode`.
             end_tokens: ids that end a text.
             policy: a row of SCHEDULERS.
+            slots: a pool that is there already, such as the state of one stream, which may grow; `scheduler.adopt`
+                says what it holds. None: made here.
 
         Raises:
-            ValueError: an unknown policy, or a model that grows without a capacity.
+            ValueError: an unknown policy, a model that grows without a capacity, or a pool of another size or model.
         """
         if policy not in SCHEDULERS:
             raise ValueError(f"policy: expected one of {', '.join(SCHEDULERS)}, got {policy!r}")
@@ -84,11 +88,16 @@ class Engine:
         self.scheduler = SCHEDULERS[policy](limits)
         self.batches = batch_sizes(limits.num_slots)
         # rows that only fill a batch up have slots too, which nobody reads
-        self.slots = model.init_state(limits.num_slots + most_spare(limits.num_slots), capacity=limits.capacity)
-        if self.slots.grows and limits.capacity is None:
+        count = limits.num_slots + most_spare(limits.num_slots)
+        if slots is not None:
+            model.check_state(slots)
+            if slots.num_slots != count:
+                raise ValueError(f"slots: expected {count} for a pool of {limits.num_slots}, got {slots.num_slots}")
+        self.slots = model.init_state(count, capacity=limits.capacity) if slots is None else slots
+        if slots is None and self.slots.grows and limits.capacity is None:
             raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
-        # requests come and go at positions of their own
-        self.slots.ragged = True
+        # requests come and go at positions of their own, but one slot stands where it stands
+        self.slots.ragged = self.slots.ragged or count > 1
         self._requests: dict[Hashable, Running] = {}
 
     @property
@@ -215,8 +224,13 @@ class Engine:
     def _read(self, piece: Piece) -> list[Event]:
         """A piece of a prompt into its slot; logits after it are kept where they are needed."""
         running = self._requests[piece.key]
-        generation, slot = running.generation, self._on_device(torch.tensor([piece.slot]))
+        generation, slot = running.generation, self._rows([piece.slot])
         running.slot = piece.slot
+        if piece.count == 0:
+            # what its slot has read left these logits
+            assert generation.logits is not None
+            running.logits = self._on_device(generation.logits)[None]
+            return []
         if piece.start == 0 and generation.slot is None:
             self.slots.reset(slot)
         part = list(running.tokens[piece.start : piece.start + piece.count])
@@ -235,8 +249,9 @@ class Engine:
         elif piece.is_last and generation.sampling.max_tokens != 0:
             running.logits = self.model.lm_head(hidden[:, -1])
         if piece.is_last and generation.sampling.max_tokens == 0:
+            logits = self.model.lm_head(hidden[:, -1])[0] if generation.return_logits else None
             running.logits = None
-            events.append(Event(piece.key, ended="read"))
+            events.append(Event(piece.key, ended="read", logits=logits))
         return events
 
     def _draw_first(self, key: Hashable) -> list[Event]:
@@ -255,11 +270,13 @@ class Engine:
         size = self._batch_of(len(rows))
         spare = list(range(self.scheduler.limits.num_slots, self.scheduler.limits.num_slots + size - len(rows)))
         tokens = torch.tensor(last + [0] * len(spare))[:, None]
-        slot = self._on_device(torch.tensor([row.slot for row in rows] + spare))
+        slot = self._rows([row.slot for row in rows] + spare)
         if spare:
             # they read one token for ever, and never fill up
             self.slots.position[self._on_device(torch.tensor(spare))] = 0
-        logits = self.model.decode_step(self._on_device(tokens), self.slots, slot, batch_invariant=True)
+        # a row alone has no mates
+        invariant = slot is not None
+        logits = self.model.decode_step(self._on_device(tokens), self.slots, slot, batch_invariant=invariant)
         return self._draw(names, logits[: len(rows)])
 
     def _draw(self, names: Sequence[tuple[Hashable, int]], logits: Tensor) -> list[Event]:
@@ -291,11 +308,16 @@ class Engine:
     def _fail(self, key: Hashable, error: Exception) -> Event:
         self.abort(key)
         says_it = isinstance(error, RuntimeError | ValueError) and str(error)
-        return Event(key, ended="error", error=str(error) if says_it else f"{type(error).__name__}: {error}")
+        said = str(error) if says_it else f"{type(error).__name__}: {error}"
+        return Event(key, ended="error", error=said, cause=error)
 
     def _batch_of(self, count: int) -> int:
         """The batch in which so many rows are decoded."""
         return next(size for size in self.batches if size >= count)
+
+    def _rows(self, slots: Sequence[int]) -> Tensor | None:
+        """Slots by number as the model takes them; a pool of one is a stream, which has a shorter way."""
+        return None if self.slots.num_slots == 1 else self._on_device(torch.tensor(slots))
 
     def _on_device(self, numbers: Tensor) -> Tensor:
         return numbers.to(self.slots.position.device)

@@ -4,6 +4,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
+from torch import Tensor
+
 from swat_lm.serve.requests import RequestError
 from swat_lm.serve.sampler import Choice, TokenConstraint
 from swat_lm.serve.sampling import MOST_LOGPROBS, Sampling
@@ -22,7 +24,7 @@ class Generation:
 
     key: Hashable
     tokens: Sequence[int]
-    """At least one."""
+    """At least one, but none with `logits`."""
     sampling: Sampling = field(default_factory=Sampling)
     """With `max_tokens` 0 the prompt is only read."""
     constraint: TokenConstraint | None = None
@@ -36,14 +38,21 @@ class Generation:
     keep: bool = False
     """Whether its slot is kept when it ends, until `Engine.scheduler.release`; one that it brought always is. Where it
     fails or is aborted neither is; only one that it brought, and has not started to read in, stays as it was."""
+    logits: Tensor | None = field(default=None, compare=False, repr=False)
+    """`[V]` after the last token that the slot it brings has read: instead of `tokens`, to draw at once."""
+    return_logits: bool = False
+    """Whether the event that ends it has the logits after its last token (`Event.logits`); `max_tokens` must be 0."""
 
     def check(self, vocabulary: int) -> None:
         """Raise RequestError (`invalid`) for values that no request to a model of so many tokens can have."""
         if not isinstance(self.sampling, Sampling):
             raise invalid(f"sampling: expected a Sampling, got {type(self.sampling).__name__}")
         self._check_tokens(vocabulary)
-        if not isinstance(self.keep, bool):
-            raise invalid(f"keep: expected true or false, got {self.keep!r}")
+        for name, value in (("keep", self.keep), ("return_logits", self.return_logits)):
+            if not isinstance(value, bool):
+                raise invalid(f"{name}: expected true or false, got {value!r}")
+        if self.return_logits and self.sampling.max_tokens != 0:
+            raise invalid(f"return_logits: expected max_tokens 0 with it, got {self.sampling.max_tokens}")
         for name, value, most in (("held", self.held, None), ("prompt_logprobs", self.prompt_logprobs, MOST_LOGPROBS),
                                   ("slot", self.slot, None)):  # fmt: skip
             if value is None and name != "held":
@@ -63,13 +72,22 @@ class Generation:
             raise invalid(
                 f"tokens: expected a list of whole numbers, got {type(self.tokens).__name__}; encode texts first"
             )
-        if not self.tokens:
+        if self.logits is not None:
+            self._check_logits(vocabulary)
+        elif not self.tokens:
             raise invalid("tokens: expected at least one, got none; begin an empty prompt with a token of your own")
         for token in self.tokens:
             if not is_whole(token):
                 raise invalid(f"tokens: expected whole numbers, got {token!r:.60}")
             if not 0 <= token < vocabulary:
                 raise invalid(f"tokens: expected ids from 0 to {vocabulary - 1:,}, the model's, got {token}")
+
+    def _check_logits(self, vocabulary: int) -> None:
+        if self.slot is None or self.tokens or self.sampling.max_tokens == 0:
+            raise invalid("logits: expected with them a slot that has read, no tokens, and max_tokens above 0")
+        if not isinstance(self.logits, Tensor) or self.logits.shape != (vocabulary,):
+            found = list(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
+            raise invalid(f"logits: expected a tensor of {vocabulary:,}, one for each token, got {found}")
 
 
 @dataclass(frozen=True)
@@ -88,11 +106,15 @@ class Event:
     """The reason of `ReplyText.ended`; "constraint" where nothing may follow; "read" where nothing was to be drawn;
     "error", after which the request brings nothing more."""
     error: str | None = None
+    cause: Exception | None = field(default=None, compare=False, repr=False)
+    """With an "error", what was raised."""
     slot: int | None = None
     """With `ended`: the slot that is kept. None where none is: always with an "error", where a slot that the request
     brought is lost and free."""
     held: int | None = None
     """Tokens that this slot has read; the one drawn last is not among them."""
+    logits: Tensor | None = field(default=None, compare=False, repr=False)
+    """With "read", where they were asked for: `[V]` after the last token."""
 
 
 def invalid(message: str) -> RequestError:

@@ -314,6 +314,25 @@ def test_a_finished_constraint_ends_its_reply():
     assert engine.scheduler.free_slots == 4
 
 
+def test_a_pool_may_be_handed_in():
+    model = built("full").double()
+    state = model.init_state()
+    prompt = prompts(1, seed=3)[0]
+    logits, _ = model.prefill(torch.tensor([prompt]), state)
+    engine = Engine(model, Limits(1, 8, 7), Letters(), slots=state)
+    engine.scheduler.adopt(0, len(prompt))
+    engine.submit(Generation("on", [], replace(GREEDY, max_tokens=80), logits=logits[0], held=len(prompt), slot=0))
+    events = run(engine)
+    # it grows, since whoever made it said nothing else
+    assert tokens_of(events, "on") == alone(model, prompt, 80)
+    token = events[-1].choice.token
+    engine.submit(Generation("read", [token], Sampling(max_tokens=0), held=events[-1].held, slot=0, return_logits=True))
+    (end,) = run(engine)
+    assert (end.ended, int(end.logits.argmax())) == ("read", alone(model, prompt, 81)[-1])
+    with pytest.raises(ValueError, match="slots: expected 2 for a pool of 2, got 1"):
+        Engine(model, Limits(2, 9, 7), Letters(), slots=state)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -325,6 +344,9 @@ def test_a_finished_constraint_ends_its_reply():
         *(({"prompt_logprobs": value}, "prompt_logprobs: expected a whole number from 0 to 20")
           for value in (-1, 21, True, "3", 1.5)),
         ({"held": None}, "held: expected a whole number from 0, got None"),
+        ({"logits": torch.zeros(VOCABULARY)}, "logits: expected with them a slot that has read, no tokens"),
+        ({"logits": torch.zeros(7), "slot": 0, "tokens": []}, r"logits: expected a tensor of 50, .* got \[7\]"),
+        ({"return_logits": True}, "return_logits: expected max_tokens 0 with it, got None"),
         ({"keep": 1}, "keep: expected true or false, got 1"),
         ({"sampling": None}, "sampling: expected a Sampling, got NoneType"),
         ({"sampling": Sampling(logit_bias={50: 1})}, "logit_bias: expected token ids below 50"),
