@@ -8,22 +8,20 @@ and between sizes it differs by the rounding of the dtype (docs/serving.md). For
 Legend: N slots, B rows of a batch, T tokens of a piece, V vocabulary.
 """
 
-from bisect import bisect_right
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swat_lm.model.configuration import SwatConfig
-from swat_lm.model.cost import layers_without_weights, state_bytes
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.slots import Slots
-from swat_lm.serve.generation import Event, Generation, is_whole
+from swat_lm.serve.generation import Event, Generation
+from swat_lm.serve.pool import batch_sizes, pool_of, slots_in
+from swat_lm.serve.reading import Place, read_together, take_in
 from swat_lm.serve.requests import Limits, Piece, Request, Row, Step
-from swat_lm.serve.sampler import SamplingError, StreamSampler, choose, token_logprobs
+from swat_lm.serve.sampler import SamplingError, StreamSampler, choose
 from swat_lm.serve.scheduler import SCHEDULERS
 from swat_lm.serve.text import ReplyText
 
@@ -55,6 +53,8 @@ class Running:
     """Of its prompt; -1 until it starts."""
     logits: Tensor | None = None
     """`[1, V]` after what was read last, where the next piece's first token is to be weighed by them."""
+    sum: Tensor | float = 0.0
+    """Of its hidden states, float32 `[M]`, where their mean is asked for."""
 
 
 class Engine:
@@ -87,18 +87,10 @@ class Engine:
         self.model, self.tokenizer, self.end_tokens = model.eval(), tokenizer, frozenset(end_tokens)
         self.scheduler = SCHEDULERS[policy](limits)
         self.batches = batch_sizes(limits.num_slots)
-        # rows that only fill a batch up have slots too, which nobody reads
-        count = limits.num_slots + most_spare(limits.num_slots)
-        if slots is not None:
-            model.check_state(slots)
-            if slots.num_slots != count:
-                raise ValueError(f"slots: expected {count} for a pool of {limits.num_slots}, got {slots.num_slots}")
-        self.slots = model.init_state(count, capacity=limits.capacity) if slots is None else slots
-        if slots is None and self.slots.grows and limits.capacity is None:
-            raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
-        # requests come and go at positions of their own, but one slot stands where it stands
-        self.slots.ragged = self.slots.ragged or count > 1
+        self.slots = pool_of(model, limits, slots)
         self._requests: dict[Hashable, Running] = {}
+        self.places: dict[Hashable, Place] = {}
+        """By request, where its piece lay in the call of the last step."""
 
     @property
     def is_idle(self) -> bool:
@@ -157,11 +149,7 @@ class Engine:
 
     def _do(self, step: Step, events: list[Event]) -> None:
         """What the step says; events are added as they come."""
-        for piece in step.pieces:
-            try:
-                events += self._read(piece)
-            except Exception as error:
-                events.append(self._fail(piece.key, error))
+        events += self._read(step.pieces)
         for fork in step.forks:
             if fork.key in self._requests:
                 try:
@@ -221,38 +209,34 @@ class Engine:
             sampling.n, generation.held, generation.slot, generation.keep,
         )  # fmt: skip
 
-    def _read(self, piece: Piece) -> list[Event]:
-        """A piece of a prompt into its slot; logits after it are kept where they are needed."""
-        running = self._requests[piece.key]
-        generation, slot = running.generation, self._rows([piece.slot])
-        running.slot = piece.slot
-        if piece.count == 0:
-            # what its slot has read left these logits
-            assert generation.logits is not None
-            running.logits = self._on_device(generation.logits)[None]
+    def _read(self, pieces: Sequence[Piece]) -> list[Event]:
+        """Pieces of prompts into their slots, all in one call; logits after them are kept where they are needed."""
+        self.places, events = {}, []
+        # who has no tokens goes on from logits that it brought
+        pieces = [piece for piece in pieces if not self._begin(piece)]
+        if not pieces:
             return []
-        if piece.start == 0 and generation.slot is None:
-            self.slots.reset(slot)
-        part = list(running.tokens[piece.start : piece.start + piece.count])
-        hidden = self.model.extend(
-            self._on_device(torch.tensor([part])), self.slots, slot=slot, num_past=generation.held + piece.start
-        )
-        events = []
-        if generation.prompt_logprobs is not None:
-            logits = self.model.lm_head(hidden)[0]
-            before = logits[:-1] if running.logits is None else torch.cat((running.logits, logits[:-1]))
-            weighed = part[len(part) - len(before) :]
-            vocabulary = generation.sampling.vocab_size
-            choices = token_logprobs(before, weighed, generation.prompt_logprobs, vocabulary) if weighed else []
-            events.append(Event(piece.key, prompt=tuple(choices)))
-            running.logits = logits[-1:]
-        elif piece.is_last and generation.sampling.max_tokens != 0:
-            running.logits = self.model.lm_head(hidden[:, -1])
-        if piece.is_last and generation.sampling.max_tokens == 0:
-            logits = self.model.lm_head(hidden[:, -1])[0] if generation.return_logits else None
-            running.logits = None
-            events.append(Event(piece.key, ended="read", logits=logits))
+        try:
+            found = read_together(self.model, self.slots, [(self._requests[piece.key], piece) for piece in pieces])
+        except Exception as error:
+            return [self._fail(piece.key, error) for piece in pieces]
+        for piece, read in zip(pieces, found, strict=True):
+            self.places[piece.key] = read.place
+            try:
+                events += take_in(self._requests[piece.key], piece, read)
+            except Exception as error:
+                events.append(self._fail(piece.key, error))
         return events
+
+    def _begin(self, piece: Piece) -> bool:
+        """Make a slot ready to read; whether that is all, since there is nothing to read."""
+        running = self._requests[piece.key]
+        running.slot = piece.slot
+        if running.generation.logits is not None:
+            running.logits = self._on_device(running.generation.logits)[None]
+        elif piece.start == 0 and running.generation.slot is None:
+            self.slots.reset(self._rows([piece.slot]))
+        return piece.count == 0
 
     def _draw_first(self, key: Hashable) -> list[Event]:
         """The first token of every reply to a prompt that is read; none where it was only to be read."""
@@ -321,42 +305,3 @@ class Engine:
 
     def _on_device(self, numbers: Tensor) -> Tensor:
         return numbers.to(self.slots.position.device)
-
-
-def batch_sizes(num_slots: int) -> tuple[int, ...]:
-    """Powers of two below the number of slots, and that number."""
-    return (*(1 << power for power in range((num_slots - 1).bit_length())), num_slots)
-
-
-def slots_in(config: SwatConfig, memory: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> int:
-    """How many slots fit into `memory` bytes, with those that fill batches up.
-
-    Args:
-        capacity: tokens that a slot holds where a layer keeps everything.
-        dtype: the model's; None: that of the configuration, where a checkpoint was loaded as it is.
-
-    Raises:
-        ValueError: not one fits, no dtype is known, or a layer keeps everything and no capacity is given.
-    """
-    known = config.dtype if dtype is None else dtype
-    if not isinstance(known, torch.dtype):
-        raise ValueError(f"dtype: expected the model's, which this configuration does not name, got {known!r}; give it")
-    for name, value in (("memory", memory), ("capacity", capacity)):
-        if (value is not None or name == "memory") and (not is_whole(value) or value < 1):
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    if capacity is None and any(entry.kind == "growing" for layer in layers_without_weights(config)
-                                for entry in layer.state_spec()):  # fmt: skip
-        raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
-    # and two numbers of 8 bytes that say where it stands
-    each = state_bytes(config, context=capacity, dtype_bytes=known.itemsize) + 16
-    fits = memory // each
-    count = bisect_right(range(fits + 1), fits, lo=1, key=lambda count: count + most_spare(count)) - 1
-    if count < 1:
-        raise ValueError(f"memory: a slot takes {each:,} bytes, {memory:,} are too few; give more, or a smaller window")
-    return count
-
-
-def most_spare(num_slots: int) -> int:
-    """Rows that fill up the batch which needs most of them."""
-    sizes = batch_sizes(num_slots)
-    return max((large - small - 1 for small, large in pairwise(sizes)), default=0)

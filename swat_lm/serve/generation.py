@@ -42,17 +42,19 @@ class Generation:
     """`[V]` after the last token that the slot it brings has read: instead of `tokens`, to draw at once."""
     return_logits: bool = False
     """Whether the event that ends it has the logits after its last token (`Event.logits`); `max_tokens` must be 0."""
+    embedding: bool = False
+    """Whether it has the prompt's embedding (`Event.embedding`); `max_tokens` must be 0."""
 
     def check(self, vocabulary: int) -> None:
         """Raise RequestError (`invalid`) for values that no request to a model of so many tokens can have."""
         if not isinstance(self.sampling, Sampling):
             raise invalid(f"sampling: expected a Sampling, got {type(self.sampling).__name__}")
         self._check_tokens(vocabulary)
-        for name, value in (("keep", self.keep), ("return_logits", self.return_logits)):
+        for name, value in (("keep", self.keep), ("return_logits", self.return_logits), ("embedding", self.embedding)):
             if not isinstance(value, bool):
                 raise invalid(f"{name}: expected true or false, got {value!r}")
-        if self.return_logits and self.sampling.max_tokens != 0:
-            raise invalid(f"return_logits: expected max_tokens 0 with it, got {self.sampling.max_tokens}")
+            if value and name != "keep" and self.sampling.max_tokens != 0:
+                raise invalid(f"{name}: expected max_tokens 0 with it, got {self.sampling.max_tokens}")
         for name, value, most in (("held", self.held, None), ("prompt_logprobs", self.prompt_logprobs, MOST_LOGPROBS),
                                   ("slot", self.slot, None)):  # fmt: skip
             if value is None and name != "held":
@@ -115,6 +117,9 @@ class Event:
     """Tokens that this slot has read; the one drawn last is not among them."""
     logits: Tensor | None = field(default=None, compare=False, repr=False)
     """With "read", where they were asked for: `[V]` after the last token."""
+    embedding: tuple[float, ...] | None = None
+    """With "read", where it was asked for: the mean of the hidden states `[M]` of the prompt's tokens after the final
+    norm, scaled to a length of 1. Of a slot that goes on, those of this prompt alone."""
 
 
 def invalid(message: str) -> RequestError:

@@ -2,12 +2,15 @@
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from swat_lm import SwatConfig, SwatForCausalLM
-from swat_lm.serve.engine import Engine, Event, Generation, batch_sizes, most_spare, slots_in
+from swat_lm.serve import reading
+from swat_lm.serve.engine import Engine, Event, Generation, Running
+from swat_lm.serve.pool import batch_sizes, most_spare, slots_in
 from swat_lm.serve.requests import Limits, RequestError
 from swat_lm.serve.sampling import Sampling
 
@@ -96,10 +99,10 @@ def test_a_reply_is_the_same_to_the_bit_among_any_mates(plan: str):
     found = []
     for seed in range(3):
         engine = engine_of(model, budget=40)
-        # which are there all the time, so that the batch has one size
+        # which are there all the time, so that the batch has one size, and their prompts too
         sampling = Sampling(seed=seed, max_tokens=20)
-        mates = [Generation(key, prompt[:7], sampling) for key, prompt in enumerate(prompts(3, seed))]
-        for generation in [*mates[:seed], asked, *mates[seed:]]:
+        mates = [Generation(key, (prompt * 7)[:7], sampling) for key, prompt in enumerate(prompts(3, seed))]
+        for generation in [mates[0], asked, *mates[1:]]:
             engine.submit(generation)
         found.append([event.choice for event in run(engine) if event.key == "mine"])
     # log-probabilities and all
@@ -157,14 +160,14 @@ def test_aborts_and_errors_hurt_nobody_else(monkeypatch: pytest.MonkeyPatch):
     engine = engine_of(model, budget=40)
     for key, prompt in enumerate(texts):
         engine.submit(Generation(key, prompt, GREEDY))
-    whole = model.extend
+    whole = reading.take_in
 
-    def extend(input_ids: torch.Tensor, *args: object, **more: object) -> torch.Tensor:
-        if input_ids[0].tolist() == texts[1][: input_ids.shape[1]]:
+    def take_in(running: Running, *more: Any) -> list[Event]:
+        if running.generation.key == 1:
             raise RuntimeError("out of memory")
-        return whole(input_ids, *args, **more)  # type: ignore[arg-type]
+        return whole(running, *more)
 
-    monkeypatch.setattr(model, "extend", extend)
+    monkeypatch.setattr("swat_lm.serve.engine.take_in", take_in)
     events = engine.step()
     assert [(event.key, event.error) for event in events if event.ended] == [(1, "out of memory")]
     assert engine.abort(2)
