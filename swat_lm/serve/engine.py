@@ -1,9 +1,9 @@
 """One model and a pool of slots serving many requests: step by step, pieces of prompts beside rows that decode.
 
 The scheduler says what a step does (scheduler.py), the model does it, the sampler says what comes next (sampler.py) and
-the text when it ends (text.py). Each piece of a prompt is read by itself, without padding, and all rows are decoded as
-one batch of one of a few sizes: so among batches of one size a reply is the same to the bit whatever its mates hold,
-and between sizes it differs by the rounding of the dtype (docs/serving.md). For one thread at a time.
+the text when it ends (text.py). All pieces are read in one call (reading.py), and all rows are decoded as one batch of
+one of a few sizes: so among calls of one size a reply is the same to the bit whatever its mates hold, and between
+sizes it differs by the rounding of the dtype (docs/serving.md). For one thread at a time.
 
 Legend: N slots, B rows of a batch, T tokens of a piece, V vocabulary.
 """
@@ -129,10 +129,10 @@ class Engine:
     def step(self) -> list[Event]:
         """Do what is next, for every request that has its turn; returns what came of it, nothing where all are idle.
 
-        What goes wrong in a request's piece, draw or text ends that request with an "error", and what does in decoding
-        all rows as one batch ends those that have one; others go on. What is no Exception (an interruption from the
-        keyboard) is raised; requests that had their turn are aborted then, their events lost, and the next step serves
-        the others.
+        What goes wrong in a request's draw or text ends that request with an "error", and what does in reading all
+        pieces, or decoding all rows, as one call ends those that have one; others go on. What is no Exception (an
+        interruption from the keyboard) is raised; requests that had their turn are aborted then, their events lost, and
+        the next step serves the others.
         """
         step, events = self.scheduler.plan(), []
         if not step:
