@@ -342,13 +342,11 @@ class Host:
         concerned = {one.key for one in (*step.pieces, *step.rows)}
         self._tell(engine, concerned, f"the engine could not do a step: {type(error).__name__}: {error}")
 
-    def refuse(self, engine: "Engine", key: Hashable, message: str) -> None:
-        """End a request with an error that lies with what sessions are kept in, for calls in the engine's thread."""
-        self._tell(engine, {key}, message, "storage")
+    def refuse(self, engine: "Engine", key: Hashable, error: Exception) -> None:
+        """End a request with an error, for calls in the engine's thread."""
+        self._tell(engine, {key}, str(error), error)
 
-    def _tell(
-        self, engine: "Engine | None", keys: set[Any], message: str, cause: Literal["storage"] | None = None
-    ) -> None:
+    def _tell(self, engine: "Engine | None", keys: set[Any], message: str, cause: Exception | None = None) -> None:
         """End requests with an error."""
         for key in keys & self._listeners.keys():
             listener = self._listeners.pop(key)

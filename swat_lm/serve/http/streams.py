@@ -23,7 +23,7 @@ from swat_lm.serve.http.asking import API_NAMES, Served
 from swat_lm.serve.http.errors import ApiError
 from swat_lm.serve.http.metrics import Metrics
 from swat_lm.serve.sessions.outcome import Asked
-from swat_lm.serve.sessions.record import Record
+from swat_lm.serve.sessions.record import Record, SessionError
 
 __all__ = ["DONE", "ClientGoneError", "EventStream", "Running", "SessionTurn", "sse", "unless_gone", "waited"]
 
@@ -133,8 +133,8 @@ class Running:
             yield number, event
 
     def _failure(self, number: int, event: Event) -> ApiError:
-        if event.cause == "storage":
-            return ApiError(507, str(event.error), code="session_storage")
+        if isinstance(event.cause, SessionError):
+            return errors.of(event.cause)
         if self._host.status in ("stopped", "failed", "draining"):
             return ApiError(503, str(event.error), code=f"server_{self._host.status}")
         if self.generations[number].constraint is not None:

@@ -252,13 +252,13 @@ def test_a_full_disk_fails_the_turn_and_keeps_those_before(tmp_path: Path, monke
         for name in ("a", "a"):
             key, _ = server.begin(name, "more")
             server.loop()
-            assert (server.events[key][-1].ended, server.events[key][-1].cause) == ("error", "storage")
+            assert (server.events[key][-1].ended, server.events[key][-1].cause.kind) == ("error", "storage")
             assert "No space left" in server.events[key][-1].error
         # who lacks the slot that cannot be written is told so
         key, _ = server.begin("b", "more")
         server.loop()
         assert "no slot is free" in server.events[key][-1].error
-        assert server.events[key][-1].cause == "storage"
+        assert server.events[key][-1].cause.kind == "storage"
     assert len([one for one in caplog.records if "said once" in one.message]) == 1
     check_holds(server, "a", text)
     assert server.record("a").turns == 1
