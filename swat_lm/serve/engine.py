@@ -211,16 +211,20 @@ class Engine:
 
     def _read(self, pieces: Sequence[Piece]) -> list[Event]:
         """Pieces of prompts into their slots, all in one call; logits after them are kept where they are needed."""
-        self.places, events = {}, []
-        # who has no tokens goes on from logits that it brought
-        pieces = [piece for piece in pieces if not self._begin(piece)]
-        if not pieces:
-            return []
+        self.places, events, ready = {}, [], []
+        for piece in pieces:
+            try:
+                # who has no tokens goes on from logits that it brought
+                ready += [] if self._begin(piece) else [piece]
+            except Exception as error:
+                events.append(self._fail(piece.key, error))
+        if not ready:
+            return events
         try:
-            found = read_together(self.model, self.slots, [(self._requests[piece.key], piece) for piece in pieces])
+            found = read_together(self.model, self.slots, [(self._requests[piece.key], piece) for piece in ready])
         except Exception as error:
-            return [self._fail(piece.key, error) for piece in pieces]
-        for piece, read in zip(pieces, found, strict=True):
+            return events + [self._fail(piece.key, error) for piece in ready]
+        for piece, read in zip(ready, found, strict=True):
             self.places[piece.key] = read.place
             try:
                 events += take_in(self._requests[piece.key], piece, read)
