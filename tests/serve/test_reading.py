@@ -80,11 +80,11 @@ def test_the_engine_says_where_pieces_lay():
     assert all(torch.equal(again[name], kept[name]) for name in kept)
     with pytest.raises(ValueError, match="place: expected 5 tokens, those of the reading; got 4"):
         read_again(model, state, mine, Place(15, 7, 4))
-    with pytest.raises(ValueError, match="place: 5 tokens of 15 were read together, and here .* one by one"):
+    with pytest.raises(ValueError, match=r"place: 5 tokens of 15 were read together, and here .* one by one"):
         read_again(model, model.init_state(1), Reading(texts[1], 0, 0), Place(15, 7, 5))
-    alone = model.init_state(1)
-    read_again(model, alone, Reading(texts[1], 0, 0), Place(5, 0, 5))
-    assert alone.position.tolist() == [5]
+    one = model.init_state(1)
+    read_again(model, one, Reading(texts[1], 0, 0), Place(5, 0, 5))
+    assert one.position.tolist() == [5]
 
 
 @pytest.mark.parametrize("plan", PLANS)
