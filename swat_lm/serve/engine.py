@@ -143,7 +143,8 @@ class Engine:
         return self.scheduler.abort(key)
 
     def stop(self, key: Hashable) -> Event:
-        """End a request that keeps its slot where it stands; the event that says so names the slot.
+        """End a request that keeps its slot where it stands; the event that says so names the slot, and has the text
+        that was held back.
 
         For its keeper, between steps: where nothing was decoded yet, or too much, the slot may go back to where the
         request began (`roll_back`). One that has not started leaves the slot that it brought as it was, and none where
@@ -155,7 +156,8 @@ class Engine:
         held = running.generation.held + sum(fed.count for fed in running.fed)
         slot = self.scheduler.stop(key, held)
         del self._requests[key]
-        return Event(key, ended="stopped", slot=slot, held=None if slot is None else held, fed=tuple(running.fed))
+        text, fed = running.replies[0].text.finish("stopped"), tuple(running.fed)
+        return Event(key, text=text, ended="stopped", slot=slot, held=None if slot is None else held, fed=fed)
 
     @torch.inference_mode()
     def roll_back(self, slot: int, held: int) -> None:

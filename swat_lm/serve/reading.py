@@ -21,7 +21,7 @@ from swat_lm.serve.sampler import token_logprobs
 if TYPE_CHECKING:
     from swat_lm.serve.engine import Running
 
-__all__ = ["Place", "Read", "read_alone", "read_together", "take_in"]
+__all__ = ["Place", "Read", "read_again", "read_together", "take_in"]
 
 
 class Place(NamedTuple):
@@ -55,7 +55,7 @@ def read_together(model: SwatForCausalLM, slots: Slots, pieces: Sequence[tuple["
         for running, piece in pieces
     ]
     counts, wanted = [piece.count for _, piece in pieces], [num_wanted(*one) for one in pieces]
-    if slots.num_slots > 1 and may_pack(model):
+    if reads_together(model, slots):
         hidden = extend_packed(model, readings, slots)
         total, offsets = sum(counts), [0, *accumulate(counts)]
         places = [Place(total, offset, count) for offset, count in zip(offsets, counts, strict=False)]
@@ -65,6 +65,28 @@ def read_together(model: SwatForCausalLM, slots: Slots, pieces: Sequence[tuple["
     rows = torch.cat([each[len(each) - count :] for each, count in zip(hidden, wanted, strict=True)])
     logits = model.lm_head(rows) if len(rows) else rows.new_empty(0, model.config.vocab_size)
     return [Read(*one) for one in zip(hidden, logits.split(wanted), places, strict=True)]
+
+
+def reads_together(model: SwatForCausalLM, slots: Slots) -> bool:
+    """Whether pieces share a call."""
+    return slots.num_slots > 1 and may_pack(model)
+
+
+def read_again(model: SwatForCausalLM, slots: Slots, reading: Reading, place: Place) -> Tensor:
+    """Let a slot read a piece once more as it was read in its place, bit for bit, whoever was beside it; `[t, M]`.
+
+    Raises ValueError for a place that is not the piece's, or that a model which cannot pack does not know.
+    """
+    if len(reading.tokens) != place.count:
+        raise ValueError(f"place: expected {len(reading.tokens)} tokens, those of the reading; got {place.count}")
+    if reads_together(model, slots):
+        return extend_packed(model, [reading], slots, [place.offset], place.total)[0]
+    if place.total != place.count:
+        raise ValueError(
+            f"place: {place.count} tokens of {place.total} were read together, and here pieces are read one by one: "
+            "take the hooks out of the model's layers, and a pool of as many slots as before"
+        )
+    return read_alone(model, slots, reading)
 
 
 def num_wanted(running: "Running", piece: Piece) -> int:

@@ -83,11 +83,7 @@ class Stream:
         """End what is being written; the text that was held back, maybe none."""
         if self._engine.is_idle:
             return ""
-        text = self._engine._requests[0].replies[0].text.finish("stopped")
-        self._engine.abort(0)
-        # between two steps a slot holds what was read
-        self._adopt()
-        return text
+        return self._engine.stop(0).text
 
     def close(self) -> None:
         """Read what was drawn last, and put the logits after it into the state, which is whole then.

@@ -7,6 +7,7 @@ from torch import Tensor
 from swat_lm import SwatForCausalLM
 from swat_lm.model.packing import Reading, extend_packed
 from swat_lm.serve.generation import Fed, Generation
+from swat_lm.serve.reading import Place, read_again
 from swat_lm.serve.requests import RequestError
 from swat_lm.serve.sampling import Sampling
 from tests.serve.test_engine import PLANS, VOCABULARY, alone, built, engine_of, run, tokens_of
@@ -73,9 +74,17 @@ def test_the_engine_says_where_pieces_lay():
     state = engine.slots
     kept = state.snapshot(torch.tensor([1]))
     state.reset(torch.tensor([1]))
-    extend_packed(model, [Reading(texts[1], 1, 0)], state, [7], 15)
+    mine = Reading(texts[1], 1, 0)
+    read_again(model, state, mine, Place(15, 7, 5))
     again = state.snapshot(torch.tensor([1]))
     assert all(torch.equal(again[name], kept[name]) for name in kept)
+    with pytest.raises(ValueError, match="place: expected 5 tokens, those of the reading; got 4"):
+        read_again(model, state, mine, Place(15, 7, 4))
+    with pytest.raises(ValueError, match=r"place: 5 tokens of 15 were read together, and here .* one by one"):
+        read_again(model, model.init_state(1), Reading(texts[1], 0, 0), Place(15, 7, 5))
+    one = model.init_state(1)
+    read_again(model, one, Reading(texts[1], 0, 0), Place(5, 0, 5))
+    assert one.position.tolist() == [5]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from swat_lm.model.packing import Reading, extend_packed, may_pack
+from swat_lm.model.packing import Reading
 from swat_lm.serve.engine import Engine
-from swat_lm.serve.reading import read_alone
+from swat_lm.serve.reading import Place, read_again
 from swat_lm.serve.sessions.record import SessionError, Turn
 
 __all__ = ["replay"]
@@ -28,7 +28,8 @@ def replay(engine: Engine, turns: Iterable[Turn]) -> None:
         for fed in turn.fed:
             tokens = turn.tokens[read : read + fed.count]
             if fed.kind == "piece":
-                read_piece(engine, tokens, fed.size, fed.place)
+                reading = Reading(tokens, 0, int(engine.slots.position[0]))
+                read_again(engine.model, engine.slots, reading, Place(fed.size, fed.place, fed.count))
             else:
                 read_steps(engine, tokens, fed.size, fed.place)
             read += fed.count
@@ -37,17 +38,6 @@ def replay(engine: Engine, turns: Iterable[Turn]) -> None:
             raise SessionError(
                 "damaged", f"after turn {turn.after.turns} its state has read {held} tokens, not {turn.after.held}"
             )
-
-
-def read_piece(engine: Engine, tokens: Sequence[int], total: int, place: int) -> None:
-    """In one call, at its place in a row of so many tokens, as the engine reads the pieces of a step."""
-    if not 0 <= place <= total - len(tokens):
-        raise SessionError("damaged", f"{len(tokens)} tokens were read from place {place} on in a row of {total}")
-    reading = Reading(tokens, 0, int(engine.slots.position[0]))
-    if may_pack(engine.model):
-        extend_packed(engine.model, [reading], engine.slots, [place], total)
-    else:
-        read_alone(engine.model, engine.slots, reading)
 
 
 def read_steps(engine: Engine, tokens: Sequence[int], size: int, place: int) -> None:
