@@ -207,10 +207,11 @@ class FirstTokens:
             return found
         return found[0], torch.where((seen.count > 0)[..., None], found[1], NOTHING_SEEN)
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, past: InPlace) -> Heads:
+    def step(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, past: InPlace) -> Heads | None:
         """As `attend`, for one token per row in place over slots, of which nothing is hidden; inference only.
 
-        The same operations wherever the rows stand: none waits for the device, or depends on another row.
+        No row depends on another, and on a GPU nothing waits for the device. On a CPU what would change nothing is left
+        out: a row whose first tokens are all in its window comes out the same to the bit, whether others lead to work.
         """
         attention, kept, slot = self.attention, past.kept, past.slot
         window = attention.settings.sliding_window
@@ -222,8 +223,14 @@ class FirstTokens:
         # the token's place in its stream, and how many first tokens have left its window
         place = kept["sink_span"][slot, 0]
         gone = (place - window + 1).clamp(0, self.count)
-        keys, values = self._kept_with(key, value, place, past)
         kept["sink_span"][slot, 0] = place + 1
+        if place.device.type == "cpu":
+            places = place.tolist()
+            if max(places) < window:
+                if min(places) < self.count:
+                    self._kept_with(key, value, place, past)
+                return None
+        keys, values = self._kept_with(key, value, place, past)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if attention.rotary is not None and self.by_cache:
             own, theirs = self._angles_by_cache(window, query)

@@ -42,7 +42,7 @@ def step(call: StepCall) -> tuple[Tensor, Tensor]:
     write(key, value, key_ring, value_ring, slot, position)
     grouped = query.to(score_dtype(query)).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     output = torch.empty_like(grouped)
-    lse = grouped.new_empty(grouped.shape[:3] if softmax else 0)
+    highest, share = (grouped.new_empty(grouped.shape[:3] if softmax else 0) for _ in range(2))
     products = _products(key_ring, value_ring, slot, position, bias, num_kv_heads, call.batch_invariant)
     for take, keys, values, table in products:
         rows = take(grouped)
@@ -52,12 +52,15 @@ def step(call: StepCall) -> tuple[Tensor, Tensor]:
         else:
             scores = torch.add(table, torch.bmm(rows, keys).mul_(scale / softcap).tanh_(), alpha=softcap)
         if softmax:
-            take(lse).copy_(scores.logsumexp(dim=-1))
             weights = scores.softmax(dim=-1)
+            torch.amax(scores, dim=-1, out=take(highest))
+            torch.amax(weights, dim=-1, out=take(share))
         else:
             weights = scores.sigmoid_()
-        take(output).copy_(torch.bmm(weights, values.to(rows.dtype)))
+        torch.bmm(weights, values.to(rows.dtype), out=take(output))
     shape = (batch, 1, num_heads)
+    # the largest weight is exp(highest - lse): a third of what logsumexp takes for a row
+    lse = highest.sub_(share.log_())
     return output.view(*shape, head_dim).to(query.dtype), lse.view(shape) if softmax else lse
 
 
