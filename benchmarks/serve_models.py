@@ -3,8 +3,8 @@
     python -m benchmarks.serve_models SOURCE OUT [--small]
 
 SOURCE is a folder with a Llama and a BPE tokenizer of bytes, as SmolLM2 has, in transformers' form. OUT gets `hf`,
-`swat` and `f32.gguf`, all with the very same weights in float32. With --small the weights are random ones of 4 layers of
-width 256, and the tokenizer is the source's with its first 4,096 tokens.
+`swat` and `f32.gguf`, all with the very same weights in float32. With --small the weights are random ones of 4 layers
+of width 256, and the tokenizer is the source's with its first 4,096 tokens.
 """
 
 import argparse
@@ -143,9 +143,12 @@ def add_tokenizer(writer: Any, tokenizer: dict[str, Any]) -> None:
 
 
 def tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """Weights by llama.cpp's names; heads of queries and keys are turned by pairs of neighbours there, not by halves."""
+    """Weights by llama.cpp's names; it turns queries and keys by pairs of neighbours, not by halves."""
     weights = model.state_dict()
-    found = {"token_embd.weight": weights["model.embed_tokens.weight"], "output_norm.weight": weights["model.norm.weight"]}
+    found = {
+        "token_embd.weight": weights["model.embed_tokens.weight"],
+        "output_norm.weight": weights["model.norm.weight"],
+    }
     if not model.config.tie_word_embeddings:
         found["output.weight"] = weights["lm_head.weight"]
     heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
