@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,15 +52,18 @@ def main() -> None:
     """Measure, save and print."""
     options = parse()
     rows = Rows("serve", told(options))
+    end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as logs:
         for folder in options.models:
             settings = Settings(
                 options.threads, options.concurrency, WINDOW, options.llama_server, options.transformers, Path(logs)
             )
-            loads(folder, settings, options, rows)
-            deepen(
-                folder, replace(settings, slots=1, context=max(options.depths) + WINDOW, is_stream=True), options, rows
-            )
+            deep = replace(settings, slots=1, context=max(options.depths) + WINDOW, is_stream=True)
+            for measured, with_ in ((loads, settings), (deepen, deep)):
+                if time.monotonic() < end:
+                    measured(folder, with_, options, rows, end)
+                else:
+                    sys.stdout.write(f"{folder.name}: no time for {measured.__name__}\n")
     found = [row for entry in rows.rows.values() for row in entry["rows"]]
     goals = judge(found)
     path = record.save("serve", found, goals, told(options), lines=True)
@@ -84,6 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=120, help="no request is sent later, and no stream read longer"
     )
+    parser.add_argument("--minutes", type=float, default=60, help="nothing more is begun after so many")
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, help="tokens of the stream, ascending")
     parser.add_argument("--record", action="store_true", help=record.HELP)
     options = parser.parse_args()
@@ -104,7 +109,7 @@ def told(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def loads(folder: Path, settings: Settings, options: argparse.Namespace, rows: Rows) -> None:
+def loads(folder: Path, settings: Settings, options: argparse.Namespace, rows: Rows, end: float) -> None:
     """Both loads of many requests on one model, all candidates in turns."""
     with contextlib.ExitStack() as stack:
         running: dict[str, Process] = {}
@@ -120,12 +125,13 @@ def loads(folder: Path, settings: Settings, options: argparse.Namespace, rows: R
 
         asked = questions(options.requests, seed=1)
         busy = rows.measured(
-            f"{folder.name}, closed", lambda: at_once(folder.name, all_of_them(), asked, options)
+            f"{folder.name}, closed", lambda: at_once(folder.name, all_of_them(), asked, options, end)
         )  # fmt: skip
         slowest = min(row["tokens/s"] for row in busy["rows"] if row["server"] != PLAIN)
         per_request = statistics.mean(question.num_tokens for question in asked)
         rate = options.rate or float(f"{SHARE * slowest / per_request:.2g}")
-        rows.measured(f"{folder.name}, arriving", lambda: as_they_come(folder.name, all_of_them(), rate, options))
+        if time.monotonic() < end:
+            rows.measured(f"{folder.name}, arriving", lambda: as_they_come(folder.name, all_of_them(), rate, options))
 
 
 def check_alike(running: dict[str, Process]) -> None:
@@ -161,11 +167,13 @@ def one(
 
 
 def at_once(
-    model: str, running: dict[str, Process], asked: Sequence[Question], options: argparse.Namespace
+    model: str, running: dict[str, Process], asked: Sequence[Question], options: argparse.Namespace, end: float
 ) -> dict[str, Any]:
-    """So many requests at once, in rounds."""
+    """So many requests at once, in rounds; after the first, those for which there is time."""
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(options.rounds):
+        if rounds and time.monotonic() > end:
+            break
         found = {}
         for name in in_turn(list(running), number):
             process = running[name]
@@ -215,7 +223,7 @@ def load_rows(model: str, load: str, rounds: Sequence[dict[str, dict[str, float]
     ]  # fmt: skip
 
 
-def deepen(folder: Path, settings: Settings, options: argparse.Namespace, rows: Rows) -> None:
+def deepen(folder: Path, settings: Settings, options: argparse.Namespace, rows: Rows, end: float) -> None:
     """One stream that grows: time between tokens behind so many, ours beside llama.cpp's full cache."""
     with contextlib.ExitStack() as stack:
         running: dict[str, Process] = {}
@@ -226,14 +234,21 @@ def deepen(folder: Path, settings: Settings, options: argparse.Namespace, rows: 
                 running[name].rest()
             return running
 
-        rows.measured(f"{folder.name}, stream", lambda: {"rows": stream_rows(folder.name, both(), options)})
+        rows.measured(f"{folder.name}, stream", lambda: {"rows": stream_rows(folder.name, both(), options, end)})
 
 
-def stream_rows(model: str, running: dict[str, Process], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A line for each depth; who does not get there in time is left out from there on."""
+def stream_rows(
+    model: str, running: dict[str, Process], options: argparse.Namespace, end: float
+) -> list[dict[str, Any]]:
+    """A line for each depth; who does not get there in time, or could not, is left out from there on."""
     spoken: dict[str, list[str]] = {name: [] for name in running}
     alive, found, generator = list(running), [], random.Random(3)
+    before, expected = 0, 0.0
     for depth in options.depths:
+        if not alive or (found and time.monotonic() > end):
+            break
+        if expected > options.seconds:
+            alive = [name for name in alive if name != LLAMA]
         more = words(depth - len(spoken[OURS]), generator).split()
         between: dict[str, list[float]] = {}
         for number in range(options.rounds + 1):
@@ -242,10 +257,15 @@ def stream_rows(model: str, running: dict[str, Process], options: argparse.Names
                 spoken[name] += ["and"] if number else more
                 said = spoken[name] if name == LLAMA else spoken[name][-1 if number else -len(more) :]
                 seconds = options.seconds if number == 0 else 60
+                begin = time.monotonic()
                 answer = turn(
                     running[name],
                     lambda name=name, said=said, seconds=seconds: further(running[name], " ".join(said), seconds),
                 )
+                if number == 0 and name == LLAMA:
+                    # attention over all that was read: the time goes with the pairs of tokens
+                    later = next((other for other in options.depths if other > depth), depth)
+                    expected = (time.monotonic() - begin) * (later**2 - depth**2) / (depth**2 - before**2)
                 if answer is None:
                     alive = [other for other in alive if other != name]
                 elif number:
@@ -259,6 +279,7 @@ def stream_rows(model: str, running: dict[str, Process], options: argparse.Names
         }  # fmt: skip
         report(f"{model}, stream", row)
         found.append(row)
+        before = depth
     return found
 
 

@@ -34,9 +34,9 @@ class Lengths:
 
 
 # means of ShareGPT's prompts and of Alpaca's replies, as the paper of vLLM has them (arXiv 2309.06180, section 6.1);
-# ShareGPT's replies, six times as long, would take one core an hour
+# ShareGPT's replies, six times as long, would take one core too long
 PROMPTS = Lengths(161, 1.0, 8, 600)
-REPLIES = Lengths(58, 0.8, 4, 300)
+REPLIES = Lengths(58, 0.8, 4, 200)
 
 
 @dataclass(frozen=True)
