@@ -43,7 +43,8 @@ OURS, LLAMA, SERVE, PLAIN = "swat-lm", "llama.cpp", "transformers serve", "trans
 CANDIDATES = (OURS, LLAMA, SERVE, PLAIN)
 DEPTHS = (1024, 4096, 16384, 32768, 102400)
 # tokens by which answers are compared before anything is timed, and that are drawn at each depth
-COMPARED, DRAWN = 8, 17
+COMPARED, DRAWN = 8, 49
+BETWEEN, COMPUTED = "ms between tokens", "CPU ms a token"
 # arrivals come at this share of what the slowest server answers when it is never idle
 SHARE = 0.5
 
@@ -251,13 +252,14 @@ def stream_rows(
             alive = [name for name in alive if name != LLAMA]
         more = words(depth - len(spoken[OURS]), generator).split()
         between: dict[str, list[float]] = {}
+        work: dict[str, list[float]] = {}
         for number in range(options.rounds + 1):
             for name in in_turn(alive, number):
                 # first what leads to this depth, then in every round one word more
                 spoken[name] += ["and"] if number else more
                 said = spoken[name] if name == LLAMA else spoken[name][-1 if number else -len(more) :]
                 seconds = options.seconds if number == 0 else 60
-                begin = time.monotonic()
+                begin, computed = time.monotonic(), running[name].cpu_seconds()
                 answer = turn(
                     running[name],
                     lambda name=name, said=said, seconds=seconds: further(running[name], " ".join(said), seconds),
@@ -270,13 +272,14 @@ def stream_rows(
                     alive = [other for other in alive if other != name]
                 elif number:
                     between.setdefault(name, []).append(quantile(gaps([answer]), 0.5))
-        ms = {name: 1e3 * statistics.median(values) for name, values in between.items()}
-        ratio = [other / own for own, other in zip(between.get(OURS, []), between.get(LLAMA, []), strict=False)]
-        row = {
-            "model": model, "tokens before": depth, "swat-lm: ms between tokens": ms.get(OURS, "too slow"),
-            "llama.cpp: ms between tokens": ms.get(LLAMA, "too slow"),
-            "llama.cpp / swat-lm": statistics.median(ratio) if ratio else None,
-        }  # fmt: skip
+                    work.setdefault(name, []).append((running[name].cpu_seconds() - computed) / DRAWN)
+        row: dict[str, Any] = {"model": model, "tokens before": depth}
+        for what, values in ((BETWEEN, between), (COMPUTED, work)):
+            for name in running:
+                row[f"{name}: {what}"] = 1e3 * statistics.median(values[name]) if name in values else "too slow"
+            pairs = zip(values.get(OURS, []), values.get(LLAMA, []), strict=False)
+            ratios = [other / own for own, other in pairs]
+            row[f"llama.cpp / swat-lm: {what}"] = statistics.median(ratios) if ratios else None
         report(f"{model}, stream", row)
         found.append(row)
         before = depth
@@ -299,26 +302,26 @@ def further(process: Process, text: str, seconds: float) -> Answer | None:
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The goals of each model, those of which there are rows."""
+    """The goals of each model, those of which there are rows; by the clock, and by what the servers computed."""
     goals = []
     for row in rows:
         if row.get("server") in (LLAMA, SERVE, PLAIN) and "at once" in row["load"]:
             wanted = 1 if row["server"] == LLAMA else 3
-            said = f"{row['model']}, {row['load']}: times the tokens/s of {row['server']}"
-            goals.append(measure.goal(said, wanted, row["swat-lm times its tokens/s"]))
+            for what in ("tokens/s", "tokens/CPU s"):
+                said = f"{row['model']}, {row['load']}: times the {what} of {row['server']}"
+                goals.append(measure.goal(said, wanted, row[f"swat-lm times its {what}"]))
     for model in dict.fromkeys(row["model"] for row in rows):
         deep = [row for row in rows if row["model"] == model and "tokens before" in row]
-        ours = [row for row in deep if not isinstance(row["swat-lm: ms between tokens"], str)]
-        if len(ours) > 1:
-            first, last = (row["swat-lm: ms between tokens"] for row in (ours[0], ours[-1]))
-            said = (
-                f"{model}: time between tokens at {ours[0]['tokens before']:,} by that at {ours[-1]['tokens before']:,}"
-            )
-            goals.append(measure.goal(said, 0.9, first / last))
-        beside = [row for row in deep if row["llama.cpp / swat-lm"] is not None]
-        if beside:
-            said = f"{model}: llama.cpp's time between tokens at {beside[-1]['tokens before']:,} by ours"
-            goals.append(measure.goal(said, 1, beside[-1]["llama.cpp / swat-lm"]))
+        for what in (BETWEEN, COMPUTED):
+            ours = [row for row in deep if not isinstance(row[f"{OURS}: {what}"], str)]
+            if len(ours) > 1:
+                first, last = ours[0], ours[-1]
+                said = f"{model}: {what} after {first['tokens before']:,} by those after {last['tokens before']:,}"
+                goals.append(measure.goal(said, 0.9, first[f"{OURS}: {what}"] / last[f"{OURS}: {what}"]))
+            beside = [row for row in deep if row[f"llama.cpp / swat-lm: {what}"] is not None]
+            if beside:
+                said = f"{model}: llama.cpp's {what} after {beside[-1]['tokens before']:,} by ours"
+                goals.append(measure.goal(said, 1, beside[-1][f"llama.cpp / swat-lm: {what}"]))
     return goals
 
 

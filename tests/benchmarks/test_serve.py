@@ -136,20 +136,21 @@ def test_figures_of_a_load():
 
 def test_rows_and_goals():
     rounds = [
-        {name: {"tokens/s": speed * drift, "tokens/CPU s": speed} for name, speed in speeds.items()}
+        {name: {"tokens/s": speed * drift, "tokens/CPU s": speed * 2} for name, speed in speeds.items()}
         for drift, speeds in ((1, {"swat-lm": 8.0, "llama.cpp": 4.0, "transformers serve": 4.0}),
                               (3, {"swat-lm": 8.0, "llama.cpp": 10.0, "transformers serve": 2.0}))
     ]  # fmt: skip
     rows = serve.load_rows("m", "16 at once", rounds)
     assert [row["swat-lm times its tokens/s"] for row in rows] == pytest.approx([1, (2 + 0.8) / 2, 3])
     deep = [
-        {"model": "m", "tokens before": depth, "swat-lm: ms between tokens": 2.0, "llama.cpp: ms between tokens": other,
-         "llama.cpp / swat-lm": ratio}
+        {"model": "m", "tokens before": depth}
+        | {f"{name}: {what}": value for what in (serve.BETWEEN, serve.COMPUTED)
+           for name, value in (("swat-lm", 2.0), ("llama.cpp", other), ("llama.cpp / swat-lm", ratio))}
         for depth, other, ratio in ((10, 1.0, 0.5), (20, 3.0, 1.5), (30, "too slow", None))
     ]  # fmt: skip
     goals = serve.judge([*rows, *deep])
     assert [(goal["measured"], goal["reached"]) for goal in goals] == [
-        (1.4, True), (3.0, True), (1.0, True), (1.5, True)
+        (1.4, True), (1.4, True), (3.0, True), (3.0, True), (1.0, True), (1.5, True), (1.0, True), (1.5, True)
     ]  # fmt: skip
 
 
