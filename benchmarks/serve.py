@@ -38,6 +38,7 @@ from benchmarks.serve_load import (
 )  # fmt: skip
 from benchmarks.serve_models import GGUF, SINKS, WINDOW
 from benchmarks.serve_peers import Process, Settings, started, version_of
+from swat_lm.interruption import leaving_on_termination
 
 OURS, LLAMA, SERVE, PLAIN = "swat-lm", "llama.cpp", "transformers serve", "transformers generate"
 CANDIDATES = (OURS, LLAMA, SERVE, PLAIN)
@@ -54,7 +55,8 @@ def main() -> None:
     options = parse()
     rows = Rows("serve", told(options))
     end = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory() as logs:
+    # no server outlives it, stopped as most are
+    with leaving_on_termination(), tempfile.TemporaryDirectory() as logs:
         for folder in options.models:
             settings = Settings(
                 options.threads, options.concurrency, WINDOW, options.llama_server, options.transformers, Path(logs)
@@ -304,8 +306,8 @@ def further(process: Process, text: str, seconds: float) -> Answer | None:
 def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The goals of each model, those of which there are rows.
 
-    Loads by the clock, in which whoever has a second thread gains by it. Of a stream what a token computes: the goals are
-    about its growth, and on a machine that others use too the clock says more of them.
+    Loads by the clock. Of a stream what a token computes: the goals are about its growth, and on a machine that others
+    use too the clock says more of them than of that.
     """
     goals = []
     for row in rows:
