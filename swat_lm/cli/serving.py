@@ -142,7 +142,7 @@ def limits_of(
 ) -> "Limits":  # fmt: skip
     """What the engine shares out, checked against the model's configuration before its weights are read."""
     from swat_lm.model.configuration import SwatConfig
-    from swat_lm.serve.engine import slots_in
+    from swat_lm.serve.pool import slots_in
     from swat_lm.serve.requests import Limits
 
     config = SwatConfig.from_pretrained(find_export(checkpoint))

@@ -154,7 +154,7 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
 
     content: dict[str, Any] = {"application/json": {}}
     if endpoint.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     body = {"required": True, "content": {"application/json": {"schema": {"$ref": reference(endpoint.takes)}}}}
     app.add_api_route(
         endpoint.path, serve, methods=["POST"], response_model=None, summary=endpoint.said,
@@ -220,6 +220,9 @@ def document(app: FastAPI, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
                                         ref_template="#/components/schemas/{model}")  # fmt: skip
         components = made.setdefault("components", {})
         components["schemas"] = {**components.get("schemas", {}), **schemas["$defs"]}
+        for one in endpoints:
+            # there is one, and whoever reads the document shall know its name
+            components["schemas"][one.takes.__name__]["properties"]["model"]["examples"] = [app.state.settings.model]
         if app.state.settings.api_keys:
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             made["security"] = [{"key": []}]

@@ -99,7 +99,9 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
     max_tokens = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
     logprobs = most_logprobs(asked.logprobs, "logprobs")
     sampling = asked.sampling(served.language, max_tokens, logprobs)
-    constraint = await work(constraint_of, served.language, asked.response_format) if asked.response_format else None
+    constraint = (
+        await work(constraint_of, served.language, asked.response_format) if asked.response_format is not None else None
+    )
     prompts = await work(prompts_of, served, asked.prompt)
     name = new_id("cmpl")
     weighed = logprobs if asked.echo else None
