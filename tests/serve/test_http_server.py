@@ -7,11 +7,15 @@ import logging
 import socket
 import struct
 import threading
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
+from opentelemetry import trace
 from pydantic import BaseModel
 from starlette.testclient import TestClient
 
@@ -21,6 +25,7 @@ from swat_lm.serve.http.embeddings import EmbeddingRequest, Embeddings, embed
 from swat_lm.serve.http.server import Server, listen
 from swat_lm.serve.http.settings import Settings
 from swat_lm.serve.http.watching import JsonLines
+from swat_lm.serve.language import Language
 from tests.serve.hosting import (
     ENDPOINTS,
     LETTERS,
@@ -197,6 +202,46 @@ def test_a_connection_that_breaks_within_its_body_harms_nobody(port: int, client
                  b"content-length: 100\r\n\r\n{")  # fmt: skip
     made.close()
     assert client.models.list().data
+
+
+def test_long_texts_are_read_beside_the_loop(port: int, monkeypatch: pytest.MonkeyPatch):
+    go, begun = threading.Event(), threading.Event()
+    prompt = Language.prompt
+
+    def slow(language: Language, text: str) -> Any:
+        begun.set()
+        go.wait(20)
+        return prompt(language, text)
+
+    monkeypatch.setattr(Language, "prompt", slow)
+    body = json.dumps({"model": "tiny", "prompt": "a" * 50_000, "max_tokens": 0}).encode()
+    made = send_raw(port, "/v1/completions", body)
+    assert begun.wait(20)
+    # others are answered meanwhile
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=20) as found:
+        assert json.load(found) == {"status": "ready"}
+    go.set()
+    assert made.recv(15) == b"HTTP/1.1 200 OK"
+    made.close()
+
+
+def test_a_span_for_each_request(host: Host, monkeypatch: pytest.MonkeyPatch):
+    spans: list[tuple[str, dict[str, Any]]] = []
+
+    class Tracer:
+        @contextmanager
+        def start_as_current_span(self, name: str, *_: Any) -> Iterator[Any]:
+            yield SimpleNamespace(set_attributes=lambda values: spans.append((name, values)))
+
+    monkeypatch.setattr(trace, "get_tracer", lambda name: Tracer())
+    client = TestClient(create_app(host, Settings("tiny", log_prompts=True)))
+    client.post("/v1/completions", json={"model": "tiny", "prompt": "secret", "max_tokens": 2, "ignore_eos": True})
+    client.get("/v1/models/other")
+    (first, said), (second, other) = spans
+    assert (first, second) == ("POST /v1/completions", "GET /v1/models/{model_id}")
+    assert (said["http.response.status_code"], said["swat.completion_tokens"]) == (200, 2)
+    assert "secret" not in str(said)
+    assert other["http.response.status_code"] == 404
 
 
 def test_the_end_lets_replies_end_and_refuses_others():
