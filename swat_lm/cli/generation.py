@@ -4,7 +4,8 @@ import codecs
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -23,12 +24,12 @@ from swat_lm.interruption import Interruption
 from swat_lm.words import counted
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
     from transformers import PreTrainedTokenizerFast
 
     from swat_lm.model.modeling import SwatForCausalLM
     from swat_lm.model.slots import Slots
     from swat_lm.serve.sampling import Sampling
+    from swat_lm.serve.stream import Stream
 
 __all__ = ["generate"]
 
@@ -74,13 +75,12 @@ def generate(
       swat-lm generate models/smollm2 --chat --prompt 'What is a prime number?'
       tail -f app.log | head -c 100M | swat-lm generate runs/mine --prompt - --temperature 0
     """
-    import torch
-
     from swat_lm.data import vocabulary_size
     from swat_lm.model.fingerprint import fingerprint
     from swat_lm.serve.sampling import Sampling
+    from swat_lm.serve.stream import Stream
 
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, seed=seed, max_tokens=max_new_tokens, ignore_end=ignore_end)
     prompt = whole_text(prompt, "--prompt")
     if save_to is not None:
         check_new_file(save_to, "--save-state")
@@ -95,17 +95,15 @@ def generate(
         fingerprint(model)
     if model.device.type == "cpu":
         model.arrange_for_decoding()
-    sampling = Sampling(temperature, top_k, top_p, vocab_size=vocabulary_size(tokens))
-    generator = torch.Generator(model.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    sampling = replace(sampling, vocab_size=vocabulary_size(tokens))
+    stream = Stream(model, tokens, state, chunk, end_tokens(model, tokens))
     with SavingInterruption(active=save_to is not None) as interruption:
         pieces = in_chunks(prompt_pieces(tokens, prompt, load_from is None, interruption, chat), chunk, interruption)
-        logits = first_logits(model, pieces, state, load_from, interruption)
+        read_prompt(stream, pieces, model.config.vocab_size, load_from, interruption)
         before, read = state.num_bytes, int(state.position)
-        stop = frozenset[int]() if ignore_end else end_tokens(model, tokens)
-        last = write_text(model, tokens, logits, state, sampling, max_new_tokens, generator, stop, interruption)
+        write_text(stream, sampling, interruption)
         if save_to is not None:
-            save(model, state, logits, last, save_to)
+            save(stream, save_to)
     report_state(state, read, before)
     if save_to is not None and reader_is_gone() and not interruption.requested:
         messages().print(f"nobody reads on; state saved: --load-state {save_to} goes on after it", markup=False)
@@ -128,72 +126,50 @@ def read_state(model: "SwatForCausalLM", path: Path) -> "Slots":
     return state
 
 
-def first_logits(
-    model: "SwatForCausalLM",
+def read_prompt(
+    stream: "Stream",
     pieces: Iterator[list[int]],
-    state: "Slots",
+    vocabulary: int,
     load_from: Path | None,
     interruption: "SavingInterruption",
-) -> "Tensor":
-    """The logits after the prompt, or, where there is none, those that came with the state.
+) -> None:
+    """Read the prompt; where there is none, the stream has the logits that came with its state.
 
     Raises ValueError that says what to give where there is neither.
     """
-    from swat_lm.serve.stream import read_prompt
-
-    logits = read_prompt(model, pieces, state)
-    if logits is not None:
-        return logits
-    if state.logits is not None:
-        if state.logits.shape != (1, model.config.vocab_size):
-            raise ValueError(
-                f"{load_from}: the state belongs to another model (of {counted(state.logits.shape[1], 'token')}, "
-                f"this one knows {model.config.vocab_size:,})"
-            )
-        return state.logits
-    if interruption.requested:
+    stream.read(pieces)
+    if stream.logits is None and interruption.requested:
         # nothing was read, so nothing is lost
         raise KeyboardInterrupt
-    raise ValueError(
-        "nothing to continue: give --prompt" + ("" if load_from is None else ", the text that follows the state")
-    )
+    if stream.logits is None:
+        raise ValueError(
+            "nothing to continue: give --prompt" + ("" if load_from is None else ", the text that follows the state")
+        )
+    if stream.logits.shape != (1, vocabulary):
+        raise ValueError(
+            f"{load_from}: the state belongs to another model (of {counted(stream.logits.shape[1], 'token')}, "
+            f"this one knows {vocabulary:,})"
+        )
 
 
-def write_text(
-    model: "SwatForCausalLM",
-    tokens: "PreTrainedTokenizerFast",
-    logits: "Tensor",
-    state: "Slots",
-    sampling: "Sampling",
-    count: int,
-    generator: "Generator",
-    stop: Collection[int],
-    interruption: "SavingInterruption",
-) -> int | None:
-    """Draw tokens and write their text as it comes; returns the last one, which the state has not read yet.
+def write_text(stream: "Stream", sampling: "Sampling", interruption: "SavingInterruption") -> None:
+    """Draw tokens and write their text as it comes.
 
-    None, and no text, where an interruption was requested before. Ends early where nobody reads the text any more.
+    No text where an interruption was requested before. Ends early where nobody reads the text any more.
     """
-    from swat_lm.serve.stream import generate_tokens
-    from swat_lm.serve.text import TextAssembler
-
-    assembler, last = TextAssembler(tokens), None
-    count = 0 if interruption.requested else count
-    for last in generate_tokens(model, logits, state, sampling, count, generator, stop):
-        write(assembler.push(last))
+    for event in () if interruption.requested else stream.write(sampling):
+        write(event.text)
         if interruption.requested or reader_is_gone():
             break
-    write(assembler.finish() + "\n")
-    return last
+    write(stream.stop() + "\n")
 
 
-def save(model: "SwatForCausalLM", state: "Slots", logits: "Tensor", last: int | None, path: Path) -> None:
+def save(stream: "Stream", path: Path) -> None:
     """Save the state so that the stream goes on after its last token, as if it had never been stopped."""
     from swat_lm.model.state import save_state
-    from swat_lm.serve.stream import next_logits
 
-    state.logits = logits if last is None else next_logits(model, last, state)
-    save_state(state, path)
+    stream.close()
+    save_state(stream.state, path)
 
 
 class SavingInterruption(Interruption):

@@ -19,7 +19,10 @@ from swat_lm.words import counted, install_extra
 if TYPE_CHECKING:
     from swat_lm.model.configuration import SwatConfig
     from swat_lm.serve.engine import Engine
+    from swat_lm.serve.host import Host
     from swat_lm.serve.requests import Limits
+    from swat_lm.serve.sessions.book import Policy
+    from swat_lm.serve.sessions.hosted import HostedSessions
 
 __all__ = ["serve"]
 
@@ -27,7 +30,7 @@ NEEDS = ("fastapi", "llguidance", "prometheus_client", "uvicorn")
 KEY_VARIABLE = "SWAT_LM_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-SLOTS = 8
+SLOTS, PIECE, WAITING = 8, 256, 256
 
 
 def serve(
@@ -43,11 +46,11 @@ def serve(
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens that a slot holds; needed where a layer keeps all it has seen.")
     ] = None,
-    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompts are read in pieces of so many tokens.")] = 256,
+    prefill_chunk: Annotated[int, typer.Option(min=1, help="Prompts are read in pieces of so many tokens.")] = PIECE,
     token_budget: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of a step; default a piece and one token a slot.")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Requests in line; more are refused.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests in line; more are refused.")] = WAITING,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 4096,
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"Who asks needs one of its keys, one a line; or set {KEY_VARIABLE}.")
@@ -63,6 +66,18 @@ def serve(
         float, typer.Option(min=0, help="At the end: how long replies that are begun may take.")
     ] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what is asked into the log.")] = False,
+    sessions: Annotated[
+        str | None, typer.Option(help="Keep conversations there, a folder or what fsspec opens; see session_id.")
+    ] = None,
+    session_expiry: Annotated[
+        float | None, typer.Option(min=1, help="Seconds after which a session that nobody uses is removed.")
+    ] = None,
+    session_idle: Annotated[
+        float, typer.Option(min=0, help="Seconds after which the state of a session is written to its file.")
+    ] = 30.0,
+    session_every: Annotated[
+        int, typer.Option(min=1, help="It is written at least after so many tokens; a crash costs reading them again.")
+    ] = 1024,
     tokenizer: TOKENIZER = None,
     device: DEVICE = None,
 ) -> None:
@@ -79,17 +94,19 @@ def serve(
       curl localhost:8000/v1/completions -H 'content-type: application/json' \\
         -d '{"model": "swat", "prompt": "def main(", "max_tokens": 20}'
     """
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"this command needs {missing[0]}, which is not installed: {install_extra('serve')}")
-    from swat_lm.serve.host import Host
+    check_extra()
     from swat_lm.serve.http.app import create_app
     from swat_lm.serve.http.server import Server, listen, log_lines
     from swat_lm.serve.http.settings import Settings
+    from swat_lm.serve.sessions.book import Policy
 
     if rate_limit is not None and not 0 < rate_limit < float("inf"):
         raise ValueError(f"--rate-limit: expected a number above 0, got {rate_limit:g}; leave it out for no limit")
-    limits = limits_of(checkpoint, slots, memory, context, prefill_chunk, token_budget, max_waiting)
+    if session_expiry is not None and sessions is None:
+        raise ValueError("--session-expiry: expected only with --sessions, which says where sessions are kept")
+    limits = limits_of(
+        checkpoint, slots, memory, context, prefill_chunk, token_budget, max_waiting, sessions is not None
+    )
     settings = Settings(
         model_name(checkpoint), max_new_tokens, size_of(max_body, "--max-body"), max_waiting,
         keys_of(api_key_file), rate_limit, tuple(cors_origin or ()), log_prompts,
@@ -101,8 +118,9 @@ def serve(
         messages().print(
             f"warning: whoever reaches {host} may ask, since no API key is set: see --api-key-file", markup=False
         )
-    engine_host = Host(opener(checkpoint, tokenizer, device, limits))
-    server = Server(create_app(engine_host, settings), engine_host, drain_seconds)
+    policy = Policy(session_every, session_idle, session_expiry)
+    engine_host, kept = hosted(opener(checkpoint, tokenizer, device, limits), sessions, policy)
+    server = Server(create_app(engine_host, settings, kept), engine_host, drain_seconds)
     messages().print(f"listening on {place}, model {settings.model!r}; loading", markup=False)
     log_lines()
     engine_host.start()
@@ -115,16 +133,31 @@ def serve(
     messages().print("stopped")
 
 
-def opener(checkpoint: str, tokenizer: str | None, device: str | None, limits: "Limits") -> "Callable[[], Engine]":
-    """What loads the model, in the thread in which it will run."""
+def check_extra() -> None:
+    """Raise ValueError unless all is installed that a server needs."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"this command needs {missing[0]}, which is not installed: {install_extra('serve')}")
 
-    def open_engine() -> "Engine":
+
+def opener(
+    checkpoint: str, tokenizer: str | None, device: str | None, limits: "Limits"
+) -> "Callable[[HostedSessions | None], Engine]":
+    """What loads the model, in the thread in which it will run; sessions take part from then on."""
+
+    def open_engine(sessions: "HostedSessions | None") -> "Engine":
+        from swat_lm.model.fingerprint import fingerprint
         from swat_lm.serve.engine import Engine
 
         model, tokens = load_checkpoint(checkpoint, tokenizer, device)
+        if sessions is not None:
+            # goes with every session, and is formed faster while the weights lie in rows
+            fingerprint(model)
         if model.device.type == "cpu":
             model.arrange_for_decoding()
-        engine = Engine(model, limits, tokens, end_tokens(model, tokens))
+        engine = Engine(model, limits, tokens, end_tokens(model, tokens), restorable=sessions is not None)
+        if sessions is not None:
+            sessions.attach(engine, lambda said: messages().print(said, markup=False))
         each = engine.slots.num_bytes // engine.slots.batch_size
         messages().print(
             f"ready: {counted(limits.num_slots, 'slot')} of {counted(each, 'byte')}"
@@ -136,9 +169,22 @@ def opener(checkpoint: str, tokenizer: str | None, device: str | None, limits: "
     return open_engine
 
 
+def hosted(
+    open_engine: "Callable[[HostedSessions | None], Engine]", place: str | None, policy: "Policy"
+) -> "tuple[Host, HostedSessions | None]":
+    """A host that will open an engine, and its sessions where they have a place. Raises OSError, SessionError."""
+    from swat_lm.serve.host import Host
+    from swat_lm.serve.sessions.hosted import HostedSessions
+    from swat_lm.serve.sessions.store import open_store
+
+    host = Host(lambda: open_engine(kept))
+    kept = None if place is None else HostedSessions(host, open_store(place), policy)
+    return host, kept
+
+
 def limits_of(
-    checkpoint: str, slots: int | None, memory: str | None, context: int | None, prefill_chunk: int,
-    token_budget: int | None, max_waiting: int,
+    checkpoint: str, slots: int | None, memory: str | None, context: int | None, prefill_chunk: int = PIECE,
+    token_budget: int | None = None, max_waiting: int = WAITING, with_sessions: bool = False,
 ) -> "Limits":  # fmt: skip
     """What the engine shares out, checked against the model's configuration before its weights are read."""
     from swat_lm.model.configuration import SwatConfig
@@ -152,7 +198,7 @@ def limits_of(
     count = slots or SLOTS
     if memory is not None:
         try:
-            count = slots_in(config, size_of(memory, "--memory"), context)
+            count = slots_in(config, size_of(memory, "--memory"), context, restorable=with_sessions)
         except ValueError as error:
             raise ValueError(f"--{error}") from None
     budget = prefill_chunk + count if token_budget is None else token_budget

@@ -6,7 +6,7 @@ Legend: B rows, T tokens of the chunk, P kept items, M width, N slots.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -148,6 +148,25 @@ class Output(NamedTuple):
     auxiliary: Auxiliary = NOTHING
 
 
+class Part(NamedTuple):
+    """One of several sequences that lie one after the other in a row `[1, T, M]`."""
+
+    tokens: slice
+    """Of T: its own, which are t. There may be tokens of no part, which nobody reads."""
+    chunk: Chunk
+    """Where its t tokens stand, all of them real."""
+    past: Past
+    """Its own."""
+
+
+def lay_out(parts: Sequence[Part], results: Sequence[Tensor], num_tokens: int) -> Tensor:
+    """Results `[1, t, ...]` of parts in their places of `[1, T, ...]`; zeros in places of no part."""
+    row = results[0].new_zeros(1, num_tokens, *results[0].shape[2:])
+    for part, result in zip(parts, results, strict=True):
+        row[:, part.tokens] = result
+    return row
+
+
 @dataclass(frozen=True)
 class Shared:
     """What the layers of a model have in common."""
@@ -174,6 +193,14 @@ class TokenMixer(nn.Module, ABC):
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """One real token per row, `[B, 1, M]`, nothing hidden, in place over slots; inference only."""
         return self.forward(hidden, chunk, past).hidden
+
+    def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Process parts of a row `[1, T, M]`, each after its past; inference only. In places of no part, any numbers.
+
+        A part must come out as `forward` has it. What is computed token by token may be computed for all at once.
+        """
+        results = [self.forward(hidden[:, part.tokens], part.chunk, part.past).hidden for part in parts]
+        return lay_out(parts, results, hidden.shape[1])
 
     @abstractmethod
     def flops(self, num_tokens: int, num_past: int = 0) -> int:

@@ -6,6 +6,7 @@ Legend: B rows, T tokens, M width, H heads, P head size, N state size, G groups,
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTensor
+from swat_lm.layers.base import InPlace, Layer, Output, Part, Past, Shared, StateTensor, lay_out
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import GatedRMSNorm, RMSNorm
 from swat_lm.layers.pre_norm import start, start_normal
@@ -118,11 +119,23 @@ class Mamba2Mixer(nn.Module):
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None) -> Tensor:
         """Mix a normed chunk `[B, T, M]`; the past, if any, is moved on."""
-        segments, real = chunk.segments, chunk.real
+        real = chunk.real
         if real is not None:
             # not even NaN passes from a token that does not count, nor does its gradient
             hidden = hidden.masked_fill(~real[..., None], 0.0)
         gate, inputs, steps = self._project(hidden)
+        return self._finish(*self._mix(inputs, steps, chunk, past), gate)
+
+    def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Mix parts of a normed row `[1, T, M]`: projections and norm for all at once."""
+        gate, inputs, steps = self._project(hidden)
+        mixed = [self._mix(inputs[:, part.tokens], steps[:, part.tokens], part.chunk, part.past) for part in parts]
+        output, value = (lay_out(parts, each, hidden.shape[1]) for each in zip(*mixed, strict=True))
+        return self._finish(output, value, gate)
+
+    def _mix(self, inputs: Tensor, steps: Tensor, chunk: Chunk, past: Past | None) -> tuple[Tensor, Tensor]:
+        """Convolution and scan of what was projected: their output and its values, both `[B, T, H, P]`."""
+        segments, real = chunk.segments, chunk.real
         tail = None
         if past is not None:
             nothing = inputs.new_zeros(len(inputs), self.settings.conv_kernel - 1, self.num_channels)
@@ -143,7 +156,7 @@ class Mamba2Mixer(nn.Module):
             query, key, value, log_decay, step_size, initial_state=state, segments=segments, real=real,
             chunk_size=self.settings.chunk_size,
         )  # fmt: skip
-        return self._finish(output, value, gate)
+        return output, value
 
     def step(self, hidden: Tensor, past: InPlace) -> Tensor:
         """Mix one normed token per row, `[B, 1, M]`, in place over slots."""
@@ -215,6 +228,10 @@ class Mamba2Layer(Layer):
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Process a chunk `[B, T, M]` after its past."""
         return Output(hidden + self.mixer(self.norm(hidden), chunk, past), None if past is None else past.after())
+
+    def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Process parts of a row `[1, T, M]`."""
+        return hidden + self.mixer.forward_packed(self.norm(hidden), parts)
 
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """Process one token per row, `[B, 1, M]`, in place over slots."""

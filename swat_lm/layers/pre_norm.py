@@ -6,14 +6,14 @@ feed-forward without a gate, as StarCoder2 has them (arXiv 2402.19173).
 Parameter names and shapes are Llama's. Legend: B rows, T tokens, M width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTensor, TokenMixer
+from swat_lm.layers.base import InPlace, Layer, Output, Part, Past, Shared, StateTensor, TokenMixer
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import NORMS
 
@@ -87,6 +87,11 @@ class PreNorm(Layer):
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """Process one token per row, `[B, 1, M]`, in place over slots."""
         mixed = self.self_attn.step(self._mixer_input(hidden), chunk, past)
+        return self._feed(self._join(hidden, mixed, self.mixer_output_layernorm))
+
+    def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Process parts of a row `[1, T, M]`: norms and feed-forward for all at once."""
+        mixed = self.self_attn.forward_packed(self._mixer_input(hidden), parts)
         return self._feed(self._join(hidden, mixed, self.mixer_output_layernorm))
 
     def _mixer_input(self, hidden: Tensor) -> Tensor:

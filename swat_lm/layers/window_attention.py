@@ -4,13 +4,14 @@ Parameter names and shapes are Llama's. Equations: SWAT (arXiv 2502.18845), Eq. 
 Legend: B rows, T tokens, P kept tokens, M width, H query heads, K key/value heads, D head size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swat_lm.layers.attention_settings import AttentionSettings
-from swat_lm.layers.base import InPlace, Output, Past, StateTensor
+from swat_lm.layers.base import InPlace, Output, Part, Past, StateTensor, lay_out
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.first_tokens import FirstTokens, Heads, join_heads
 from swat_lm.layers.norm import RMSNorm
@@ -110,6 +111,18 @@ class WindowAttention(Mixer):
         """Mix a chunk `[B, T, M]`; the past, if any, is extended by the chunk's keys and values."""
         mixed = self.o_proj(self.heads_output(self.mix(*self.project(hidden), chunk, past)))
         return Output(mixed, None if past is None else past.after())
+
+    def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Mix parts of a row `[1, T, M]`: projections for all at once."""
+        query, key, value = self.project(hidden)
+        heads, lse = [], []
+        for part in parts:
+            own = query[:, part.tokens], key[:, part.tokens], value[:, part.tokens]
+            mixed = self.mix(*own, part.chunk, part.past)
+            heads.append(mixed if isinstance(mixed, Tensor) else mixed[0])
+            lse += [] if isinstance(mixed, Tensor) else [mixed[1]]
+        output = lay_out(parts, heads, hidden.shape[1])
+        return self.o_proj(self.heads_output((output, lay_out(parts, lse, hidden.shape[1])) if lse else output))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, past: Past | None) -> Heads:
         """What the heads give to queries `[B, T, H, D]`, with its lse for softmax where that is asked for.

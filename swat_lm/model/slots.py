@@ -132,8 +132,9 @@ class Slots:
 
     def advance(self, rows: Rows, num_hidden: Tensor | None = None) -> None:
         """Count a chunk that went through all layers; `num_hidden [B]` of each row's items are hidden."""
-        counts = torch.as_tensor(rows.counts(), device=self.position.device)
-        self.position.index_add_(0, rows.slot, counts.expand_as(rows.slot))
+        given = rows.counts()
+        counts = given.to(self.position.device) if isinstance(given, Tensor) else torch.full_like(rows.slot, given)
+        self.position.index_add_(0, rows.slot, counts)
         if num_hidden is not None:
             self.skipped.index_add_(0, rows.slot, num_hidden)
         self.count(rows.num_tokens)

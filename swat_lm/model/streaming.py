@@ -108,11 +108,7 @@ class Streaming:
         """
         rows, hidden_tokens = self._stream_rows(input_ids, state, attention_mask, slot, lengths)
         if num_past is not None:
-            if rows.position.device.type == "cpu" and num_past != int(rows.position.max()):
-                raise ValueError(
-                    f"num_past: the row that has read most has read {int(rows.position.max())} tokens, got {num_past}"
-                )
-            rows.num_past = num_past
+            self._look_back(rows, num_past)
         state.logits = None
         hidden = self.model.embed_tokens(input_ids)
         chunk = plan_stream(state, rows, hidden_tokens)
@@ -284,6 +280,20 @@ class Streaming:
         else:
             # the model may have been cast or moved meanwhile
             self._check_kind(state)
+
+    def _rows_after(self, input_ids: Tensor, state: Slots, slot: Tensor, num_past: int) -> Rows:
+        """The rows of a chunk of real tokens, after so many; raises before anything is read."""
+        rows, _ = self._stream_rows(input_ids, state, None, slot, None)
+        self._look_back(rows, num_past)
+        return rows
+
+    @staticmethod
+    def _look_back(rows: Rows, num_past: int) -> None:
+        if rows.position.device.type == "cpu" and num_past != int(rows.position.max()):
+            raise ValueError(
+                f"num_past: the row that has read most has read {int(rows.position.max())} tokens, got {num_past}"
+            )
+        rows.num_past = num_past
 
     def _stream_rows(
         self,

@@ -1,9 +1,9 @@
 """One model and a pool of slots serving many requests: step by step, pieces of prompts beside rows that decode.
 
 The scheduler says what a step does (scheduler.py), the model does it, the sampler says what comes next (sampler.py) and
-the text when it ends (text.py). Each piece of a prompt is read by itself, without padding, and all rows are decoded as
-one batch of one of a few sizes: so among batches of one size a reply is the same to the bit whatever its mates hold,
-and between sizes it differs by the rounding of the dtype (docs/serving.md). For one thread at a time.
+the text when it ends (text.py). All pieces are read in one call (reading.py), and all rows are decoded as one batch of
+one of a few sizes: so among calls of one size a reply is the same to the bit whatever its mates hold, and between
+sizes it differs by the rounding of the dtype (docs/serving.md). For one thread at a time.
 
 Legend: N slots, B rows of a batch, T tokens of a piece, V vocabulary.
 """
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.model.slots import Slots
 from swat_lm.serve.generation import Event, Fed, Generation
-from swat_lm.serve.pool import batch_sizes, most_spare
+from swat_lm.serve.pool import batch_sizes, pool_of
+from swat_lm.serve.reading import read_together, take_in
 from swat_lm.serve.requests import Limits, Piece, Request, Row, Step
-from swat_lm.serve.sampler import SamplingError, StreamSampler, choose, token_logprobs
+from swat_lm.serve.sampler import SamplingError, StreamSampler, choose
 from swat_lm.serve.scheduler import SCHEDULERS
 from swat_lm.serve.text import ReplyText
 
@@ -49,10 +51,12 @@ class Running:
     replies: list[Reply]
     slot: int = -1
     """Of its prompt; -1 until it starts."""
-    fed: list[Fed] = field(default_factory=list)
-    """How its slot has read, where the slot is kept."""
     logits: Tensor | None = None
     """`[1, V]` after what was read last, where the next piece's first token is to be weighed by them."""
+    sum: Tensor | float = 0.0
+    """Of its hidden states, float32 `[M]`, where their mean is asked for."""
+    fed: list[Fed] = field(default_factory=list)
+    """How its slot has read, where the slot is kept."""
 
     @property
     def keeps(self) -> bool:
@@ -61,8 +65,8 @@ class Running:
 
     def note_step(self, size: int, place: int) -> None:
         """Its slot has read a token in a row of a batch."""
-        last = self.fed[-1]
-        if (last.kind, last.size, last.place) == ("step", size, place):
+        last = self.fed[-1] if self.fed else None
+        if last is not None and (last.kind, last.size, last.place) == ("step", size, place):
             self.fed[-1] = last._replace(count=last.count + 1)
         else:
             self.fed.append(Fed("step", size, place, 1))
@@ -78,6 +82,7 @@ class Engine:
         tokenizer: Any,
         end_tokens: Collection[int] = (),
         policy: str = "first-come",
+        slots: Slots | None = None,
         restorable: bool = False,
     ) -> None:
         """Take memory for the pool; nothing is allocated for it later.
@@ -87,11 +92,13 @@ class Engine:
             tokenizer: anything with Hugging Face's `decode`.
             end_tokens: ids that end a text.
             policy: a row of SCHEDULERS.
+            slots: a pool that is there already, such as the state of one stream, which may grow; `scheduler.adopt`
+                says what it holds. None: made here.
             restorable: have a second place for every slot, where what a request goes on from is copied if it keeps its
                 slot: so the slot can go back there (`roll_back`), and does where the request fails.
 
         Raises:
-            ValueError: an unknown policy, or a model that grows without a capacity.
+            ValueError: an unknown policy, a model that grows without a capacity, or a pool of another size or model.
         """
         if policy not in SCHEDULERS:
             raise ValueError(f"policy: expected one of {', '.join(SCHEDULERS)}, got {policy!r}")
@@ -99,13 +106,7 @@ class Engine:
         self.scheduler = SCHEDULERS[policy](limits)
         self.batches = batch_sizes(limits.num_slots)
         self.restorable = restorable
-        # rows that only fill a batch up have slots too, which nobody reads; the places to go back to come last
-        places = limits.num_slots + most_spare(limits.num_slots) + restorable * limits.num_slots
-        self.slots = model.init_state(places, capacity=limits.capacity)
-        if self.slots.grows and limits.capacity is None:
-            raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
-        # requests come and go at positions of their own
-        self.slots.ragged = True
+        self.slots = pool_of(model, limits, slots, restorable)
         self._requests: dict[Hashable, Running] = {}
 
     @property
@@ -165,17 +166,17 @@ class Engine:
         if not self.restorable:
             raise ValueError("roll_back: expected an engine made with restorable=True, which keeps what to go back to")
         self.scheduler.hold(slot, held)
-        at = torch.tensor([slot])
-        self.slots.copy(*(self._on_device(numbers) for numbers in (at + self._first_place, at)))
+        at = self._on_device(torch.tensor([slot]))
+        self.slots.copy(at + self._first_place, at)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Do what is next, for every request that has its turn; returns what came of it, nothing where all are idle.
 
-        What goes wrong in a request's piece, draw or text ends that request with an "error", and what does in decoding
-        all rows as one batch ends those that have one; others go on. What is no Exception (an interruption from the
-        keyboard) is raised; requests that had their turn are aborted then, their events lost, and the next step serves
-        the others.
+        What goes wrong in a request's draw or text ends that request with an "error", and what does in reading all
+        pieces, or decoding all rows, as one call ends those that have one; others go on. What is no Exception (an
+        interruption from the keyboard) is raised; requests that had their turn are aborted then, their events lost, and
+        the next step serves the others.
         """
         step, events = self.scheduler.plan(), []
         if not step:
@@ -192,11 +193,7 @@ class Engine:
 
     def _do(self, step: Step, events: list[Event]) -> None:
         """What the step says; events are added as they come."""
-        for piece in step.pieces:
-            try:
-                events += self._read(piece)
-            except Exception as error:
-                events.append(self._fail(piece.key, error))
+        events += self._read(step.pieces)
         for fork in step.forks:
             if fork.key in self._requests:
                 try:
@@ -230,9 +227,8 @@ class Engine:
             if running is not None and running.replies[sample].text.ended is None:
                 try:
                     text = running.replies[sample].text.finish("length")
-                    events.append(
-                        Event(key, sample, text=text, ended="length", shown=running.replies[sample].text.shown)
-                    )
+                    shown = running.replies[sample].text.shown
+                    events.append(Event(key, sample, text=text, ended="length", shown=shown))
                 except Exception as error:
                     events.append(self._fail(key, error))
         return [self._finished(event) for event in events]
@@ -257,46 +253,52 @@ class Engine:
             sampling.n, generation.held, generation.slot, generation.keep,
         )  # fmt: skip
 
-    def _read(self, piece: Piece) -> list[Event]:
-        """A piece of a prompt into its slot; logits after it are kept where they are needed."""
-        running = self._requests[piece.key]
-        generation, slot = running.generation, self._on_device(torch.tensor([piece.slot]))
-        if piece.start == 0:
-            self._begin(running, slot)
-            running.slot = piece.slot
-        part = list(running.tokens[piece.start : piece.start + piece.count])
-        hidden = self.model.extend(
-            self._on_device(torch.tensor([part])), self.slots, slot=slot, num_past=generation.held + piece.start
-        )
-        if running.keeps:
-            running.fed.append(Fed("piece", piece.count, 0, piece.count))
-        events = []
-        if generation.prompt_logprobs is not None:
-            logits = self.model.lm_head(hidden)[0]
-            before = logits[:-1] if running.logits is None else torch.cat((running.logits, logits[:-1]))
-            weighed = part[len(part) - len(before) :]
-            vocabulary = generation.sampling.vocab_size
-            choices = token_logprobs(before, weighed, generation.prompt_logprobs, vocabulary) if weighed else []
-            events.append(Event(piece.key, prompt=tuple(choices)))
-            running.logits = logits[-1:]
-        elif piece.is_last and generation.sampling.max_tokens != 0:
-            running.logits = self.model.lm_head(hidden[:, -1])
-        if piece.is_last and generation.sampling.max_tokens == 0:
-            running.logits = None
-            events.append(Event(piece.key, ended="read"))
+    def _read(self, pieces: Sequence[Piece]) -> list[Event]:
+        """Pieces of prompts into their slots, all in one call; logits after them are kept where they are needed."""
+        events, ready = [], []
+        for piece in pieces:
+            try:
+                # who has no tokens goes on from logits that it brought
+                ready += [] if self._begin(piece) else [piece]
+            except Exception as error:
+                events.append(self._fail(piece.key, error))
+        if not ready:
+            return events
+        try:
+            found = read_together(self.model, self.slots, [(self._requests[piece.key], piece) for piece in ready])
+        except Exception as error:
+            return events + [self._fail(piece.key, error) for piece in ready]
+        for piece, read in zip(ready, found, strict=True):
+            try:
+                if self._requests[piece.key].keeps:
+                    self._requests[piece.key].fed.append(Fed("piece", *read.place))
+                events += take_in(self._requests[piece.key], piece, read)
+            except Exception as error:
+                events.append(self._fail(piece.key, error))
         return events
 
-    def _begin(self, running: Running, slot: Tensor) -> None:
+    def _begin(self, piece: Piece) -> bool:
+        """Make a slot ready to read; whether that is all, since there is nothing to read."""
+        running = self._requests[piece.key]
+        running.slot = piece.slot
+        if running.generation.logits is not None:
+            running.logits = self._on_device(running.generation.logits)[None]
+        if piece.start == 0:
+            self._prepare(running, piece.slot)
+        return piece.count == 0
+
+    def _prepare(self, running: Running, slot: int) -> None:
         """Let the slot hold what the request goes on from, and remember that where it can go back."""
         generation = running.generation
         if generation.snapshot is not None:
-            self.slots.restore(slot, generation.snapshot)
+            self.slots.restore(self._on_device(torch.tensor([slot])), generation.snapshot)
             # as large as a slot, and read
             running.generation = replace(generation, snapshot=None)
         elif generation.slot is None:
-            self.slots.reset(slot)
+            self.slots.reset(self._rows([slot]))
         if self.restorable and running.keeps:
-            self.slots.copy(slot, slot + self._first_place)
+            at = self._on_device(torch.tensor([slot]))
+            self.slots.copy(at, at + self._first_place)
 
     def _draw_first(self, key: Hashable) -> list[Event]:
         """The first token of every reply to a prompt that is read; none where it was only to be read."""
@@ -314,11 +316,13 @@ class Engine:
         size = self._batch_of(len(rows))
         spare = list(range(self.scheduler.limits.num_slots, self.scheduler.limits.num_slots + size - len(rows)))
         tokens = torch.tensor(last + [0] * len(spare))[:, None]
-        slot = self._on_device(torch.tensor([row.slot for row in rows] + spare))
+        slot = self._rows([row.slot for row in rows] + spare)
         if spare:
             # they read one token for ever, and never fill up
             self.slots.position[self._on_device(torch.tensor(spare))] = 0
-        logits = self.model.decode_step(self._on_device(tokens), self.slots, slot, batch_invariant=True)
+        # a row alone has no mates
+        invariant = slot is not None
+        logits = self.model.decode_step(self._on_device(tokens), self.slots, slot, batch_invariant=invariant)
         for place, (key, _) in enumerate(names):
             if (running := self._requests[key]).keeps:
                 running.note_step(size, place)
@@ -352,15 +356,16 @@ class Engine:
 
     def _fail(self, key: Hashable, error: Exception) -> Event:
         says_it = isinstance(error, RuntimeError | ValueError) and str(error)
-        event = Event(key, ended="error", error=str(error) if says_it else f"{type(error).__name__}: {error}")
+        said = str(error) if says_it else f"{type(error).__name__}: {error}"
+        event = Event(key, ended="error", error=said, cause=error)
         running = self._requests.get(key)
         if not (self.restorable and running is not None and running.keeps and running.slot >= 0):
             self.abort(key)
             return event
-        slot = self.stop(key).slot
+        slot, held = self.stop(key).slot, running.generation.held
         assert slot is not None
-        self.roll_back(slot, running.generation.held)
-        return replace(event, slot=slot, held=running.generation.held)
+        self.roll_back(slot, held)
+        return replace(event, slot=slot, held=held)
 
     @property
     def _first_place(self) -> int:
@@ -370,6 +375,10 @@ class Engine:
     def _batch_of(self, count: int) -> int:
         """The batch in which so many rows are decoded."""
         return next(size for size in self.batches if size >= count)
+
+    def _rows(self, slots: Sequence[int]) -> Tensor | None:
+        """Slots by number as the model takes them; a pool of one is a stream, which has a shorter way."""
+        return None if self.slots.num_slots == 1 else self._on_device(torch.tensor(slots))
 
     def _on_device(self, numbers: Tensor) -> Tensor:
         return numbers.to(self.slots.position.device)

@@ -36,7 +36,7 @@ class Generation:
 
     key: Hashable
     tokens: Sequence[int]
-    """At least one."""
+    """At least one, but none with `logits`."""
     sampling: Sampling = field(default_factory=Sampling)
     """With `max_tokens` 0 the prompt is only read."""
     constraint: TokenConstraint | None = None
@@ -53,14 +53,23 @@ class Generation:
     """Whether its slot is kept when it ends, until `Engine.scheduler.release`; one that it brought always is. Where it
     fails or is aborted neither is, but for one that it brought and has not started to read in. An engine whose slots
     can be restored keeps a slot that failed too, with what it held before."""
+    logits: Tensor | None = field(default=None, compare=False, repr=False)
+    """`[V]` after the last token that the slot it brings has read: instead of `tokens`, to draw at once."""
+    return_logits: bool = False
+    """Whether the event that ends it has the logits after its last token (`Event.logits`); `max_tokens` must be 0."""
+    embedding: bool = False
+    """Whether it has the prompt's embedding (`Event.embedding`); `max_tokens` must be 0."""
 
     def check(self, vocabulary: int) -> None:
         """Raise RequestError (`invalid`) for values that no request to a model of so many tokens can have."""
         if not isinstance(self.sampling, Sampling):
             raise invalid(f"sampling: expected a Sampling, got {type(self.sampling).__name__}")
         self._check_tokens(vocabulary)
-        if not isinstance(self.keep, bool):
-            raise invalid(f"keep: expected true or false, got {self.keep!r}")
+        for name, value in (("keep", self.keep), ("return_logits", self.return_logits), ("embedding", self.embedding)):
+            if not isinstance(value, bool):
+                raise invalid(f"{name}: expected true or false, got {value!r}")
+            if value and name != "keep" and self.sampling.max_tokens != 0:
+                raise invalid(f"{name}: expected max_tokens 0 with it, got {self.sampling.max_tokens}")
         for name, value, most in (("held", self.held, None), ("prompt_logprobs", self.prompt_logprobs, MOST_LOGPROBS),
                                   ("slot", self.slot, None)):  # fmt: skip
             if value is None and name != "held":
@@ -72,8 +81,10 @@ class Generation:
             raise invalid("snapshot: expected none with a slot of its own, which holds what the request goes on from")
         known = 0 if self.snapshot is None else int(self.snapshot["position"][0])
         if self.slot is None and self.held != known:
-            raise invalid(f"held: expected {known}, what {'an empty slot' if known == 0 else 'the snapshot'} has read; "
-                          f"got {self.held}")  # fmt: skip
+            raise invalid(
+                f"held: expected {known}, what {'an empty slot' if known == 0 else 'the snapshot'} has read; "
+                f"got {self.held}"
+            )
         try:
             self.sampling.check_token_ids(vocabulary)
         except ValueError as error:
@@ -84,13 +95,22 @@ class Generation:
             raise invalid(
                 f"tokens: expected a list of whole numbers, got {type(self.tokens).__name__}; encode texts first"
             )
-        if not self.tokens:
+        if self.logits is not None:
+            self._check_logits(vocabulary)
+        elif not self.tokens:
             raise invalid("tokens: expected at least one, got none; begin an empty prompt with a token of your own")
         for token in self.tokens:
             if not is_whole(token):
                 raise invalid(f"tokens: expected whole numbers, got {token!r:.60}")
             if not 0 <= token < vocabulary:
                 raise invalid(f"tokens: expected ids from 0 to {vocabulary - 1:,}, the model's, got {token}")
+
+    def _check_logits(self, vocabulary: int) -> None:
+        if self.slot is None or self.tokens or self.sampling.max_tokens == 0:
+            raise invalid("logits: expected with them a slot that has read, no tokens, and max_tokens above 0")
+        if not isinstance(self.logits, Tensor) or self.logits.shape != (vocabulary,):
+            found = list(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
+            raise invalid(f"logits: expected a tensor of {vocabulary:,}, one for each token, got {found}")
 
 
 @dataclass(frozen=True)
@@ -109,8 +129,8 @@ class Event:
     """The reason of `ReplyText.ended`; "constraint" where nothing may follow; "read" where nothing was to be drawn;
     "error", after which the request brings nothing more; "stopped" by its keeper."""
     error: str | None = None
-    cause: Literal["storage"] | None = None
-    """Of an "error" that lies with what a session is kept in, and not with the request."""
+    cause: Exception | None = field(default=None, compare=False, repr=False)
+    """With an "error", what was raised."""
     shown: tuple[int, str] = (0, "")
     """What is out of the reply's text by now: so many tokens wholly, and this text of those after them."""
     slot: int | None = None
@@ -120,6 +140,11 @@ class Event:
     """Tokens that this slot has read; the one drawn last is not among them."""
     fed: tuple[Fed, ...] = ()
     """How the kept slot has read the prompt and the reply."""
+    logits: Tensor | None = field(default=None, compare=False, repr=False)
+    """With "read", where they were asked for: `[V]` after the last token."""
+    embedding: tuple[float, ...] | None = None
+    """With "read", where it was asked for: the mean of the hidden states `[M]` of the prompt's tokens after the final
+    norm, scaled to a length of 1. Of a slot that goes on, those of this prompt alone."""
 
 
 def invalid(message: str) -> RequestError:

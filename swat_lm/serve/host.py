@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from swat_lm.serve.gauges import Counters, Gauges, StepReport
 from swat_lm.serve.generation import Event, Generation
 from swat_lm.serve.requests import Step
 
@@ -38,43 +39,6 @@ class NotServingError(RuntimeError):
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
         self.status: Status = status
-
-
-@dataclass
-class Counters:
-    """What was done since the start."""
-
-    steps: int = 0
-    failed_steps: int = 0
-    tokens_read: int = 0
-    """Of prompts."""
-    tokens_generated: int = 0
-    seconds: float = 0.0
-    """Within steps."""
-    rows: int = 0
-    """That decoded, over all steps."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One step, for those who watch."""
-
-    seconds: float
-    rows: int
-    """Replies that decoded as one batch."""
-    tokens_read: int
-    tokens_generated: int
-
-
-@dataclass(frozen=True)
-class Gauges:
-    """How things stand."""
-
-    waiting: int = 0
-    running: int = 0
-    used_slots: int = 0
-    kept_slots: int = 0
-    free_slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -378,13 +342,11 @@ class Host:
         concerned = {one.key for one in (*step.pieces, *step.rows)}
         self._tell(engine, concerned, f"the engine could not do a step: {type(error).__name__}: {error}")
 
-    def refuse(self, engine: "Engine", key: Hashable, message: str) -> None:
-        """End a request with an error that lies with what sessions are kept in, for calls in the engine's thread."""
-        self._tell(engine, {key}, message, "storage")
+    def refuse(self, engine: "Engine", key: Hashable, error: Exception) -> None:
+        """End a request with an error, for calls in the engine's thread."""
+        self._tell(engine, {key}, str(error), error)
 
-    def _tell(
-        self, engine: "Engine | None", keys: set[Any], message: str, cause: Literal["storage"] | None = None
-    ) -> None:
+    def _tell(self, engine: "Engine | None", keys: set[Any], message: str, cause: Exception | None = None) -> None:
         """End requests with an error."""
         for key in keys & self._listeners.keys():
             listener = self._listeners.pop(key)

@@ -1,4 +1,4 @@
-"""How large an engine's pool of slots is: rows that decode, rows that fill batches up, and copies to go back to."""
+"""The slots of an engine: how many fit into memory, and in which sizes of batches they decode."""
 
 from bisect import bisect_right
 from itertools import pairwise
@@ -7,9 +7,34 @@ import torch
 
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.cost import layers_without_weights, state_bytes
+from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.model.slots import Slots
 from swat_lm.serve.generation import is_whole
+from swat_lm.serve.requests import Limits
 
-__all__ = ["batch_sizes", "most_spare", "slot_bytes", "slots_in"]
+__all__ = ["batch_sizes", "most_spare", "pool_of", "slot_bytes", "slots_in"]
+
+
+def pool_of(model: SwatForCausalLM, limits: Limits, given: Slots | None = None, restorable: bool = False) -> Slots:
+    """Slots for a pool of these limits, or those that are given.
+
+    Raises ValueError for a model that grows without a capacity, and for given slots that are too few or many, or
+    another model's.
+    """
+    # rows that only fill a batch up have slots too, which nobody reads; the places to go back to come last
+    count = limits.num_slots + most_spare(limits.num_slots) + restorable * limits.num_slots
+    if given is None:
+        slots = model.init_state(count, capacity=limits.capacity)
+        if slots.grows and limits.capacity is None:
+            raise ValueError("capacity: a layer of the model keeps all it has seen; say how many tokens a slot holds")
+    else:
+        slots = given
+        model.check_state(slots)
+        if slots.num_slots != count:
+            raise ValueError(f"slots: expected {count} for a pool of {limits.num_slots}, got {slots.num_slots}")
+    # requests come and go at positions of their own, but one slot stands where it stands
+    slots.ragged = slots.ragged or count > 1
+    return slots
 
 
 def batch_sizes(num_slots: int) -> tuple[int, ...]:

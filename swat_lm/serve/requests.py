@@ -58,7 +58,7 @@ class Request:
 
     key: Hashable
     num_tokens: int
-    """Of the prompt: what is to be read, at least 1."""
+    """Of the prompt: what is to be read. 0 where what the slot that it brings has read is what it goes on from."""
     new_tokens: int = 0
     """Most tokens that each sample draws: the first after the prompt, the others after a decoded one. 0: only read."""
     samples: int = 1
@@ -73,7 +73,8 @@ class Request:
     after it has started."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_tokens", 1), ("new_tokens", 0), ("samples", 1), ("held", 0)):
+        least_tokens = 1 if self.slot is None or self.new_tokens == 0 else 0
+        for name, least in (("num_tokens", least_tokens), ("new_tokens", 0), ("samples", 1), ("held", 0)):
             if (value := getattr(self, name)) < least:
                 raise RequestError("invalid", f"{name}: expected at least {least}, got {value}")
         if self.samples > 1 and (self.new_tokens == 0 or self.keeps):
@@ -92,7 +93,7 @@ class Request:
 
 
 class Piece(NamedTuple):
-    """Prompt tokens `start` to `start + count` of a request go into a slot.
+    """Prompt tokens `start` to `start + count` of a request go into a slot; none where it has none, and only draws.
 
     At a start of 0 the slot is emptied first, or gets the session's snapshot, unless the request brought it.
     """

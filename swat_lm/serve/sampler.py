@@ -130,18 +130,13 @@ class StreamSampler:
         sampling: Sampling,
         sample: int = 0,
         constraint: TokenConstraint | None = None,
-        generator: torch.Generator | None = None,
     ) -> None:
-        """`sample` is the number among a request's `n` replies.
-
-        With a `generator` every draw comes from it in turn, whatever the seed; such a sampler has no state to save.
-        """
+        """`sample` is the number among a request's `n` replies."""
         if constraint is not None and sampling.ignore_end:
             raise ValueError("ignore_end: expected false with a schema or an expression, which end the text; got true")
         self.sampling, self.sample, self.constraint = sampling, sample, constraint
         self.seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         self.step = 0
-        self._generator = generator
         self._counts: dict[int, int] = {}
         self._seen: set[int] = set()
         self._warpers = _warpers(sampling)
@@ -169,8 +164,6 @@ class StreamSampler:
 
     def state(self) -> dict[str, Any]:
         """Everything but options and constraint as integers and lists of them, for JSON. See `restored`."""
-        if self._generator is not None:
-            raise ValueError("generator: expected none in a sampler that is saved; give a seed instead")
         return {
             "seed": self.seed,
             "sample": self.sample,
@@ -226,10 +219,7 @@ class StreamSampler:
             return int(scores.argmax(dim=-1))
         for warper in self._warpers:
             scores = warper(None, scores)  # type: ignore[arg-type]
-        probabilities = scores.softmax(dim=-1)
-        if self._generator is not None:
-            return int(torch.multinomial(probabilities, 1, generator=self._generator))
-        sums = probabilities[0].cumsum(dim=-1, dtype=torch.float64)
+        sums = scores.softmax(dim=-1)[0].cumsum(dim=-1, dtype=torch.float64)
         whole = float(sums[-1])
         # a temperature near 0 can take great logits beyond float32
         self._check(whole)

@@ -7,7 +7,7 @@ words and with an example: docs/serving.md.
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import ClassVar, NamedTuple
 
@@ -198,6 +198,14 @@ class Scheduler(ABC):
                 if self._entries.get(entry.request.key) is entry:
                     self.abort(entry.request.key)
             self._planned = None
+
+    def adopt(self, slot: int, held: int) -> None:
+        """Keep a free slot that was filled from outside with so many items. Raises ValueError where it is not free."""
+        if slot not in self._free:
+            raise ValueError(f"slot: expected one that is free, got {slot}")
+        self._free.remove(slot)
+        heapify(self._free)
+        self.kept[slot] = held
 
     def release(self, slot: int) -> None:
         """Make a kept slot free. Raises ValueError where it is not kept, or a request has brought it."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from swat_lm import SwatForCausalLM
 from swat_lm.layers.lean import LayerPlan
+from swat_lm.model.packing import Reading, extend_packed
 from swat_lm.model.slots import Slots
 from tests.layers.at_once import masks
 from tests.layers.subject import Check, Subject, close, grows, one_pass, tokens
@@ -106,6 +107,21 @@ class Traffic:
             self.held[slot] += tuple((token, True) for token in ids[slot].tolist())
         close(logits, self._expect(self.held), "read all")
 
+    def read_packed(self) -> None:
+        """Chunks of any lengths in one row, with tokens between that nobody reads, into some slots in any order."""
+        self._leave_full()
+        readings, places, end = [], [], 0
+        for slot in self._some():
+            found = Reading(self._draw(self.random.choice((1, 2, 3, 6))), slot, len(self.held[slot]))
+            places.append(end + self.random.choice((0, 0, 2)))
+            end = places[-1] + len(found.tokens)
+            readings.append(found)
+        hidden = extend_packed(self.model, readings, self.state, places, end + self.random.choice((0, 3)))
+        for reading in readings:
+            self.held[reading.slot] += tuple((token, True) for token in reading.tokens)
+        last = self.model.lm_head(torch.stack([one[-1] for one in hidden])).detach()
+        close(last, self._expect([self.held[reading.slot] for reading in readings]), "read in one row")
+
     def step(self) -> None:
         """One token for some slots, in any order."""
         self._leave_full()
@@ -177,7 +193,9 @@ def same_past(ours: dict[str, Tensor], theirs: dict[str, Tensor], count: int) ->
         assert torch.equal(one, other), name
 
 
-EVENTS = ("read", "read", "step", "step", "step_all", "read_all", "leave", "fork", "keep", "put_back")
+EVENTS = (
+    "read", "read", "read_packed", "step", "step", "step_all", "read_all", "leave", "fork", "keep", "put_back",
+)  # fmt: skip
 
 
 def events(seed: int, count: int, *more: str) -> list[str]:
@@ -226,8 +244,8 @@ def streams_with_holes_are_one_pass(subject: Subject, folder: Path) -> None:
 def slots_in_any_order_are_each_alone(subject: Subject, folder: Path) -> None:
     model = subject.model()
     # what a fresh pool meets first
-    for seed, first in enumerate(("step", "fork", "put_back", "read")):
-        Traffic(model, 3, seed).run([first, "read_all", "step_all", "read"])
+    for seed, first in enumerate(("step", "fork", "put_back", "read", "read_packed")):
+        Traffic(model, 3, seed).run([first, "read_all", "step_all", "read", "read_packed"])
     for seed in range(3):
         Traffic(model, 4, seed).run(events(seed, 25))
         Traffic(model, 3, seed).run(["read", "keep", "read_with_holes", *events(seed, 25, "read_with_holes")])

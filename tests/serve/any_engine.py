@@ -63,6 +63,9 @@ class Engine(RuleBasedStateMachine):
         keep = keep and samples == 1
         brought = sorted(self.kept)[number] if keep and number < len(self.kept) else None
         held = 0 if brought is None else self.kept[brought]
+        if brought is not None and new_tokens and num_tokens == 1:
+            # goes on from what its slot has read
+            num_tokens = 0
         self.count += 1
         asked = Request(f"{self.count}", num_tokens, new_tokens, samples, held, brought, keep)
         kind = None
@@ -172,7 +175,7 @@ class Engine(RuleBasedStateMachine):
 
     def check_order(self, step: Step) -> None:
         """The oldest are served first, and the oldest always."""
-        reading = [key for key, asked in self.started.items() if self.read[key] < asked.num_tokens]
+        reading = [key for key in self.started if not any((key, sample) in self.drawn for sample in self.samples(key))]
         named = [piece.key for piece in step.pieces]
         assert named or not reading
         assert named[: len(reading)] == reading[: len(named)]
@@ -224,7 +227,7 @@ class Engine(RuleBasedStateMachine):
     def report(self, fates: list[str]) -> None:
         step, self.step = self.step, None
         assert step is not None
-        names = [(piece.key, sample) for piece in step.pieces for sample in self.samples(piece) if piece.is_last]
+        names = [(piece.key, sample) for piece in step.pieces for sample in self.samples(piece.key) if piece.is_last]
         names += [(row.key, row.sample) for row in step.rows]
         fate = dict(zip(dict.fromkeys(one.key for one in (*step.pieces, *step.rows)), cycle(fates), strict=False))
         for key in [key for key in fate if fate[key] == "abort" and key not in self.gone]:
@@ -259,8 +262,8 @@ class Engine(RuleBasedStateMachine):
             if self.step is not None:
                 self.report(["go on"])
 
-    def samples(self, piece: Piece) -> range:
-        return range(self.started[piece.key].samples if piece.key in self.started else 0)
+    def samples(self, key: str) -> range:
+        return range(self.started[key].samples if key in self.started else 0)
 
     @invariant()
     def books_agree(self) -> None:

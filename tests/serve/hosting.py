@@ -21,6 +21,7 @@ from swat_lm.serve.http.app import ENDPOINTS, create_app
 from swat_lm.serve.http.server import Server, listen
 from swat_lm.serve.http.settings import Settings
 from swat_lm.serve.requests import Limits
+from swat_lm.serve.sessions.hosted import HostedSessions
 
 TEMPLATE = """{% for message in messages %}{% if message.role == 'system' and not loop.first %}
 {{ raise_exception('a system message comes first') }}{% endif %}[{{ message.role }}]{{ message.content }}
@@ -55,10 +56,12 @@ def running_host(make: Callable[[], Engine] = tiny_engine) -> Iterator[Host]:
 
 
 @contextmanager
-def running_server(host: Host, settings: Settings, drain_seconds: float = 30) -> Iterator[tuple[Server, int]]:
+def running_server(
+    host: Host, settings: Settings, drain_seconds: float = 30, sessions: HostedSessions | None = None
+) -> Iterator[tuple[Server, int]]:
     """A real server on a free port in a thread of its own; with the port."""
     place = listen("127.0.0.1", 0)
-    server = Server(create_app(host, settings), host, drain_seconds)
+    server = Server(create_app(host, settings, sessions), host, drain_seconds)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([place])), daemon=True)
     thread.start()
     until(lambda: server.started)

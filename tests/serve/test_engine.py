@@ -2,12 +2,14 @@
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from swat_lm import SwatConfig, SwatForCausalLM
-from swat_lm.serve.engine import Engine, Event, Generation
+from swat_lm.serve import reading
+from swat_lm.serve.engine import Engine, Event, Generation, Running
 from swat_lm.serve.pool import batch_sizes, most_spare, slots_in
 from swat_lm.serve.requests import Limits, RequestError
 from swat_lm.serve.sampling import Sampling
@@ -97,10 +99,10 @@ def test_a_reply_is_the_same_to_the_bit_among_any_mates(plan: str):
     found = []
     for seed in range(3):
         engine = engine_of(model, budget=40)
-        # which are there all the time, so that the batch has one size
+        # which are there all the time, so that the batch has one size, and their prompts too
         sampling = Sampling(seed=seed, max_tokens=20)
-        mates = [Generation(key, prompt[:7], sampling) for key, prompt in enumerate(prompts(3, seed))]
-        for generation in [*mates[:seed], asked, *mates[seed:]]:
+        mates = [Generation(key, (prompt * 7)[:7], sampling) for key, prompt in enumerate(prompts(3, seed))]
+        for generation in [mates[0], asked, *mates[1:]]:
             engine.submit(generation)
         found.append([event.choice for event in run(engine) if event.key == "mine"])
     # log-probabilities and all
@@ -158,14 +160,14 @@ def test_aborts_and_errors_hurt_nobody_else(monkeypatch: pytest.MonkeyPatch):
     engine = engine_of(model, budget=40)
     for key, prompt in enumerate(texts):
         engine.submit(Generation(key, prompt, GREEDY))
-    whole = model.extend
+    whole = reading.take_in
 
-    def extend(input_ids: torch.Tensor, *args: object, **more: object) -> torch.Tensor:
-        if input_ids[0].tolist() == texts[1][: input_ids.shape[1]]:
+    def take_in(running: Running, *more: Any) -> list[Event]:
+        if running.generation.key == 1:
             raise RuntimeError("out of memory")
-        return whole(input_ids, *args, **more)  # type: ignore[arg-type]
+        return whole(running, *more)
 
-    monkeypatch.setattr(model, "extend", extend)
+    monkeypatch.setattr("swat_lm.serve.engine.take_in", take_in)
     events = engine.step()
     assert [(event.key, event.error) for event in events if event.ended] == [(1, "out of memory")]
     assert engine.abort(2)
@@ -315,6 +317,25 @@ def test_a_finished_constraint_ends_its_reply():
     assert engine.scheduler.free_slots == 4
 
 
+def test_a_pool_may_be_handed_in():
+    model = built("full").double()
+    state = model.init_state()
+    prompt = prompts(1, seed=3)[0]
+    logits, _ = model.prefill(torch.tensor([prompt]), state)
+    engine = Engine(model, Limits(1, 8, 7), Letters(), slots=state)
+    engine.scheduler.adopt(0, len(prompt))
+    engine.submit(Generation("on", [], replace(GREEDY, max_tokens=80), logits=logits[0], held=len(prompt), slot=0))
+    events = run(engine)
+    # it grows, since whoever made it said nothing else
+    assert tokens_of(events, "on") == alone(model, prompt, 80)
+    token = events[-1].choice.token
+    engine.submit(Generation("read", [token], Sampling(max_tokens=0), held=events[-1].held, slot=0, return_logits=True))
+    (end,) = run(engine)
+    assert (end.ended, int(end.logits.argmax())) == ("read", alone(model, prompt, 81)[-1])
+    with pytest.raises(ValueError, match="slots: expected 2 for a pool of 2, got 1"):
+        Engine(model, Limits(2, 9, 7), Letters(), slots=state)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -326,6 +347,9 @@ def test_a_finished_constraint_ends_its_reply():
         *(({"prompt_logprobs": value}, "prompt_logprobs: expected a whole number from 0 to 20")
           for value in (-1, 21, True, "3", 1.5)),
         ({"held": None}, "held: expected a whole number from 0, got None"),
+        ({"logits": torch.zeros(VOCABULARY)}, "logits: expected with them a slot that has read, no tokens"),
+        ({"logits": torch.zeros(7), "slot": 0, "tokens": []}, r"logits: expected a tensor of 50, .* got \[7\]"),
+        ({"return_logits": True}, "return_logits: expected max_tokens 0 with it, got None"),
         ({"keep": 1}, "keep: expected true or false, got 1"),
         ({"sampling": None}, "sampling: expected a Sampling, got NoneType"),
         ({"sampling": Sampling(logit_bias={50: 1})}, "logit_bias: expected token ids below 50"),

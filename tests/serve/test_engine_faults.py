@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from swat_lm import SwatForCausalLM
+from swat_lm.serve import reading
 from swat_lm.serve.engine import Engine, Event, Generation
 from swat_lm.serve.sampling import Sampling
 from tests.serve.test_engine import GREEDY, Letters, Says, built, engine_of, prompts, run, tokens_of
@@ -117,7 +118,7 @@ def test_a_text_that_fails_where_the_slot_is_full():
     assert engine.scheduler.free_slots == 4
 
 
-@pytest.mark.parametrize("place", ["extend", "forward", "decode_step", "copy", "push", "report"])
+@pytest.mark.parametrize("place", ["extend_packed", "forward", "decode_step", "copy", "push", "report"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
 def test_an_interruption_is_raised_and_leaves_the_engine_sound(
     model: SwatForCausalLM, place: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +130,8 @@ def test_an_interruption_is_raised_and_leaves_the_engine_sound(
     if place == "decode_step":
         engine.step()
     text = engine._requests[1].replies[0].text
-    owners = {"copy": engine.slots, "report": engine.scheduler, "push": text, "forward": model.lm_head}
+    owners = {"copy": engine.slots, "report": engine.scheduler, "push": text, "forward": model.lm_head,
+              "extend_packed": reading}  # fmt: skip
     owner = owners.get(place, model)
     with monkeypatch.context() as patch:
         patch.setattr(owner, place, raising(error, lambda *args: True, getattr(owner, place)))
@@ -155,6 +157,22 @@ def test_a_batch_that_fails_ends_those_that_have_a_row(model: SwatForCausalLM, m
     assert [(event.key, event.error) for event in events if event.ended] == [(0, "full"), (1, "full")]
     events += run(engine)
     assert len(tokens_of(events, 2)) == 8
+    is_sound(engine)
+
+
+def test_pieces_that_fail_end_those_that_have_one(model: SwatForCausalLM, monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(model, budget=40)
+    engine.submit(Generation(0, TEXTS[0][:5], GREEDY))
+    engine.step()
+    for key in (1, 2):
+        engine.submit(Generation(key, TEXTS[key], GREEDY, keep=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "extend_packed", raising(torch.OutOfMemoryError("full"), lambda *args: True, len))
+        events = engine.step()
+    assert [(event.key, event.error) for event in events if event.ended] == [(1, "full"), (2, "full")]
+    events += run(engine)
+    # one was drawn before
+    assert len(tokens_of(events, 0)) == 7
     is_sound(engine)
 
 

@@ -48,7 +48,9 @@ def test_a_completion_and_its_stream_are_the_same(client: TestClient):
     (choice,) = whole["choices"]
     assert len(choice["text"]) == 12
     assert choice["finish_reason"] == "length"
-    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    assert whole["usage"] == {
+        "prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15, "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
     assert whole["system_fingerprint"] == "swat-tiny-float32-cpu"
     events = lines(client, temperature=0, stream_options={"include_usage": True}, **body)
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == choice["text"]

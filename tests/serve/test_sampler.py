@@ -16,9 +16,9 @@ LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
 V = 97
 
 
-def shares(sampling: Sampling, generator: torch.Generator | None = None, count: int = 1500) -> list[float]:
-    """How often each token is drawn, by seed or by a generator."""
-    sampler = StreamSampler(replace(sampling, seed=0), generator=generator)
+def shares(sampling: Sampling, count: int = 1500) -> list[float]:
+    """How often each token is drawn."""
+    sampler = StreamSampler(replace(sampling, seed=0))
     drawn = torch.tensor([sampler.next_token(LOGITS) for _ in range(count)])
     return (torch.bincount(drawn, minlength=4) / count).tolist()
 
@@ -36,8 +36,7 @@ def test_temperature():
     assert shares(Sampling(temperature=0), count=9) == [1, 0, 0, 0]
     # so low that dividing by it would leave float32
     assert shares(Sampling(temperature=1e-45), count=9) == [1, 0, 0, 0]
-    for generator in (None, torch.Generator().manual_seed(0)):
-        assert shares(Sampling(), generator) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
+    assert shares(Sampling()) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
     squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
     assert shares(Sampling(temperature=0.5)) == pytest.approx((squared / squared.sum()).tolist(), abs=0.04)
 
@@ -60,18 +59,6 @@ def test_top_p_is_the_librarys(spread: float):
     logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(1)) * spread
     for top_p in (0.1, 0.5, 0.9, 0.99):
         assert torch.equal(TopP(top_p)(None, logits), TopPLogitsWarper(top_p)(None, logits))
-
-
-def test_draws_of_a_generator_stay_those_of_swat_lm_generate():
-    """As `swat-lm generate --seed 1` drew them before there were samplers."""
-    logits = torch.randn(12, 1, 300, generator=torch.Generator().manual_seed(5)) * 2
-    for sampling, expected in [
-        (Sampling(0.8), [229, 231, 172, 257, 180, 209, 226, 190, 40, 78, 42, 32]),
-        (Sampling(0.8, 20), [229, 231, 172, 257, 180, 209, 226, 190, 40, 78, 42, 101]),
-        (Sampling(1.0, None, 0.7, 259), [228, 123, 177, 213, 253, 73, 92, 190, 172, 258, 42, 164]),
-        (Sampling(1.3, 50, 0.9), [228, 231, 172, 257, 180, 118, 226, 188, 186, 78, 42, 139]),
-    ]:
-        assert run(StreamSampler(sampling, generator=torch.Generator().manual_seed(1)), logits[:, 0]) == expected
 
 
 def test_draws_follow_from_seed_sample_and_step():
@@ -123,8 +110,6 @@ def test_state_goes_on_where_it_stopped():
     for _ in range(30):
         replayed.accept(5)
     assert replayed.state() == plain.state()
-    with pytest.raises(ValueError, match="generator"):
-        StreamSampler(Sampling(), generator=torch.Generator()).state()
 
 
 def test_penalties_and_bias():
@@ -174,7 +159,7 @@ def test_a_row_without_numbers_fails_alone(bad: float):
     assert good == Choice(int(logits[0].argmax()))
     assert all(isinstance(one, SamplingError) and "not finite" in str(one) for one in others)
     with pytest.raises(SamplingError):
-        StreamSampler(Sampling(), generator=torch.Generator()).next_token(logits[1])
+        StreamSampler(Sampling()).next_token(logits[1])
 
 
 def test_a_constraint_that_raises_fails_alone():

@@ -134,6 +134,22 @@ def test_a_kept_slot_goes_on():
     assert made.free_slots == 2
 
 
+def test_a_slot_that_was_filled_from_outside_goes_on_at_once():
+    made = scheduler()
+    made.adopt(1, 7)
+    assert (made.kept, made.free_slots) == ({1: 7}, 2)
+    with pytest.raises(ValueError, match="slot: expected one that is free, got 1"):
+        made.adopt(1, 7)
+    # nothing is to be read before the first draw
+    made.add(Request("a", 0, new_tokens=2, held=7, slot=1))
+    assert made.plan() == Step(pieces=(Piece("a", 1, 0, 0, True),))
+    assert [keys(step) for step in run(made)] == ["a ", " a"]
+    assert made.kept == {1: 8}
+    made.release(1)
+    made.add(Request("b", 1, samples=3, new_tokens=1))
+    assert next(run(made)).forks == (Fork("b", 0, (1, 2)),)
+
+
 def test_a_slot_that_nobody_knows_is_not_kept():
     made = scheduler(Request("a", 6, new_tokens=2, keep=True), num_slots=1, capacity=20)
     made.plan()
@@ -183,6 +199,7 @@ def test_an_idle_plan_needs_no_report():
     ("request_", "kind", "message"),
     [
         ({"num_tokens": 0}, "invalid", "num_tokens: expected at least 1, got 0"),
+        ({"num_tokens": 0, "slot": 0, "new_tokens": 0}, "invalid", "num_tokens: expected at least 1, got 0"),
         ({"new_tokens": -1}, "invalid", "new_tokens: expected at least 0"),
         ({"samples": 0}, "invalid", "samples: expected at least 1"),
         ({"held": -1}, "invalid", "held: expected at least 0"),

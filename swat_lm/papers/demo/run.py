@@ -12,8 +12,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from swat_lm.data import load_tokenizer, prepare, resolve_sources, vocabulary_size
 from swat_lm.evaluate.curves import LengthCurve
 from swat_lm.evaluate.figures import write_figures
@@ -26,8 +24,7 @@ from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.papers.worker import run_workers
 from swat_lm.recipe import Recipe, load_recipe
 from swat_lm.serve.sampling import Sampling
-from swat_lm.serve.stream import generate_tokens, read_prompt
-from swat_lm.serve.text import TextAssembler
+from swat_lm.serve.stream import Stream
 from swat_lm.train import run
 from swat_lm.words import counted
 
@@ -199,23 +196,21 @@ def stream_one(recipe: Recipe, settings: DemoSettings, watcher: Watcher) -> dict
     """Generate from the trained model and weigh its state after every token."""
     watcher.stage(f"streaming {counted(settings.new_tokens, 'token')} from {recipe.name}")
     model, tokenizer = load_trained(recipe), load_tokenizer(str(Path(recipe.out, "export")))
-    state, sizes, parts = model.init_state(), [], []
-    sampling = Sampling(temperature=0.7, top_p=0.95, vocab_size=vocabulary_size(tokenizer))
+    stream, sizes, parts = Stream(model, tokenizer), [], []
+    sampling = Sampling(
+        temperature=0.7, top_p=0.95, vocab_size=vocabulary_size(tokenizer), seed=recipe.seed,
+        max_tokens=settings.new_tokens,
+    )  # fmt: skip
     prompt = tokenizer.encode(settings.prompt, add_special_tokens=False)
-    logits = read_prompt(model, [prompt], state)
-    assert logits is not None
-    assembler = TextAssembler(tokenizer)
+    stream.read([prompt])
     watcher.text(settings.prompt)
     began = time.monotonic()
-    for token in generate_tokens(
-        model, logits, state, sampling, settings.new_tokens, torch.Generator().manual_seed(recipe.seed)
-    ):
-        parts.append(assembler.push(token))
-        sizes.append(state.num_bytes)
+    for event in stream.write(sampling):
+        parts.append(event.text)
+        sizes.append(stream.state.num_bytes)
         watcher.text(parts[-1])
     seconds = time.monotonic() - began
-    parts.append(assembler.finish())
-    watcher.text(parts[-1] + "\n")
+    watcher.text("\n")
     watcher.state(sizes[0], sizes[-1], len(prompt) + len(sizes))
     return {
         "prompt": settings.prompt,

@@ -26,11 +26,13 @@ from swat_lm.serve.http.errors import ApiError, declared
 from swat_lm.serve.http.guard import Guard
 from swat_lm.serve.http.metrics import Metrics
 from swat_lm.serve.http.responses import ResponseObject, ResponseRequest, respond
+from swat_lm.serve.http.sessions import ForkRequest, add_sessions
 from swat_lm.serve.http.settings import Settings
-from swat_lm.serve.http.streams import ClientGoneError, EventStream, Running, unless_gone
+from swat_lm.serve.http.streams import ClientGoneError, EventStream, Running, SessionTurn, unless_gone
 from swat_lm.serve.http.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens, detokenize, tokenize
 from swat_lm.serve.http.watching import GONE, Watch
 from swat_lm.serve.language import Language
+from swat_lm.serve.sessions.hosted import HostedSessions
 
 __all__ = ["ENDPOINTS", "Endpoint", "Health", "Model", "Models", "create_app"]
 
@@ -86,15 +88,21 @@ ENDPOINTS = (
 )  # fmt: skip
 
 
-def create_app(host: Host, settings: Settings, endpoints: Sequence[Endpoint] = ENDPOINTS) -> FastAPI:
-    """A server before a host, which the caller starts and stops."""
+def create_app(
+    host: Host,
+    settings: Settings,
+    sessions: HostedSessions | None = None,
+    endpoints: Sequence[Endpoint] = ENDPOINTS,
+) -> FastAPI:
+    """A server before a host, which the caller starts and stops, with its sessions where it keeps any."""
     app = FastAPI(title="swat-lm", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = Metrics(host)
     app.state.host, app.state.settings, app.state.metrics = host, settings, metrics
-    app.state.served, app.state.created = None, int(time.time())
+    app.state.served, app.state.created, app.state.sessions = None, int(time.time()), sessions
     for endpoint in endpoints:
         add_endpoint(app, endpoint)
     add_models(app)
+    add_sessions(app, served_by)
     add_probes(app)
     app.openapi = lambda: document(app, endpoints)  # type: ignore[method-assign]
     app.add_exception_handler(ApiError, errors.answer_api_error)
@@ -105,7 +113,8 @@ def create_app(host: Host, settings: Settings, endpoints: Sequence[Endpoint] = E
     # the last one added is the outermost
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins,
+                           allow_methods=["GET", "POST", "PUT", "DELETE"],
                            allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])  # fmt: skip
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(Watch, metrics=metrics, paths=paths)
@@ -118,17 +127,17 @@ async def served_by(app: FastAPI) -> Served:
     if host.status != "ready":
         raise errors.of(host.refusal())
     if app.state.served is None:
-        app.state.served = await work(open_language, host, app.state.settings, app.state.created)
+        app.state.served = await work(open_language, host, app.state)
     return app.state.served
 
 
-def open_language(host: Host, settings: Settings, created: int) -> Served:
+def open_language(host: Host, state: Any) -> Served:
     """The model's tokenizer, ready for requests."""
-    engine = host.engine
+    engine, settings = host.engine, state.settings
     language = Language(engine.tokenizer, engine.model.config.vocab_size, engine.end_tokens)
     # of what the replies to one seed depend on
     fingerprint = f"swat-{settings.model}-{engine.model.dtype}-{engine.model.device.type}".replace("torch.", "")
-    return Served(host, language, settings, created, fingerprint)
+    return Served(host, language, settings, state.created, fingerprint, state.sessions)
 
 
 def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
@@ -139,8 +148,8 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
         if not endpoint.asks:
             return await endpoint.handler(request, served)
 
-        async def running_of(generations: Sequence[Generation]) -> Running:
-            return await Running(served, app.state.metrics, generations, request.state.told).start()
+        async def running_of(generations: Sequence[Generation], turn: SessionTurn | None = None) -> Running:
+            return await Running(served, app.state.metrics, generations, request.state.told, turn).start()
 
         return await endpoint.handler(request, served, running_of)
 
@@ -216,7 +225,8 @@ def document(app: FastAPI, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     if app.openapi_schema is None:
         said = "OpenAI's API over one sliding-window language model, and a few more options."
         made = get_openapi(title=app.title, version=app.version, routes=app.routes, description=said)
-        _, schemas = models_json_schema([(one.takes, "validation") for one in endpoints],
+        taken = (*(one.takes for one in endpoints), ForkRequest)
+        _, schemas = models_json_schema([(one, "validation") for one in taken],
                                         ref_template="#/components/schemas/{model}")  # fmt: skip
         components = made.setdefault("components", {})
         components["schemas"] = {**components.get("schemas", {}), **schemas["$defs"]}

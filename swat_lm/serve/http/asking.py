@@ -17,8 +17,20 @@ from swat_lm.serve.http.errors import ApiError
 from swat_lm.serve.http.settings import Settings
 from swat_lm.serve.language import ChatError, Encoded, Language
 from swat_lm.serve.sampling import MOST_BIASED, MOST_CHOICES, MOST_LOGPROBS, MOST_STOP_LENGTH, MOST_STOPS, Sampling
+from swat_lm.serve.sessions.hosted import HostedSessions
+from swat_lm.serve.sessions.record import MOST_NAME
 
-__all__ = ["Options", "Prompt", "Served", "StreamOptions", "check_count", "constraint_of", "generation_of", "new_id"]
+__all__ = [
+    "Counts",
+    "Options",
+    "Prompt",
+    "Served",
+    "StreamOptions",
+    "check_count",
+    "constraint_of",
+    "generation_of",
+    "new_id",
+]
 
 # by what it multiplies logits: beyond, they leave the range of numbers
 REPETITION = (0.01, 100.0)
@@ -37,6 +49,8 @@ class Served:
     created: int
     """When the server was started, in seconds since 1970."""
     fingerprint: str
+    sessions: HostedSessions | None = None
+    """None: none are kept."""
 
     def check_model(self, name: Any) -> None:
         """Raise ApiError for another model than the one there is."""
@@ -56,6 +70,16 @@ def number(least: float, most: float | None = None, text: str = "", *, above: bo
     """A number or null."""
     low = {"exclusiveMinimum" if above else "minimum": least}
     return described({"type": ["number", "null"], **low, **({} if most is None else {"maximum": most})}, text)
+
+
+@dataclass
+class Counts:
+    """Tokens of a request's prompts; those of a session are known when it is its turn."""
+
+    prompt: int = 0
+    """With those that the session held."""
+    cached: int = 0
+    """Those that the session held."""
 
 
 class StreamOptions(Body):
@@ -114,7 +138,12 @@ class Options(Body):
         "(`lark`).",
     )  # fmt: skip
 
-    def sampling(self, language: Language, max_tokens: int, logprobs: int | None) -> Sampling:
+    session_id: Any = described(
+        {"type": ["string", "null"], "minLength": 1, "maxLength": MOST_NAME},
+        "Go on with this session, or begin it; what is sent is read after what it holds. Not in OpenAI's API.",
+    )
+
+    def sampling(self, language: Language, max_tokens: int | None, logprobs: int | None) -> Sampling:
         """As the engine takes it. Raises ApiError."""
         given = {
             name: getattr(self, name)
@@ -220,11 +249,11 @@ def generation_of(
     return Generation(key, prompt.tokens, sampling, constraint, prompt_logprobs)
 
 
-def room(served: Served, prompt: Prompt) -> int:
-    """Most tokens that a reply without a limit of its own may have."""
+def room(served: Served, num_tokens: int) -> int:
+    """Most tokens that a reply without a limit of its own may have, after so many tokens."""
     capacity = served.host.engine.scheduler.limits.capacity
     most = served.settings.max_new_tokens
-    return most if capacity is None else max(1, min(most, capacity - len(prompt.tokens) + 1))
+    return most if capacity is None else max(1, min(most, capacity - num_tokens + 1))
 
 
 def new_id(kind: str) -> str:

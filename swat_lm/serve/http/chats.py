@@ -7,7 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 
+from swat_lm.serve.generation import Generation
 from swat_lm.serve.http.asking import (
+    Counts,
     Options,
     Prompt,
     Served,
@@ -23,6 +25,7 @@ from swat_lm.serve.http.bodies import Body, read_body, work
 from swat_lm.serve.http.completions import Usage, usage_of
 from swat_lm.serve.http.errors import ApiError
 from swat_lm.serve.http.replies import LOWEST, Delta, Logged, Reply
+from swat_lm.serve.http.session_turns import chat_turn
 from swat_lm.serve.http.streams import DONE, Running, sse
 from swat_lm.serve.language import Language
 
@@ -177,30 +180,42 @@ async def chat(request: Request, served: Served, running_of: Any) -> "ChatComple
         await work(constraint_of, served.language, asked.response_format) if asked.response_format is not None else None
     )
     messages = [{"role": one.role, "content": one.content, "name": one.name} for one in asked.messages]
-    prompt = await work(templated, served, messages, "messages")
     most = next((count for count in counts if count is not None), None)
-    sampling = asked.sampling(served.language, room(served, prompt) if most is None else most, logprobs)
-    name = new_id("chatcmpl")
-    told: dict[str, Any] = {"prompt_tokens": len(prompt.tokens)}
+    name, told, read = new_id("chatcmpl"), dict[str, Any](), Counts()
     request.state.told = told
     if served.settings.log_prompts:
-        told["prompt"] = prompt.text
-    answer = Answer(served, name, len(prompt.tokens), sampling.n, logprobs)
-    running: Running = await running_of([generation_of(served, name, prompt, sampling, constraint, name="messages")])
+        told["prompt"] = plain(messages)
+    running: Running
+    if asked.session_id is not None:
+        sampling = asked.sampling(served.language, most, logprobs)
+        turn = chat_turn(served, asked, Generation(name, (), sampling, constraint), plain(messages), most, read)
+        running = await running_of((), turn)
+    else:
+        prompt = await work(templated, served, messages, "messages")
+        read.prompt = len(prompt.tokens)
+        sampling = asked.sampling(served.language, room(served, read.prompt) if most is None else most, logprobs)
+        running = await running_of([generation_of(served, name, prompt, sampling, constraint, name="messages")])
+    told["prompt_tokens"] = read.prompt
+    answer = Answer(served, name, read, sampling.n, logprobs)
     if asked.stream:
         return answer.lines(running, with_usage)
     async with running:
         return await answer.whole(running)
 
 
-def templated(served: Served, messages: Sequence[Mapping[str, Any]], name: str) -> Prompt:
-    """Messages as a prompt. Takes its time. Raises ApiError."""
-    plain = []
+def plain(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as chat templates know them."""
+    found = []
     for one in messages:
         role = "system" if one["role"] == "developer" else one["role"]
         named = {"name": one["name"]} if one.get("name") is not None else {}
-        plain.append({"role": role, "content": text_of(one["content"]), **named})
-    return Prompt.of_chat(served.language, plain, name)
+        found.append({"role": role, "content": text_of(one["content"]), **named})
+    return found
+
+
+def templated(served: Served, messages: Sequence[Mapping[str, Any]], name: str) -> Prompt:
+    """Messages as a prompt. Takes its time. Raises ApiError."""
+    return Prompt.of_chat(served.language, plain(messages), name)
 
 
 def text_of(content: str | Sequence[Part]) -> str:
@@ -211,8 +226,8 @@ def text_of(content: str | Sequence[Part]) -> str:
 class Answer:
     """The answers to one request."""
 
-    def __init__(self, served: Served, name: str, num_read: int, n: int, logprobs: int | None) -> None:
-        self._served, self._logprobs, self._num_read = served, logprobs, num_read
+    def __init__(self, served: Served, name: str, read: Counts, n: int, logprobs: int | None) -> None:
+        self._served, self._logprobs, self._read = served, logprobs, read
         self._head: dict[str, Any] = {
             "id": name, "created": int(time.time()), "model": served.settings.model,
             "system_fingerprint": served.fingerprint,
@@ -235,7 +250,7 @@ class Answer:
                        finish_reason=self._replies[index].finish or "length")
             for index, text in enumerate(texts)
         ]  # fmt: skip
-        return ChatCompletion(**self._head, choices=choices, usage=usage_of(self._num_read, self._replies))
+        return ChatCompletion(**self._head, choices=choices, usage=usage_of(self._read, self._replies))
 
     async def lines(self, running: Running, with_usage: bool) -> AsyncGenerator[str]:
         """Server-sent events as the answers come."""
@@ -249,7 +264,7 @@ class Answer:
                     if delta.finish is not None:
                         yield self._line(index, ChatDelta(), finish=delta.finish)
                 if with_usage:
-                    usage = usage_of(self._num_read, self._replies)
+                    usage = usage_of(self._read, self._replies)
                     yield sse(ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=usage))
             except ApiError as error:
                 yield sse(error.body())

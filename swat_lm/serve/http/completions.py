@@ -7,7 +7,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from swat_lm.serve.generation import Generation
 from swat_lm.serve.http.asking import (
+    Counts,
     Options,
     Prompt,
     Served,
@@ -21,6 +23,7 @@ from swat_lm.serve.http.asking import (
 from swat_lm.serve.http.bodies import described, read_body, shortly, work
 from swat_lm.serve.http.errors import ApiError
 from swat_lm.serve.http.replies import LOWEST, Delta, Echo, Logged, Reply
+from swat_lm.serve.http.session_turns import check_text_turn, text_turn
 from swat_lm.serve.http.streams import DONE, Running, sse
 from swat_lm.serve.language import Language
 
@@ -69,12 +72,20 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
 
 
+class PromptDetails(BaseModel):
+    """Of a prompt's tokens."""
+
+    cached_tokens: int
+    """Those that the session held already."""
+
+
 class Usage(BaseModel):
     """Tokens of all prompts, once each, and of all replies, with those that ended them."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class Completion(BaseModel):
@@ -100,6 +111,7 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
     max_tokens = check_count(asked.max_tokens, "max_tokens", served.settings)
     max_tokens = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
     logprobs = most_logprobs(asked.logprobs, "logprobs")
+    check_text_turn(served, asked)
     sampling = asked.sampling(served.language, max_tokens, logprobs)
     constraint = (
         await work(constraint_of, served.language, asked.response_format) if asked.response_format is not None else None
@@ -107,17 +119,23 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
     prompts = await work(prompts_of, served, asked.prompt)
     name = new_id("cmpl")
     weighed = logprobs if asked.echo else None
-    generations = [
-        generation_of(served, f"{name}-{place}", prompt, sampling, constraint, weighed)
-        for place, prompt in enumerate(prompts)
-    ]
-    told: dict[str, Any] = {"prompts": len(prompts), "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts)}
+    read, turn = Counts(sum(len(prompt.tokens) for prompt in prompts)), None
+    generations: list[Generation] = []
+    if asked.session_id is not None:
+        turn = text_turn(served, asked, prompts, Generation(name, (), sampling, constraint), read)
+    else:
+        generations = [
+            generation_of(served, f"{name}-{place}", prompt, sampling, constraint, weighed)
+            for place, prompt in enumerate(prompts)
+        ]
+    told: dict[str, Any] = {"prompts": len(prompts), "prompt_tokens": read.prompt}
     request.state.told = told
     if served.settings.log_prompts:
         told["prompt"] = asked.prompt
     echoes = await work(echoes_of, served.language, prompts, logprobs) if asked.echo else [None] * len(prompts)
-    answer = Answer(served, name, prompts, sampling.n, logprobs, echoes)
-    running: Running = await running_of(generations)
+    answer = Answer(served, name, read, sampling.n, logprobs, echoes)
+    running: Running = await running_of(generations, turn)
+    told["prompt_tokens"] = read.prompt
     if asked.stream:
         return answer.lines(running, with_usage)
     async with running:
@@ -128,13 +146,12 @@ class Answer:
     """The replies to all prompts of one request."""
 
     def __init__(
-        self, served: Served, name: str, prompts: Sequence[Prompt], n: int, logprobs: int | None,
+        self, served: Served, name: str, read: Counts, n: int, logprobs: int | None,
         echoes: Sequence[Echo | None],
     ) -> None:  # fmt: skip
         self._served, self._name, self._n, self._logprobs = served, name, n, logprobs
         self._created = int(time.time())
-        self._num_read = sum(len(prompt.tokens) for prompt in prompts)
-        self._echoes = echoes
+        self._read, self._echoes = read, echoes
         self._replies = [Reply(served.language, logprobs, echo, with_end=True) for echo in echoes for _ in range(n)]
 
     async def _deltas(self, running: Running) -> AsyncIterator[tuple[int, Delta]]:
@@ -184,7 +201,7 @@ class Answer:
         return made if usage is None else made.model_copy(update={"usage": usage})
 
     def _usage(self) -> Usage:
-        return usage_of(self._num_read, self._replies)
+        return usage_of(self._read, self._replies)
 
     async def _logprobs_of(self, logged: Sequence[Logged]) -> LogProbs | None:
         if self._logprobs is None or len(logged) < MANY_TOKENS:
@@ -197,10 +214,12 @@ def echoes_of(language: Language, prompts: Sequence[Prompt], logprobs: int | Non
     return [Echo(language, prompt, logprobs) for prompt in prompts]
 
 
-def usage_of(num_read: int, replies: Sequence[Reply]) -> Usage:
+def usage_of(read: Counts, replies: Sequence[Reply]) -> Usage:
     """What one request took."""
     drawn = sum(reply.num_tokens for reply in replies)
-    return Usage(prompt_tokens=num_read, completion_tokens=drawn, total_tokens=num_read + drawn)
+    details = PromptDetails(cached_tokens=read.cached)
+    return Usage(prompt_tokens=read.prompt, completion_tokens=drawn, total_tokens=read.prompt + drawn,
+                 prompt_tokens_details=details)  # fmt: skip
 
 
 def logprobs_of(language: Language, logged: Sequence[Logged]) -> LogProbs:

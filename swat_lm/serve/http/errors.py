@@ -10,10 +10,17 @@ from starlette.responses import JSONResponse
 
 from swat_lm.serve.host import NotServingError
 from swat_lm.serve.requests import RequestError
+from swat_lm.serve.sessions.record import SessionError
 
 __all__ = ["RESPONSES", "ApiError", "ErrorBody", "answer_api_error", "answer_defect", "answer_http_exception", "of"]
 
-KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+KINDS = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    507: "server_error",
+}
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
 
@@ -65,12 +72,15 @@ SAID = {
     401: "The API key is missing or wrong.",
     404: "There is no such model or address.",
     405: "The address knows other methods.",
+    409: "The session has a request already, is of another kind or model, holds other messages, or exists.",
     413: "The body is larger than the server takes.",
     415: "The body is not `application/json`.",
     429: "Too many requests wait, or came from this key or address; `Retry-After` says when to try again.",
     500: "A defect of the server or the model.",
     503: "The model is being loaded, the server is shutting down, or the engine has failed.",
+    507: "The session's turn could not be written, and was taken back.",
 }
+SESSION_STATUS = {"name": 400, "unknown": 404, "storage": 507}
 RETRY = {"Retry-After": {"description": "Seconds until it is worth while to try again.", "schema": {"type": "integer"}}}
 
 
@@ -108,6 +118,8 @@ def of(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
             return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
         code = "context_length_exceeded" if error.kind == "capacity" else None
         return ApiError(400, message, {"samples": "n"}.get(param or "", param), code)
+    if isinstance(error, SessionError):
+        return ApiError(SESSION_STATUS.get(error.kind, 409), message, param, f"session_{error.kind}")
     if isinstance(error, ValueError):
         return ApiError(400, message, param)
     raise error

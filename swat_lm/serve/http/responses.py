@@ -176,7 +176,7 @@ async def respond(request: Request, served: Served, running_of: Any) -> "Respons
         messages.insert(0, {"role": "system", "content": asked.instructions})
     prompt: Prompt = await work(templated, served, messages, "input")
     options = Options(model=asked.model, temperature=asked.temperature, top_p=asked.top_p)
-    sampling = options.sampling(served.language, room(served, prompt) if most is None else most, None)
+    sampling = options.sampling(served.language, room(served, len(prompt.tokens)) if most is None else most, None)
     told: dict[str, Any] = {"prompt_tokens": len(prompt.tokens)}
     request.state.told = told
     if served.settings.log_prompts:

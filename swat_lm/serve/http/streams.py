@@ -4,11 +4,13 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -20,8 +22,10 @@ from swat_lm.serve.http import errors
 from swat_lm.serve.http.asking import API_NAMES, Served
 from swat_lm.serve.http.errors import ApiError
 from swat_lm.serve.http.metrics import Metrics
+from swat_lm.serve.sessions.outcome import Asked
+from swat_lm.serve.sessions.record import Record, SessionError
 
-__all__ = ["DONE", "ClientGoneError", "EventStream", "Running", "sse", "unless_gone"]
+__all__ = ["DONE", "ClientGoneError", "EventStream", "Running", "SessionTurn", "sse", "unless_gone", "waited"]
 
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
@@ -32,14 +36,36 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
+@dataclass(frozen=True)
+class SessionTurn:
+    """A request that goes on with a session."""
+
+    session: str
+    kind: Literal["text", "chat"]
+    generation: Generation
+    """Without its tokens, which the session says."""
+    prepare: Callable[[Record], Asked]
+    is_streamed: bool
+    """Then what was sent counts as seen where the client goes away; else nothing does before the whole reply."""
+
+
 class Running:
     """The generations that one HTTP request asked for; leaving it ends those that still run."""
 
     def __init__(
-        self, served: Served, metrics: Metrics, generations: Sequence[Generation], told: dict[str, Any]
+        self,
+        served: Served,
+        metrics: Metrics,
+        generations: Sequence[Generation],
+        told: dict[str, Any],
+        turn: SessionTurn | None = None,
     ) -> None:
-        """`told` gets what the log line is to say of them."""
+        """`told` gets what the log line is to say of them; of a `turn` its generation is the only one."""
+        generations = generations if turn is None else [turn.generation]
         self._host, self._metrics, self._told = served.host, metrics, told
+        self._sessions, self._turn = served.sessions, turn
+        # of a session's reply, what the client has got
+        self._shown, self._text = (0, ""), ""
         self.generations = list(generations)
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._left = {number: set(range(one.sampling.n)) for number, one in enumerate(generations)}
@@ -52,7 +78,7 @@ class Running:
             for number, generation in enumerate(self.generations):
                 watch = self._metrics.watch_reply(begin)
                 deliver = partial(self._deliver, loop, watch, number)
-                waits.append(asyncio.wrap_future(self._host.submit(generation, deliver)))
+                waits.append(asyncio.wrap_future(self._submit(generation, deliver)))
             results = await asyncio.gather(*waits, return_exceptions=True)
             for found in results:
                 if isinstance(found, Exception):
@@ -61,6 +87,12 @@ class Running:
             self.stop()
             raise
         return self
+
+    def _submit(self, generation: Generation, deliver: Callable[[Event], None]) -> "Future[None]":
+        turn, sessions = self._turn, self._sessions
+        if turn is None or sessions is None:
+            return self._host.submit(generation, deliver)
+        return sessions.turn(turn.session, turn.kind, generation.key, turn.prepare, deliver)
 
     async def __aenter__(self) -> Self:
         return self
@@ -73,8 +105,10 @@ class Running:
     def stop(self) -> None:
         """End what still runs; its slots are free with the next step."""
         for number, left in self._left.items():
-            if left:
-                # nobody waits for it: it is done between two steps, or not needed any more
+            # nobody waits for it: it is done between two steps, or not needed any more
+            if left and self._turn is not None and self._sessions is not None:
+                self._sessions.cancel(self.generations[number].key, self._shown, self._text)
+            elif left:
                 self._host.abort(self.generations[number].key)
         self._left = {}
 
@@ -94,15 +128,24 @@ class Running:
                 self._left[number] = set()
             elif event.ended is not None:
                 self._left[number].discard(event.sample)
+            if self._turn is not None and self._turn.is_streamed:
+                self._shown, self._text = event.shown, self._text + event.text
             yield number, event
 
     def _failure(self, number: int, event: Event) -> ApiError:
+        if isinstance(event.cause, SessionError):
+            return errors.of(event.cause)
         if self._host.status in ("stopped", "failed", "draining"):
             return ApiError(503, str(event.error), code=f"server_{self._host.status}")
         if self.generations[number].constraint is not None:
             # what it must follow is the request's own
             return ApiError(400, f"response_format: {event.error}", "response_format", "constraint_failed")
         return ApiError(500, f"the engine ended this request: {event.error}", code="generation_failed")
+
+
+async def waited(future: "Future[T]") -> T:
+    """What a future of another thread gives; it goes on where nobody waits any more."""
+    return await asyncio.shield(asyncio.wrap_future(future))
 
 
 async def gone(receive: Receive) -> None:

@@ -49,8 +49,8 @@ class Front:
     """Put a request in line; what it brings goes to the function. Raises RequestError and ValueError."""
     stop: Callable[[Hashable], Event]
     """`Engine.stop`, of a request whose events nobody wants any more."""
-    refuse: Callable[[Hashable, str], None]
-    """End a request that has not started with an "error" whose cause is "storage"."""
+    refuse: Callable[[Hashable, Exception], None]
+    """End a request that has not started with an "error"."""
 
 
 @dataclass(eq=False)
@@ -173,8 +173,10 @@ class Book:
                 self.save(session)
         if tried and not willing and len(tried) == len(idle):
             first = self.engine.scheduler.first_lacking
-            self.front.refuse(first, "no slot is free: the sessions that hold them cannot be written; the store of "
-                              "sessions is full or cannot be reached")  # fmt: skip
+            self.front.refuse(first, SessionError(
+                "storage", "no slot is free: the sessions that hold them cannot be written; the store of sessions is "
+                "full or cannot be reached",
+            ))  # fmt: skip
 
     def tick(self) -> None:
         """Write and remove sessions that have been idle for long; call it every second or so."""

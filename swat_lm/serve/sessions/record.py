@@ -129,10 +129,10 @@ def parse_line(line: bytes) -> Turn | None:
 
 def check_name(name: str) -> None:
     """Raise SessionError for what cannot name a session."""
-    if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable():
+    if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable() or "/" in name:
         shown = name if isinstance(name, str) and len(name) <= MOST_NAME else f"{type(name).__name__} too long or none"
         raise SessionError(
-            "name", f"session_id: expected 1 to {MOST_NAME} printable characters on one line, got {shown!r}"
+            "name", f"session_id: expected 1 to {MOST_NAME} printable characters without a slash, got {shown!r}"
         )
 
 

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from swat_lm.model.packing import Reading, extend_packed, may_pack
 from swat_lm.serve.engine import Engine
+from swat_lm.serve.reading import read_alone
 from swat_lm.serve.sessions.record import SessionError, Turn
 
 __all__ = ["replay"]
@@ -26,7 +28,7 @@ def replay(engine: Engine, turns: Iterable[Turn]) -> None:
         for fed in turn.fed:
             tokens = turn.tokens[read : read + fed.count]
             if fed.kind == "piece":
-                read_piece(engine, tokens)
+                read_piece(engine, tokens, fed.size, fed.place)
             else:
                 read_steps(engine, tokens, fed.size, fed.place)
             read += fed.count
@@ -37,13 +39,15 @@ def replay(engine: Engine, turns: Iterable[Turn]) -> None:
             )
 
 
-def read_piece(engine: Engine, tokens: Sequence[int]) -> None:
-    """In one call."""
-    device = engine.slots.position.device
-    slot = torch.zeros(1, dtype=torch.int64, device=device)
-    engine.model.extend(
-        torch.tensor([tokens], device=device), engine.slots, slot=slot, num_past=int(engine.slots.position[0])
-    )
+def read_piece(engine: Engine, tokens: Sequence[int], total: int, place: int) -> None:
+    """In one call, at its place in a row of so many tokens, as the engine reads the pieces of a step."""
+    if not 0 <= place <= total - len(tokens):
+        raise SessionError("damaged", f"{len(tokens)} tokens were read from place {place} on in a row of {total}")
+    reading = Reading(tokens, 0, int(engine.slots.position[0]))
+    if may_pack(engine.model):
+        extend_packed(engine.model, [reading], engine.slots, [place], total)
+    else:
+        read_alone(engine.model, engine.slots, reading)
 
 
 def read_steps(engine: Engine, tokens: Sequence[int], size: int, place: int) -> None:

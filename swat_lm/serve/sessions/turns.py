@@ -144,19 +144,18 @@ class Turns:
             found = outcome(running, shown, fed, text, book.shelf.model, book.engine.tokenizer, book.clock())
         except Exception as error:
             book.go_back(session)
-            self._take_back(session, running, event, f"{type(error).__name__}: {error}", None)
+            self._take_back(session, running, event, error)
             return
         if found.goes_back:
             book.go_back(session)
         book.on_disk(partial(book.shelf.append, found.turn), partial(self._written, session, running, found, event))
 
-    def _take_back(
-        self, session: Session, running: Running, event: Event | None, error: str, cause: Literal["storage"] | None
-    ) -> None:
+    def _take_back(self, session: Session, running: Running, event: Event | None, error: Exception) -> None:
         """The turn comes to nothing; its slot holds what it did before."""
         self.book.let_go(session)
         if event is not None:
-            running.deliver(replace(event, ended="error", error=error, cause=cause, slot=None, held=None, fed=()))
+            failed = replace(event, ended="error", error=str(error), cause=error, slot=None, held=None, fed=())
+            running.deliver(failed)
 
     def _written(
         self, session: Session, running: Running, found: Outcome, event: Event | None, done: "Future[None]"
@@ -167,7 +166,7 @@ class Turns:
             self.book.note_failure(error)
             if not found.goes_back:
                 self.book.go_back(session)
-            self._take_back(session, running, event, str(error), "storage")
+            self._take_back(session, running, event, error)
             return
         self.book.works()
         session.record = found.turn.after

@@ -85,9 +85,9 @@ class Server:
         del self.listening[key]
         return self.engine.stop(key)
 
-    def refuse(self, key: Hashable, why: str) -> None:
+    def refuse(self, key: Hashable, error: Exception) -> None:
         self.engine.abort(key)
-        self.listening.pop(key)(Event(key, ended="error", error=why, cause="storage"))
+        self.listening.pop(key)(Event(key, ended="error", error=str(error), cause=error))
 
     def loop(self, most: int = 3000, until: Callable[[], bool] = lambda: False) -> None:
         """Step until nothing is left to do."""
