@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -75,14 +75,12 @@ class Models(BaseModel):
     data: list[Model]
 
 
-# whether the engine reads texts into vectors
-EMBEDS = any(field.name == "embedding" for field in fields(Generation))
 ENDPOINTS = (
     Endpoint("/v1/completions", "Go on from texts or tokens", complete, CompletionRequest, Completion, streams=True),
     Endpoint("/v1/chat/completions", "Answer messages", chat, ChatRequest, ChatCompletion, streams=True),
     Endpoint("/v1/responses", "Answer messages, in the newer form", respond, ResponseRequest, ResponseObject,
              streams=True),
-    *([Endpoint("/v1/embeddings", "Texts as vectors", embed, EmbeddingRequest, Embeddings)] if EMBEDS else []),
+    Endpoint("/v1/embeddings", "Texts as vectors", embed, EmbeddingRequest, Embeddings),
     Endpoint("/tokenize", "The tokens of a text", tokenize, TokenizeRequest, Tokens, asks=False),
     Endpoint("/detokenize", "The text of tokens", detokenize, DetokenizeRequest, Text, asks=False),
 )  # fmt: skip
