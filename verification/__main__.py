@@ -18,10 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.files import write_text
-from verification import lm_eval_truth, onnx, packaging, site, torchao
+from verification import lm_eval_truth, onnx, packaging, serve_clients, site, torchao
 from verification.workplace import REPOSITORY, CheckFailedError, Workplace
 
-CHECKS = {"packaging": packaging.check, "site": site.check, "onnx": onnx.check, "torchao": torchao.check}
+CHECKS = {
+    "packaging": packaging.check,
+    "site": site.check,
+    "onnx": onnx.check,
+    "torchao": torchao.check,
+    "serve_clients": serve_clients.check,
+}
 ON_REQUEST = {"lm_eval_truth": lm_eval_truth.check}
 """Checks of what the user brings along; they take the options of the command line."""
 OWN = REPOSITORY / "runs" / "verification.json"

@@ -44,6 +44,8 @@ class Language:
         self._backend = tokenizer.backend_tokenizer
         self._lock = threading.Lock()
         self._compiler: ConstraintCompiler | None = None
+        # at most one for each id of the model
+        self._pieces: dict[int, str] = {}
 
     def prompt(self, text: str) -> Encoded:
         """A text that a reply goes on, with what begins a text, but without what would close it."""
@@ -80,10 +82,13 @@ class Language:
 
     def piece(self, token: int) -> str:
         """What one token says, as OpenAI writes it: bytes that are no character by themselves as `bytes:\\xe2\\x80`."""
+        if (known := self._pieces.get(token)) is not None:
+            return known
         text = self.decode([token])
-        if "\ufffd" not in text or (raw := self.bytes_of(token)) is None:
-            return text
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        if "\ufffd" in text and (raw := self.bytes_of(token)) is not None:
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        self._pieces[token] = text
+        return text
 
     @property
     def can_chat(self) -> bool:

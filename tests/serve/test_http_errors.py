@@ -61,6 +61,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     ("completions", {"ignore_eos": 1}, 400, "ignore_eos", "expected true or false"),
     ("completions", {"repetition_penalty": 1e300}, 400, "repetition_penalty", "expected 0.01 to 100"),
     ("completions", {"response_format": {"type": "xml"}}, 400, "response_format", "json_schema"),
+    ("completions", {"response_format": False}, 400, "response_format", "got false"),
     ("completions", {"response_format": {"type": "json_schema"}}, 400, "response_format", "with a schema"),
     ("completions", {"response_format": {"type": "regex", "regex": "("}}, 400, "response_format", "cannot be compiled"),
     ("completions", {"response_format": {"type": "regex"}}, 400, "response_format", "expected a text"),
@@ -89,6 +90,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     ("responses", {"messages": []}, 200, None, ""),
     ("responses", {"messages": [1]}, 400, "messages", "/v1/chat/completions"),
     ("responses", {"tools": [{}]}, 400, "tools", "calls no tools"),
+    ("responses", {"text": {"format": 0}}, 400, "text.format", "got 0"),
     ("responses", {"text": {"format": {"type": "what"}}}, 400, "text.format", "json_schema"),
 ]  # fmt: skip
 RIGHT: dict[str, dict[str, Any]] = {

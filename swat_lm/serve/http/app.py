@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -75,14 +75,12 @@ class Models(BaseModel):
     data: list[Model]
 
 
-# whether the engine reads texts into vectors
-EMBEDS = any(field.name == "embedding" for field in fields(Generation))
 ENDPOINTS = (
     Endpoint("/v1/completions", "Go on from texts or tokens", complete, CompletionRequest, Completion, streams=True),
     Endpoint("/v1/chat/completions", "Answer messages", chat, ChatRequest, ChatCompletion, streams=True),
     Endpoint("/v1/responses", "Answer messages, in the newer form", respond, ResponseRequest, ResponseObject,
              streams=True),
-    *([Endpoint("/v1/embeddings", "Texts as vectors", embed, EmbeddingRequest, Embeddings)] if EMBEDS else []),
+    Endpoint("/v1/embeddings", "Texts as vectors", embed, EmbeddingRequest, Embeddings),
     Endpoint("/tokenize", "The tokens of a text", tokenize, TokenizeRequest, Tokens, asks=False),
     Endpoint("/detokenize", "The text of tokens", detokenize, DetokenizeRequest, Text, asks=False),
 )  # fmt: skip
@@ -163,7 +161,7 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
 
     content: dict[str, Any] = {"application/json": {}}
     if endpoint.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     body = {"required": True, "content": {"application/json": {"schema": {"$ref": reference(endpoint.takes)}}}}
     app.add_api_route(
         endpoint.path, serve, methods=["POST"], response_model=None, summary=endpoint.said,
@@ -230,6 +228,9 @@ def document(app: FastAPI, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
                                         ref_template="#/components/schemas/{model}")  # fmt: skip
         components = made.setdefault("components", {})
         components["schemas"] = {**components.get("schemas", {}), **schemas["$defs"]}
+        for one in endpoints:
+            # there is one, and whoever reads the document shall know its name
+            components["schemas"][one.takes.__name__]["properties"]["model"]["examples"] = [app.state.settings.model]
         if app.state.settings.api_keys:
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             made["security"] = [{"key": []}]

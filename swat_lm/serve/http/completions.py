@@ -30,6 +30,8 @@ from swat_lm.serve.language import Language
 __all__ = ["Completion", "CompletionRequest", "Usage", "complete", "prompts_of"]
 
 DEFAULT_MAX_TOKENS = 16
+# log-probabilities that take longer to write than a thread to start
+MANY_TOKENS = 64
 TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 EXPECTED_PROMPT = "a text, token ids, or a list of either"
@@ -111,7 +113,9 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
     logprobs = most_logprobs(asked.logprobs, "logprobs")
     check_text_turn(served, asked)
     sampling = asked.sampling(served.language, max_tokens, logprobs)
-    constraint = await work(constraint_of, served.language, asked.response_format) if asked.response_format else None
+    constraint = (
+        await work(constraint_of, served.language, asked.response_format) if asked.response_format is not None else None
+    )
     prompts = await work(prompts_of, served, asked.prompt)
     name = new_id("cmpl")
     weighed = logprobs if asked.echo else None
@@ -128,7 +132,7 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
     request.state.told = told
     if served.settings.log_prompts:
         told["prompt"] = asked.prompt
-    echoes = [Echo(served.language, prompt, logprobs) if asked.echo else None for prompt in prompts]
+    echoes = await work(echoes_of, served.language, prompts, logprobs) if asked.echo else [None] * len(prompts)
     answer = Answer(served, name, read, sampling.n, logprobs, echoes)
     running: Running = await running_of(generations, turn)
     told["prompt_tokens"] = read.prompt
@@ -167,7 +171,7 @@ class Answer:
             texts[index] += delta.text
             logged[index] += delta.logged
         choices = [
-            CompletionChoice(text=text, index=index, logprobs=self._logprobs_of(logged[index]),
+            CompletionChoice(text=text, index=index, logprobs=await self._logprobs_of(logged[index]),
                              finish_reason=self._replies[index].finish)
             for index, text in enumerate(texts)
         ]  # fmt: skip
@@ -178,8 +182,10 @@ class Answer:
         async with running:
             try:
                 async for index, delta in self._deltas(running):
-                    choice = CompletionChoice(text=delta.text, index=index, logprobs=self._logprobs_of(delta.logged),
-                                              finish_reason=delta.finish)  # fmt: skip
+                    logprobs = await self._logprobs_of(delta.logged)
+                    choice = CompletionChoice(
+                        text=delta.text, index=index, logprobs=logprobs, finish_reason=delta.finish
+                    )
                     yield sse(self._made([choice]))
                 if with_usage:
                     yield sse(self._made([], self._usage()))
@@ -197,8 +203,15 @@ class Answer:
     def _usage(self) -> Usage:
         return usage_of(self._read, self._replies)
 
-    def _logprobs_of(self, logged: Sequence[Logged]) -> LogProbs | None:
-        return None if self._logprobs is None else logprobs_of(self._served.language, logged)
+    async def _logprobs_of(self, logged: Sequence[Logged]) -> LogProbs | None:
+        if self._logprobs is None or len(logged) < MANY_TOKENS:
+            return None if self._logprobs is None else logprobs_of(self._served.language, logged)
+        return await work(logprobs_of, self._served.language, logged)
+
+
+def echoes_of(language: Language, prompts: Sequence[Prompt], logprobs: int | None) -> list[Echo | None]:
+    """Of every prompt. Takes its time."""
+    return [Echo(language, prompt, logprobs) for prompt in prompts]
 
 
 def usage_of(read: Counts, replies: Sequence[Reply]) -> Usage:
