@@ -153,7 +153,9 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
             return await endpoint.handler(request, served)
 
         async def running_of(generations: Sequence[Generation], turn: SessionTurn | None = None) -> Running:
-            return await Running(served, app.state.metrics, generations, request.state.told, turn).start()
+            running = Running(served, app.state.metrics, generations, request.state.told, turn)
+            request.state.running = running
+            return await running.start()
 
         return await endpoint.handler(request, served, running_of)
 
@@ -163,7 +165,7 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
         made = await unless_gone(request, answer(request))
         if isinstance(made, BaseModel):
             return Response(made.model_dump_json(), media_type="application/json")
-        return EventStream(made)
+        return EventStream(made, request.state.running.stop)
 
     content: dict[str, Any] = {"application/json": {}}
     if endpoint.streams:
