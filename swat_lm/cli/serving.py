@@ -17,9 +17,12 @@ from swat_lm.cli.options import DEVICE, TOKENIZER
 from swat_lm.words import counted, install_extra
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from swat_lm.model.configuration import SwatConfig
     from swat_lm.serve.engine import Engine
     from swat_lm.serve.host import Host
+    from swat_lm.serve.language import Cut
     from swat_lm.serve.requests import Limits
     from swat_lm.serve.sessions.book import Policy
     from swat_lm.serve.sessions.hosted import HostedSessions
@@ -123,7 +126,7 @@ def serve(
         )
     policy = Policy(session_every, session_idle, session_expiry)
     engine_host, kept = hosted(opener(checkpoint, tokenizer, device, limits, cuda_graphs), sessions, policy)
-    server = Server(create_app(engine_host, settings, kept), engine_host, drain_seconds)
+    server = Server(create_app(engine_host, settings, kept, cutter), engine_host, drain_seconds)
     messages().print(f"listening on {place}, model {settings.model!r}; loading", markup=False)
     log_lines()
     engine_host.start()
@@ -141,6 +144,15 @@ def check_extra() -> None:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"this command needs {missing[0]}, which is not installed: {install_extra('serve')}")
+
+
+def cutter(tokens: "PreTrainedTokenizerFast") -> "Cut":
+    """What cuts long texts where the tokenizer leaves their tokens as they are."""
+    from swat_lm.data.cutting import Cutter, find_cuts
+    from swat_lm.data.source_text import cut
+
+    cuts = find_cuts(tokens.backend_tokenizer.to_str())
+    return lambda text: cut([text], Cutter(cuts, "a request's text"))
 
 
 def opener(
