@@ -81,6 +81,9 @@ def serve(
     session_every: Annotated[
         int, typer.Option(min=1, help="It is written at least after so many tokens; a crash costs reading them again.")
     ] = 1024,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="On a GPU: decode by recorded graphs, where no layer keeps all.")
+    ] = False,
     tokenizer: TOKENIZER = None,
     device: DEVICE = None,
 ) -> None:
@@ -122,7 +125,7 @@ def serve(
             f"warning: whoever reaches {host} may ask, since no API key is set: see --api-key-file", markup=False
         )
     policy = Policy(session_every, session_idle, session_expiry)
-    engine_host, kept = hosted(opener(checkpoint, tokenizer, device, limits), sessions, policy)
+    engine_host, kept = hosted(opener(checkpoint, tokenizer, device, limits, cuda_graphs), sessions, policy)
     server = Server(create_app(engine_host, settings, kept, cutter), engine_host, drain_seconds)
     messages().print(f"listening on {place}, model {settings.model!r}; loading", markup=False)
     log_lines()
@@ -153,7 +156,7 @@ def cutter(tokens: "PreTrainedTokenizerFast") -> "Cut":
 
 
 def opener(
-    checkpoint: str, tokenizer: str | None, device: str | None, limits: "Limits"
+    checkpoint: str, tokenizer: str | None, device: str | None, limits: "Limits", graphs: bool = False
 ) -> "Callable[[HostedSessions | None], Engine]":
     """What loads the model, in the thread in which it will run; sessions take part from then on."""
 
@@ -167,7 +170,8 @@ def opener(
             fingerprint(model)
         if model.device.type == "cpu":
             model.arrange_for_decoding()
-        engine = Engine(model, limits, tokens, end_tokens(model, tokens), restorable=sessions is not None)
+        restorable = sessions is not None
+        engine = Engine(model, limits, tokens, end_tokens(model, tokens), restorable=restorable, graphs=graphs)
         if sessions is not None:
             sessions.attach(engine, lambda said: messages().print(said, markup=False))
         each = engine.slots.num_bytes // engine.slots.batch_size
