@@ -113,8 +113,9 @@ class Shelf:
         """All of a session; whether there was anything. Raises SessionError (`storage`)."""
         was_there = self.exists(name)
         with storing(name):
-            self.store.remove(file_name(name))
+            # a journal without what it follows on could not be read again after a kill
             self.store.remove_journal(file_name(name))
+            self.store.remove(file_name(name))
         return was_there
 
     def recover(self, engine: Engine, say: Callable[[str], None]) -> int:

@@ -1,0 +1,183 @@
+"""Sessions at the edges of a server's life: ends in the middle of a write, listeners that fail, stores that half fail."""
+
+import errno
+import logging
+import threading
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+
+from swat_lm.serve.engine import Event, Generation
+from swat_lm.serve.sampling import Sampling
+from swat_lm.serve.sessions.outcome import Asked
+from swat_lm.serve.sessions.record import Record, SessionError
+from swat_lm.serve.sessions.store import FolderStore
+from tests.serve.hosting import until
+from tests.serve.sessions.driver import TOKENIZER, Server, built
+from tests.serve.sessions.test_hosted import begin, hosted, whole
+from tests.serve.sessions.test_sessions import check_holds
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """A store whose second line of a journal waits: set when it does, and what it waits for."""
+    waits, goes_on, append, count = threading.Event(), threading.Event(), FolderStore.append, iter(range(99))
+
+    def late(store: FolderStore, *arguments: object) -> None:
+        if next(count) == 1:
+            waits.set()
+            assert goes_on.wait(30)
+        append(store, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FolderStore, "append", late)
+    return waits, goes_on
+
+
+def test_a_turn_that_is_being_written_when_the_time_is_up_is_kept_and_acknowledged(
+    slow: tuple[threading.Event, threading.Event], tmp_path: Path
+):
+    waits, goes_on = slow
+    host, sessions = hosted(tmp_path)
+    text = "some words" + whole(begin(sessions, "a", "some words", "1"))
+    events = begin(sessions, "a", " more", "2")
+    assert waits.wait(30)
+    described = sessions.describe("a")
+    ended = host.drain(0)
+    until(lambda: host.status == "stopped")
+    goes_on.set()
+    text += " more" + whole(events)
+    assert described.result(30).record.turns == 2
+    ended.result(30)
+    host, sessions = hosted(tmp_path)
+    assert sessions.describe("a").result(30).record.turns == 2
+    assert whole(begin(sessions, "a", "?", "1")) == whole(begin(sessions, "b", text + "?", "2"))
+    assert host.stop()
+
+
+def test_who_cannot_hear_any_more_ends_a_turn(tmp_path: Path):
+    host, sessions = hosted(tmp_path)
+    heard: list[Event] = []
+
+    def deliver(event: Event) -> None:
+        if len(heard) == 3:
+            raise RuntimeError("Event loop is closed")
+        heard.append(event)
+
+    sampling = Sampling(temperature=0, max_tokens=5000, ignore_end=True, vocab_size=127)
+    asked = Asked(Generation("1", TOKENIZER.encode("some words", add_special_tokens=False), sampling))
+    text = ""
+    for turns in (1, 2):
+        heard.clear()
+        sessions.turn("a", "text", "1", lambda record: asked, deliver).result(30)
+        until(lambda turns=turns: turns in [one.record.turns for one in sessions.all().result(30)])
+        text += "some words" + "".join(event.text for event in heard)
+    assert whole(begin(sessions, "a", "?", "2")) == whole(begin(sessions, "b", text + "?", "3"))
+    assert host.stop()
+
+
+def test_a_turn_that_is_cancelled_before_it_is_in_line_leaves_nothing(tmp_path: Path, caplog):
+    host, sessions = hosted(tmp_path)
+    goes_on = threading.Event()
+
+    def prepare(record: Record) -> None:
+        assert goes_on.wait(30)
+
+    with caplog.at_level(logging.ERROR):
+        begun = sessions.turn("a", "text", "1", prepare, print)  # type: ignore[arg-type]
+        assert sessions.cancel("1").result(30)
+        goes_on.set()
+        with pytest.raises(CancelledError):
+            begun.result(30)
+        assert whole(begin(sessions, "b", "x", "2"))
+    assert not caplog.records
+    assert host.stop()
+
+
+def test_what_goes_wrong_between_two_threads_is_logged(tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch):
+    host, sessions = hosted(tmp_path)
+    monkeypatch.setattr(sessions.book, "works", lambda: 1 / 0)
+    begin(sessions, "a", "x", "1")
+    until(lambda: any("ZeroDivisionError" in str(one.exc_info) for one in caplog.records))
+    assert host.stop()
+
+
+def test_a_line_of_the_journal_that_failed_after_all_is_replaced_by_the_next(tmp_path: Path):
+    model = built("windows")
+    server = Server(model, tmp_path)
+    text = "begin" + server.say("a", "begin")
+    append = server.store.append
+
+    def half(*arguments: object) -> None:
+        append(*arguments)  # type: ignore[arg-type]
+        raise FULL
+
+    server.store.append = half  # type: ignore[method-assign]
+    key, _ = server.begin("a", "never")
+    server.loop()
+    assert server.events[key][-1].ended == "error"
+    server.store.append = append  # type: ignore[method-assign]
+    text += " on" + server.say("a", " on")
+    server.die()
+    again = Server(model, tmp_path)
+    assert again.recovered == 1
+    check_holds(again, "a", text)
+    assert again.record("a").turns == 2
+
+
+@pytest.mark.parametrize("method", ["remove", "remove_journal"])
+def test_a_session_that_could_not_be_deleted_is_not_lost_by_half(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = built("windows")
+    server = Server(model, tmp_path, slots=1, every=20)
+    text = "x" * 30 + server.say("a", "x" * 30)
+    assert server.store.snapshots()
+    done = getattr(server.store, method)
+
+    def half(name: str) -> None:
+        done(name)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.store, method, half)
+        with pytest.raises(SessionError, match="Input/output"):
+            server.done(server.book.delete("a"))
+    text += "on" + server.say("a", "on")
+    server.die()
+    again = Server(model, tmp_path, slots=1)
+    check_holds(again, "a", text)
+    assert again.record("a").turns == 2
+
+
+def test_who_lacks_a_slot_waits_for_those_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = Server(built("windows"), tmp_path, slots=2)
+    server.say("a", "begin")
+
+    def full(*_: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr(server.store, "write", full)
+    events: list[Event] = []
+    sampling = Sampling(temperature=0, max_tokens=12, ignore_end=True, vocab_size=127)
+    server.submit(Generation("plain", TOKENIZER.encode("x", add_special_tokens=False), sampling), events.append)
+    assert server.say("b", "x")
+    assert events[-1].ended == "length"
+
+
+def test_a_state_that_could_not_be_copied_is_copied_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = Server(built("windows"), tmp_path, slots=1, idle=5)
+    text = "begin" + server.say("a", "begin")
+
+    def lacking(session: object) -> None:
+        raise RuntimeError("out of memory")
+
+    server.now += 6
+    with monkeypatch.context() as patched:
+        patched.setattr(server.book, "tensors", lacking)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            server.book.tick()
+    assert server.say("b", "x")
+    check_holds(server, "a", text)
