@@ -1,4 +1,4 @@
-"""Sessions at the edges of a server's life: ends in the middle of a write, listeners that fail, stores that half fail."""
+"""Sessions at the edges of a life: ends in the middle of a write, listeners that fail, stores that half fail."""
 
 import errno
 import logging
@@ -181,3 +181,21 @@ def test_a_state_that_could_not_be_copied_is_copied_later(tmp_path: Path, monkey
             server.book.tick()
     assert server.say("b", "x")
     check_holds(server, "a", text)
+
+
+def test_a_reply_that_is_no_text_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = Server(built("windows"), tmp_path)
+    text = "begin" + server.say("a", "begin")
+    key, _ = server.begin("a", " more", max_tokens=9)
+    other, _ = server.begin("b", "x", max_tokens=9)
+    server.loop(until=lambda: len(server.events[key]) == 3)
+
+    def no_text(*_: object, **__: object) -> None:
+        raise TypeError("sequence item 0: expected str instance, NoneType found")
+
+    monkeypatch.setattr(server.engine._requests[key].replies[0].text._assembler, "_decode", no_text)
+    server.loop()
+    assert server.events[key][-1].ended == "error"
+    assert server.events[other][-1].ended == "length"
+    check_holds(server, "a", text)
+    assert server.say("a", "on")
