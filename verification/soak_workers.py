@@ -4,6 +4,7 @@ import asyncio
 import string
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -103,7 +104,11 @@ class Soak:
         if body["stream"]:
             await self._read(line, "/v1/completions", body, random.randint(0, 6))
         else:
-            await self._leave(line, random, "/v1/completions", body)
+            self.sent += 1
+            line.drop()
+            await line.send("POST", "/v1/completions", body)
+            await asyncio.sleep(random.random() * 0.02)
+            line.drop()
 
     async def _read(self, line: Connection, path: str, body: Any, most: int | None) -> str:
         """The text of a stream, or of its first events, after which it is broken off; must end with `[DONE]` if not."""
@@ -123,14 +128,6 @@ class Soak:
         if most is not None:
             line.drop()
         return text
-
-    async def _leave(self, line: Connection, random: Random, path: str, body: Any) -> None:
-        """A request whose answer is not waited for."""
-        self.sent += 1
-        line.drop()
-        await line.send("POST", path, body)
-        await asyncio.sleep(random.random() * 0.02)
-        line.drop()
 
     def _take(self, random: Random) -> Book:
         """A session that no other worker has, or a new one."""
@@ -165,10 +162,20 @@ class Soak:
         book, turn = self._take(random), some_turn(random, random.choice((3, 60, 400)))
         book.open = turn
         path, body = book.request(turn)
-        if turn.streamed:
-            book.received = await self._read(line, path, body, random.randint(0, 6))
+        if turn.streamed or not book.turns:
+            turn = book.open = replace(turn, streamed=True)
+            book.received = await self._read(line, *book.request(turn), random.randint(0, 6))
         else:
-            await self._leave(line, random, path, body)
+            self.sent += 1
+            line.drop()
+            await line.send("POST", path, body)
+            # what was sent may be overtaken: only what has begun can be broken off
+            async with Connection(self.port) as other:
+                while not (found := (await self._ask(other, "GET", place_of(book))).json())["busy"]:
+                    if found["turns"] > book.turns:
+                        break
+            await asyncio.sleep(random.random() * 0.02)
+            line.drop()
         # it takes a moment until the server hears of it
         await self._settle(line, book)
         self._give_back(book)
@@ -268,7 +275,7 @@ class Soak:
 
     async def _settle(self, line: Connection, book: Book, was_killed: bool = False) -> None:
         """What the server has of a session for whose last request no answer came. Raises CheckFailedError."""
-        found = await self._rested(line, book)
+        found = await self._rested(line, book, may_begin=book.open is not None and not was_killed)
         if book.uncertain is not None and found is None:
             book.turns = 0
         elif found is None:
@@ -279,24 +286,17 @@ class Soak:
         if found is not None:
             book.check(found)
 
-    async def _rested(self, line: Connection, book: Book) -> dict[str, Any] | None:
+    async def _rested(self, line: Connection, book: Book, may_begin: bool) -> dict[str, Any] | None:
         """The server's description of a session, once it is not busy; None where there is none."""
-        # the first turn of a session that is not there may still run; nobody sees it before it ends
-        is_beginning = book.turns == 0 and book.open is not None
         for turn in range(1500):
             self.sent += 1
             answer = await line.ask("GET", place_of(book))
             require(answer.status in (200, 404), f"{book.name}: {answer.status} {answer.content[:300]!r}")
             if answer.status == 200 and not answer.json()["busy"]:
                 return answer.json()
-            if answer.status == 404 and (not is_beginning or turn > 100):
+            # nobody sees a session before its first turn has ended
+            if answer.status == 404 and (book.turns or not may_begin or turn > 100):
                 return None
-            if answer.status == 404 and not book.received:
-                self.sent += 1
-                removed = (await line.ask("DELETE", place_of(book))).status
-                require(removed in (200, 404, 409), f"{book.name}: DELETE {removed}")
-                if removed != 409:
-                    return None
             await asyncio.sleep(0.02)
         raise CheckFailedError(f"{book.name} is busy for ever")
 
@@ -311,8 +311,8 @@ class Soak:
         if len(received) < length:
             left = Turn("", turn.most - len(received), turn.stop)
             reply += await self._fresh(line, book.text + book.piece(turn) + received, left)
-        is_whole = (turn.streamed and not was_killed) or len(reply) == length
-        require(is_whole and len(reply) >= length, f"{book.name}: holds {length} tokens of the reply {reply!r}")
+        fits = len(reply) >= length if turn.streamed else len(reply) == length
+        require(fits, f"{book.name}: holds {length} tokens of the reply {reply!r}")
         book.add(turn, reply[:length])
 
     async def _fresh(self, line: Connection, text: str, turn: Turn) -> str:
