@@ -18,7 +18,7 @@ from swat_lm.cli.console import messages
 from swat_lm.cli.generation import whole_text, write
 from swat_lm.cli.options import DEVICE, TOKENIZER
 from swat_lm.cli.outputs import check_new_file
-from swat_lm.cli.serving import check_extra, hosted, limits_of, model_name, opener
+from swat_lm.cli.serving import check_extra, cutter, hosted, limits_of, model_name, opener
 from swat_lm.cli.streams import reader_is_gone
 from swat_lm.interruption import leaving_on_termination
 from swat_lm.words import counted, nearest
@@ -99,7 +99,9 @@ def chat(
         if port is not None:
             stack.enter_context(serving_beside(host, kept, port, model_name(checkpoint)))
         engine = host.engine
-        language = Language(engine.tokenizer, engine.model.config.vocab_size, engine.end_tokens)
+        language = Language(
+            engine.tokenizer, engine.model.config.vocab_size, engine.end_tokens, cutter(engine.tokenizer)
+        )
         talk = Talk(kept, language, sampling, system)
         if system is not None and not language.can_chat:
             raise ValueError("--system: the model's tokenizer has no chat template, so nothing can be said to it first")
@@ -134,7 +136,7 @@ def serving_beside(host: "Host", kept: "HostedSessions", port: int, model: str) 
     from swat_lm.serve.http.settings import Settings
 
     socket = listen("127.0.0.1", port)
-    server = Server(create_app(host, Settings(model), kept), host, 0.0)
+    server = Server(create_app(host, Settings(model), kept, cutter), host, 0.0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), name="http", daemon=True)
     thread.start()
     messages().print(f"also on http://127.0.0.1:{socket.getsockname()[1]}, model {model!r}", markup=False)

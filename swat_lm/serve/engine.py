@@ -23,6 +23,7 @@ from swat_lm.serve.reading import read_together, take_in
 from swat_lm.serve.requests import Limits, Piece, Request, Row, Step
 from swat_lm.serve.sampler import SamplingError, StreamSampler, choose
 from swat_lm.serve.scheduler import SCHEDULERS
+from swat_lm.serve.stepping import GraphedSteps, Steps
 from swat_lm.serve.text import ReplyText
 
 __all__ = ["Engine", "Event", "Generation"]
@@ -84,6 +85,7 @@ class Engine:
         policy: str = "first-come",
         slots: Slots | None = None,
         restorable: bool = False,
+        graphs: bool = False,
     ) -> None:
         """Take memory for the pool; nothing is allocated for it later.
 
@@ -96,17 +98,22 @@ class Engine:
                 says what it holds. None: made here.
             restorable: have a second place for every slot, where what a request goes on from is copied if it keeps its
                 slot: so the slot can go back there (`roll_back`), and does where the request fails.
+            graphs: decode by CUDA graphs (stepping.py says which models cannot).
 
         Raises:
-            ValueError: an unknown policy, a model that grows without a capacity, or a pool of another size or model.
+            ValueError: an unknown policy, a model that grows without a capacity, a pool of another size or model, or
+                `graphs` elsewhere than on CUDA or for a model that grows.
         """
         if policy not in SCHEDULERS:
             raise ValueError(f"policy: expected one of {', '.join(SCHEDULERS)}, got {policy!r}")
+        if graphs and model.device.type != "cuda":
+            raise ValueError(f"graphs: expected a model on a CUDA device, got {model.device.type}; leave it out")
         self.model, self.tokenizer, self.end_tokens = model.eval(), tokenizer, frozenset(end_tokens)
         self.scheduler = SCHEDULERS[policy](limits)
         self.batches = batch_sizes(limits.num_slots)
         self.restorable = restorable
         self.slots = pool_of(model, limits, slots, restorable)
+        self.steps = GraphedSteps(model, self.slots, self.batches) if graphs else Steps(model, self.slots)
         self._requests: dict[Hashable, Running] = {}
 
     @property
@@ -317,14 +324,10 @@ class Engine:
         last = [self._requests[key].replies[sample].token for key, sample in names]
         size = self._batch_of(len(rows))
         spare = list(range(self.scheduler.limits.num_slots, self.scheduler.limits.num_slots + size - len(rows)))
-        tokens = torch.tensor(last + [0] * len(spare))[:, None]
-        slot = self._rows([row.slot for row in rows] + spare)
         if spare:
             # they read one token for ever, and never fill up
             self.slots.position[self._on_device(torch.tensor(spare))] = 0
-        # a row alone has no mates
-        invariant = slot is not None
-        logits = self.model.decode_step(self._on_device(tokens), self.slots, slot, batch_invariant=invariant)
+        logits = self.steps.step(last + [0] * len(spare), [row.slot for row in rows] + spare)
         for place, (key, _) in enumerate(names):
             if (running := self._requests[key]).keeps:
                 running.note_step(size, place)

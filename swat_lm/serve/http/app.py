@@ -31,7 +31,7 @@ from swat_lm.serve.http.settings import Settings
 from swat_lm.serve.http.streams import ClientGoneError, EventStream, Running, SessionTurn, unless_gone
 from swat_lm.serve.http.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens, detokenize, tokenize
 from swat_lm.serve.http.watching import GONE, Watch
-from swat_lm.serve.language import Language
+from swat_lm.serve.language import Cut, Language
 from swat_lm.serve.sessions.hosted import HostedSessions
 
 __all__ = ["ENDPOINTS", "Endpoint", "Health", "Model", "Models", "create_app"]
@@ -90,13 +90,18 @@ def create_app(
     host: Host,
     settings: Settings,
     sessions: HostedSessions | None = None,
+    cutter: Callable[[Any], Cut] | None = None,
     endpoints: Sequence[Endpoint] = ENDPOINTS,
 ) -> FastAPI:
-    """A server before a host, which the caller starts and stops, with its sessions where it keeps any."""
+    """A server before a host, which the caller starts and stops, with its sessions where it keeps any.
+
+    `cutter` gives for a tokenizer what cuts its long texts (`Language`).
+    """
     app = FastAPI(title="swat-lm", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = Metrics(host)
     app.state.host, app.state.settings, app.state.metrics = host, settings, metrics
     app.state.served, app.state.created, app.state.sessions = None, int(time.time()), sessions
+    app.state.cutter = cutter
     for endpoint in endpoints:
         add_endpoint(app, endpoint)
     add_models(app)
@@ -132,7 +137,8 @@ async def served_by(app: FastAPI) -> Served:
 def open_language(host: Host, state: Any) -> Served:
     """The model's tokenizer, ready for requests."""
     engine, settings = host.engine, state.settings
-    language = Language(engine.tokenizer, engine.model.config.vocab_size, engine.end_tokens)
+    cut = None if state.cutter is None else state.cutter(engine.tokenizer)
+    language = Language(engine.tokenizer, engine.model.config.vocab_size, engine.end_tokens, cut)
     # of what the replies to one seed depend on
     fingerprint = f"swat-{settings.model}-{engine.model.dtype}-{engine.model.device.type}".replace("torch.", "")
     return Served(host, language, settings, state.created, fingerprint, state.sessions)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.serve.requests import RequestError
 from swat_lm.serve.sessions.conversation import Message
 from swat_lm.serve.sessions.record import SessionError
@@ -350,12 +351,19 @@ def test_a_system_message_that_is_sent_again_is_not_read_again(tmp_path: Path):
     check_holds(server, "a", f"<system>be short|<user>hello|<assistant>{first}|<user>again|<assistant>{second}")
 
 
-def test_a_conversation_of_any_length_takes_the_same_memory(tmp_path: Path):
-    server = Server(built("windows"), tmp_path, chunk=512)
+def test_a_conversation_of_a_million_tokens_takes_the_memory_of_a_hundred(tmp_path: Path):
+    torch.manual_seed(0)
+    model = SwatForCausalLM(SwatConfig(
+        vocab_size=272, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        sliding_window=4, eos_token_id=257,
+    )).eval()  # fmt: skip
+    server = Server(model, tmp_path, chunk=16384)
     server.say("a", "x" * 100)
     size, kept = len(server.done(server.keeper.export("a"))), server.engine.slots.num_bytes
-    for _ in range(2):
-        server.say("a", "some words " * 800)
-    assert server.record("a").num_tokens > 17_000
-    assert abs(len(server.done(server.keeper.export("a"))) - size) < 200
+    for _ in range(4):
+        server.say("a", "y" * 250_000)
+    assert server.record("a").num_tokens > 1_000_000
+    assert abs(len(server.done(server.keeper.export("a"))) - size) < 100
     assert server.engine.slots.num_bytes == kept
+    # and what is kept is what matters: a text that ends alike is gone on with alike
+    assert server.say("a", "and now?") == server.say("b", "y" * 100 + "and now?")
