@@ -1,4 +1,4 @@
-"""The soak of `python -m verification serve_soak`, in little: many requests, a SIGKILL, and books that must be right."""
+"""The soak of `python -m verification serve_soak` in little: many requests, a SIGKILL, and books that must be right."""
 
 import re
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import begin
 from tests.cli.test_serve import PROGRAM
+from tests.forked import begin
 from verification import serve_soak
 from verification.soak_books import Book, Turn
 from verification.workplace import CheckFailedError
