@@ -57,7 +57,7 @@ class Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "swat_lm.cli", *arguments], stdout=file, stderr=file, env=environment
             )
-        self.pid = self._process.pid
+        self.pid: int | None = self._process.pid
 
     def kill(self) -> None:
         """See Process."""

@@ -168,6 +168,11 @@ def hold(talk: "Talk", keeps: bool) -> None:
         except (ValueError, OSError) as error:
             # what is wrong with one line ends no conversation
             messages().print(f"error: {error}", markup=False)
+        except KeyboardInterrupt:
+            # a moment after a reply's end it is meant for the reply, and must not end the conversation
+            if not is_terminal:
+                raise
+            write("\n")
     if is_terminal and keeps:
         messages().print(f"kept: --session {talk.name} goes on with it", markup=False)
 

@@ -343,8 +343,17 @@ class Book:
             self.pending -= 1
             then(done)
 
+        def guarded() -> Result:
+            try:
+                return job()
+            except Exception:
+                raise
+            except BaseException as error:
+                # a panic of a tokenizer's is none; nobody would go on with the session
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
         self.pending += 1
-        executor.submit(job).add_done_callback(lambda done: self.front.post(partial(back, done)))
+        executor.submit(guarded).add_done_callback(lambda done: self.front.post(partial(back, done)))
 
 
 def finish(result: "Future[Any]", error: BaseException | None = None, value: Any = None) -> None:

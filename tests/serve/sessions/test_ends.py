@@ -199,3 +199,40 @@ def test_a_reply_that_is_no_text_fails_alone(tmp_path: Path, monkeypatch: pytest
     assert server.events[other][-1].ended == "length"
     check_holds(server, "a", text)
     assert server.say("a", "on")
+
+
+def test_a_panic_while_a_turn_is_prepared_ends_it_alone(tmp_path: Path):
+    class PanicError(BaseException):
+        """As bindings to Rust raise."""
+
+    def prepare(record: Record) -> None:
+        raise PanicError("index out of bounds")
+
+    host, sessions = hosted(tmp_path)
+    with pytest.raises(RuntimeError, match="PanicError: index out of bounds"):
+        sessions.turn("a", "text", "1", prepare, print).result(30)  # type: ignore[arg-type]
+    assert whole(begin(sessions, "a", "x", "2"))
+    assert host.stop()
+
+
+def test_a_session_whose_journal_cannot_be_read_again_is_never_shown_as_less_than_it_is(tmp_path: Path):
+    server = Server(built("windows"), tmp_path)
+    server.say("a", "begin")
+    server.die()
+    strange = Server(built("windows", seed=1), tmp_path)
+    for call in (strange.keeper.describe("a"), strange.keeper.export("a")):
+        with pytest.raises(SessionError, match="could not be read again"):
+            strange.done(call)
+    strange.die()
+    assert Server(built("windows"), tmp_path).record("a").turns == 1
+
+
+def test_a_file_with_numbers_that_are_not_finite_is_refused(tmp_path: Path):
+    server = Server(built("windows"), tmp_path)
+    server.say("a", "begin")
+    record, tensors = server.state("a")
+    key = next(name for name in tensors if tensors[name].is_floating_point())
+    tensors[key] = tensors[key].clone().fill_(float("nan"))
+    content = server.book.shelf.content(record.model_copy(update={"session": "a"}), tensors)
+    with pytest.raises(SessionError, match="expected finite numbers"):
+        server.done(server.keeper.bring_in("b", content))
