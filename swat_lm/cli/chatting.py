@@ -168,6 +168,11 @@ def hold(talk: "Talk", keeps: bool) -> None:
         except (ValueError, OSError) as error:
             # what is wrong with one line ends no conversation
             messages().print(f"error: {error}", markup=False)
+        except KeyboardInterrupt:
+            # a moment after a reply's end it is meant for the reply, and must not end the conversation
+            if not is_terminal:
+                raise
+            write("\n")
     if is_terminal and keeps:
         messages().print(f"kept: --session {talk.name} goes on with it", markup=False)
 
@@ -266,14 +271,20 @@ class Talk:
         events: queue.Queue[Event] = queue.Queue()
         key = f"chat-{next(self._keys)}"
         kind = "chat" if self._language.can_chat else "text"
-        begun = self._sessions.turn(self.name, kind, key, lambda record: self._asked(record, key, text), events.put)
         shown: list[Event] = []
         try:
-            begun.result()
+            self._sessions.turn(
+                self.name, kind, key, lambda record: self._asked(record, key, text), events.put
+            ).result()
             reply = self._show(events, shown)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stopped:
             last = shown[-1].shown if shown else (0, "")
             self._sessions.cancel(key, last, "".join(event.text for event in shown)).result()
+            # what is looked at next comes after what is written; until then the conversation is busy
+            with contextlib.suppress(ValueError):
+                self._sessions.describe(self.name).result()
+            if isinstance(stopped, SystemExit):
+                raise
             messages().print("\nstopped" + ("" if last != (0, "") else "; the message was taken back"), markup=False)
             return
         self._show_state(reply)

@@ -367,8 +367,11 @@ class Engine:
         if not (self.restorable and running is not None and running.keeps and running.slot >= 0):
             self.abort(key)
             return event
-        slot, held = self.stop(key).slot, running.generation.held
+        # not `stop`, whose text may be what has failed
+        held = running.generation.held
+        slot = self.scheduler.stop(key, held)
         assert slot is not None
+        del self._requests[key]
         self.roll_back(slot, held)
         return replace(event, slot=slot, held=held)
 

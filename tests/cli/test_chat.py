@@ -1,5 +1,6 @@
 """`swat-lm chat` as a stranger uses it: turns, commands, conversations that are taken up again, interruptions."""
 
+import contextlib
 import io
 import re
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     def call(lines: str, *arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         capfd.readouterr()
-        code = run_application(["chat", *map(str, arguments), "-n", "5", "--temperature", "0"])
+        code = run_application(["chat", "-n", "5", "--temperature", "0", *map(str, arguments)])
         out, err = capfd.readouterr()
         return code, out, err
 
@@ -145,3 +146,28 @@ def test_a_reply_that_is_stopped_is_kept_as_it_was_shown(
     assert code == 0
     assert "stopped" in err
     assert "1 turn" in err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit(143)])
+def test_whatever_stops_a_reply_it_is_kept_as_it_was_shown(
+    error: Any, talk: Talk, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shown: list[str] = []
+
+    def write(text: str) -> None:
+        shown.append(text)
+        if len(shown) == 3:
+            raise error
+
+    options = (model, "--sessions", "kept", "-n", "300")
+    with monkeypatch.context() as patched, contextlib.suppress(SystemExit):
+        patched.setattr(chatting, "write", write)
+        # what is said at once after it is heard
+        code, _, err = talk("hello\nand now\n" if error is KeyboardInterrupt else "hello\n", *options)
+        assert error is KeyboardInterrupt
+        assert code == 0
+        assert "has a request" not in err
+    # "[user]hello|[assistant]" and at most the three that came
+    found = re.search(r"goes on after (1 turn, 2[3-6]|2 turns, 3\d\d) tokens", talk("", *options)[2])
+    assert found is not None
+    assert found[1].startswith("2" if error is KeyboardInterrupt else "1")

@@ -171,7 +171,9 @@ class Book:
                 self._leave(session)
             elif not session.writes:
                 self.save(session)
-        if tried and not willing and len(tried) == len(idle):
+        # who runs, or is written, may leave a slot yet
+        is_last = not self.engine.scheduler.running and all(one in idle or one.slot is None for one in self.all_here())
+        if tried and not willing and len(tried) == len(idle) and is_last:
             first = self.engine.scheduler.first_lacking
             self.front.refuse(first, SessionError(
                 "storage", "no slot is free: the sessions that hold them cannot be written; the store of sessions is "
@@ -218,9 +220,11 @@ class Book:
 
     def save(self, session: Session) -> None:
         """Write its file; it may go on meanwhile."""
-        record, session.unsaved = session.record, 0
+        # which may fail, and nothing has changed then
+        record, tensors = session.record, self.tensors(session)
+        session.unsaved = 0
         session.writes += 1
-        self.on_disk(partial(self.shelf.save, record, self.tensors(session)), partial(self._saved, session, record))
+        self.on_disk(partial(self.shelf.save, record, tensors), partial(self._saved, session, record))
 
     def _saved(self, session: Session, record: Record, done: "Future[int]") -> None:
         session.writes -= 1
@@ -270,6 +274,10 @@ class Book:
                 raise SessionError("unknown", f"session {name!r}: there is none; see the list of sessions")
         except Exception as error:
             self.let_go(session)
+            if session.slot is not None:
+                # the store may have removed some of it
+                session.saved = NEVER
+                self.save(session)
             finish(result, error)
             return
         if session.slot is not None:
@@ -294,9 +302,15 @@ class Book:
 
     def close(self) -> None:
         """Write every session that is in a slot, and wait until the store has all; when no request runs any more."""
-        for session in list(self._sessions.values()):
-            if session.slot is not None and not session.is_saved:
+        for session in self.all_here():
+            # what a busy one's slot holds nobody knows: its journal does
+            if session.slot is None or session.is_saved or session.is_busy:
+                continue
+            try:
                 self._disk.submit(self._save_last, session.record, self.tensors(session))
+            except Exception as error:
+                # of an engine that has failed
+                self.note_failure(error)
         self._disk.shutdown()
         self.shelf.store.close()
 
@@ -329,8 +343,17 @@ class Book:
             self.pending -= 1
             then(done)
 
+        def guarded() -> Result:
+            try:
+                return job()
+            except Exception:
+                raise
+            except BaseException as error:
+                # a panic of a tokenizer's is none; nobody would go on with the session
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
         self.pending += 1
-        executor.submit(job).add_done_callback(lambda done: self.front.post(partial(back, done)))
+        executor.submit(guarded).add_done_callback(lambda done: self.front.post(partial(back, done)))
 
 
 def finish(result: "Future[Any]", error: BaseException | None = None, value: Any = None) -> None:

@@ -53,7 +53,12 @@ class Keeper:
                 return
             finish(result, value=self._described(record, session, size))
 
-        self.book.on_disk(lambda: (self.book.shelf.head(name), self.book.shelf.size(name)), looked)
+        def look() -> tuple[Record | None, int | None]:
+            if session is None:
+                self.book.shelf.check_journal(name)
+            return self.book.shelf.head(name), self.book.shelf.size(name)
+
+        self.book.on_disk(look, looked)
         return result
 
     def all(self) -> "Future[list[Description]]":

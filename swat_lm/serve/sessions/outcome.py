@@ -1,5 +1,6 @@
 """One turn of a session: what it reads and draws, and what the session holds after it, which is what the client saw."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from swat_lm.serve.sessions.conversation import Conversation
 from swat_lm.serve.sessions.record import Fed, Record, Turn
 
 __all__ = ["Asked", "Outcome", "Running", "outcome"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,28 @@ class Running:
     drawn: list[int] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     """Of the reply's text, as they were delivered."""
+    shown: tuple[int, str] = (0, "")
+    """What was delivered, as `Event.shown` has it."""
+    is_heard: bool = True
+    """Whether what it brings can be delivered still."""
 
     def take(self, event: Event) -> None:
         """Note what an event brings."""
         if event.choice is not None:
             self.drawn.append(event.choice.token)
         self.parts.append(event.text)
+
+    def say(self, event: Event) -> None:
+        """Deliver an event that was taken; once that has failed nothing more."""
+        if not self.is_heard:
+            return
+        try:
+            self.deliver(event)
+        except Exception:
+            self.is_heard = False
+            log.exception("sessions: nobody hears any more of a turn of %r", self.before.session)
+        else:
+            self.shown = event.shown
 
 
 @dataclass(frozen=True)

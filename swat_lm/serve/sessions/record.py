@@ -106,6 +106,9 @@ def parse_journal(content: bytes) -> tuple[list[Turn], int]:
         if turn is None:
             spoilt += 1
             continue
+        if turns and turn.after.turns == turns[-1].after.turns:
+            # the store has said that it failed, so it was never acknowledged, and another took its place
+            turns.pop()
         if turns and turn.after.turns != turns[-1].after.turns + 1:
             raise SessionError(
                 "damaged",

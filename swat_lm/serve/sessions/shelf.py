@@ -37,9 +37,15 @@ class Shelf:
 
     def load(self, name: str) -> Stored | None:
         """A session; None where there is none. Raises SessionError (`damaged`, `model`, `storage`)."""
-        file = file_name(name)
+        self.check_journal(name)
         with storing(name):
-            content, turns = self.store.read(file), self.store.read_journal(file)
+            content = self.store.read(file_name(name))
+        return None if content is None else Stored(*self.checked(content))
+
+    def check_journal(self, name: str) -> None:
+        """Raise SessionError (`damaged`) where a session that is in no slot has a journal."""
+        with storing(name):
+            turns = self.store.read_journal(file_name(name))
         if turns:
             # those that could be read again were, when the server started
             raise SessionError(
@@ -47,7 +53,6 @@ class Shelf:
                 f"session {name!r}: turns in its journal could not be read again (the server's log says why); delete "
                 "the session, or serve the model that it belongs to",
             )
-        return None if content is None else Stored(*self.checked(content))
 
     def checked(self, content: bytes) -> tuple[Record, dict[str, Tensor]]:
         """A file of a session of this model. Raises SessionError."""
@@ -113,8 +118,9 @@ class Shelf:
         """All of a session; whether there was anything. Raises SessionError (`storage`)."""
         was_there = self.exists(name)
         with storing(name):
-            self.store.remove(file_name(name))
+            # a journal without what it follows on could not be read again after a kill
             self.store.remove_journal(file_name(name))
+            self.store.remove(file_name(name))
         return was_there
 
     def recover(self, engine: Engine, say: Callable[[str], None]) -> int:

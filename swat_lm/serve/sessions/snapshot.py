@@ -144,6 +144,8 @@ def check(record: Record, tensors: Mapping[str, Tensor], slots: Slots, vocabular
     for index, spec in enumerate(slots.specs):
         for name, entry in spec.items():
             kept, there = tensors[f"layers.{index}.{name}"], slots.layers[index][name]
+            if kept.is_floating_point() and not kept.isfinite().all():
+                raise ValueError(f"layers.{index}.{name}: expected finite numbers")
             if kept.shape[0] != 1 or kept.dtype != there.dtype:
                 raise ValueError(f"layers.{index}.{name}: expected one slot of {there.dtype}, got {kept.dtype}")
             places = min(position, there.shape[1]) if entry.kind != "summary" else None

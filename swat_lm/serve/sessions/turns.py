@@ -122,9 +122,15 @@ class Turns:
         if key not in self._turns:
             return
         session, running = self._turns[key]
+        before = len(running.parts)
         running.take(event)
         if event.ended is None:
-            running.deliver(event)
+            was_heard = running.is_heard
+            running.say(event)
+            if was_heard and not running.is_heard:
+                # between steps, since it may have ended with this one
+                text = "".join(running.parts[:before])
+                self.book.front.post(lambda: self._give_up(key, running.shown, text))
             return
         del self._turns[key]
         session.slot, session.tensors = event.slot, None
@@ -133,7 +139,11 @@ class Turns:
             return
         session.is_lost = session.slot is None and not session.is_saved and session.record.turns > 0
         self.book.let_go(session)
-        running.deliver(event)
+        running.say(event)
+
+    def _give_up(self, key: Hashable, shown: tuple[int, str], text: str) -> None:
+        """End a turn that nobody hears any more, unless it has ended."""
+        self.cancel(key, shown, text)
 
     def _settle(
         self, session: Session, running: Running, shown: tuple[int, str], fed: Any, text: str, event: Event | None
@@ -155,7 +165,7 @@ class Turns:
         self.book.let_go(session)
         if event is not None:
             failed = replace(event, ended="error", error=str(error), cause=error, slot=None, held=None, fed=())
-            running.deliver(failed)
+            running.say(failed)
 
     def _written(
         self, session: Session, running: Running, found: Outcome, event: Event | None, done: "Future[None]"
@@ -173,7 +183,7 @@ class Turns:
         session.unsaved += len(found.turn.tokens)
         session.is_busy = False
         if event is not None:
-            running.deliver(event)
+            running.say(event)
         if session.unsaved >= self.book.policy.every:
             self.book.save(session)
 
