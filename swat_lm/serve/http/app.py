@@ -147,23 +147,29 @@ def open_language(host: Host, state: Any) -> Served:
 def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
     """Give an address its function."""
 
-    async def answer(request: Request) -> BaseModel | AsyncGenerator[str]:
+    async def answer(request: Request, asked: list[Running]) -> BaseModel | AsyncGenerator[str]:
         served = await served_by(app)
         if not endpoint.asks:
             return await endpoint.handler(request, served)
 
         async def running_of(generations: Sequence[Generation], turn: SessionTurn | None = None) -> Running:
-            return await Running(served, app.state.metrics, generations, request.state.told, turn).start()
+            asked.append(Running(served, app.state.metrics, generations, request.state.told, turn))
+            return await asked[-1].start()
 
         return await endpoint.handler(request, served, running_of)
 
     async def serve(request: Request) -> Response:
         # the body is read first, since behind it only the end of the connection comes
         await request.body()
-        made = await unless_gone(request, answer(request))
+        asked: list[Running] = []
+        try:
+            made = await unless_gone(request, answer(request, asked))
+        except BaseException:
+            end_all(asked)
+            raise
         if isinstance(made, BaseModel):
             return Response(made.model_dump_json(), media_type="application/json")
-        return EventStream(made)
+        return EventStream(made, lambda: end_all(asked))
 
     content: dict[str, Any] = {"application/json": {}}
     if endpoint.streams:
@@ -175,6 +181,12 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
         responses={200: {"model": endpoint.gives, "description": "The answer.", "content": content}, **declared()},
         openapi_extra={"requestBody": body},
     )  # fmt: skip
+
+
+def end_all(asked: Sequence[Running]) -> None:
+    """End what still runs."""
+    for one in asked:
+        one.stop()
 
 
 def reference(kind: type[BaseModel]) -> str:

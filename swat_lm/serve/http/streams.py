@@ -184,9 +184,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncGenerator[str]) -> None:
+    def __init__(self, lines: AsyncGenerator[str], stop: Callable[[], None] = lambda: None) -> None:
+        """`stop` is called in the end, also where the client went away before the generator was begun."""
         super().__init__(media_type=self.media_type)
-        self._lines = lines
+        self._lines, self._stop = lines, stop
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         # nginx would keep them until a buffer is full
@@ -198,6 +199,8 @@ class EventStream(Response):
             await first_of(receive, self._send(send))
         except ClientGoneError:
             scope["state"]["gone"] = True
+        finally:
+            self._stop()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
