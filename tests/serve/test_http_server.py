@@ -5,7 +5,7 @@ import json
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import openai
@@ -17,6 +17,7 @@ from swat_lm.serve.host import Host
 from swat_lm.serve.http.app import create_app
 from swat_lm.serve.http.server import Server, listen
 from swat_lm.serve.http.settings import Settings
+from swat_lm.serve.http.streams import EventStream
 from swat_lm.serve.language import Language
 from tests.serve.hosting import (
     LETTERS,
@@ -191,6 +192,22 @@ def test_a_connection_that_breaks_within_its_body_harms_nobody(port: int, client
                  b"content-length: 100\r\n\r\n{")  # fmt: skip
     made.close()
     assert client.models.list().data
+
+
+def test_who_goes_before_the_first_byte_ends_the_request_too():
+    async def lines() -> AsyncGenerator[str]:
+        yield "never"
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    ended: list[int] = []
+    scope: Any = {"type": "http", "state": {}}
+    asyncio.run(EventStream(lines(), lambda: ended.append(1))(scope, receive, send))
+    assert (ended, scope["state"]) == ([1], {"gone": True})
 
 
 def test_long_texts_are_read_beside_the_loop(port: int, monkeypatch: pytest.MonkeyPatch):

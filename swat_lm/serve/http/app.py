@@ -147,29 +147,25 @@ def open_language(host: Host, state: Any) -> Served:
 def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
     """Give an address its function."""
 
-    async def answer(request: Request, asked: list[Running]) -> BaseModel | AsyncGenerator[str]:
+    async def answer(request: Request) -> BaseModel | AsyncGenerator[str]:
         served = await served_by(app)
         if not endpoint.asks:
             return await endpoint.handler(request, served)
 
         async def running_of(generations: Sequence[Generation], turn: SessionTurn | None = None) -> Running:
-            asked.append(Running(served, app.state.metrics, generations, request.state.told, turn))
-            return await asked[-1].start()
+            running = Running(served, app.state.metrics, generations, request.state.told, turn)
+            request.state.running = running
+            return await running.start()
 
         return await endpoint.handler(request, served, running_of)
 
     async def serve(request: Request) -> Response:
         # the body is read first, since behind it only the end of the connection comes
         await request.body()
-        asked: list[Running] = []
-        try:
-            made = await unless_gone(request, answer(request, asked))
-        except BaseException:
-            end_all(asked)
-            raise
+        made = await unless_gone(request, answer(request))
         if isinstance(made, BaseModel):
             return Response(made.model_dump_json(), media_type="application/json")
-        return EventStream(made, lambda: end_all(asked))
+        return EventStream(made, request.state.running.stop)
 
     content: dict[str, Any] = {"application/json": {}}
     if endpoint.streams:
@@ -181,12 +177,6 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
         responses={200: {"model": endpoint.gives, "description": "The answer.", "content": content}, **declared()},
         openapi_extra={"requestBody": body},
     )  # fmt: skip
-
-
-def end_all(asked: Sequence[Running]) -> None:
-    """End what still runs."""
-    for one in asked:
-        one.stop()
 
 
 def reference(kind: type[BaseModel]) -> str:

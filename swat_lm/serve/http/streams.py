@@ -184,10 +184,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncGenerator[str], stop: Callable[[], None] = lambda: None) -> None:
-        """`stop` is called in the end, also where the client went away before the generator was begun."""
+    def __init__(self, lines: AsyncGenerator[str], end: Callable[[], None]) -> None:
+        """`end` is called in any case, also where the client is gone before the generator has begun."""
         super().__init__(media_type=self.media_type)
-        self._lines, self._stop = lines, stop
+        self._lines, self._end = lines, end
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         # nginx would keep them until a buffer is full
@@ -200,7 +200,7 @@ class EventStream(Response):
         except ClientGoneError:
             scope["state"]["gone"] = True
         finally:
-            self._stop()
+            self._end()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
