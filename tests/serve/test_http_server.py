@@ -303,36 +303,3 @@ def test_texts_become_vectors(host: Host, client: openai.OpenAI):
     for wrong in ({"input": ""}, {"input": []}, {"input": "a", "dimensions": 3}, {"input": "a", "n": 1}):
         assert alone.post("/v1/embeddings", json={"model": "tiny", **wrong}).status_code == 400
     assert free(host)
-
-
-def test_who_goes_away_before_a_stream_has_begun_leaves_no_request_behind(host: Host):
-    app = create_app(host, Settings("tiny", 2000))
-    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 2000, "stream": True, "ignore_eos": True})
-    coming: list[Any] = [{"type": "http.request", "body": body.encode(), "more_body": False}]
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "root_path": "",
-        "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
-        "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
-    }  # fmt: skip
-
-    async def ask() -> None:
-        blocked = asyncio.Event()
-
-        async def receive() -> Any:
-            if coming:
-                return coming.pop()
-            # once the answer is on its way, to a reader that takes nothing
-            await blocked.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            blocked.set()
-            await asyncio.Event().wait()
-
-        await asyncio.wait_for(app(scope, receive, send), 20)
-        # not by a listener that fails, as it does when the loop is closed
-        await asyncio.to_thread(until, lambda: host.gauges().running == 0)
-
-    before = host.counters.tokens_generated
-    asyncio.run(ask())
-    assert host.counters.tokens_generated - before < 1000
