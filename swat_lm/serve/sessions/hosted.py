@@ -94,7 +94,16 @@ class HostedSessions:
 
     def cancel(self, key: Hashable, shown: tuple[int, str] = (0, ""), text: str = "") -> "Future[bool]":
         """See `Turns.cancel`."""
-        return self._host.call(lambda _: self._turns.cancel(key, shown, text))
+
+        def cancel(engine: Engine) -> bool:
+            try:
+                return self._turns.cancel(key, shown, text)
+            except Exception:
+                # who has gone away does not hear of it
+                log.exception("sessions: a turn could not be ended")
+                raise
+
+        return self._host.call(cancel)
 
     def describe(self, name: str) -> "Future[Description]":
         """See Keeper."""

@@ -236,3 +236,62 @@ def test_a_file_with_numbers_that_are_not_finite_is_refused(tmp_path: Path):
     content = server.book.shelf.content(record.model_copy(update={"session": "a"}), tensors)
     with pytest.raises(SessionError, match="expected finite numbers"):
         server.done(server.keeper.bring_in("b", content))
+
+
+def test_a_server_that_does_not_wait_keeps_what_was_acknowledged(tmp_path: Path):
+    host, sessions = hosted(tmp_path)
+    text = "begin" + whole(begin(sessions, "a", "begin", "1"))
+    events = begin(sessions, "a", " more", "2", 100_000)
+    events.get(timeout=30)
+    host.drain(0).result(30)
+    while (event := events.get(timeout=30)).ended is None:
+        pass
+    assert (event.ended, event.error) == ("error", "the server stopped before the reply was whole")
+    host, sessions = hosted(tmp_path)
+    assert sessions.describe("a").result(30).record.turns == 1
+    assert whole(begin(sessions, "a", "?", "1")) == whole(begin(sessions, "b", text + "?", "2"))
+    assert host.stop()
+
+
+def test_who_goes_away_while_the_turn_is_written_leaves_it_whole(tmp_path: Path):
+    server = Server(built("windows"), tmp_path)
+    key, _ = server.begin("a", "begin")
+    server.loop(until=lambda: len(server.events[key]) == 5)
+    (event,) = server.engine.step()
+    server.listening.pop(key)(event)
+    # it is drawn wholly; what the store's thread has done is not taken up yet
+    assert event.ended
+    assert server.posted
+    assert not server.events[key][-1].ended
+    assert not server.turns.cancel(key, (1, ""), "x")
+    server.loop()
+    check_holds(server, "a", "begin" + "".join(event.text for event in server.events[key]))
+
+
+def test_a_kill_between_a_file_and_its_journal_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = built("recurrence")
+    server = Server(model, tmp_path, every=10)
+    monkeypatch.setattr(server.store, "remove_journal", lambda name: None)
+    text = "begin" + server.say("a", "begin")
+    text += " more" + server.say("a", " more")
+    assert server.store.snapshots()
+    assert server.store.journals()
+    server.die()
+    again = Server(model, tmp_path)
+    assert again.store.journals() == []
+    check_holds(again, "a", text)
+    assert again.record("a").turns == 2
+
+
+def test_a_session_that_is_used_does_not_expire(tmp_path: Path):
+    server = Server(built("windows"), tmp_path, slots=2, expiry=100)
+    text = "begin" + server.say("a", "begin")
+    for name in "bc":
+        server.say(name, "x")
+    server.now += 200
+    key, _ = server.begin("a", " on", max_tokens=9)
+    server.loop(until=lambda: len(server.events[key]) == 3)
+    server.book.tick()
+    server.loop()
+    check_holds(server, "a", text + " on" + "".join(event.text for event in server.events[key]))
+    assert [found.record.session for found in server.done(server.keeper.all())] == ["a"]
