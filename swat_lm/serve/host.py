@@ -339,6 +339,10 @@ class Host:
         self.counters.failed_steps += 1
         if self._failures >= MOST_FAILURES:
             raise error
+        for event in engine.casualties:
+            # with the slots that went back
+            self._deliver(engine, event)
+        engine.casualties = []
         concerned = {one.key for one in (*step.pieces, *step.rows)}
         self._tell(engine, concerned, f"the engine could not do a step: {type(error).__name__}: {error}")
 

@@ -9,9 +9,10 @@ import torch
 
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.serve import reading
-from swat_lm.serve.engine import Engine, Event, Generation, Running
+from swat_lm.serve.engine import Engine, Event, Generation
 from swat_lm.serve.pool import batch_sizes, most_spare, slots_in
 from swat_lm.serve.requests import Limits, RequestError
+from swat_lm.serve.running import Running
 from swat_lm.serve.sampling import Sampling
 
 VOCABULARY = 50

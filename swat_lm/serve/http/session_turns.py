@@ -12,7 +12,7 @@ from swat_lm.serve.http.streams import SessionTurn
 from swat_lm.serve.sessions.conversation import Message, begin_chat, continue_chat
 from swat_lm.serve.sessions.hosted import HostedSessions
 from swat_lm.serve.sessions.outcome import Asked
-from swat_lm.serve.sessions.record import Record
+from swat_lm.serve.sessions.record import Record, SessionError
 
 __all__ = ["chat_turn", "check_text_turn", "sessions_of", "text_turn"]
 
@@ -35,6 +35,21 @@ def session_of(served: Served, asked: Options) -> str:
         message = f"n: expected 1 in a session, got {shortly(asked.n)}; fork the session for other replies"
         raise ApiError(400, message, "n")
     return name
+
+
+def check_turns(asked: Options, record: Record) -> None:
+    """Raise SessionError where the session has other turns than who asks knows of."""
+    known = asked.session_turns
+    if known is None:
+        return
+    if isinstance(known, bool) or not isinstance(known, int):
+        raise ApiError(400, f"session_turns: expected a whole number from 0, got {shortly(known)}", "session_turns")
+    if known != record.turns:
+        raise SessionError(
+            "history",
+            f"session_turns: expected {record.turns}, the turns of session {record.session!r}; got {known}. A request that "
+            "was sent again may have been answered already",
+        )
 
 
 def check_text_turn(served: Served, asked: Any) -> None:
@@ -65,6 +80,7 @@ def chat_turn(
     said = [Message(one["role"], one["content"]) for one in messages]
 
     def prepare(record: Record) -> Asked:
+        check_turns(asked, record)
         write = served.language.chat
         conversation = continue_chat(write, record, said) if record.turns else begin_chat(write, said)
         made = with_tokens(served, generation, record, served.language.encode(conversation.text), most, counts)
@@ -83,6 +99,7 @@ def text_turn(
     (prompt,) = prompts
 
     def prepare(record: Record) -> Asked:
+        check_turns(asked, record)
         tokens = prompt.tokens
         if prompt.text is not None and record.turns:
             # only a conversation's first text begins one

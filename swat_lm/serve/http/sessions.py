@@ -32,8 +32,11 @@ class Session(BaseModel):
     """Of the whole conversation."""
     messages: int
     """Of a chat, with the replies."""
-    state_bytes: int
-    """What the model keeps of it: one size for conversations of any length, but for layers that keep everything."""
+    model: str
+    """A fingerprint of the weights that made its state; it goes on with these alone."""
+    state_bytes: int | None
+    """What the model keeps of it: one size for conversations of any length, but for layers that keep everything. Null
+    where the session is another model's."""
     file_bytes: int | None
     """Of its file as it was last written; null where all is in the journal yet."""
     place: Literal["slot", "file"]
@@ -127,6 +130,6 @@ def described(found: Description) -> Session:
     record = found.record
     return Session(
         id=record.session, kind=record.kind, turns=record.turns, tokens=record.num_tokens, messages=record.messages,
-        state_bytes=found.state_bytes, file_bytes=found.file_bytes, place="slot" if found.in_slot else "file",
+        model=found.model, state_bytes=found.state_bytes, file_bytes=found.file_bytes, place="slot" if found.in_slot else "file",
         busy=found.is_busy, created=record.created, last_used=record.used,
     )  # fmt: skip

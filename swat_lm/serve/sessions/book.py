@@ -19,12 +19,15 @@ from swat_lm.serve.engine import Engine, Event, Generation
 from swat_lm.serve.sessions.record import Record, SessionError, check_name
 from swat_lm.serve.sessions.shelf import Shelf, Stored
 from swat_lm.serve.sessions.store import Store
+from swat_lm.serve.text import sheltering
 
 __all__ = ["Book", "Front", "Policy", "Session"]
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 NEVER = -1
+BUSY = "has a request that has not ended; wait for it, or close its connection"
+LOST = "lost its state; start the server again, which restores it"
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,9 @@ class Book:
         if session is None:
             return None
         if session.is_busy:
-            raise SessionError("busy", f"session {name!r} has a request that has not ended; wait for it, or cancel it")
+            raise SessionError("busy", f"session {name!r} {BUSY}")
         if session.is_lost:
-            raise SessionError("damaged", f"session {name!r} lost its state; start the server again, which restores it")
+            raise SessionError("damaged", f"session {name!r} {LOST}")
         check_kind(session.record, kind)
         session.is_busy = True
         return session
@@ -170,7 +173,7 @@ class Book:
             if session.is_saved:
                 self._leave(session)
             elif not session.writes:
-                self.save(session)
+                self.try_to_save(session)
         # who runs, or is written, may leave a slot yet
         is_last = not self.engine.scheduler.running and all(one in idle or one.slot is None for one in self.all_here())
         if tried and not willing and len(tried) == len(idle) and is_last:
@@ -194,7 +197,7 @@ class Book:
                 and not (session.is_saved or session.writes)
                 and now - session.failed >= self.RETRY
             ):
-                self.save(session)
+                self.try_to_save(session)
         if self.policy.expiry is not None and now - self._looked >= self.LOOK:
             self._looked = now
             self.on_disk(self._expired, self._remove_expired)
@@ -203,7 +206,7 @@ class Book:
         """Names of sessions whose files are too old; in the store's thread."""
         assert self.policy.expiry is not None
         oldest = self.clock() - self.policy.expiry
-        return [record.session for record, _ in self.shelf.heads() if record.used < oldest]
+        return [head.record.session for head, _ in self.shelf.heads() if head.record.used < oldest]
 
     def _remove_expired(self, done: "Future[list[str]]") -> None:
         try:
@@ -226,6 +229,14 @@ class Book:
         session.writes += 1
         self.on_disk(partial(self.shelf.save, record, tensors), partial(self._saved, session, record))
 
+    def try_to_save(self, session: Session) -> None:
+        """The same, later where it cannot be now (a device without memory for a copy)."""
+        try:
+            self.save(session)
+        except Exception as error:
+            session.leaves, session.failed = False, self.clock()
+            self.note_failure(error)
+
     def _saved(self, session: Session, record: Record, done: "Future[int]") -> None:
         session.writes -= 1
         leaves, session.leaves = session.leaves, False
@@ -237,6 +248,9 @@ class Book:
             return
         self.works()
         session.saved = record.turns
+        if session.is_lost and session.is_saved and not session.is_busy:
+            session.is_lost = False
+            self.let_go(session)
         if leaves and not session.is_busy and session.is_saved:
             self._leave(session)
 
@@ -277,7 +291,7 @@ class Book:
             if session.slot is not None:
                 # the store may have removed some of it
                 session.saved = NEVER
-                self.save(session)
+                self.try_to_save(session)
             finish(result, error)
             return
         if session.slot is not None:
@@ -344,13 +358,9 @@ class Book:
             then(done)
 
         def guarded() -> Result:
-            try:
+            # nobody would go on with the session after what is no Exception
+            with sheltering():
                 return job()
-            except Exception:
-                raise
-            except BaseException as error:
-                # a panic of a tokenizer's is none; nobody would go on with the session
-                raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
         self.pending += 1
         executor.submit(guarded).add_done_callback(lambda done: self.front.post(partial(back, done)))

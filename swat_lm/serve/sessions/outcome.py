@@ -9,7 +9,7 @@ from swat_lm.serve.engine import Event, Generation
 from swat_lm.serve.sessions.conversation import Conversation
 from swat_lm.serve.sessions.record import Fed, Record, Turn
 
-__all__ = ["Asked", "Outcome", "Running", "outcome"]
+__all__ = ["Asked", "Outcome", "Running", "as_json", "outcome"]
 
 log = logging.getLogger(__name__)
 
@@ -100,5 +100,9 @@ def outcome(
     after = before.model_copy(update={
         "held": before.held + len(read), "pending": pending, "turns": before.turns + 1, "used": now, **known,
     })  # fmt: skip
-    fed_again = tuple(Fed(kind=one.kind, size=one.size, place=one.place, count=one.count) for one in how)
-    return Outcome(Turn(model=model, after=after, tokens=read, fed=fed_again), goes_back)
+    return Outcome(Turn(model=model, after=after, tokens=read, fed=as_json(how)), goes_back)
+
+
+def as_json(fed: Sequence[Any]) -> tuple[Fed, ...]:
+    """How tokens were read (`Event.fed`), as a journal keeps it."""
+    return tuple(Fed(kind=one.kind, size=one.size, place=one.place, count=one.count) for one in fed)

@@ -34,7 +34,7 @@ class SessionError(ValueError):
 class Record(BaseModel):
     """A session at the end of a turn."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     session: str
     kind: Literal["text", "chat"]
@@ -132,7 +132,9 @@ def parse_line(line: bytes) -> Turn | None:
 
 def check_name(name: str) -> None:
     """Raise SessionError for what cannot name a session."""
-    if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable() or "/" in name:
+    fits = isinstance(name, str) and 0 < len(name) <= MOST_NAME and name.isprintable()
+    # it stands in addresses
+    if not fits or "/" in name or name in (".", ".."):
         shown = name if isinstance(name, str) and len(name) <= MOST_NAME else f"{type(name).__name__} too long or none"
         raise SessionError(
             "name", f"session_id: expected 1 to {MOST_NAME} printable characters without a slash, got {shown!r}"

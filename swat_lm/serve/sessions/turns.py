@@ -7,10 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from swat_lm.serve.engine import Event
+from swat_lm.serve.engine import Event, Generation
+from swat_lm.serve.sampling import Sampling
 from swat_lm.serve.sessions.book import Book, Session
-from swat_lm.serve.sessions.outcome import Asked, Outcome, Running, outcome
+from swat_lm.serve.sessions.outcome import Asked, Outcome, Running, as_json, outcome
 from swat_lm.serve.sessions.record import Record, SessionError
+from swat_lm.serve.text import Sheltered
 
 __all__ = ["Turns"]
 
@@ -151,14 +153,54 @@ class Turns:
         """Write the turn into the journal; the event, if there is one, says afterwards that it is there."""
         book = self.book
         try:
-            found = outcome(running, shown, fed, text, book.shelf.model, book.engine.tokenizer, book.clock())
+            tokenizer = Sheltered(book.engine.tokenizer)
+            found = outcome(running, shown, fed, text, book.shelf.model, tokenizer, book.clock())
         except Exception as error:
             book.go_back(session)
             self._take_back(session, running, event, error)
             return
         if found.goes_back:
             book.go_back(session)
-        book.on_disk(partial(book.shelf.append, found.turn), partial(self._written, session, running, found, event))
+            self._read_again(session, running, found, event)
+        else:
+            self._write(session, running, found, event)
+
+    def _write(self, session: Session, running: Running, found: Outcome, event: Event | None) -> None:
+        shelf = self.book.shelf
+        self.book.on_disk(partial(shelf.append, found.turn), partial(self._written, session, running, found, event))
+
+    def _read_again(self, session: Session, running: Running, found: Outcome, event: Event | None) -> None:
+        """Let the slot, which went back, read what the client saw of the turn; then the turn is written.
+
+        Else it would be read with the next turn, and where that is cut too, with every turn after it once more. What
+        cannot be read now (a full line) waits for the next turn all the same.
+        """
+        before = running.before
+        reads = Generation(
+            ("again", running.asked.generation.key), found.turn.after.pending, Sampling(max_tokens=0),
+            held=before.held, slot=session.slot, keep=True,
+        )  # fmt: skip
+        try:
+            self.book.front.submit(reads, partial(self._was_read, session, running, found, event))
+        except Exception:
+            self._write(session, running, found, event)
+
+    def _was_read(self, session: Session, running: Running, found: Outcome, event: Event | None, read: Event) -> None:
+        """What came of it; its slot can still go back to before the turn."""
+        if read.ended is None:
+            return
+        session.slot = read.slot
+        if session.slot is None:
+            session.is_lost = not session.is_saved and session.record.turns > 0
+            error = read.cause or RuntimeError(read.error or "the slot of the session was lost")
+            self._take_back(session, running, event, error)
+            return
+        if read.ended != "error":
+            tokens = found.turn.after.pending
+            after = found.turn.after.model_copy(update={"held": running.before.held + len(tokens), "pending": ()})
+            turn = found.turn.model_copy(update={"after": after, "tokens": tokens, "fed": as_json(read.fed)})
+            found = Outcome(turn, goes_back=False)
+        self._write(session, running, found, event)
 
     def _take_back(self, session: Session, running: Running, event: Event | None, error: Exception) -> None:
         """The turn comes to nothing; its slot holds what it did before."""

@@ -177,8 +177,8 @@ def test_a_state_that_could_not_be_copied_is_copied_later(tmp_path: Path, monkey
     server.now += 6
     with monkeypatch.context() as patched:
         patched.setattr(server.book, "tensors", lacking)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            server.book.tick()
+        server.book.tick()
+    server.now += 11
     assert server.say("b", "x")
     check_holds(server, "a", text)
 
@@ -221,7 +221,7 @@ def test_a_session_whose_journal_cannot_be_read_again_is_never_shown_as_less_tha
     server.die()
     strange = Server(built("windows", seed=1), tmp_path)
     for call in (strange.keeper.describe("a"), strange.keeper.export("a")):
-        with pytest.raises(SessionError, match="could not be read again"):
+        with pytest.raises(SessionError, match="was made by another model"):
             strange.done(call)
     strange.die()
     assert Server(built("windows"), tmp_path).record("a").turns == 1
