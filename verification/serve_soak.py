@@ -29,7 +29,8 @@ PACKAGES = ("torch", "transformers", "fastapi", "uvicorn")
 TEMPLATE = """{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}
 {%- if add_generation_prompt %}[assistant]{% endif %}"""
 SLOTS, WORKERS = 4, 12
-# requests after which a process has all the memory that it needs, and by how much the rest may differ
+# requests after which a process has nearly all the memory that it needs, and by how much it may grow later: a tokenizer
+# remembers the last 10,000 different words, some 6 MB
 WARM, GROWTH = 2000, 16 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
