@@ -23,6 +23,7 @@ from swat_lm.serve.http.asking import API_NAMES, Served
 from swat_lm.serve.http.bodies import work
 from swat_lm.serve.http.errors import ApiError
 from swat_lm.serve.http.metrics import Metrics
+from swat_lm.serve.requests import RequestError
 from swat_lm.serve.sampler import NoTokenError
 from swat_lm.serve.sessions.outcome import Asked
 from swat_lm.serve.sessions.record import Record, SessionError
@@ -32,6 +33,7 @@ __all__ = ["DONE", "ClientGoneError", "EventStream", "Running", "SessionTurn", "
 T = TypeVar("T")
 # to check so many in the engine's thread would make others wait
 MANY_TOKENS = 4096
+NAMES = {**API_NAMES, "samples": "n", "tokens": "prompt"}
 DONE = "data: [DONE]\n\n"
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class Running:
             results = await asyncio.gather(*waits, return_exceptions=True)
             for found in results:
                 if isinstance(found, Exception):
-                    raise errors.of(found, {**API_NAMES, "samples": "n", "tokens": "prompt"})
+                    raise errors.of(found, NAMES)
         except BaseException:
             self.stop()
             raise
@@ -102,7 +104,10 @@ class Running:
         if self._turn is not None or sum(len(one.tokens) for one in self.generations) < MANY_TOKENS:
             return self.generations
         vocabulary = self._host.engine.model.config.vocab_size
-        return await work(lambda: [one.checked(vocabulary) for one in self.generations])
+        try:
+            return await work(lambda: [one.checked(vocabulary) for one in self.generations])
+        except RequestError as error:
+            raise errors.of(error, NAMES) from None
 
     def _submit(self, generation: Generation, deliver: Callable[[Event], None]) -> "Future[None]":
         turn, sessions = self._turn, self._sessions
