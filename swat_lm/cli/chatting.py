@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
+# in which a reply may end, and the states be written; then the wait is given up after as long again
+DRAIN_SECONDS = 30.0
 HELP = """\
   /fork NAME     a copy of the conversation, to go on with later: /go NAME
   /go NAME       go on with another conversation, or begin it
@@ -123,9 +125,19 @@ def running(host: "Host") -> Iterator[None]:
             raise host.failure
         yield
     finally:
-        host.drain(0 if host.status == "loading" else 30)
-        with contextlib.suppress(KeyboardInterrupt):
-            host.ended.result(60)
+        # a load cannot be stopped, and leaves nothing behind: the thread ends with the process
+        is_loading = host.status == "loading"
+        host.drain(0 if is_loading else DRAIN_SECONDS)
+        if not is_loading:
+            try:
+                with contextlib.suppress(KeyboardInterrupt):
+                    host.ended.result(2 * DRAIN_SECONDS)
+            except TimeoutError:
+                messages().print(
+                    f"warning: the model did not stop within {2 * DRAIN_SECONDS:g} s; what is not yet in the "
+                    "conversation's file is read again from its journal the next time",
+                    markup=False,
+                )
 
 
 @contextlib.contextmanager
@@ -224,10 +236,19 @@ def command(talk: "Talk", line: str) -> bool:
     return True
 
 
+def of_turn(sampling: "Sampling", turn: int) -> "Sampling":
+    """The same with a seed of its own for each turn, which would otherwise draw the same numbers; the first has its."""
+    from dataclasses import replace
+
+    if sampling.seed is None:
+        return sampling
+    # a large odd step, so that the turns of seeds side by side are none of each other's
+    return replace(sampling, seed=(sampling.seed + turn * 0x9E3779B97F4A7C15) % 2**63)
+
+
 class Shown(NamedTuple):
     """What was shown of a reply."""
 
-    text: str
     count: int
     """Its tokens."""
     seconds: float
@@ -295,16 +316,17 @@ class Talk:
         from swat_lm.serve.sessions.conversation import Message, begin_chat, continue_chat
         from swat_lm.serve.sessions.outcome import Asked
 
+        sampling = of_turn(self._sampling, record.turns)
         if not self._language.can_chat:
             tokens = self._language.encode(text) if record.turns else self._language.prompt(text).tokens
-            return Asked(Generation(key, tokens, self._sampling))
+            return Asked(Generation(key, tokens, sampling))
         said = [Message("user", text)]
         if record.turns:
             conversation = continue_chat(self._language.chat, record, said)
         else:
             first = [] if self._system is None else [Message("system", self._system)]
             conversation = begin_chat(self._language.chat, [*first, *said])
-        return Asked(Generation(key, self._language.encode(conversation.text), self._sampling), conversation)
+        return Asked(Generation(key, self._language.encode(conversation.text), sampling), conversation)
 
     def _show(self, events: "queue.Queue[Event]", shown: "list[Event]") -> Shown:
         """Write a reply as it comes; `shown` has its events."""
@@ -321,7 +343,7 @@ class Talk:
             if event.ended is not None:
                 write("\n")
                 count = sum(one.choice is not None for one in shown)
-                return Shown("", count, times[1] - times[0] if times else 0.0)
+                return Shown(count, times[1] - times[0] if times else 0.0)
 
     def _show_state(self, reply: Shown) -> None:
         found = self._sessions.describe(self.name).result()

@@ -93,6 +93,8 @@ class Host:
         self._status: Status = "loading"
         self._deadline: float | None = None
         self._ended: Future[None] = Future()
+        # whoever gives up waiting for it would otherwise cancel it for all others
+        self._ended.set_running_or_notify_cancel()
         self._engine: Engine | None = None
         self._failures = 0
         self.failure: BaseException | None = None
@@ -305,8 +307,6 @@ class Host:
         counters.steps += 1
         counters.tokens_read += read
         counters.tokens_generated += drawn
-        counters.rows += len(step.rows)
-        counters.seconds += seconds
         for event in events:
             self._deliver(engine, event)
         try:

@@ -3,8 +3,11 @@
 import contextlib
 import io
 import re
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.cli import chatting
 from swat_lm.cli.application import run_application
 from swat_lm.data import load_tokenizer
+from swat_lm.serve.host import Host
+from swat_lm.serve.sampling import Sampling
 
 TEMPLATE = """{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}
 {%- if add_generation_prompt %}[assistant]{% endif %}"""
@@ -87,6 +92,54 @@ def test_a_conversation_is_taken_up_again(talk: Talk, model: Path):
     assert "monday: goes on after 1 turn" in err
     # what the system said is read once
     assert counts(err) == [len("[system]be brief|[user]one|[assistant]|[user]two|[assistant]") + 10]
+
+
+def test_beside_a_server_the_end_waits_and_the_state_is_written(talk: Talk, model: Path, tmp_path: Path):
+    code, _, err = talk("hello\n", model, "--port", 0, "--sessions", "kept")
+    assert code == 0, err
+    assert "also on http://127.0.0.1:" in err
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 1
+
+
+def test_the_end_does_not_wait_for_a_load(monkeypatch: pytest.MonkeyPatch):
+    go = threading.Event()
+
+    def load() -> Any:
+        go.wait(20)
+        raise ValueError("too late")
+
+    def stopped(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    host = Host(load)
+    monkeypatch.setattr("time.sleep", stopped)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), chatting.running(host):
+        pass
+    assert time.monotonic() - begin < 5
+    go.set()
+    assert host.stop(20)
+
+
+def test_an_engine_that_does_not_end_is_said(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    go = threading.Event()
+    host = Host(lambda: SimpleNamespace(is_idle=True))  # type: ignore[arg-type]
+    host.at_end.append(lambda engine: go.wait(20))
+    monkeypatch.setattr(chatting, "DRAIN_SECONDS", 0.01)
+    with chatting.running(host):
+        pass
+    assert "warning: the model did not stop within 0.02 s" in capfd.readouterr().err
+    go.set()
+    assert host.stop(20)
+
+
+def test_a_seed_gives_every_turn_numbers_of_its_own():
+    sampling = Sampling(seed=2**63 - 1)
+    seeds = [chatting.of_turn(sampling, turn).seed for turn in range(3)]
+    assert seeds[0] == sampling.seed
+    assert len(set(seeds)) == 3
+    assert seeds == [chatting.of_turn(sampling, turn).seed for turn in range(3)]
+    assert chatting.of_turn(Sampling(), 1).seed is None
 
 
 def test_a_model_without_a_template_goes_on_with_plain_text(talk: Talk, tmp_path: Path):

@@ -77,12 +77,14 @@ def test_numbers_for_prometheus(host: Host):
     alone.post("/v1/completions", json={"model": "tiny", "prompt": "abc", "max_tokens": 5, "n": 2, **more})
     alone.post("/v1/completions", json={"model": "tiny"})
     alone.get("/v1/other/path")
+    alone.get("/v1/sessions/a/export")
     assert host.counters.tokens_generated == before + 10
     text = alone.get("/metrics").text
     for line in (
         'swat_requests_total{endpoint="/v1/completions",status="200"} 1.0',
         'swat_requests_total{endpoint="/v1/completions",status="400"} 1.0',
         'swat_requests_total{endpoint="other",status="404"} 1.0',
+        'swat_requests_total{endpoint="/v1/sessions/{session_id}/export",status="400"} 1.0',
         "swat_time_to_first_token_seconds_count 2.0", "swat_time_between_tokens_seconds_count 8.0",
         'swat_slots{use="free"} 4.0', "swat_queue_length 0.0", 'swat_status{status="ready"} 1.0',
     ):  # fmt: skip

@@ -23,7 +23,7 @@ from swat_lm.serve.http.chats import ChatCompletion, ChatRequest, chat
 from swat_lm.serve.http.completions import Completion, CompletionRequest, complete
 from swat_lm.serve.http.embeddings import EmbeddingRequest, Embeddings, embed
 from swat_lm.serve.http.errors import ApiError, declared
-from swat_lm.serve.http.guard import Guard
+from swat_lm.serve.http.guard import Defects, Guard
 from swat_lm.serve.http.metrics import Metrics
 from swat_lm.serve.http.responses import ResponseObject, ResponseRequest, respond
 from swat_lm.serve.http.sessions import ForkRequest, add_sessions
@@ -36,6 +36,8 @@ from swat_lm.serve.sessions.hosted import HostedSessions
 
 __all__ = ["ENDPOINTS", "Endpoint", "Health", "Model", "Models", "create_app"]
 
+# prompts of so many tokens may have answers that take longer to write than a thread to start
+LONG_ANSWER = 1024
 Handler = Callable[..., Awaitable[BaseModel | AsyncGenerator[str]]]
 
 
@@ -115,12 +117,13 @@ def create_app(
     app.add_exception_handler(Exception, errors.answer_defect)
     # the last one added is the outermost
     app.add_middleware(Guard, settings=settings)
+    # Starlette's own answer to a defect would go out before what follows has put its headers there
+    app.add_middleware(Defects)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins,
                            allow_methods=["GET", "POST", "PUT", "DELETE"],
                            allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])  # fmt: skip
-    paths = frozenset(getattr(route, "path", "") for route in app.routes)
-    app.add_middleware(Watch, metrics=metrics, paths=paths)
+    app.add_middleware(Watch, metrics=metrics, routes=app.routes)
     return app
 
 
@@ -152,8 +155,10 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
         if not endpoint.asks:
             return await endpoint.handler(request, served)
 
-        async def running_of(generations: Sequence[Generation], turn: SessionTurn | None = None) -> Running:
-            running = Running(served, app.state.metrics, generations, request.state.told, turn)
+        async def running_of(
+            generations: Sequence[Generation], turn: SessionTurn | None = None, format_name: str = "response_format"
+        ) -> Running:
+            running = Running(served, app.state.metrics, generations, request.state.told, turn, format_name)
             request.state.running = running
             return await running.start()
 
@@ -164,7 +169,10 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
         await request.body()
         made = await unless_gone(request, answer(request))
         if isinstance(made, BaseModel):
-            return Response(made.model_dump_json(), media_type="application/json")
+            # what is long takes long to write
+            is_long = getattr(request.state, "told", {}).get("prompt_tokens", 0) >= LONG_ANSWER
+            text = await work(made.model_dump_json) if is_long else made.model_dump_json()
+            return Response(text, media_type="application/json")
         return EventStream(made, request.state.running.stop)
 
     content: dict[str, Any] = {"application/json": {}}

@@ -120,6 +120,7 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
     name = new_id("cmpl")
     weighed = logprobs if asked.echo else None
     read, turn = Counts(sum(len(prompt.tokens) for prompt in prompts)), None
+    check_weighed(served, weighed, read)
     generations: list[Generation] = []
     if asked.session_id is not None:
         turn = text_turn(served, asked, prompts, Generation(name, (), sampling, constraint), read)
@@ -142,6 +143,14 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
         return await answer.whole(running)
 
 
+def check_weighed(served: Served, logprobs: int | None, read: Counts) -> None:
+    """Raise ApiError for more tokens of prompts with log-probabilities than there is memory for."""
+    most = served.settings.max_weighed
+    if logprobs is not None and read.prompt > most:
+        message = f"expected at most {most:,} tokens of prompts with echo and logprobs, got {read.prompt:,}"
+        raise ApiError(400, f"prompt: {message}; ask in parts, or leave one of both out", "prompt")
+
+
 class Answer:
     """The replies to all prompts of one request."""
 
@@ -161,7 +170,10 @@ class Answer:
                 echo.take(event.prompt)
             if event.choice is not None or event.ended is not None or event.text:
                 index = number * self._n + event.sample
-                if delta := self._replies[index].take(event):
+                take = self._replies[index].take
+                # the first event of a reply brings its prompt too
+                is_long = echo is not None and self._replies[index].num_tokens == 0
+                if delta := await work(take, event) if is_long else take(event):
                     yield index, delta
 
     async def whole(self, running: Running) -> Completion:
@@ -186,7 +198,8 @@ class Answer:
                     choice = CompletionChoice(
                         text=delta.text, index=index, logprobs=logprobs, finish_reason=delta.finish
                     )
-                    yield sse(self._made([choice]))
+                    made = self._made([choice])
+                    yield await work(sse, made) if len(delta.logged) >= MANY_TOKENS else sse(made)
                 if with_usage:
                     yield sse(self._made([], self._usage()))
             except ApiError as error:

@@ -186,7 +186,8 @@ async def respond(request: Request, served: Served, running_of: Any) -> "Respons
         model=served.settings.model, temperature=sampling.temperature, top_p=sampling.top_p,
     )  # fmt: skip
     answer = Answer(served, made, len(prompt.tokens))
-    running: Running = await running_of([generation_of(served, made.id, prompt, sampling, constraint, name="input")])
+    generation = generation_of(served, made.id, prompt, sampling, constraint, name="input")
+    running: Running = await running_of([generation], format_name="text.format")
     if asked.stream:
         return answer.lines(running)
     async with running:

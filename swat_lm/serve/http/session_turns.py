@@ -75,8 +75,15 @@ def chat_turn(
         generation: how the reply is drawn, without tokens.
         most: tokens of the reply; None: as many as there is room for.
         counts: filled when the prompt is known.
+
+    Raises ApiError, also for a message that has a name.
     """
     session = session_of(served, asked)
+    for place, one in enumerate(messages):
+        if one.get("name") is not None:
+            message = "expected none in a session, which keeps only roles and texts; put the name into the content"
+            raise ApiError(400, f"messages[{place}].name: {message}, got {shortly(one['name'])}",
+                           f"messages[{place}].name")  # fmt: skip
     said = [Message(one["role"], one["content"]) for one in messages]
 
     def prepare(record: Record) -> Asked:
@@ -113,7 +120,8 @@ def with_tokens(
     served: Served, generation: Generation, record: Record, tokens: list[int], most: int | None, counts: Counts
 ) -> Generation:
     """A request for a session with its new tokens, and as long a reply as there is room for."""
-    counts.cached = record.num_tokens
+    # those that are pending are read in this turn
+    counts.cached = record.held
     counts.prompt = record.num_tokens + len(tokens)
     sampling = generation.sampling
     if most is None:
