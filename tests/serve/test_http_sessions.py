@@ -141,6 +141,16 @@ def test_an_event_counts_as_seen_when_the_next_one_is_asked_for(served: Any):
     assert cancelled == [("turn", (1, "a"), "a")]
 
 
+def test_a_request_that_is_sent_again_is_not_read_twice(client: TestClient):
+    for turns in (0, 1):
+        assert text_of(text_turn(client, "counted", "x", session_turns=turns))
+        status, code, message = error_of(text_turn(client, "counted", "x", session_turns=turns))
+        assert (status, code) == (409, "session_history")
+        assert f"expected {turns + 1}" in message
+    assert error_of(text_turn(client, "counted", "x", session_turns="2"))[0] == 400
+    assert client.get("/v1/sessions/counted").json()["turns"] == 2
+
+
 def test_a_stream_is_kept_as_it_was_sent(client: TestClient):
     found = text_turn(client, "stream", "hello", stream=True, stream_options={"include_usage": True})
     blocks = [block.removeprefix("data: ") for block in found.text.strip().split("\n\n")]

@@ -47,8 +47,8 @@ def check_turns(asked: Options, record: Record) -> None:
     if known != record.turns:
         raise SessionError(
             "history",
-            f"session_turns: expected {record.turns}, the turns of session {record.session!r}; got {known}. A request that "
-            "was sent again may have been answered already",
+            f"session_turns: expected {record.turns}, the turns of session {record.session!r}; got {known}; a request "
+            "that was sent again may have been answered already",
         )
 
 

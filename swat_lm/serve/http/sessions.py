@@ -130,6 +130,7 @@ def described(found: Description) -> Session:
     record = found.record
     return Session(
         id=record.session, kind=record.kind, turns=record.turns, tokens=record.num_tokens, messages=record.messages,
-        model=found.model, state_bytes=found.state_bytes, file_bytes=found.file_bytes, place="slot" if found.in_slot else "file",
+        model=found.model, state_bytes=found.state_bytes, file_bytes=found.file_bytes,
+        place="slot" if found.in_slot else "file",
         busy=found.is_busy, created=record.created, last_used=record.used,
     )  # fmt: skip
