@@ -1,12 +1,11 @@
 """`swat-lm chat`: a conversation in the terminal, whose state has one size however long it becomes."""
 
-import asyncio
 import contextlib
 import itertools
 import queue
+import shlex
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from swat_lm.cli.console import messages
+from swat_lm.cli.failures import USER_ERROR, describe_os_error
 from swat_lm.cli.generation import whole_text, write
+from swat_lm.cli.hosting import running, serving_beside
 from swat_lm.cli.options import DEVICE, TOKENIZER
 from swat_lm.cli.outputs import check_new_file
 from swat_lm.cli.serving import check_extra, cutter, hosted, limits_of, model_name, opener
@@ -25,7 +26,6 @@ from swat_lm.words import counted, nearest
 
 if TYPE_CHECKING:
     from swat_lm.serve.engine import Event
-    from swat_lm.serve.host import Host
     from swat_lm.serve.language import Language
     from swat_lm.serve.sampling import Sampling
     from swat_lm.serve.sessions.hosted import HostedSessions
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
-# in which a reply may end, and the states be written; then the wait is given up after as long again
-DRAIN_SECONDS = 30.0
 HELP = """\
   /fork NAME     a copy of the conversation, to go on with later: /go NAME
   /go NAME       go on with another conversation, or begin it
@@ -110,59 +108,15 @@ def chat(
         talk.go(session)
         if sys.stdin is None:
             raise ValueError("stdin is closed: type messages, or pipe them in")
-        hold(talk, keeps=sessions is not None)
+        went_well = hold(talk, keeps=sessions is not None)
+    if not went_well:
+        # of a script, which reads no messages
+        raise typer.Exit(USER_ERROR)
 
 
-@contextlib.contextmanager
-def running(host: "Host") -> Iterator[None]:
-    """While entered, the host runs; then what is there is kept."""
-    host.start()
-    try:
-        while host.status == "loading":
-            # so that Ctrl-C is heard
-            time.sleep(0.05)
-        if host.failure is not None:
-            raise host.failure
-        yield
-    finally:
-        # a load cannot be stopped, and leaves nothing behind: the thread ends with the process
-        is_loading = host.status == "loading"
-        host.drain(0 if is_loading else DRAIN_SECONDS)
-        if not is_loading:
-            try:
-                with contextlib.suppress(KeyboardInterrupt):
-                    host.ended.result(2 * DRAIN_SECONDS)
-            except TimeoutError:
-                messages().print(
-                    f"warning: the model did not stop within {2 * DRAIN_SECONDS:g} s; what is not yet in the "
-                    "conversation's file is read again from its journal the next time",
-                    markup=False,
-                )
-
-
-@contextlib.contextmanager
-def serving_beside(host: "Host", kept: "HostedSessions", port: int, model: str) -> Iterator[None]:
-    """While entered, the host also answers HTTP on this machine. Raises OSError where the port is taken."""
-    from swat_lm.serve.http.app import create_app
-    from swat_lm.serve.http.server import Server, listen
-    from swat_lm.serve.http.settings import Settings
-
-    socket = listen("127.0.0.1", port)
-    server = Server(create_app(host, Settings(model), kept, cutter), host, 0.0)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), name="http", daemon=True)
-    thread.start()
-    messages().print(f"also on http://127.0.0.1:{socket.getsockname()[1]}, model {model!r}", markup=False)
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        socket.close()
-
-
-def hold(talk: "Talk", keeps: bool) -> None:
-    """Read lines and answer them until they end."""
-    is_terminal = sys.stdin.isatty()
+def hold(talk: "Talk", keeps: bool) -> bool:
+    """Read lines and answer them until they end; False where one that was piped in could not be done."""
+    is_terminal, went_well = sys.stdin.isatty(), True
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 lets lines be edited
@@ -170,7 +124,7 @@ def hold(talk: "Talk", keeps: bool) -> None:
         messages().print("/help shows what else can be done; Ctrl-D leaves", style="dim", markup=False)
     for line in lines(is_terminal):
         if reader_is_gone():
-            return
+            break
         try:
             if line.startswith("/") and not line.startswith("//"):
                 if not command(talk, line):
@@ -179,14 +133,17 @@ def hold(talk: "Talk", keeps: bool) -> None:
                 talk.say(line.removeprefix("/") if line.startswith("//") else line)
         except (ValueError, OSError) as error:
             # what is wrong with one line ends no conversation
-            messages().print(f"error: {error}", markup=False)
+            said = describe_os_error(error) if isinstance(error, OSError) else error
+            messages().print(f"error: {said}", markup=False)
+            went_well = is_terminal
         except KeyboardInterrupt:
             # a moment after a reply's end it is meant for the reply, and must not end the conversation
             if not is_terminal:
                 raise
             write("\n")
-    if is_terminal and keeps:
-        messages().print(f"kept: --session {talk.name} goes on with it", markup=False)
+    if is_terminal and keeps and talk.has_turns():
+        messages().print(f"kept: --session {shlex.quote(talk.name)} goes on with it", markup=False)
+    return went_well
 
 
 def lines(is_terminal: bool) -> Iterator[str]:
@@ -194,7 +151,7 @@ def lines(is_terminal: bool) -> Iterator[str]:
     begun: list[str] = []
     while True:
         try:
-            line = input("> " if is_terminal and not begun else "")
+            line = input(("> " if not begun else ". ") if is_terminal else "")
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -307,6 +264,8 @@ class Talk:
             if isinstance(stopped, SystemExit):
                 raise
             messages().print("\nstopped" + ("" if last != (0, "") else "; the message was taken back"), markup=False)
+            if self.has_turns():
+                self._show_state(Shown(0, 0.0))
             return
         self._show_state(reply)
 
@@ -351,9 +310,20 @@ class Talk:
         messages().print(f"[{self._state(found)}{speed}]", style="dim", markup=False)
 
     def _state(self, found: "Description") -> str:
-        grows = self._sessions.book.engine.slots.grows
-        size = f"state {counted(found.state_bytes, 'byte')}, {'the most that it may have' if grows else 'constant'}"
+        kept = "the most that it may have" if self._sessions.book.engine.slots.grows else "constant"
+        size = "of another model"
+        if found.state_bytes is not None:
+            size = f"state {counted(found.state_bytes, 'byte')}, {kept}"
         return f"{found.record.session} · {size} · {counted(found.record.num_tokens, 'token')}"
+
+    def has_turns(self) -> bool:
+        """Whether there is anything of the conversation."""
+        from swat_lm.serve.sessions.record import SessionError
+
+        try:
+            return self._sessions.describe(self.name).result().record.turns > 0
+        except SessionError:
+            return False
 
     def fork(self, name: str) -> None:
         """Copy the conversation. Raises SessionError."""

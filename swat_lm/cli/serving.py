@@ -261,9 +261,10 @@ def keys_of(path: Path | None) -> tuple[str, ...]:
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if path is not None and not keys:
         raise ValueError(f"--api-key-file: {path} holds no key; write one on each line")
-    keys += [key] if (key := os.environ.get(KEY_VARIABLE, "").strip()) else []
-    for number, key in enumerate(keys, 1):
+    named = [(f"key {number} of {path}", key) for number, key in enumerate(keys, 1)]
+    named += [(KEY_VARIABLE, key)] if (key := os.environ.get(KEY_VARIABLE, "").strip()) else []
+    for name, key in named:
         if not re.fullmatch(r"[!-~]{8,}", key):
             # never the key itself
-            raise ValueError(f"API key {number}: expected at least 8 visible ASCII characters without spaces")
-    return tuple(keys)
+            raise ValueError(f"{name}: expected at least 8 visible ASCII characters without spaces")
+    return tuple(key for _, key in named)

@@ -205,7 +205,7 @@ def test_what_a_session_cannot_be_asked(client: TestClient, body: Any, status: i
 def test_wrong_files_and_names(client: TestClient):
     text_of(text_turn(client, "named", "hello"))
     content = client.get("/v1/sessions/named/export").content
-    for wrong, status in ((b"no file", 409), (content[:-1], 409), (b"x" * (1 << 25), 413)):
+    for wrong, status in ((b"no file", 400), (content[:-1], 400), (b"x" * (1 << 25), 413)):
         found = client.put("/v1/sessions/new/import", content=wrong)
         assert error_of(found)[0] == status, found.text
     assert error_of(client.put("/v1/sessions/named/import", content=content))[:2] == (409, "session_exists")

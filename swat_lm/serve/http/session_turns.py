@@ -17,11 +17,13 @@ from swat_lm.serve.sessions.record import Record, SessionError
 __all__ = ["chat_turn", "check_text_turn", "sessions_of", "text_turn"]
 
 
-def sessions_of(sessions: HostedSessions | None) -> HostedSessions:
-    """The server's sessions. Raises ApiError where it keeps none."""
+def sessions_of(sessions: HostedSessions | None, asked: bool = True) -> HostedSessions:
+    """The server's sessions, for a request that names one (`asked`), or by their address. Raises ApiError for none."""
     if sessions is None:
-        message = "session_id: this server keeps no sessions; start it with --sessions FOLDER, or leave it out"
-        raise ApiError(400, message, "session_id", "no_sessions")
+        name = "session_id: " if asked else ""
+        advice = ", or leave it out" if asked else ""
+        message = f"{name}this server keeps no sessions; start it with --sessions FOLDER{advice}"
+        raise ApiError(400, message, "session_id" if asked else None, "no_sessions")
     return sessions
 
 

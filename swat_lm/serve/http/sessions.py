@@ -42,8 +42,9 @@ class Session(BaseModel):
     place: Literal["slot", "file"]
     busy: bool
     """Whether a request goes on with it now."""
-    created: float
-    last_used: float
+    created: int
+    last_used: int
+    """Both in seconds since 1970."""
 
 
 class Sessions(BaseModel):
@@ -74,7 +75,7 @@ def add_sessions(app: FastAPI, served_by: Callable[[FastAPI], Any]) -> None:
     async def asked(what: Callable[[HostedSessions], Any]) -> Any:
         served = await served_by(app)
         try:
-            return await waited(what(sessions_of(served.sessions)))
+            return await waited(what(sessions_of(served.sessions, asked=False)))
         except Exception as error:
             raise errors.of(error) from None
 
@@ -121,7 +122,12 @@ def add_sessions(app: FastAPI, served_by: Callable[[FastAPI], Any]) -> None:
             content += part
             if len(content) > most:
                 raise ApiError(413, f"the body: expected at most {most:,} bytes, what a session of this model may have")
-        await asked(lambda sessions: sessions.bring_in(session_id, bytes(content)))
+        try:
+            await asked(lambda sessions: sessions.bring_in(session_id, bytes(content)))
+        except ApiError as error:
+            if error.code != "session_damaged":
+                raise
+            raise ApiError(400, error.message, None, error.code) from None
         return described(await asked(lambda sessions: sessions.describe(session_id)))
 
 
@@ -132,5 +138,5 @@ def described(found: Description) -> Session:
         id=record.session, kind=record.kind, turns=record.turns, tokens=record.num_tokens, messages=record.messages,
         model=found.model, state_bytes=found.state_bytes, file_bytes=found.file_bytes,
         place="slot" if found.in_slot else "file",
-        busy=found.is_busy, created=record.created, last_used=record.used,
+        busy=found.is_busy, created=int(record.created), last_used=int(record.used),
     )  # fmt: skip
