@@ -284,3 +284,12 @@ def test_characters_of_several_tokens_share_their_place():
         "bytes:\\xc3", "bytes:\\xa9", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "x",
     ]  # fmt: skip
     assert LOWEST == -9999
+
+
+def test_long_chats_have_log_probabilities_of_every_token(client: TestClient):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 64, "temperature": 0,
+            "response_format": LETTERS, "logprobs": True, "top_logprobs": 2}  # fmt: skip
+    (choice,) = client.post("/v1/chat/completions", json=body).json()["choices"]
+    tokens = choice["logprobs"]["content"]
+    assert "".join(one["token"] for one in tokens) == choice["message"]["content"]
+    assert [len(one["top_logprobs"]) for one in tokens] == [2] * 64

@@ -36,7 +36,7 @@ from swat_lm.serve.sessions.hosted import HostedSessions
 
 __all__ = ["ENDPOINTS", "Endpoint", "Health", "Model", "Models", "create_app"]
 
-# prompts of so many tokens may have answers that take longer to write than a thread to start
+# so many tokens, read and drawn, may have an answer that takes longer to write than a thread to start
 LONG_ANSWER = 1024
 Handler = Callable[..., Awaitable[BaseModel | AsyncGenerator[str]]]
 
@@ -170,7 +170,8 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
         made = await unless_gone(request, answer(request))
         if isinstance(made, BaseModel):
             # what is long takes long to write
-            is_long = getattr(request.state, "told", {}).get("prompt_tokens", 0) >= LONG_ANSWER
+            told = getattr(request.state, "told", {})
+            is_long = told.get("prompt_tokens", 0) + told.get("completion_tokens", 0) >= LONG_ANSWER
             text = await work(made.model_dump_json) if is_long else made.model_dump_json()
             return Response(text, media_type="application/json")
         return EventStream(made, request.state.running.stop)
