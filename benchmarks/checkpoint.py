@@ -69,6 +69,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=8, help="tokens of each plan in a round")
+    parser.add_argument(
+        "--keep-speeds", action="store_true", help="take decoding from the record, and measure only plans that it lacks"
+    )
     parser.add_argument("--record", action="store_true", help=f"make the result {RECORD.name}, which documents show")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -78,10 +81,14 @@ def main() -> None:
         parser.error(f"{arguments.curves}: {error}")
     model = SwatForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     plans = {name: plan for name, plan in PLANS.items() if name in {"full", *curves}}
-    speeds = decode(plans, model, arguments.rounds, arguments.steps)
+    before = json.loads(RECORD.read_text(encoding="utf-8")) if arguments.keep_speeds else {"plans": []}
+    speeds = {plan["name"]: plan["decoding"] for plan in before["plans"]}
+    lacking = {name: plan for name, plan in plans.items() if name not in speeds}
+    if lacking:
+        speeds = decode({"full": PLANS["full"], **lacking}, model, arguments.rounds, arguments.steps) | speeds
     found = {
         "commit": arguments.commit,
-        "machine": measure.machine(),
+        "machine": before.get("machine") or measure.machine(),
         "model": {"parameters": cost.count_parameters(model.config).total, "layers": model.config.num_hidden_layers,
                   "trained_length": model.config.max_position_embeddings},
         "context": CONTEXT,

@@ -306,7 +306,7 @@ def test_python_snippets_run(tmp_path: Path, monkeypatch):
         num_key_value_heads=1,
     )  # fmt: skip
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "models" / "llama")
-    pages = [ROOT / "docs" / name for name in ("transformers.md", "checkpoints.md", "serving.md")]
+    pages = [ROOT / "docs" / name for name in ("transformers.md", "checkpoints.md", "serving.md", "sessions.md")]
     beside = "".join(page.read_text(encoding="utf-8") for page in pages)
     snippets = [body for language, body in FENCE.findall(README + beside) if language == "python"]
     assert len(snippets) >= 6

@@ -134,5 +134,9 @@ def test_a_finished_side_is_not_run_again(tmp_path: Path):
     assert (tmp_path / "times").read_text() == "x"
     assert (tmp_path / "log.txt").read_text() == "words\n"
     assert json.loads((tmp_path / "done.json").read_text())["command"] == command
+    # what another command has left there is none of this one's results
+    (tmp_path / "results").mkdir()
     with pytest.raises(CheckFailedError, match="exit code 3\nwords"):
         lm_eval_truth.run_once(["python3", "-c", "print('words'); raise SystemExit(3)"], tmp_path)
+    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "done.json").exists()

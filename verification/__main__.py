@@ -3,8 +3,8 @@
     python -m verification [NAME ...] [--record]
 
 The report goes to `runs/verification.json`, which git ignores. With `--record` it also becomes the committed
-`verification/record.json`; a check that was not named keeps its entry there. Checks that need data or weights run only
-where they are named, with their options.
+`verification/record.json`; a check that was not named keeps its entry there. Checks that need data or weights, or take
+very long, run only where they are named, with their options.
 """
 
 import argparse
@@ -18,12 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.files import write_text
-from verification import lm_eval_truth, onnx, packaging, site, torchao
+from verification import lm_eval_truth, onnx, packaging, serve_clients, serve_soak, site, torchao
 from verification.workplace import REPOSITORY, CheckFailedError, Workplace
 
-CHECKS = {"packaging": packaging.check, "site": site.check, "onnx": onnx.check, "torchao": torchao.check}
-ON_REQUEST = {"lm_eval_truth": lm_eval_truth.check}
-"""Checks of what the user brings along; they take the options of the command line."""
+CHECKS = {
+    "packaging": packaging.check,
+    "site": site.check,
+    "onnx": onnx.check,
+    "torchao": torchao.check,
+    "serve_clients": serve_clients.check,
+}
+ON_REQUEST = {"lm_eval_truth": lm_eval_truth.check, "serve_soak": serve_soak.check}
+"""Checks of what the user brings along, or that take very long; they take the options of the command line."""
 OWN = REPOSITORY / "runs" / "verification.json"
 RECORD = REPOSITORY / "verification" / "record.json"
 
@@ -35,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checks", nargs="*", metavar="NAME", help=words)
     parser.add_argument("--record", action="store_true", help="also write verification/record.json, which is committed")
     lm_eval_truth.add_options(parser)
+    serve_soak.add_options(parser)
     options = parser.parse_args(arguments)
     for name in options.checks:
         if name not in {**CHECKS, **ON_REQUEST}:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from swat_lm.files import write_text
+from swat_lm.files import discard, write_text
 from verification.lm_eval_tasks import TASKS, local_name, write_task
 from verification.workplace import REPOSITORY, CheckFailedError, Workplace, require
 
@@ -137,13 +137,19 @@ def limited(limit: int | None) -> list[str]:
 def run_once(command: list[str], folder: Path) -> int:
     """Run a command whose output goes to the folder, unless it has been done there; returns the seconds that it took.
 
+    Results of another command, such as one with another limit, are removed first; those of this one are taken up.
+
     Raises:
         CheckFailedError: with the end of what it said.
     """
-    done, log = folder / "done.json", folder / "log.txt"
+    done, begun, log = folder / "done.json", folder / "begun.json", folder / "log.txt"
     if done.exists() and (kept := json.loads(done.read_text(encoding="utf-8")))["command"] == command:
         return kept["seconds"]
+    if not begun.exists() or json.loads(begun.read_text(encoding="utf-8")) != command:
+        for old in (folder / "results", done):
+            discard(old)
     folder.mkdir(parents=True, exist_ok=True)
+    write_text(begun, json.dumps(command))
     began = time.monotonic()
     paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}

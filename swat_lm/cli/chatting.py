@@ -1,12 +1,11 @@
 """`swat-lm chat`: a conversation in the terminal, whose state has one size however long it becomes."""
 
-import asyncio
 import contextlib
 import itertools
 import queue
+import shlex
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,17 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from swat_lm.cli.console import messages
+from swat_lm.cli.failures import USER_ERROR, describe_os_error
 from swat_lm.cli.generation import whole_text, write
+from swat_lm.cli.hosting import running, serving_beside
 from swat_lm.cli.options import DEVICE, TOKENIZER
 from swat_lm.cli.outputs import check_new_file
-from swat_lm.cli.serving import check_extra, hosted, limits_of, model_name, opener
+from swat_lm.cli.serving import check_extra, cutter, hosted, limits_of, model_name, opener
 from swat_lm.cli.streams import reader_is_gone
 from swat_lm.interruption import leaving_on_termination
 from swat_lm.words import counted, nearest
 
 if TYPE_CHECKING:
     from swat_lm.serve.engine import Event
-    from swat_lm.serve.host import Host
     from swat_lm.serve.language import Language
     from swat_lm.serve.sampling import Sampling
     from swat_lm.serve.sessions.hosted import HostedSessions
@@ -99,56 +99,24 @@ def chat(
         if port is not None:
             stack.enter_context(serving_beside(host, kept, port, model_name(checkpoint)))
         engine = host.engine
-        language = Language(engine.tokenizer, engine.model.config.vocab_size, engine.end_tokens)
+        language = Language(
+            engine.tokenizer, engine.model.config.vocab_size, engine.end_tokens, cutter(engine.tokenizer)
+        )
         talk = Talk(kept, language, sampling, system)
         if system is not None and not language.can_chat:
             raise ValueError("--system: the model's tokenizer has no chat template, so nothing can be said to it first")
         talk.go(session)
         if sys.stdin is None:
             raise ValueError("stdin is closed: type messages, or pipe them in")
-        hold(talk, keeps=sessions is not None)
+        went_well = hold(talk, keeps=sessions is not None)
+    if not went_well:
+        # of a script, which reads no messages
+        raise typer.Exit(USER_ERROR)
 
 
-@contextlib.contextmanager
-def running(host: "Host") -> Iterator[None]:
-    """While entered, the host runs; then what is there is kept."""
-    host.start()
-    try:
-        while host.status == "loading":
-            # so that Ctrl-C is heard
-            time.sleep(0.05)
-        if host.failure is not None:
-            raise host.failure
-        yield
-    finally:
-        host.drain(0 if host.status == "loading" else 30)
-        with contextlib.suppress(KeyboardInterrupt):
-            host.ended.result(60)
-
-
-@contextlib.contextmanager
-def serving_beside(host: "Host", kept: "HostedSessions", port: int, model: str) -> Iterator[None]:
-    """While entered, the host also answers HTTP on this machine. Raises OSError where the port is taken."""
-    from swat_lm.serve.http.app import create_app
-    from swat_lm.serve.http.server import Server, listen
-    from swat_lm.serve.http.settings import Settings
-
-    socket = listen("127.0.0.1", port)
-    server = Server(create_app(host, Settings(model), kept), host, 0.0)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), name="http", daemon=True)
-    thread.start()
-    messages().print(f"also on http://127.0.0.1:{socket.getsockname()[1]}, model {model!r}", markup=False)
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        socket.close()
-
-
-def hold(talk: "Talk", keeps: bool) -> None:
-    """Read lines and answer them until they end."""
-    is_terminal = sys.stdin.isatty()
+def hold(talk: "Talk", keeps: bool) -> bool:
+    """Read lines and answer them until they end; False where one that was piped in could not be done."""
+    is_terminal, went_well = sys.stdin.isatty(), True
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 lets lines be edited
@@ -156,7 +124,7 @@ def hold(talk: "Talk", keeps: bool) -> None:
         messages().print("/help shows what else can be done; Ctrl-D leaves", style="dim", markup=False)
     for line in lines(is_terminal):
         if reader_is_gone():
-            return
+            break
         try:
             if line.startswith("/") and not line.startswith("//"):
                 if not command(talk, line):
@@ -165,9 +133,17 @@ def hold(talk: "Talk", keeps: bool) -> None:
                 talk.say(line.removeprefix("/") if line.startswith("//") else line)
         except (ValueError, OSError) as error:
             # what is wrong with one line ends no conversation
-            messages().print(f"error: {error}", markup=False)
-    if is_terminal and keeps:
-        messages().print(f"kept: --session {talk.name} goes on with it", markup=False)
+            said = describe_os_error(error) if isinstance(error, OSError) else error
+            messages().print(f"error: {said}", markup=False)
+            went_well = is_terminal
+        except KeyboardInterrupt:
+            # a moment after a reply's end it is meant for the reply, and must not end the conversation
+            if not is_terminal:
+                raise
+            write("\n")
+    if is_terminal and keeps and talk.has_turns():
+        messages().print(f"kept: --session {shlex.quote(talk.name)} goes on with it", markup=False)
+    return went_well
 
 
 def lines(is_terminal: bool) -> Iterator[str]:
@@ -175,7 +151,7 @@ def lines(is_terminal: bool) -> Iterator[str]:
     begun: list[str] = []
     while True:
         try:
-            line = input("> " if is_terminal and not begun else "")
+            line = input(("> " if not begun else ". ") if is_terminal else "")
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -217,10 +193,19 @@ def command(talk: "Talk", line: str) -> bool:
     return True
 
 
+def of_turn(sampling: "Sampling", turn: int) -> "Sampling":
+    """The same with a seed of its own for each turn, which would otherwise draw the same numbers; the first has its."""
+    from dataclasses import replace
+
+    if sampling.seed is None:
+        return sampling
+    # a large odd step, so that the turns of seeds side by side are none of each other's
+    return replace(sampling, seed=(sampling.seed + turn * 0x9E3779B97F4A7C15) % 2**63)
+
+
 class Shown(NamedTuple):
     """What was shown of a reply."""
 
-    text: str
     count: int
     """Its tokens."""
     seconds: float
@@ -264,15 +249,23 @@ class Talk:
         events: queue.Queue[Event] = queue.Queue()
         key = f"chat-{next(self._keys)}"
         kind = "chat" if self._language.can_chat else "text"
-        begun = self._sessions.turn(self.name, kind, key, lambda record: self._asked(record, key, text), events.put)
         shown: list[Event] = []
         try:
-            begun.result()
+            self._sessions.turn(
+                self.name, kind, key, lambda record: self._asked(record, key, text), events.put
+            ).result()
             reply = self._show(events, shown)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stopped:
             last = shown[-1].shown if shown else (0, "")
             self._sessions.cancel(key, last, "".join(event.text for event in shown)).result()
+            # what is looked at next comes after what is written; until then the conversation is busy
+            with contextlib.suppress(ValueError):
+                self._sessions.describe(self.name).result()
+            if isinstance(stopped, SystemExit):
+                raise
             messages().print("\nstopped" + ("" if last != (0, "") else "; the message was taken back"), markup=False)
+            if self.has_turns():
+                self._show_state(Shown(0, 0.0))
             return
         self._show_state(reply)
 
@@ -282,16 +275,17 @@ class Talk:
         from swat_lm.serve.sessions.conversation import Message, begin_chat, continue_chat
         from swat_lm.serve.sessions.outcome import Asked
 
+        sampling = of_turn(self._sampling, record.turns)
         if not self._language.can_chat:
             tokens = self._language.encode(text) if record.turns else self._language.prompt(text).tokens
-            return Asked(Generation(key, tokens, self._sampling))
+            return Asked(Generation(key, tokens, sampling))
         said = [Message("user", text)]
         if record.turns:
             conversation = continue_chat(self._language.chat, record, said)
         else:
             first = [] if self._system is None else [Message("system", self._system)]
             conversation = begin_chat(self._language.chat, [*first, *said])
-        return Asked(Generation(key, self._language.encode(conversation.text), self._sampling), conversation)
+        return Asked(Generation(key, self._language.encode(conversation.text), sampling), conversation)
 
     def _show(self, events: "queue.Queue[Event]", shown: "list[Event]") -> Shown:
         """Write a reply as it comes; `shown` has its events."""
@@ -308,7 +302,7 @@ class Talk:
             if event.ended is not None:
                 write("\n")
                 count = sum(one.choice is not None for one in shown)
-                return Shown("", count, times[1] - times[0] if times else 0.0)
+                return Shown(count, times[1] - times[0] if times else 0.0)
 
     def _show_state(self, reply: Shown) -> None:
         found = self._sessions.describe(self.name).result()
@@ -316,9 +310,20 @@ class Talk:
         messages().print(f"[{self._state(found)}{speed}]", style="dim", markup=False)
 
     def _state(self, found: "Description") -> str:
-        grows = self._sessions.book.engine.slots.grows
-        size = f"state {counted(found.state_bytes, 'byte')}, {'the most that it may have' if grows else 'constant'}"
+        kept = "the most that it may have" if self._sessions.book.engine.slots.grows else "constant"
+        size = "of another model"
+        if found.state_bytes is not None:
+            size = f"state {counted(found.state_bytes, 'byte')}, {kept}"
         return f"{found.record.session} · {size} · {counted(found.record.num_tokens, 'token')}"
+
+    def has_turns(self) -> bool:
+        """Whether there is anything of the conversation."""
+        from swat_lm.serve.sessions.record import SessionError
+
+        try:
+            return self._sessions.describe(self.name).result().record.turns > 0
+        except SessionError:
+            return False
 
     def fork(self, name: str) -> None:
         """Copy the conversation. Raises SessionError."""

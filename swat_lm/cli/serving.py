@@ -17,9 +17,12 @@ from swat_lm.cli.options import DEVICE, TOKENIZER
 from swat_lm.words import counted, install_extra
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from swat_lm.model.configuration import SwatConfig
     from swat_lm.serve.engine import Engine
     from swat_lm.serve.host import Host
+    from swat_lm.serve.language import Cut
     from swat_lm.serve.requests import Limits
     from swat_lm.serve.sessions.book import Policy
     from swat_lm.serve.sessions.hosted import HostedSessions
@@ -78,6 +81,9 @@ def serve(
     session_every: Annotated[
         int, typer.Option(min=1, help="It is written at least after so many tokens; a crash costs reading them again.")
     ] = 1024,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="On a GPU: decode by recorded graphs, where no layer keeps all.")
+    ] = False,
     tokenizer: TOKENIZER = None,
     device: DEVICE = None,
 ) -> None:
@@ -119,8 +125,8 @@ def serve(
             f"warning: whoever reaches {host} may ask, since no API key is set: see --api-key-file", markup=False
         )
     policy = Policy(session_every, session_idle, session_expiry)
-    engine_host, kept = hosted(opener(checkpoint, tokenizer, device, limits), sessions, policy)
-    server = Server(create_app(engine_host, settings, kept), engine_host, drain_seconds)
+    engine_host, kept = hosted(opener(checkpoint, tokenizer, device, limits, cuda_graphs), sessions, policy)
+    server = Server(create_app(engine_host, settings, kept, cutter), engine_host, drain_seconds)
     messages().print(f"listening on {place}, model {settings.model!r}; loading", markup=False)
     log_lines()
     engine_host.start()
@@ -140,8 +146,17 @@ def check_extra() -> None:
         raise ValueError(f"this command needs {missing[0]}, which is not installed: {install_extra('serve')}")
 
 
+def cutter(tokens: "PreTrainedTokenizerFast") -> "Cut":
+    """What cuts long texts where the tokenizer leaves their tokens as they are."""
+    from swat_lm.data.cutting import Cutter, find_cuts
+    from swat_lm.data.source_text import cut
+
+    cuts = find_cuts(tokens.backend_tokenizer.to_str())
+    return lambda text: cut([text], Cutter(cuts, "a request's text"))
+
+
 def opener(
-    checkpoint: str, tokenizer: str | None, device: str | None, limits: "Limits"
+    checkpoint: str, tokenizer: str | None, device: str | None, limits: "Limits", graphs: bool = False
 ) -> "Callable[[HostedSessions | None], Engine]":
     """What loads the model, in the thread in which it will run; sessions take part from then on."""
 
@@ -155,7 +170,8 @@ def opener(
             fingerprint(model)
         if model.device.type == "cpu":
             model.arrange_for_decoding()
-        engine = Engine(model, limits, tokens, end_tokens(model, tokens), restorable=sessions is not None)
+        restorable = sessions is not None
+        engine = Engine(model, limits, tokens, end_tokens(model, tokens), restorable=restorable, graphs=graphs)
         if sessions is not None:
             sessions.attach(engine, lambda said: messages().print(said, markup=False))
         each = engine.slots.num_bytes // engine.slots.batch_size
@@ -245,9 +261,10 @@ def keys_of(path: Path | None) -> tuple[str, ...]:
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if path is not None and not keys:
         raise ValueError(f"--api-key-file: {path} holds no key; write one on each line")
-    keys += [key] if (key := os.environ.get(KEY_VARIABLE, "").strip()) else []
-    for number, key in enumerate(keys, 1):
+    named = [(f"key {number} of {path}", key) for number, key in enumerate(keys, 1)]
+    named += [(KEY_VARIABLE, key)] if (key := os.environ.get(KEY_VARIABLE, "").strip()) else []
+    for name, key in named:
         if not re.fullmatch(r"[!-~]{8,}", key):
             # never the key itself
-            raise ValueError(f"API key {number}: expected at least 8 visible ASCII characters without spaces")
-    return tuple(keys)
+            raise ValueError(f"{name}: expected at least 8 visible ASCII characters without spaces")
+    return tuple(key for _, key in named)

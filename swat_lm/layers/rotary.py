@@ -16,6 +16,7 @@ class RotaryFrequencies:
         self.frequencies, self.factor, self.key = frequencies, factor, key
         self.head_dim = 2 * frequencies.shape[0]
         self._whole_heads = frequencies.repeat(2)
+        self._copies: dict[torch.device, Tensor] = {}
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each `[*positions.shape, D / 2]`, float32 at least; the dtype is the hidden states'."""
@@ -30,6 +31,12 @@ class RotaryFrequencies:
         they turn a rotation into three operations instead of ten.
         """
         dtype = torch.promote_types(dtype, torch.float32)
-        cos, sin = rotary_angles(positions[:, :, None], self.head_dim, dtype=dtype, frequencies=self._whole_heads)
+        frequencies = self._whole_heads
+        if positions.device.type == "cuda":
+            # copied once: a step that copies from the host cannot be recorded as a graph
+            if positions.device not in self._copies:
+                self._copies[positions.device] = frequencies.to(positions.device)
+            frequencies = self._copies[positions.device]
+        cos, sin = rotary_angles(positions[:, :, None], self.head_dim, dtype=dtype, frequencies=frequencies)
         sin.narrow(-1, 0, self.head_dim // 2).neg_()
         return (cos, sin) if self.factor == 1.0 else (cos * self.factor, sin * self.factor)

@@ -9,7 +9,7 @@ Legend: N slots, B rows of a batch, T tokens of a piece, V vocabulary.
 """
 
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,55 +21,16 @@ from swat_lm.serve.generation import Event, Fed, Generation
 from swat_lm.serve.pool import batch_sizes, pool_of
 from swat_lm.serve.reading import read_together, take_in
 from swat_lm.serve.requests import Limits, Piece, Request, Row, Step
+from swat_lm.serve.running import Reply, Running
 from swat_lm.serve.sampler import SamplingError, StreamSampler, choose
 from swat_lm.serve.scheduler import SCHEDULERS
-from swat_lm.serve.text import ReplyText
+from swat_lm.serve.stepping import GraphedSteps, Steps
+from swat_lm.serve.text import ReplyText, Sheltered
 
 __all__ = ["Engine", "Event", "Generation"]
 
 # tokens that a reply without a limit may have: more than any lifetime
 ENDLESS = 2**60
-
-
-@dataclass
-class Reply:
-    """One of the replies to a request."""
-
-    sampler: StreamSampler
-    text: ReplyText
-    token: int = 0
-    """Drawn last: its slot has not read it yet."""
-
-
-@dataclass
-class Running:
-    """A request that has not ended."""
-
-    generation: Generation
-    tokens: tuple[int, ...]
-    """The prompt as it was at submission."""
-    replies: list[Reply]
-    slot: int = -1
-    """Of its prompt; -1 until it starts."""
-    logits: Tensor | None = None
-    """`[1, V]` after what was read last, where the next piece's first token is to be weighed by them."""
-    sum: Tensor | float = 0.0
-    """Of its hidden states, float32 `[M]`, where their mean is asked for."""
-    fed: list[Fed] = field(default_factory=list)
-    """How its slot has read, where the slot is kept."""
-
-    @property
-    def keeps(self) -> bool:
-        """Whether its slot is kept when it ends."""
-        return self.generation.keep or self.generation.slot is not None
-
-    def note_step(self, size: int, place: int) -> None:
-        """Its slot has read a token in a row of a batch."""
-        last = self.fed[-1] if self.fed else None
-        if last is not None and (last.kind, last.size, last.place) == ("step", size, place):
-            self.fed[-1] = last._replace(count=last.count + 1)
-        else:
-            self.fed.append(Fed("step", size, place, 1))
 
 
 class Engine:
@@ -84,6 +45,7 @@ class Engine:
         policy: str = "first-come",
         slots: Slots | None = None,
         restorable: bool = False,
+        graphs: bool = False,
     ) -> None:
         """Take memory for the pool; nothing is allocated for it later.
 
@@ -96,18 +58,25 @@ class Engine:
                 says what it holds. None: made here.
             restorable: have a second place for every slot, where what a request goes on from is copied if it keeps its
                 slot: so the slot can go back there (`roll_back`), and does where the request fails.
+            graphs: decode by CUDA graphs (stepping.py says which models cannot).
 
         Raises:
-            ValueError: an unknown policy, a model that grows without a capacity, or a pool of another size or model.
+            ValueError: an unknown policy, a model that grows without a capacity, a pool of another size or model, or
+                `graphs` elsewhere than on CUDA or for a model that grows.
         """
         if policy not in SCHEDULERS:
             raise ValueError(f"policy: expected one of {', '.join(SCHEDULERS)}, got {policy!r}")
+        if graphs and model.device.type != "cuda":
+            raise ValueError(f"graphs: expected a model on a CUDA device, got {model.device.type}; leave it out")
         self.model, self.tokenizer, self.end_tokens = model.eval(), tokenizer, frozenset(end_tokens)
         self.scheduler = SCHEDULERS[policy](limits)
         self.batches = batch_sizes(limits.num_slots)
         self.restorable = restorable
         self.slots = pool_of(model, limits, slots, restorable)
+        self.steps = GraphedSteps(model, self.slots, self.batches) if graphs else Steps(model, self.slots)
         self._requests: dict[Hashable, Running] = {}
+        self.casualties: list[Event] = []
+        """Of the last step that was raised out of: ends of requests whose slots are kept, as they were before them."""
 
     @property
     def is_idle(self) -> bool:
@@ -125,7 +94,7 @@ class Engine:
         sampling, constraint, tokens = generation.sampling, generation.constraint, tuple(generation.tokens)
         replies = [
             Reply(StreamSampler(sampling, sample, None if constraint is None else constraint.copy()),
-                  ReplyText(self.tokenizer, sampling, self.end_tokens))
+                  ReplyText(Sheltered(self.tokenizer), sampling, self.end_tokens))
             for sample in range(sampling.n)
         ]  # fmt: skip
         for reply in replies:
@@ -153,10 +122,14 @@ class Engine:
         running = self._requests.get(key)
         if running is None or not running.keeps:
             raise ValueError(f"key: expected a request that keeps its slot, got {key!r}")
-        held = running.generation.held + sum(fed.count for fed in running.fed)
+        try:
+            text = running.replies[0].text.finish("stopped")
+        except Exception:
+            # what is held back is no text yet, and who stops must be able to
+            text = ""
+        held, fed = running.generation.held + sum(fed.count for fed in running.fed), tuple(running.fed)
         slot = self.scheduler.stop(key, held)
         del self._requests[key]
-        text, fed = running.replies[0].text.finish("stopped"), tuple(running.fed)
         return Event(key, text=text, ended="stopped", slot=slot, held=None if slot is None else held, fed=fed)
 
     @torch.inference_mode()
@@ -178,7 +151,7 @@ class Engine:
         What goes wrong in a request's draw or text ends that request with an "error", and what does in reading all
         pieces, or decoding all rows, as one call ends those that have one; others go on. What is no Exception (an
         interruption from the keyboard) is raised; requests that had their turn are aborted then, their events lost, and
-        the next step serves the others.
+        the next step serves the others. The ends of those whose slots could go back are in `casualties`.
         """
         step, events = self.scheduler.plan(), []
         if not step:
@@ -186,11 +159,11 @@ class Engine:
         try:
             self._do(step, events)
             return self._report(events)
-        except BaseException:
+        except BaseException as error:
             # nobody knows how far it got, and to do it again would read tokens twice
+            ends = [self._fail(key, error) for key in dict.fromkeys(one.key for one in (*step.pieces, *step.rows))]
+            self.casualties = [event for event in ends if event.slot is not None]
             self.scheduler.abandon()
-            for one in (*step.pieces, *step.rows):
-                self.abort(one.key)
             raise
 
     def _do(self, step: Step, events: list[Event]) -> None:
@@ -301,6 +274,7 @@ class Engine:
         if self.restorable and running.keeps:
             at = self._on_device(torch.tensor([slot]))
             self.slots.copy(at, at + self._first_place)
+        running.is_prepared = True
 
     def _draw_first(self, key: Hashable) -> list[Event]:
         """The first token of every reply to a prompt that is read; none where it was only to be read."""
@@ -317,14 +291,10 @@ class Engine:
         last = [self._requests[key].replies[sample].token for key, sample in names]
         size = self._batch_of(len(rows))
         spare = list(range(self.scheduler.limits.num_slots, self.scheduler.limits.num_slots + size - len(rows)))
-        tokens = torch.tensor(last + [0] * len(spare))[:, None]
-        slot = self._rows([row.slot for row in rows] + spare)
         if spare:
             # they read one token for ever, and never fill up
             self.slots.position[self._on_device(torch.tensor(spare))] = 0
-        # a row alone has no mates
-        invariant = slot is not None
-        logits = self.model.decode_step(self._on_device(tokens), self.slots, slot, batch_invariant=invariant)
+        logits = self.steps.step(last + [0] * len(spare), [row.slot for row in rows] + spare)
         for place, (key, _) in enumerate(names):
             if (running := self._requests[key]).keeps:
                 running.note_step(size, place)
@@ -356,17 +326,30 @@ class Engine:
             events.append(Event(key, sample, choice, text, ended=ended, shown=reply.text.shown))
         return events
 
-    def _fail(self, key: Hashable, error: Exception) -> Event:
+    def _fail(self, key: Hashable, error: BaseException) -> Event:
+        """End a request with an error; its slot goes back to where the request began, where it can."""
         says_it = isinstance(error, RuntimeError | ValueError) and str(error)
         said = str(error) if says_it else f"{type(error).__name__}: {error}"
-        event = Event(key, ended="error", error=said, cause=error)
+        event = Event(key, ended="error", error=said, cause=error if isinstance(error, Exception) else None)
         running = self._requests.get(key)
-        if not (self.restorable and running is not None and running.keeps and running.slot >= 0):
+        if running is None or not self.restorable or not running.keeps:
             self.abort(key)
             return event
-        slot, held = self.stop(key).slot, running.generation.held
-        assert slot is not None
-        self.roll_back(slot, held)
+        slot, held = running.generation.slot, running.generation.held
+        if slot is None and not running.is_prepared:
+            # it holds what somebody has left there
+            self.abort(key)
+            return event
+        # not `stop`, whose text may be what has failed
+        slot = self.scheduler.stop(key, held)
+        del self._requests[key]
+        try:
+            if running.is_prepared and slot is not None:
+                self.roll_back(slot, held)
+        except Exception:
+            # of a device that fails altogether
+            self.scheduler.release(slot)  # type: ignore[arg-type]
+            return event
         return replace(event, slot=slot, held=held)
 
     @property

@@ -14,10 +14,6 @@ class Counters:
     tokens_read: int = 0
     """Of prompts."""
     tokens_generated: int = 0
-    seconds: float = 0.0
-    """Within steps."""
-    rows: int = 0
-    """That decoded, over all steps."""
 
 
 @dataclass(frozen=True)

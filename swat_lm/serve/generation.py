@@ -1,8 +1,8 @@
 """What an engine is asked and what it answers: a prompt with what is to be drawn after it, and what a step brought."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeGuard
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Self, TypeGuard
 
 from torch import Tensor
 
@@ -59,9 +59,25 @@ class Generation:
     """Whether the event that ends it has the logits after its last token (`Event.logits`); `max_tokens` must be 0."""
     embedding: bool = False
     """Whether it has the prompt's embedding (`Event.embedding`); `max_tokens` must be 0."""
+    _checked: int | None = field(default=None, init=False, compare=False, repr=False)
+    """The vocabulary for which `checked` found it right; what `replace` makes of it is checked anew."""
+
+    def checked(self, vocabulary: int) -> Self:
+        """The same with tokens that nobody can change, which `check` then takes as they are.
+
+        For a prompt of millions of tokens this may take a second, in a thread where nobody waits for it. Raises as
+        `check` does.
+        """
+        made = replace(self, tokens=tuple(self.tokens)) if isinstance(self.tokens, list) else self
+        made.check(vocabulary)
+        if isinstance(made.tokens, tuple):
+            object.__setattr__(made, "_checked", vocabulary)
+        return made
 
     def check(self, vocabulary: int) -> None:
         """Raise RequestError (`invalid`) for values that no request to a model of so many tokens can have."""
+        if self._checked == vocabulary:
+            return
         if not isinstance(self.sampling, Sampling):
             raise invalid(f"sampling: expected a Sampling, got {type(self.sampling).__name__}")
         self._check_tokens(vocabulary)
@@ -99,6 +115,10 @@ class Generation:
             self._check_logits(vocabulary)
         elif not self.tokens:
             raise invalid("tokens: expected at least one, got none; begin an empty prompt with a token of your own")
+        is_plain = len(self.tokens) > 0 and set(map(type, self.tokens)) == {int}
+        # without a loop of Python's, unless there is something to say
+        if is_plain and min(self.tokens) >= 0 and max(self.tokens) < vocabulary:
+            return
         for token in self.tokens:
             if not is_whole(token):
                 raise invalid(f"tokens: expected whole numbers, got {token!r:.60}")

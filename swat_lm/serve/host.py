@@ -93,6 +93,8 @@ class Host:
         self._status: Status = "loading"
         self._deadline: float | None = None
         self._ended: Future[None] = Future()
+        # whoever gives up waiting for it would otherwise cancel it for all others
+        self._ended.set_running_or_notify_cancel()
         self._engine: Engine | None = None
         self._failures = 0
         self.failure: BaseException | None = None
@@ -305,8 +307,6 @@ class Host:
         counters.steps += 1
         counters.tokens_read += read
         counters.tokens_generated += drawn
-        counters.rows += len(step.rows)
-        counters.seconds += seconds
         for event in events:
             self._deliver(engine, event)
         try:
@@ -339,6 +339,10 @@ class Host:
         self.counters.failed_steps += 1
         if self._failures >= MOST_FAILURES:
             raise error
+        for event in engine.casualties:
+            # with the slots that went back
+            self._deliver(engine, event)
+        engine.casualties = []
         concerned = {one.key for one in (*step.pieces, *step.rows)}
         self._tell(engine, concerned, f"the engine could not do a step: {type(error).__name__}: {error}")
 

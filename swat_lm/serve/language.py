@@ -5,7 +5,7 @@ Knows nothing of requests. What a reply says is text.py's matter.
 
 import json
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,11 @@ from swat_lm.serve.constraints import ConstraintCompiler
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["ChatError", "Encoded", "Language"]
+__all__ = ["ChatError", "Cut", "Encoded", "Language"]
+
+Cut = Callable[[str], Iterable[str]]
+# characters that are encoded at once, and those that take longer than handing them over
+LONG_TEXT, SHORT_TEXT = 1 << 16, 1 << 11
 
 
 class ChatError(ValueError):
@@ -32,9 +36,19 @@ class Encoded(NamedTuple):
 class Language:
     """A tokenizer beside the model that it is of."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", vocabulary: int, end_tokens: Collection[int] = ()) -> None:
-        """`vocabulary` is the model's, in which `end_tokens` end a text."""
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        vocabulary: int,
+        end_tokens: Collection[int] = (),
+        cut: Cut | None = None,
+    ) -> None:
+        """`vocabulary` is the model's, in which `end_tokens` end a text.
+
+        `cut` parts a long text into pieces whose tokens together are those of the text, so that none takes long or much
+        memory; None: it is encoded as a whole.
+        """
+        self.tokenizer, self.vocabulary, self._cut = tokenizer, vocabulary, cut
         self.end_tokens = frozenset(end_tokens)
         self.size = min(vocabulary, max(tokenizer.get_vocab().values()) + 1)
         """Ids that may be drawn: the model's may be more, those of a padded vocabulary."""
@@ -44,20 +58,38 @@ class Language:
         self._backend = tokenizer.backend_tokenizer
         self._lock = threading.Lock()
         self._compiler: ConstraintCompiler | None = None
+        # at most one for each id of the model
+        self._pieces: dict[int, str] = {}
 
     def prompt(self, text: str) -> Encoded:
         """A text that a reply goes on, with what begins a text, but without what would close it."""
-        encoding = self._backend.encode(text)
-        tokens, added = encoding.ids, encoding.special_tokens_mask
+        first, *others = self._pieces_of(text)
+        encoding = self._encode(first, special=True)
+        tokens, added = list(encoding.ids), encoding.special_tokens_mask
         end = len(tokens)
         while end and added[end - 1] and not all(added[:end]):
             end -= 1
         front = next((place for place, mark in enumerate(added[:end]) if not mark), end)
-        return Encoded(tokens[:end], front)
+        del tokens[end:]
+        for piece in others:
+            tokens += self._encode(piece).ids
+        return Encoded(tokens, front)
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """The tokens of a text; `special`: with all that the tokenizer puts around it."""
-        return self._backend.encode(text, add_special_tokens=special).ids
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without what the tokenizer puts around one."""
+        tokens: list[int] = []
+        for piece in self._pieces_of(text):
+            tokens += self._encode(piece).ids
+        return tokens
+
+    def _pieces_of(self, text: str) -> list[str]:
+        return [text] if len(text) < LONG_TEXT or self._cut is None else list(self._cut(text)) or [text]
+
+    def _encode(self, text: str, special: bool = False) -> Any:
+        if len(text) < SHORT_TEXT:
+            return self._backend.encode(text, add_special_tokens=special)
+        # the library's `encode` lets no other thread run until it is done
+        return self._backend.encode_batch_fast([text], add_special_tokens=special)[0]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """What tokens say together, special ones included. Ids that the tokenizer has not say nothing."""
@@ -80,10 +112,13 @@ class Language:
 
     def piece(self, token: int) -> str:
         """What one token says, as OpenAI writes it: bytes that are no character by themselves as `bytes:\\xe2\\x80`."""
+        if (known := self._pieces.get(token)) is not None:
+            return known
         text = self.decode([token])
-        if "\ufffd" not in text or (raw := self.bytes_of(token)) is None:
-            return text
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        if "\ufffd" in text and (raw := self.bytes_of(token)) is not None:
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        self._pieces[token] = text
+        return text
 
     @property
     def can_chat(self) -> bool:

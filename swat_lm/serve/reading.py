@@ -16,10 +16,10 @@ from swat_lm.model.packing import Reading, extend_packed, may_pack
 from swat_lm.model.slots import Slots
 from swat_lm.serve.generation import Event
 from swat_lm.serve.requests import Piece
-from swat_lm.serve.sampler import token_logprobs
+from swat_lm.serve.sampler import SamplingError, token_logprobs
 
 if TYPE_CHECKING:
-    from swat_lm.serve.engine import Running
+    from swat_lm.serve.running import Running
 
 __all__ = ["Place", "Read", "read_again", "read_together", "take_in"]
 
@@ -112,6 +112,8 @@ def take_in(running: "Running", piece: Piece, read: Read) -> list[Event]:
         running.sum = running.sum + read.hidden.float().sum(dim=0)
     if generation.prompt_logprobs is not None:
         logits = read.logits
+        if not torch.isfinite(logits).all():
+            raise not_finite("logits")
         before = logits[:-1] if running.logits is None else torch.cat((running.logits, logits[:-1]))
         part = running.tokens[piece.start : piece.start + piece.count]
         weighed = part[len(part) - len(before) :]
@@ -124,7 +126,17 @@ def take_in(running: "Running", piece: Piece, read: Read) -> list[Event]:
         logits = running.logits[0] if generation.return_logits and running.logits is not None else None
         found = None
         if generation.embedding:
-            found = tuple(F.normalize(torch.as_tensor(running.sum), dim=0).tolist())
+            total = torch.as_tensor(running.sum)
+            if not torch.isfinite(total).all():
+                raise not_finite("hidden states")
+            found = tuple(F.normalize(total, dim=0).tolist())
         running.logits = None
         events.append(Event(piece.key, ended="read", logits=logits, embedding=found))
     return events
+
+
+def not_finite(what: str) -> SamplingError:
+    """Of weights that no score can be formed with."""
+    return SamplingError(
+        f"the model's {what} are not finite numbers; load the weights in a wider dtype or check the checkpoint"
+    )

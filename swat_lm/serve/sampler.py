@@ -25,7 +25,16 @@ from transformers.generation.logits_process import (
 
 from swat_lm.serve.sampling import Sampling
 
-__all__ = ["Choice", "SamplingError", "StreamSampler", "TokenConstraint", "choose", "token_logprobs", "uniform"]
+__all__ = [
+    "Choice",
+    "NoTokenError",
+    "SamplingError",
+    "StreamSampler",
+    "TokenConstraint",
+    "choose",
+    "token_logprobs",
+    "uniform",
+]
 
 
 class SamplingError(ValueError):
@@ -41,6 +50,10 @@ class SamplingError(ValueError):
         made = cls(f"{type(error).__name__}: {error}")
         made.__cause__ = error
         return made
+
+
+class NoTokenError(SamplingError):
+    """The request's own constraint is why: it allows no token, or cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +167,13 @@ class StreamSampler:
     def accept(self, token: int) -> None:
         """Go one step on with a token: what `choose` does, and who replays a reply does without choosing.
 
-        Raises ValueError if a constraint does not allow it.
+        Raises NoTokenError if a constraint does not allow it.
         """
         if self.constraint is not None:
-            self.constraint.accept(token)
+            try:
+                self.constraint.accept(token)
+            except SamplingError as error:
+                raise NoTokenError(str(error)) from error
         if self.sampling.remembers:
             self._counts[token] = self._counts.get(token, 0) + 1
         self.step += 1
@@ -196,7 +212,11 @@ class StreamSampler:
         # a copy: what follows changes it in place
         row = logits[: self.sampling.vocab_size].to(torch.float32, copy=True)
         if self.constraint is not None:
-            row.masked_fill_(~self.constraint.allowed(len(row)).to(row.device), -torch.inf)
+            try:
+                allowed = self.constraint.allowed(len(row))
+            except SamplingError as error:
+                raise NoTokenError(str(error)) from error
+            row.masked_fill_(~allowed.to(row.device), -torch.inf)
         if self.sampling.logit_bias:
             try:
                 self.sampling.check_token_ids(len(row))
@@ -232,7 +252,7 @@ class StreamSampler:
         if math.isfinite(value):
             return
         if self.constraint is not None and value == -math.inf:
-            raise SamplingError("no token may come next: the constraint and the logits leave none")
+            raise NoTokenError("no token may come next: the constraint and the logits leave none")
         raise SamplingError(
             "the model's logits are not finite numbers; load the weights in a wider dtype or check the checkpoint"
         )

@@ -4,13 +4,42 @@ Knows tokenizers only by `decode`.
 """
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from swat_lm.serve.sampling import Sampling
 
-__all__ = ["Ending", "ReplyText", "TextAssembler"]
+__all__ = ["Ending", "ReplyText", "Sheltered", "TextAssembler", "sheltering"]
+
+
+class Sheltered:
+    """A tokenizer whose panics are errors: some are no Exception, and would end more than what they belong to."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        """The tokenizer's. Raises RuntimeError for a panic."""
+        with sheltering():
+            return self._tokenizer.decode(tokens, **options)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """The tokenizer's. Raises RuntimeError for a panic."""
+        with sheltering():
+            return self._tokenizer.encode(text, **options)
+
+
+@contextmanager
+def sheltering() -> Iterator[None]:
+    """While entered, what is neither an Exception nor an end of the program becomes a RuntimeError."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"the tokenizer failed: {type(error).__name__}: {error}") from error
 
 
 class TextAssembler:

@@ -1,18 +1,24 @@
 """`swat-lm chat` as a stranger uses it: turns, commands, conversations that are taken up again, interruptions."""
 
+import contextlib
 import io
 import re
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from swat_lm import SwatConfig, SwatForCausalLM
-from swat_lm.cli import chatting
+from swat_lm.cli import chatting, hosting
 from swat_lm.cli.application import run_application
 from swat_lm.data import load_tokenizer
+from swat_lm.serve.host import Host
+from swat_lm.serve.sampling import Sampling
 
 TEMPLATE = """{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}
 {%- if add_generation_prompt %}[assistant]{% endif %}"""
@@ -46,7 +52,7 @@ def talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     def call(lines: str, *arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         capfd.readouterr()
-        code = run_application(["chat", *map(str, arguments), "-n", "5", "--temperature", "0"])
+        code = run_application(["chat", "-n", "5", "--temperature", "0", *map(str, arguments)])
         out, err = capfd.readouterr()
         return code, out, err
 
@@ -88,6 +94,54 @@ def test_a_conversation_is_taken_up_again(talk: Talk, model: Path):
     assert counts(err) == [len("[system]be brief|[user]one|[assistant]|[user]two|[assistant]") + 10]
 
 
+def test_beside_a_server_the_end_waits_and_the_state_is_written(talk: Talk, model: Path, tmp_path: Path):
+    code, _, err = talk("hello\n", model, "--port", 0, "--sessions", "kept")
+    assert code == 0, err
+    assert "also on http://127.0.0.1:" in err
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 1
+
+
+def test_the_end_does_not_wait_for_a_load(monkeypatch: pytest.MonkeyPatch):
+    go = threading.Event()
+
+    def load() -> Any:
+        go.wait(20)
+        raise ValueError("too late")
+
+    def stopped(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    host = Host(load)
+    monkeypatch.setattr("time.sleep", stopped)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), chatting.running(host):
+        pass
+    assert time.monotonic() - begin < 5
+    go.set()
+    assert host.stop(20)
+
+
+def test_an_engine_that_does_not_end_is_said(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    go = threading.Event()
+    host = Host(lambda: SimpleNamespace(is_idle=True))  # type: ignore[arg-type]
+    host.at_end.append(lambda engine: go.wait(20))
+    monkeypatch.setattr(hosting, "DRAIN_SECONDS", 0.01)
+    with chatting.running(host):
+        pass
+    assert "warning: the model did not stop within 0.02 s" in capfd.readouterr().err
+    go.set()
+    assert host.stop(20)
+
+
+def test_a_seed_gives_every_turn_numbers_of_its_own():
+    sampling = Sampling(seed=2**63 - 1)
+    seeds = [chatting.of_turn(sampling, turn).seed for turn in range(3)]
+    assert seeds[0] == sampling.seed
+    assert len(set(seeds)) == 3
+    assert seeds == [chatting.of_turn(sampling, turn).seed for turn in range(3)]
+    assert chatting.of_turn(Sampling(), 1).seed is None
+
+
 def test_a_model_without_a_template_goes_on_with_plain_text(talk: Talk, tmp_path: Path):
     plain = save_model(tmp_path / "plain", template=None)
     code, _, err = talk("one\ntwo\n", plain)
@@ -102,7 +156,8 @@ def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(talk: Talk, mo
     (tmp_path / "wrong.safetensors").write_bytes(b"no such file" * 10)
     lines = "/frok a\n/fork\n/fork a/b\n/load none\n/load wrong.safetensors\n/fork chat\nhello\n/save x\n/save x\n"
     code, _, err = talk(lines, model)
-    assert code == 0, err
+    # a script sees that something could not be done
+    assert code == 2, err
     assert counts(err) == [28]
     for said in (
         "/frok: no such command; did you mean /fork?", "/fork: expected a name", "printable characters without a slash",
@@ -125,7 +180,7 @@ def test_errors_before_the_model_is_there(talk: Talk, model: Path, tmp_path: Pat
         assert code == 2, err
         assert said in err
     code, _, err = talk("hello\n" + "x" * 60 + "\n?\n", full, "--context", 60)
-    assert code == 0
+    assert code == 2
     assert "a slot here holds 60" in err
     assert err.count("the most that it may have") == 2
 
@@ -145,3 +200,28 @@ def test_a_reply_that_is_stopped_is_kept_as_it_was_shown(
     assert code == 0
     assert "stopped" in err
     assert "1 turn" in err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit(143)])
+def test_whatever_stops_a_reply_it_is_kept_as_it_was_shown(
+    error: Any, talk: Talk, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shown: list[str] = []
+
+    def write(text: str) -> None:
+        shown.append(text)
+        if len(shown) == 3:
+            raise error
+
+    options = (model, "--sessions", "kept", "-n", "300")
+    with monkeypatch.context() as patched, contextlib.suppress(SystemExit):
+        patched.setattr(chatting, "write", write)
+        # what is said at once after it is heard
+        code, _, err = talk("hello\nand now\n" if error is KeyboardInterrupt else "hello\n", *options)
+        assert error is KeyboardInterrupt
+        assert code == 0
+        assert "has a request" not in err
+    # "[user]hello|[assistant]" and at most the three that came
+    found = re.search(r"goes on after (1 turn, 2[3-6]|2 turns, 3\d\d) tokens", talk("", *options)[2])
+    assert found is not None
+    assert found[1].startswith("2" if error is KeyboardInterrupt else "1")

@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -232,3 +233,23 @@ def test_a_host_that_was_stopped_before_it_began_does_not_load():
     host.start()
     host._thread.join(20)
     assert host.status == "stopped"
+
+
+def test_nobody_who_waits_for_the_end_can_call_it_off():
+    host = Host(tiny_engine)
+    assert not host.ended.cancel()
+    assert host.stop(20)
+    assert host.ended.result(20) is None
+
+
+def test_what_was_checked_is_not_checked_again():
+    given = [1, 2]
+    checked = Generation("a", given).checked(50)
+    given[0] = 99
+    assert checked.tokens == (1, 2)
+    checked.check(50)
+    for wrong in (replace(checked, tokens=(99,)), Generation("a", [1, True]), Generation("a", [50])):
+        with pytest.raises(RequestError, match="tokens: expected"):
+            wrong.checked(50)
+    with pytest.raises(RequestError, match="ids from 0 to 1"):
+        checked.check(2)

@@ -1,6 +1,7 @@
 """Completions over HTTP: what is asked is what the engine gives, in OpenAI's words."""
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,15 +9,19 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from swat_lm.serve.generation import Event
+from swat_lm.serve.generation import Event, Generation
 from swat_lm.serve.http.app import create_app
-from swat_lm.serve.http.asking import Prompt
+from swat_lm.serve.http.asking import Prompt, Served
 from swat_lm.serve.http.completions import LOWEST
+from swat_lm.serve.http.metrics import Metrics
 from swat_lm.serve.http.replies import Echo, Reply
 from swat_lm.serve.http.settings import Settings
+from swat_lm.serve.http.streams import Running
 from swat_lm.serve.language import Language
-from swat_lm.serve.sampler import Choice
+from swat_lm.serve.sampler import Choice, NoTokenError, SamplingError
 from tests.serve.hosting import LETTERS, PlayedHost, running_host, tiny_engine
+
+SETTINGS = Settings("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +173,72 @@ def test_an_error_in_the_middle_of_a_stream_has_the_clients_form():
     }  # fmt: skip
     found = client.post("/v1/completions", json={"model": "tiny", "prompt": "a"})
     assert (found.status_code, found.json()["error"]["code"]) == (500, "generation_failed")
-    # what it had to follow came with the request
-    found = client.post("/v1/completions", json={"model": "tiny", "prompt": "a", "response_format": LETTERS})
-    assert (found.status_code, found.json()["error"]["param"]) == (400, "response_format")
+
+
+@pytest.mark.parametrize(
+    ("cause", "status", "code"),
+    [
+        (NoTokenError("nothing may come"), 400, "constraint_failed"),
+        (SamplingError("logits are not numbers"), 500, "generation_failed"),
+        (RuntimeError("CUDA error: out of memory"), 500, "generation_failed"),
+    ],
+)
+def test_only_a_constraint_that_fails_is_the_requests_fault(cause: Exception, status: int, code: str):
+    client = TestClient(create_app(PlayedHost([{"ended": "error", "error": str(cause), "cause": cause}]), SETTINGS))
+    for path, name, body in (
+        ("completions", "response_format", {"prompt": "a", "response_format": LETTERS}),
+        ("responses", "text.format", {"input": "a", "text": {"format": {"type": "json_object"}}}),
+    ):
+        found = client.post(f"/v1/{path}", json={"model": "tiny", **body})
+        error = found.json()["error"]
+        assert (found.status_code, error["code"]) == (status, code)
+        assert error["param"] == (name if status == 400 else None)
+
+
+def test_what_ends_with_the_server_says_when_to_come_again():
+    host = PlayedHost([])
+    language = Language(host.engine.tokenizer, 272)
+    running = Running(Served(host, language, SETTINGS, 0, ""), Metrics(host), [], {})
+    host._status = "draining"
+    failed = running._failure(Event("a", ended="error", error="it ended"))
+    assert (failed.status, failed.code, failed.headers) == (503, "server_draining", {"Retry-After": "5"})
+
+
+def test_long_prompts_are_checked_beside_the_engine(client: TestClient, monkeypatch: pytest.MonkeyPatch):
+    names: list[str] = []
+    whole = Generation._check_tokens
+
+    def check(self: Generation, vocabulary: int) -> None:
+        names.append(threading.current_thread().name)
+        whole(self, vocabulary)
+
+    monkeypatch.setattr(Generation, "_check_tokens", check)
+    ask(client, prompt=[97] * 5000, max_tokens=0)
+    assert len(names) == 1
+    assert names != ["engine"]
+    found = client.post("/v1/completions", json={"model": "tiny", "prompt": [*[97] * 5000, 272]})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "prompt")
+    names.clear()
+    ask(client, prompt="short", max_tokens=0)
+    assert names == ["engine"]
+
+
+def test_prompts_are_weighed_as_far_as_there_is_memory(client: TestClient):
+    host = PlayedHost([{"ended": "read"}])
+    small = TestClient(create_app(host, Settings("tiny", max_weighed=5)))
+    body = {"model": "tiny", "prompt": ["abc", "def"], "echo": True, "max_tokens": 0}
+    found = small.post("/v1/completions", json={**body, "logprobs": 1})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "prompt")
+    assert "expected at most 5 tokens of prompts with echo and logprobs, got 6" in found.json()["error"]["message"]
+    assert small.post("/v1/completions", json=body).status_code == 200
+    # long answers come from another thread, and are the same
+    short, long = ({"prompt": "ab" * count, "echo": True, "logprobs": 1, "max_tokens": 0} for count in (20, 600))
+    whole, part = ask(client, **long)["choices"][0], ask(client, **short)["choices"][0]
+    assert lines(client, **long)[0]["choices"] == [whole]
+    assert whole["logprobs"]["tokens"] == list("ab" * 600)
+    assert whole["logprobs"]["token_logprobs"][1:30] == pytest.approx(
+        part["logprobs"]["token_logprobs"][1:30], abs=1e-5
+    )
 
 
 def events_of(texts: list[str], tokens: list[int], ended: str) -> list[Event]:
@@ -216,3 +284,12 @@ def test_characters_of_several_tokens_share_their_place():
         "bytes:\\xc3", "bytes:\\xa9", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "x",
     ]  # fmt: skip
     assert LOWEST == -9999
+
+
+def test_long_chats_have_log_probabilities_of_every_token(client: TestClient):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 64, "temperature": 0,
+            "response_format": LETTERS, "logprobs": True, "top_logprobs": 2}  # fmt: skip
+    (choice,) = client.post("/v1/chat/completions", json=body).json()["choices"]
+    tokens = choice["logprobs"]["content"]
+    assert "".join(one["token"] for one in tokens) == choice["message"]["content"]
+    assert [len(one["top_logprobs"]) for one in tokens] == [2] * 64

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from swat_lm.serve.http.app import create_app
+from swat_lm.serve.host import Host
+from swat_lm.serve.http.app import Endpoint, create_app
+from swat_lm.serve.http.completions import Completion, CompletionRequest
 from swat_lm.serve.http.guard import Rate
 from swat_lm.serve.http.settings import Settings
 from tests.serve.hosting import ENDPOINTS, running_host, tiny_engine
@@ -19,9 +21,14 @@ KEY = "a-key-of-mine"
 
 
 @pytest.fixture(scope="module")
-def app() -> Iterator[FastAPI]:
-    with running_host() as host:
-        yield create_app(host, Settings("tiny", 64, max_body=100_000, max_prompts=8))
+def host() -> Iterator[Host]:
+    with running_host() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def app(host: Host) -> FastAPI:
+    return create_app(host, Settings("tiny", 64, max_body=100_000, max_prompts=8))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     ("completions", {"ignore_eos": 1}, 400, "ignore_eos", "expected true or false"),
     ("completions", {"repetition_penalty": 1e300}, 400, "repetition_penalty", "expected 0.01 to 100"),
     ("completions", {"response_format": {"type": "xml"}}, 400, "response_format", "json_schema"),
+    ("completions", {"response_format": False}, 400, "response_format", "got false"),
     ("completions", {"response_format": {"type": "json_schema"}}, 400, "response_format", "with a schema"),
     ("completions", {"response_format": {"type": "regex", "regex": "("}}, 400, "response_format", "cannot be compiled"),
     ("completions", {"response_format": {"type": "regex"}}, 400, "response_format", "expected a text"),
@@ -89,6 +97,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     ("responses", {"messages": []}, 200, None, ""),
     ("responses", {"messages": [1]}, 400, "messages", "/v1/chat/completions"),
     ("responses", {"tools": [{}]}, 400, "tools", "calls no tools"),
+    ("responses", {"text": {"format": 0}}, 400, "text.format", "got 0"),
     ("responses", {"text": {"format": {"type": "what"}}}, 400, "text.format", "json_schema"),
 ]  # fmt: skip
 RIGHT: dict[str, dict[str, Any]] = {
@@ -211,6 +220,27 @@ def test_browsers_are_let_in_only_where_it_is_said():
         opened = TestClient(create_app(host, Settings("tiny", api_keys=(KEY,), cors_origins=("http://page",))))
         found = opened.options("/v1/completions", headers=headers)
         assert (found.status_code, found.headers["access-control-allow-origin"]) == (200, "http://page")
+
+
+def test_a_defect_has_the_headers_of_every_answer(host: Host):
+    async def broken(request: Any, served: Any) -> Any:
+        raise RuntimeError("nobody expected this")
+
+    endpoint = Endpoint("/v1/broken", "Breaks", broken, CompletionRequest, Completion, asks=False)
+    client = TestClient(create_app(host, Settings("tiny", cors_origins=("http://page",)), endpoints=(endpoint,)))
+    found = client.post("/v1/broken", json={}, headers={"origin": "http://page"})
+    assert (found.status_code, found.json()["error"]["code"]) == (500, "internal_error")
+    assert found.headers["x-request-id"].startswith("req-")
+    assert found.headers["access-control-allow-origin"] == "http://page"
+    assert 'swat_requests_total{endpoint="/v1/broken",status="500"} 1.0' in client.get("/metrics").text
+
+
+def test_who_guesses_keys_has_to_wait(host: Host):
+    client = TestClient(create_app(host, Settings("tiny", rate_limit=2, api_keys=(KEY,))))
+    right, wrong = {"authorization": f"Bearer {KEY}"}, {"authorization": "Bearer wrong"}
+    statuses = [client.get("/v1/models", headers=one).status_code for one in (right, wrong, wrong, wrong, right)]
+    # whether the last one is right is not looked at
+    assert statuses == [200, 401, 401, 429, 429]
 
 
 def known_fields() -> list[str]:

@@ -1,13 +1,11 @@
 """A real server on a port: OpenAI's client, connections that are closed, signals to end."""
 
 import asyncio
-import base64
 import json
-import logging
 import socket
-import struct
 import threading
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import openai
@@ -16,19 +14,16 @@ from pydantic import BaseModel
 from starlette.testclient import TestClient
 
 from swat_lm.serve.host import Host
-from swat_lm.serve.http.app import Endpoint, create_app
-from swat_lm.serve.http.embeddings import EmbeddingRequest, Embeddings, embed
+from swat_lm.serve.http.app import create_app
 from swat_lm.serve.http.server import Server, listen
 from swat_lm.serve.http.settings import Settings
-from swat_lm.serve.http.watching import JsonLines
+from swat_lm.serve.http.streams import EventStream
+from swat_lm.serve.language import Language
 from tests.serve.hosting import (
-    ENDPOINTS,
     LETTERS,
-    PlayedHost,
     running_host,
     running_server,
     send_raw,
-    tiny_engine,
     until,
 )  # fmt: skip
 
@@ -199,6 +194,43 @@ def test_a_connection_that_breaks_within_its_body_harms_nobody(port: int, client
     assert client.models.list().data
 
 
+def test_who_goes_before_the_first_byte_ends_the_request_too():
+    async def lines() -> AsyncGenerator[str]:
+        yield "never"
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    ended: list[int] = []
+    scope: Any = {"type": "http", "state": {}}
+    asyncio.run(EventStream(lines(), lambda: ended.append(1))(scope, receive, send))
+    assert (ended, scope["state"]) == ([1], {"gone": True})
+
+
+def test_long_texts_are_read_beside_the_loop(port: int, monkeypatch: pytest.MonkeyPatch):
+    go, begun = threading.Event(), threading.Event()
+    prompt = Language.prompt
+
+    def slow(language: Language, text: str) -> Any:
+        begun.set()
+        go.wait(20)
+        return prompt(language, text)
+
+    monkeypatch.setattr(Language, "prompt", slow)
+    body = json.dumps({"model": "tiny", "prompt": "a" * 50, "max_tokens": 0}).encode()
+    made = send_raw(port, "/v1/completions", body)
+    assert begun.wait(20)
+    # others are answered meanwhile
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=20) as found:
+        assert json.load(found) == {"status": "ready"}
+    go.set()
+    assert made.recv(15) == b"HTTP/1.1 200 OK"
+    made.close()
+
+
 def test_the_end_lets_replies_end_and_refuses_others():
     with running_host() as host, running_server(host, Settings("tiny", 2000)) as (server, port):
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
@@ -256,119 +288,18 @@ def test_a_host_that_cannot_load_ends_the_server():
     assert str(host.failure) == "no weights"
 
 
-def test_until_it_is_loaded_it_says_so():
-    go = threading.Event()
-
-    def slow() -> Any:
-        go.wait(20)
-        return tiny_engine()
-
-    host = Host(slow)
-    host.start()
-    client = TestClient(create_app(host, Settings("tiny")))
-    try:
-        for found in (client.get("/ready"), client.post("/v1/completions", json={"model": "tiny", "prompt": "a"})):
-            assert (found.status_code, found.json()["error"]["code"]) == (503, "server_loading")
-            assert found.headers["retry-after"] == "5"
-        assert client.get("/health").json() == {"status": "loading"}
-        assert client.get("/v1/models").status_code == 200
-        assert 'swat_status{status="loading"} 1.0' in client.get("/metrics").text
-    finally:
-        go.set()
-    host.wait_ready(20)
-    assert client.get("/ready").json() == {"status": "ready"}
-    assert host.stop(20)
-
-
-def test_numbers_for_prometheus(host: Host, client: openai.OpenAI):
-    before = host.counters.tokens_generated
-    more = {"ignore_eos": True}
-    client.completions.create(model="tiny", prompt="abc", max_tokens=5, n=2, extra_body=more)
-    assert host.counters.tokens_generated == before + 10
-    app = create_app(host, Settings("tiny"))
-    alone = TestClient(app)
-    alone.post("/v1/completions", json={"model": "tiny", "prompt": "abc", "max_tokens": 5, "n": 2, **more})
-    alone.post("/v1/completions", json={"model": "tiny"})
-    alone.get("/v1/other/path")
-    text = alone.get("/metrics").text
-    for line in (
-        'swat_requests_total{endpoint="/v1/completions",status="200"} 1.0',
-        'swat_requests_total{endpoint="/v1/completions",status="400"} 1.0',
-        'swat_requests_total{endpoint="other",status="404"} 1.0',
-        "swat_time_to_first_token_seconds_count 2.0", "swat_time_between_tokens_seconds_count 8.0",
-        'swat_slots{use="free"} 4.0', "swat_queue_length 0.0", 'swat_status{status="ready"} 1.0',
-    ):  # fmt: skip
-        assert line in text
-
-
-def test_log_lines_are_json_without_what_was_asked(host: Host, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO, "swat_lm.serve.access")
-    for log_prompts in (False, True):
-        caplog.clear()
-        client = TestClient(create_app(host, Settings("tiny", log_prompts=log_prompts)))
-        client.post("/v1/completions", json={"model": "tiny", "prompt": "secret", "max_tokens": 3, "ignore_eos": True})
-        client.get("/ready")
-        (record,) = caplog.records
-        line = json.loads(JsonLines().format(record))
-        assert (line["status"], line["prompt_tokens"], line["completion_tokens"]) == (200, 6, 3)
-        assert line["path"] == "/v1/completions"
-        assert line.get("prompt") == ("secret" if log_prompts else None)
-
-
-def test_texts_become_vectors():
-    """Over a host that plays: what the engine says of them is tested with the engine."""
-    host = PlayedHost([{"ended": "read", "embedding": [0.5, -1.0]}])
-    endpoint = Endpoint("/v1/embeddings", "Texts as vectors", embed, EmbeddingRequest, Embeddings)
-    made: list[Any] = []
-
-    def generation(key: str, prompt: Any) -> Any:
-        made.append(prompt.tokens)
-        return Generation(key, prompt.tokens, Sampling(max_tokens=0))
-
-    from swat_lm.serve.generation import Generation
-    from swat_lm.serve.http import embeddings
-    from swat_lm.serve.sampling import Sampling
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embeddings, "embedding_of", generation)
-        client = TestClient(create_app(host, Settings("tiny"), [endpoint]))
-        found = client.post("/v1/embeddings", json={"model": "tiny", "input": ["ab", "c"], "user": "me"}).json()
-        assert [one["embedding"] for one in found["data"]] == [[0.5, -1.0]] * 2
-        assert found["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
-        assert made == [[97, 98], [99]]
-        packed = {"model": "tiny", "input": [1, 2], "encoding_format": "base64"}
-        vector = client.post("/v1/embeddings", json=packed).json()["data"][0]["embedding"]
-        assert struct.unpack("<2f", base64.b64decode(vector)) == (0.5, -1.0)
-        for wrong in ({"input": ""}, {"input": []}, {"input": "a", "dimensions": 3}, {"input": "a", "n": 1}):
-            assert client.post("/v1/embeddings", json={"model": "tiny", **wrong}).status_code == 400
-
-
-def test_the_document_says_what_there_is(host: Host):
-    document = TestClient(create_app(host, Settings("tiny"))).get("/openapi.json").json()
-    for endpoint in ENDPOINTS:
-        (said,) = document["paths"][endpoint.path].values()
-        body = said["requestBody"]["content"]["application/json"]["schema"]["$ref"]
-        assert body == f"#/components/schemas/{endpoint.takes.__name__}"
-        properties = document["components"]["schemas"][endpoint.takes.__name__]["properties"]
-        assert set(properties) == set(endpoint.takes.model_fields)
-        assert {"400", "401", "404", "413", "415", "429", "500", "503"} <= set(said["responses"])
-        assert ("text/event-stream" in said["responses"]["200"]["content"]) == endpoint.streams
-    # every reference leads somewhere
-    text = json.dumps(document)
-    for name in {part.partition('"')[0] for part in text.split("#/components/schemas/")[1:]}:
-        assert name in document["components"]["schemas"]
-    assert "422" not in text
-
-
-def test_tokens_and_back(host: Host):
-    client = TestClient(create_app(host, Settings("tiny")))
-    found = client.post("/tokenize", json={"prompt": "aé"}).json()
-    assert found == {"tokens": [97, 195, 169], "count": 3}
-    assert client.post("/detokenize", json={"tokens": [97, 195, 169, 257]}).json() == {"prompt": "aé<|eos|>"}
-    chat = client.post("/tokenize", json={"messages": CHAT}).json()
-    assert bytes(chat["tokens"]).decode() == "[system]short\n[user]hi\n[assistant]"
-    for path, wrong in (
-        ("tokenize", {}), ("tokenize", {"prompt": "a", "messages": CHAT}), ("detokenize", {"tokens": 1}),
-        ("detokenize", {"tokens": [272]}), ("detokenize", {"tokens": [1], "model": "x"}),
-    ):  # fmt: skip
-        assert client.post(f"/{path}", json=wrong).status_code in (400, 404)
+def test_texts_become_vectors(host: Host, client: openai.OpenAI):
+    # the client asks for base64 by itself
+    found = client.embeddings.create(model="tiny", input=["ab", "c" * 70, "ab"], user="me")
+    vectors = [one.embedding for one in found.data]
+    assert [one.index for one in found.data] == [0, 1, 2]
+    assert vectors[0] == vectors[2] != vectors[1]
+    assert [len(vector) for vector in vectors] == [32] * 3
+    assert sum(value * value for value in vectors[1]) == pytest.approx(1, abs=1e-5)
+    assert found.usage.prompt_tokens == found.usage.total_tokens == 74
+    plain = client.embeddings.create(model="tiny", input=[97, 98], encoding_format="float")
+    assert plain.data[0].embedding == pytest.approx(vectors[0], abs=1e-6)
+    alone = TestClient(create_app(host, Settings("tiny")))
+    for wrong in ({"input": ""}, {"input": []}, {"input": "a", "dimensions": 3}, {"input": "a", "n": 1}):
+        assert alone.post("/v1/embeddings", json={"model": "tiny", **wrong}).status_code == 400
+    assert free(host)

@@ -1,7 +1,10 @@
 """Sessions over HTTP: what is new is enough, what the client saw is kept, errors say what to do."""
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,14 @@ import pytest
 from starlette.testclient import TestClient
 
 from swat_lm.serve.engine import Engine
+from swat_lm.serve.generation import Event, Generation
 from swat_lm.serve.host import Host
 from swat_lm.serve.http.app import create_app
+from swat_lm.serve.http.asking import Served
+from swat_lm.serve.http.metrics import Metrics
 from swat_lm.serve.http.settings import Settings
+from swat_lm.serve.http.streams import Running, SessionTurn
+from swat_lm.serve.language import Language
 from swat_lm.serve.sessions.hosted import HostedSessions
 from swat_lm.serve.sessions.store import FolderStore
 from tests.serve.hosting import running_host, running_server, send_raw, tiny_engine, until
@@ -76,7 +84,8 @@ def test_a_session_reads_only_what_is_new(client: TestClient):
     assert text_of(found) == text_of(text_turn(client, "b", "hello " + first + " and"))
     usage = found.json()["usage"]
     assert usage["prompt_tokens"] == len("hello ") + 6 + len(" and")
-    assert usage["prompt_tokens_details"] == {"cached_tokens": len("hello ") + 6}
+    # the last one that was drawn is read with what is new
+    assert usage["prompt_tokens_details"] == {"cached_tokens": len("hello ") + 5}
     session = client.get("/v1/sessions/a").json()
     assert (session["turns"], session["tokens"], session["kind"], session["place"]) == (2, 22, "text", "slot")
     assert session["state_bytes"] > 0
@@ -92,6 +101,54 @@ def test_a_chat_goes_on_with_its_last_message_or_all_of_them(client: TestClient)
         status, code, message = error_of(chat_turn(client, "chat", *contents))
         assert (status, code) == (409, "session_history")
         assert "not the one of this session" in message
+
+
+def test_a_message_in_a_session_has_no_name(client: TestClient):
+    messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "ho", "name": "bob"}]
+    found = client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, "session_id": "named"})
+    error = found.json()["error"]
+    assert (found.status_code, error["param"]) == (400, "messages[1].name")
+    assert "keeps only roles and texts; put the name into the content, got 'bob'" in error["message"]
+    assert client.get("/v1/sessions/named").status_code == 404
+
+
+def test_an_event_counts_as_seen_when_the_next_one_is_asked_for(served: Any):
+    _, host, _ = served
+    events = [Event("turn", text=text, shown=(place, text)) for place, text in enumerate("abc", 1)]
+    cancelled: list[Any] = []
+
+    class Played:
+        def turn(self, session: str, kind: str, key: Any, prepare: Any, deliver: Any) -> Future[None]:
+            for event in events:
+                deliver(event)
+            future: Future[None] = Future()
+            future.set_result(None)
+            return future
+
+        def cancel(self, *arguments: Any) -> None:
+            cancelled.append(arguments)
+
+    async def leave_after_two() -> None:
+        language = Language(host.engine.tokenizer, 272)
+        ours = Served(host, language, Settings("tiny"), 0, "", Played())  # type: ignore[arg-type]
+        turn = SessionTurn("a", "text", Generation("turn", ()), lambda record: pytest.fail("nobody asks"), True)
+        running = await Running(ours, Metrics(host), (), {}, turn).start()
+        async with running, contextlib.aclosing(running.__aiter__()) as found:  # type: ignore[type-var]
+            assert [(await anext(found))[1].text for _ in range(2)] == ["a", "b"]
+
+    asyncio.run(leave_after_two())
+    # "b" may not have gone out
+    assert cancelled == [("turn", (1, "a"), "a")]
+
+
+def test_a_request_that_is_sent_again_is_not_read_twice(client: TestClient):
+    for turns in (0, 1):
+        assert text_of(text_turn(client, "counted", "x", session_turns=turns))
+        status, code, message = error_of(text_turn(client, "counted", "x", session_turns=turns))
+        assert (status, code) == (409, "session_history")
+        assert f"expected {turns + 1}" in message
+    assert error_of(text_turn(client, "counted", "x", session_turns="2"))[0] == 400
+    assert client.get("/v1/sessions/counted").json()["turns"] == 2
 
 
 def test_a_stream_is_kept_as_it_was_sent(client: TestClient):
@@ -148,7 +205,7 @@ def test_what_a_session_cannot_be_asked(client: TestClient, body: Any, status: i
 def test_wrong_files_and_names(client: TestClient):
     text_of(text_turn(client, "named", "hello"))
     content = client.get("/v1/sessions/named/export").content
-    for wrong, status in ((b"no file", 409), (content[:-1], 409), (b"x" * (1 << 25), 413)):
+    for wrong, status in ((b"no file", 400), (content[:-1], 400), (b"x" * (1 << 25), 413)):
         found = client.put("/v1/sessions/new/import", content=wrong)
         assert error_of(found)[0] == status, found.text
     assert error_of(client.put("/v1/sessions/named/import", content=content))[:2] == (409, "session_exists")

@@ -1,6 +1,7 @@
 """A tokenizer as a server uses it."""
 
 import threading
+import time
 
 import pytest
 from tokenizers import processors
@@ -25,7 +26,42 @@ def test_a_prompt_begins_a_text_and_does_not_close_it():
     assert around.prompt("ab<|eos|>") == ([256, 97, 98, 257], 1)
     assert around.prompt("").tokens[:1] == [256]
     assert around.encode("ab") == [97, 98]
-    assert around.encode("ab", special=True) == [256, 97, 98, 257]
+
+
+def test_long_texts_are_encoded_in_pieces_and_beside_other_threads():
+    tokenizer, cuts = load_tokenizer("bytes"), []
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 256), ("<|eos|>", 257)]
+    )
+
+    def cut(text: str) -> list[str]:
+        cuts.append(len(text))
+        return [text[place : place + 50_000] for place in range(0, len(text), 50_000)]
+
+    language = Language(tokenizer, 300, cut=cut)
+    text = "abcd" * 60_000
+    assert language.prompt(text) == ([256, *text.encode()], 1)
+    assert language.encode(text) == list(text.encode())
+    assert cuts == [len(text)] * 2
+    assert language.encode("short") == list(b"short")
+    assert language.encode("") == []
+    # the longest that another thread had to wait
+    stop, longest = threading.Event(), [0.0]
+
+    def look() -> None:
+        while not stop.is_set():
+            begin = time.monotonic()
+            time.sleep(0.001)
+            longest[0] = max(longest[0], time.monotonic() - begin)
+
+    watching = threading.Thread(target=look)
+    watching.start()
+    begin = time.monotonic()
+    Language(tokenizer, 300).encode(text)
+    seconds = time.monotonic() - begin
+    stop.set()
+    watching.join(20)
+    assert longest[0] < max(0.2, 0.5 * seconds)
 
 
 def test_a_text_is_never_cut_or_filled_up_as_the_file_says():

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,7 +23,7 @@ from swat_lm.serve.http.chats import ChatCompletion, ChatRequest, chat
 from swat_lm.serve.http.completions import Completion, CompletionRequest, complete
 from swat_lm.serve.http.embeddings import EmbeddingRequest, Embeddings, embed
 from swat_lm.serve.http.errors import ApiError, declared
-from swat_lm.serve.http.guard import Guard
+from swat_lm.serve.http.guard import Defects, Guard
 from swat_lm.serve.http.metrics import Metrics
 from swat_lm.serve.http.responses import ResponseObject, ResponseRequest, respond
 from swat_lm.serve.http.sessions import ForkRequest, add_sessions
@@ -31,11 +31,13 @@ from swat_lm.serve.http.settings import Settings
 from swat_lm.serve.http.streams import ClientGoneError, EventStream, Running, SessionTurn, unless_gone
 from swat_lm.serve.http.tokens import DetokenizeRequest, Text, TokenizeRequest, Tokens, detokenize, tokenize
 from swat_lm.serve.http.watching import GONE, Watch
-from swat_lm.serve.language import Language
+from swat_lm.serve.language import Cut, Language
 from swat_lm.serve.sessions.hosted import HostedSessions
 
 __all__ = ["ENDPOINTS", "Endpoint", "Health", "Model", "Models", "create_app"]
 
+# so many tokens, read and drawn, may have an answer that takes longer to write than a thread to start
+LONG_ANSWER = 1024
 Handler = Callable[..., Awaitable[BaseModel | AsyncGenerator[str]]]
 
 
@@ -75,14 +77,12 @@ class Models(BaseModel):
     data: list[Model]
 
 
-# whether the engine reads texts into vectors
-EMBEDS = any(field.name == "embedding" for field in fields(Generation))
 ENDPOINTS = (
     Endpoint("/v1/completions", "Go on from texts or tokens", complete, CompletionRequest, Completion, streams=True),
     Endpoint("/v1/chat/completions", "Answer messages", chat, ChatRequest, ChatCompletion, streams=True),
     Endpoint("/v1/responses", "Answer messages, in the newer form", respond, ResponseRequest, ResponseObject,
              streams=True),
-    *([Endpoint("/v1/embeddings", "Texts as vectors", embed, EmbeddingRequest, Embeddings)] if EMBEDS else []),
+    Endpoint("/v1/embeddings", "Texts as vectors", embed, EmbeddingRequest, Embeddings),
     Endpoint("/tokenize", "The tokens of a text", tokenize, TokenizeRequest, Tokens, asks=False),
     Endpoint("/detokenize", "The text of tokens", detokenize, DetokenizeRequest, Text, asks=False),
 )  # fmt: skip
@@ -92,13 +92,18 @@ def create_app(
     host: Host,
     settings: Settings,
     sessions: HostedSessions | None = None,
+    cutter: Callable[[Any], Cut] | None = None,
     endpoints: Sequence[Endpoint] = ENDPOINTS,
 ) -> FastAPI:
-    """A server before a host, which the caller starts and stops, with its sessions where it keeps any."""
+    """A server before a host, which the caller starts and stops, with its sessions where it keeps any.
+
+    `cutter` gives for a tokenizer what cuts its long texts (`Language`).
+    """
     app = FastAPI(title="swat-lm", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     metrics = Metrics(host)
     app.state.host, app.state.settings, app.state.metrics = host, settings, metrics
     app.state.served, app.state.created, app.state.sessions = None, int(time.time()), sessions
+    app.state.cutter = cutter
     for endpoint in endpoints:
         add_endpoint(app, endpoint)
     add_models(app)
@@ -112,12 +117,13 @@ def create_app(
     app.add_exception_handler(Exception, errors.answer_defect)
     # the last one added is the outermost
     app.add_middleware(Guard, settings=settings)
+    # Starlette's own answer to a defect would go out before what follows has put its headers there
+    app.add_middleware(Defects)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins,
                            allow_methods=["GET", "POST", "PUT", "DELETE"],
                            allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])  # fmt: skip
-    paths = frozenset(getattr(route, "path", "") for route in app.routes)
-    app.add_middleware(Watch, metrics=metrics, paths=paths)
+    app.add_middleware(Watch, metrics=metrics, routes=app.routes)
     return app
 
 
@@ -134,7 +140,8 @@ async def served_by(app: FastAPI) -> Served:
 def open_language(host: Host, state: Any) -> Served:
     """The model's tokenizer, ready for requests."""
     engine, settings = host.engine, state.settings
-    language = Language(engine.tokenizer, engine.model.config.vocab_size, engine.end_tokens)
+    cut = None if state.cutter is None else state.cutter(engine.tokenizer)
+    language = Language(engine.tokenizer, engine.model.config.vocab_size, engine.end_tokens, cut)
     # of what the replies to one seed depend on
     fingerprint = f"swat-{settings.model}-{engine.model.dtype}-{engine.model.device.type}".replace("torch.", "")
     return Served(host, language, settings, state.created, fingerprint, state.sessions)
@@ -148,8 +155,12 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
         if not endpoint.asks:
             return await endpoint.handler(request, served)
 
-        async def running_of(generations: Sequence[Generation], turn: SessionTurn | None = None) -> Running:
-            return await Running(served, app.state.metrics, generations, request.state.told, turn).start()
+        async def running_of(
+            generations: Sequence[Generation], turn: SessionTurn | None = None, format_name: str = "response_format"
+        ) -> Running:
+            running = Running(served, app.state.metrics, generations, request.state.told, turn, format_name)
+            request.state.running = running
+            return await running.start()
 
         return await endpoint.handler(request, served, running_of)
 
@@ -158,12 +169,16 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint) -> None:
         await request.body()
         made = await unless_gone(request, answer(request))
         if isinstance(made, BaseModel):
-            return Response(made.model_dump_json(), media_type="application/json")
-        return EventStream(made)
+            # what is long takes long to write
+            told = getattr(request.state, "told", {})
+            is_long = told.get("prompt_tokens", 0) + told.get("completion_tokens", 0) >= LONG_ANSWER
+            text = await work(made.model_dump_json) if is_long else made.model_dump_json()
+            return Response(text, media_type="application/json")
+        return EventStream(made, request.state.running.stop)
 
     content: dict[str, Any] = {"application/json": {}}
     if endpoint.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     body = {"required": True, "content": {"application/json": {"schema": {"$ref": reference(endpoint.takes)}}}}
     app.add_api_route(
         endpoint.path, serve, methods=["POST"], response_model=None, summary=endpoint.said,
@@ -230,6 +245,9 @@ def document(app: FastAPI, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
                                         ref_template="#/components/schemas/{model}")  # fmt: skip
         components = made.setdefault("components", {})
         components["schemas"] = {**components.get("schemas", {}), **schemas["$defs"]}
+        for one in endpoints:
+            # there is one, and whoever reads the document shall know its name
+            components["schemas"][one.takes.__name__]["properties"]["model"]["examples"] = [app.state.settings.model]
         if app.state.settings.api_keys:
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             made["security"] = [{"key": []}]

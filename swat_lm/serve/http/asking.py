@@ -143,6 +143,12 @@ class Options(Body):
         "Go on with this session, or begin it; what is sent is read after what it holds. Not in OpenAI's API.",
     )
 
+    session_turns: Any = whole(
+        0,
+        text="So many turns the session has for who asks; with another number it is refused, so that a request which "
+        "is sent again is not read twice. Not in OpenAI's API.",
+    )
+
     def sampling(self, language: Language, max_tokens: int | None, logprobs: int | None) -> Sampling:
         """As the engine takes it. Raises ApiError."""
         given = {

@@ -22,7 +22,7 @@ from swat_lm.serve.http.asking import (
     whole,
 )  # fmt: skip
 from swat_lm.serve.http.bodies import Body, read_body, work
-from swat_lm.serve.http.completions import Usage, usage_of
+from swat_lm.serve.http.completions import MANY_TOKENS, Usage, usage_of
 from swat_lm.serve.http.errors import ApiError
 from swat_lm.serve.http.replies import LOWEST, Delta, Logged, Reply
 from swat_lm.serve.http.session_turns import chat_turn
@@ -176,7 +176,9 @@ async def chat(request: Request, served: Served, running_of: Any) -> "ChatComple
     if logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs: expected only with logprobs true", "top_logprobs")
     logprobs = (logprobs or 0) if asked.logprobs else None
-    constraint = await work(constraint_of, served.language, asked.response_format) if asked.response_format else None
+    constraint = (
+        await work(constraint_of, served.language, asked.response_format) if asked.response_format is not None else None
+    )
     messages = [{"role": one.role, "content": one.content, "name": one.name} for one in asked.messages]
     most = next((count for count in counts if count is not None), None)
     name, told, read = new_id("chatcmpl"), dict[str, Any](), Counts()
@@ -244,8 +246,9 @@ class Answer:
             texts[index] += delta.text
             logged[index] += delta.logged
         choices = [
-            ChatChoice(index=index, message=ChatMessage(content=text), logprobs=self._logprobs_of(logged[index]),
-                       finish_reason=self._replies[index].finish or "length")
+            ChatChoice(index=index, message=ChatMessage(content=text),
+                       logprobs=await work(self._logprobs_of, logged[index]) if len(logged[index]) >= MANY_TOKENS
+                       else self._logprobs_of(logged[index]), finish_reason=self._replies[index].finish or "length")
             for index, text in enumerate(texts)
         ]  # fmt: skip
         return ChatCompletion(**self._head, choices=choices, usage=usage_of(self._read, self._replies))

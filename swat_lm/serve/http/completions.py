@@ -30,6 +30,8 @@ from swat_lm.serve.language import Language
 __all__ = ["Completion", "CompletionRequest", "Usage", "complete", "prompts_of"]
 
 DEFAULT_MAX_TOKENS = 16
+# log-probabilities that take longer to write than a thread to start
+MANY_TOKENS = 64
 TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 EXPECTED_PROMPT = "a text, token ids, or a list of either"
@@ -111,11 +113,14 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
     logprobs = most_logprobs(asked.logprobs, "logprobs")
     check_text_turn(served, asked)
     sampling = asked.sampling(served.language, max_tokens, logprobs)
-    constraint = await work(constraint_of, served.language, asked.response_format) if asked.response_format else None
+    constraint = (
+        await work(constraint_of, served.language, asked.response_format) if asked.response_format is not None else None
+    )
     prompts = await work(prompts_of, served, asked.prompt)
     name = new_id("cmpl")
     weighed = logprobs if asked.echo else None
     read, turn = Counts(sum(len(prompt.tokens) for prompt in prompts)), None
+    check_weighed(served, weighed, read)
     generations: list[Generation] = []
     if asked.session_id is not None:
         turn = text_turn(served, asked, prompts, Generation(name, (), sampling, constraint), read)
@@ -128,7 +133,7 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
     request.state.told = told
     if served.settings.log_prompts:
         told["prompt"] = asked.prompt
-    echoes = [Echo(served.language, prompt, logprobs) if asked.echo else None for prompt in prompts]
+    echoes = await work(echoes_of, served.language, prompts, logprobs) if asked.echo else [None] * len(prompts)
     answer = Answer(served, name, read, sampling.n, logprobs, echoes)
     running: Running = await running_of(generations, turn)
     told["prompt_tokens"] = read.prompt
@@ -136,6 +141,14 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
         return answer.lines(running, with_usage)
     async with running:
         return await answer.whole(running)
+
+
+def check_weighed(served: Served, logprobs: int | None, read: Counts) -> None:
+    """Raise ApiError for more tokens of prompts with log-probabilities than there is memory for."""
+    most = served.settings.max_weighed
+    if logprobs is not None and read.prompt > most:
+        message = f"expected at most {most:,} tokens of prompts with echo and logprobs, got {read.prompt:,}"
+        raise ApiError(400, f"prompt: {message}; ask in parts, or leave one of both out", "prompt")
 
 
 class Answer:
@@ -157,7 +170,10 @@ class Answer:
                 echo.take(event.prompt)
             if event.choice is not None or event.ended is not None or event.text:
                 index = number * self._n + event.sample
-                if delta := self._replies[index].take(event):
+                take = self._replies[index].take
+                # the first event of a reply brings its prompt too
+                is_long = echo is not None and self._replies[index].num_tokens == 0
+                if delta := await work(take, event) if is_long else take(event):
                     yield index, delta
 
     async def whole(self, running: Running) -> Completion:
@@ -167,7 +183,7 @@ class Answer:
             texts[index] += delta.text
             logged[index] += delta.logged
         choices = [
-            CompletionChoice(text=text, index=index, logprobs=self._logprobs_of(logged[index]),
+            CompletionChoice(text=text, index=index, logprobs=await self._logprobs_of(logged[index]),
                              finish_reason=self._replies[index].finish)
             for index, text in enumerate(texts)
         ]  # fmt: skip
@@ -178,9 +194,12 @@ class Answer:
         async with running:
             try:
                 async for index, delta in self._deltas(running):
-                    choice = CompletionChoice(text=delta.text, index=index, logprobs=self._logprobs_of(delta.logged),
-                                              finish_reason=delta.finish)  # fmt: skip
-                    yield sse(self._made([choice]))
+                    logprobs = await self._logprobs_of(delta.logged)
+                    choice = CompletionChoice(
+                        text=delta.text, index=index, logprobs=logprobs, finish_reason=delta.finish
+                    )
+                    made = self._made([choice])
+                    yield await work(sse, made) if len(delta.logged) >= MANY_TOKENS else sse(made)
                 if with_usage:
                     yield sse(self._made([], self._usage()))
             except ApiError as error:
@@ -197,8 +216,15 @@ class Answer:
     def _usage(self) -> Usage:
         return usage_of(self._read, self._replies)
 
-    def _logprobs_of(self, logged: Sequence[Logged]) -> LogProbs | None:
-        return None if self._logprobs is None else logprobs_of(self._served.language, logged)
+    async def _logprobs_of(self, logged: Sequence[Logged]) -> LogProbs | None:
+        if self._logprobs is None or len(logged) < MANY_TOKENS:
+            return None if self._logprobs is None else logprobs_of(self._served.language, logged)
+        return await work(logprobs_of, self._served.language, logged)
+
+
+def echoes_of(language: Language, prompts: Sequence[Prompt], logprobs: int | None) -> list[Echo | None]:
+    """Of every prompt. Takes its time."""
+    return [Echo(language, prompt, logprobs) for prompt in prompts]
 
 
 def usage_of(read: Counts, replies: Sequence[Reply]) -> Usage:

@@ -58,12 +58,6 @@ class Embeddings(BaseModel):
     usage: EmbeddingUsage
 
 
-def embedding_of(key: str, prompt: Prompt) -> Generation:
-    """What the engine is asked for one text."""
-    more: dict[str, Any] = {"embedding": True}
-    return Generation(key, prompt.tokens, Sampling(max_tokens=0), **more)
-
-
 async def embed(request: Request, served: Served, running_of: Any) -> Embeddings:
     """Answer a request."""
     asked = await read_body(request, EmbeddingRequest)
@@ -73,7 +67,10 @@ async def embed(request: Request, served: Served, running_of: Any) -> Embeddings
         if not prompt.tokens:
             raise ApiError(400, f"input[{place}]: expected at least one token, got none; leave it out", "input")
     name = new_id("embd")
-    generations = [embedding_of(f"{name}-{place}", prompt) for place, prompt in enumerate(prompts)]
+    generations = [
+        Generation(f"{name}-{place}", prompt.tokens, Sampling(max_tokens=0), embedding=True)
+        for place, prompt in enumerate(prompts)
+    ]
     num_read = sum(len(prompt.tokens) for prompt in prompts)
     told: dict[str, Any] = {"prompts": len(prompts), "prompt_tokens": num_read}
     request.state.told = told
@@ -83,8 +80,8 @@ async def embed(request: Request, served: Served, running_of: Any) -> Embeddings
     running: Running = await running_of(generations)
     async with running:
         async for number, event in running:
-            if event.ended is not None:
-                vectors[number] = event.embedding  # type: ignore[attr-defined]
+            if event.embedding is not None:
+                vectors[number] = event.embedding
     data = [Embedding(index=place, embedding=written(vectors[place], asked.encoding_format))
             for place in range(len(prompts))]  # fmt: skip
     usage = EmbeddingUsage(prompt_tokens=num_read, total_tokens=num_read)

@@ -12,7 +12,16 @@ from swat_lm.serve.host import NotServingError
 from swat_lm.serve.requests import RequestError
 from swat_lm.serve.sessions.record import SessionError
 
-__all__ = ["RESPONSES", "ApiError", "ErrorBody", "answer_api_error", "answer_defect", "answer_http_exception", "of"]
+__all__ = [
+    "ApiError",
+    "ErrorBody",
+    "answer_api_error",
+    "answer_defect",
+    "answer_http_exception",
+    "declared",
+    "not_serving",
+    "of",
+]
 
 KINDS = {
     401: "authentication_error",
@@ -95,7 +104,9 @@ def declared(*left_out: int) -> dict[int | str, dict[str, Any]]:
     return {**found, "default": {"model": ErrorBody, "description": "Any other error."}}
 
 
-RESPONSES = declared()
+def not_serving(message: str, status: str) -> ApiError:
+    """What a server says that takes or ends nothing now."""
+    return ApiError(503, message, code=f"server_{status}", headers={"Retry-After": "5"})
 
 
 def of(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
@@ -106,7 +117,7 @@ def of(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, NotServingError):
-        return ApiError(503, str(error), code=f"server_{error.status}", headers={"Retry-After": "5"})
+        return not_serving(str(error), error.status)
     message = str(error)
     name, colon, rest = message.partition(": ")
     param = None

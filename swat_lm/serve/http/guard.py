@@ -1,18 +1,22 @@
 """Who may ask, how often and how much: API keys, a rate for each key or address, and the size of a body. Plain ASGI."""
 
 import hmac
+import logging
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from swat_lm.serve.http.errors import ApiError
+from swat_lm.serve.http.errors import ApiError, answer_defect
 from swat_lm.serve.http.settings import Settings
 
-__all__ = ["OPEN", "Guard", "Rate"]
+__all__ = ["OPEN", "Defects", "Guard", "Rate"]
+
+logger = logging.getLogger(__name__)
 
 # what watches over a server asks these, and has no key
 OPEN = ("/health", "/ready")
@@ -29,16 +33,43 @@ class Rate:
         self._rate, self._most, self._clock = per_minute / 60, max(1.0, per_minute), clock
         self._callers: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def wait(self, caller: str) -> float:
-        """Take one token of a caller's; 0, or the seconds until there is one."""
+    def wait(self, caller: str, takes: bool = True) -> float:
+        """Take one token of a caller's, or only look; 0, or the seconds until there is one."""
         now = self._clock()
+        if not takes and caller not in self._callers:
+            return 0.0
         left, before = self._callers.pop(caller, (self._most, now))
         left = min(self._most, left + (now - before) * self._rate)
         wait = 0.0 if left >= 1 else (1 - left) / self._rate
-        self._callers[caller] = (left - 1 if left >= 1 else left, now)
+        self._callers[caller] = (left - 1 if takes and left >= 1 else left, now)
         if len(self._callers) > MANY_CALLERS:
             self._callers.popitem(last=False)
         return wait
+
+
+class Defects:
+    """Answers whatever nobody expected, so that what stands around sees that as an answer too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; 500 where that raises, unless an answer has begun."""
+        has_begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except Exception as error:
+            if scope["type"] != "http" or has_begun:
+                raise
+            logger.exception("a request has failed")
+            answer = await answer_defect(Request(scope), error)
+            await answer(scope, receive, send)
 
 
 class Guard:
@@ -67,14 +98,30 @@ class Guard:
         client = scope.get("client")
         caller = f"address {client[0] if client else 'unknown'}"
         if self._keys:
-            caller = f"key {key_number(headers.get('authorization', ''), self._keys)}"
-        if self._rate is not None and (wait := self._rate.wait(caller)):
-            seconds = math.ceil(wait)
-            raise ApiError(429, f"too many requests: the next one is served in {seconds} s", code="rate_limit_exceeded",
-                           headers={"Retry-After": str(seconds)})  # fmt: skip
+            # whoever guesses keys does not hear so soon whether the next one is right
+            self._bound(caller, takes=False)
+            try:
+                number = key_number(headers.get("authorization", ""), self._keys)
+            except ApiError:
+                self._bound(caller)
+                raise
+            caller = f"key {number}"
+        self._bound(caller)
         said = headers.get("content-length", "")
         if said.isdecimal() and int(said[:20]) > self._most and not scope["path"].endswith(BRINGS_IN):
             raise too_large(self._most)
+
+    def _bound(self, caller: str, takes: bool = True) -> None:
+        """Raise ApiError for a caller who is too quick."""
+        if self._rate is not None and (wait := self._rate.wait(caller, takes)):
+            raise too_quick(wait)
+
+
+def too_quick(wait: float) -> ApiError:
+    """More requests than the rate allows; the next may come in so many seconds."""
+    seconds = math.ceil(wait)
+    return ApiError(429, f"too many requests: the next one is served in {seconds} s", code="rate_limit_exceeded",
+                    headers={"Retry-After": str(seconds)})  # fmt: skip
 
 
 def key_number(header: str, keys: Sequence[bytes]) -> int:

@@ -73,29 +73,31 @@ class TokenLog:
 
 
 class Echo:
-    """A prompt that is given back before its replies."""
+    """A prompt that is given back before its replies. Making it takes its time."""
 
     def __init__(self, language: Language, prompt: Prompt, logprobs: int | None) -> None:
         self.text = language.decode(prompt.tokens) if prompt.text is None else prompt.text
-        self._language, self._prompt, self._logprobs = language, prompt, logprobs
+        self._tokens, self._starts = prompt.tokens, list[int]()
         self._choices: list[Choice] = []
+        if logprobs is not None:
+            assembler, length = TextAssembler(language.tokenizer, skip_special_tokens=False), 0
+            for place, token in enumerate(prompt.tokens):
+                self._starts.append(length)
+                if place >= prompt.added:
+                    length += len(assembler.push(token))
 
     def take(self, choices: Sequence[Choice]) -> None:
         """Log-probabilities of the next tokens of the prompt."""
         self._choices += choices
 
     def logged(self) -> list[Logged]:
-        """Of every token of the prompt."""
-        if self._logprobs is None:
+        """Of every token of the prompt; none where none were asked for."""
+        if not self._starts:
             return []
-        assembler, length, found = TextAssembler(self._language.tokenizer, skip_special_tokens=False), 0, []
         # nothing comes before the first
-        known = [Choice(self._prompt.tokens[0]), *self._choices]
-        for place, choice in enumerate(known):
-            found.append(Logged(choice.token, length, choice.logprob, choice.top if place else None))
-            if place >= self._prompt.added:
-                length += len(assembler.push(choice.token))
-        return found
+        first = Logged(self._tokens[0], 0, None, None)
+        others = zip(self._choices, self._starts[1:], strict=True)
+        return [first, *(Logged(choice.token, start, choice.logprob, choice.top) for choice, start in others)]
 
 
 class Reply:

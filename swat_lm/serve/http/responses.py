@@ -168,7 +168,7 @@ async def respond(request: Request, served: Served, running_of: Any) -> "Respons
     served.check_model(asked.model)
     most = check_count(asked.max_output_tokens, "max_output_tokens", served.settings, 1)
     given = None if asked.text is None else asked.text.format
-    constraint = await work(constraint_of, served.language, given, "text.format") if given else None
+    constraint = await work(constraint_of, served.language, given, "text.format") if given is not None else None
     messages: list[dict[str, Any]] = [{"role": "user", "content": asked.input}] if isinstance(asked.input, str) else [
         {"role": one.role, "content": one.content} for one in asked.input
     ]  # fmt: skip
@@ -186,7 +186,8 @@ async def respond(request: Request, served: Served, running_of: Any) -> "Respons
         model=served.settings.model, temperature=sampling.temperature, top_p=sampling.top_p,
     )  # fmt: skip
     answer = Answer(served, made, len(prompt.tokens))
-    running: Running = await running_of([generation_of(served, made.id, prompt, sampling, constraint, name="input")])
+    generation = generation_of(served, made.id, prompt, sampling, constraint, name="input")
+    running: Running = await running_of([generation], format_name="text.format")
     if asked.stream:
         return answer.lines(running)
     async with running:

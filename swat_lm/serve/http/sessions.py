@@ -32,15 +32,19 @@ class Session(BaseModel):
     """Of the whole conversation."""
     messages: int
     """Of a chat, with the replies."""
-    state_bytes: int
-    """What the model keeps of it: one size for conversations of any length, but for layers that keep everything."""
+    model: str
+    """A fingerprint of the weights that made its state; it goes on with these alone."""
+    state_bytes: int | None
+    """What the model keeps of it: one size for conversations of any length, but for layers that keep everything. Null
+    where the session is another model's."""
     file_bytes: int | None
     """Of its file as it was last written; null where all is in the journal yet."""
     place: Literal["slot", "file"]
     busy: bool
     """Whether a request goes on with it now."""
-    created: float
-    last_used: float
+    created: int
+    last_used: int
+    """Both in seconds since 1970."""
 
 
 class Sessions(BaseModel):
@@ -71,7 +75,7 @@ def add_sessions(app: FastAPI, served_by: Callable[[FastAPI], Any]) -> None:
     async def asked(what: Callable[[HostedSessions], Any]) -> Any:
         served = await served_by(app)
         try:
-            return await waited(what(sessions_of(served.sessions)))
+            return await waited(what(sessions_of(served.sessions, asked=False)))
         except Exception as error:
             raise errors.of(error) from None
 
@@ -118,7 +122,12 @@ def add_sessions(app: FastAPI, served_by: Callable[[FastAPI], Any]) -> None:
             content += part
             if len(content) > most:
                 raise ApiError(413, f"the body: expected at most {most:,} bytes, what a session of this model may have")
-        await asked(lambda sessions: sessions.bring_in(session_id, bytes(content)))
+        try:
+            await asked(lambda sessions: sessions.bring_in(session_id, bytes(content)))
+        except ApiError as error:
+            if error.code != "session_damaged":
+                raise
+            raise ApiError(400, error.message, None, error.code) from None
         return described(await asked(lambda sessions: sessions.describe(session_id)))
 
 
@@ -127,6 +136,7 @@ def described(found: Description) -> Session:
     record = found.record
     return Session(
         id=record.session, kind=record.kind, turns=record.turns, tokens=record.num_tokens, messages=record.messages,
-        state_bytes=found.state_bytes, file_bytes=found.file_bytes, place="slot" if found.in_slot else "file",
-        busy=found.is_busy, created=record.created, last_used=record.used,
+        model=found.model, state_bytes=found.state_bytes, file_bytes=found.file_bytes,
+        place="slot" if found.in_slot else "file",
+        busy=found.is_busy, created=int(record.created), last_used=int(record.used),
     )  # fmt: skip

@@ -27,3 +27,5 @@ class Settings:
     """Pages of these origins may ask from a browser; `*`: all."""
     log_prompts: bool = False
     """Whether log lines hold what was asked."""
+    max_weighed: int = 1 << 16
+    """Most tokens of prompts that `echo` gives back with log-probabilities in one request; each takes some 2 KB."""

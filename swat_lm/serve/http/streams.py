@@ -20,14 +20,20 @@ from starlette.types import Message, Receive, Scope, Send
 from swat_lm.serve.generation import Event, Generation
 from swat_lm.serve.http import errors
 from swat_lm.serve.http.asking import API_NAMES, Served
+from swat_lm.serve.http.bodies import work
 from swat_lm.serve.http.errors import ApiError
 from swat_lm.serve.http.metrics import Metrics
+from swat_lm.serve.requests import RequestError
+from swat_lm.serve.sampler import NoTokenError
 from swat_lm.serve.sessions.outcome import Asked
 from swat_lm.serve.sessions.record import Record, SessionError
 
 __all__ = ["DONE", "ClientGoneError", "EventStream", "Running", "SessionTurn", "sse", "unless_gone", "waited"]
 
 T = TypeVar("T")
+# to check so many in the engine's thread would make others wait
+MANY_TOKENS = 4096
+NAMES = {**API_NAMES, "samples": "n", "tokens": "prompt"}
 DONE = "data: [DONE]\n\n"
 logger = logging.getLogger(__name__)
 
@@ -59,11 +65,15 @@ class Running:
         generations: Sequence[Generation],
         told: dict[str, Any],
         turn: SessionTurn | None = None,
+        format_name: str = "response_format",
     ) -> None:
-        """`told` gets what the log line is to say of them; of a `turn` its generation is the only one."""
+        """`told` gets what the log line is to say of them; of a `turn` its generation is the only one.
+
+        `format_name`: what the request calls the constraint of its replies.
+        """
         generations = generations if turn is None else [turn.generation]
         self._host, self._metrics, self._told = served.host, metrics, told
-        self._sessions, self._turn = served.sessions, turn
+        self._sessions, self._turn, self._format = served.sessions, turn, format_name
         # of a session's reply, what the client has got
         self._shown, self._text = (0, ""), ""
         self.generations = list(generations)
@@ -74,6 +84,7 @@ class Running:
         """Put all in line. Raises ApiError, with none of them left in it."""
         loop, begin = asyncio.get_running_loop(), time.monotonic()
         try:
+            self.generations = await self._checked()
             waits = []
             for number, generation in enumerate(self.generations):
                 watch = self._metrics.watch_reply(begin)
@@ -82,11 +93,21 @@ class Running:
             results = await asyncio.gather(*waits, return_exceptions=True)
             for found in results:
                 if isinstance(found, Exception):
-                    raise errors.of(found, {**API_NAMES, "samples": "n", "tokens": "prompt"})
+                    raise errors.of(found, NAMES)
         except BaseException:
             self.stop()
             raise
         return self
+
+    async def _checked(self) -> list[Generation]:
+        """The generations, checked here where the engine would stand still for it."""
+        if self._turn is not None or sum(len(one.tokens) for one in self.generations) < MANY_TOKENS:
+            return self.generations
+        vocabulary = self._host.engine.model.config.vocab_size
+        try:
+            return await work(lambda: [one.checked(vocabulary) for one in self.generations])
+        except RequestError as error:
+            raise errors.of(error, NAMES) from None
 
     def _submit(self, generation: Generation, deliver: Callable[[Event], None]) -> "Future[None]":
         turn, sessions = self._turn, self._sessions
@@ -123,23 +144,24 @@ class Running:
             self._told["completion_tokens"] = self._told.get("completion_tokens", 0) + (event.choice is not None)
             if event.ended == "error":
                 self._left[number] = set()
-                raise self._failure(number, event)
+                raise self._failure(event)
             if event.ended == "read":
                 self._left[number] = set()
             elif event.ended is not None:
                 self._left[number].discard(event.sample)
+            yield number, event
+            # whoever asks for the next one has sent this one
             if self._turn is not None and self._turn.is_streamed:
                 self._shown, self._text = event.shown, self._text + event.text
-            yield number, event
 
-    def _failure(self, number: int, event: Event) -> ApiError:
+    def _failure(self, event: Event) -> ApiError:
         if isinstance(event.cause, SessionError):
             return errors.of(event.cause)
         if self._host.status in ("stopped", "failed", "draining"):
-            return ApiError(503, str(event.error), code=f"server_{self._host.status}")
-        if self.generations[number].constraint is not None:
+            return errors.not_serving(str(event.error), self._host.status)
+        if isinstance(event.cause, NoTokenError):
             # what it must follow is the request's own
-            return ApiError(400, f"response_format: {event.error}", "response_format", "constraint_failed")
+            return ApiError(400, f"{self._format}: {event.error}", self._format, "constraint_failed")
         return ApiError(500, f"the engine ended this request: {event.error}", code="generation_failed")
 
 
@@ -154,14 +176,14 @@ async def gone(receive: Receive) -> None:
         pass
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request, doing: Coroutine[Any, Any, T]) -> T:
     """What some work gives, which is given up when the client goes away. Raises ClientGoneError then."""
-    return await first_of(request.receive, work)
+    return await first_of(request.receive, doing)
 
 
-async def first_of(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def first_of(receive: Receive, wanted: Coroutine[Any, Any, T]) -> T:
     """What some work gives, unless a disconnection comes first."""
-    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
+    doing, leaving = asyncio.ensure_future(wanted), asyncio.ensure_future(gone(receive))
     try:
         await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if doing.done():
@@ -184,9 +206,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncGenerator[str]) -> None:
+    def __init__(self, lines: AsyncGenerator[str], end: Callable[[], None]) -> None:
+        """`end` is called in any case, also where the client is gone before the generator has begun."""
         super().__init__(media_type=self.media_type)
-        self._lines = lines
+        self._lines, self._end = lines, end
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         # nginx would keep them until a buffer is full
@@ -198,6 +221,8 @@ class EventStream(Response):
             await first_of(receive, self._send(send))
         except ClientGoneError:
             scope["state"]["gone"] = True
+        finally:
+            self._end()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -5,11 +5,12 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swat_lm.serve.http.metrics import Metrics
@@ -40,9 +41,9 @@ class JsonLines(logging.Formatter):
 class Watch:
     """Around everything else."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
-        """`paths` are those of the endpoints, by which requests are counted."""
-        self._app, self._metrics, self._paths = app, metrics, paths
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[BaseRoute]) -> None:
+        """`routes` are the endpoints, by which requests are counted."""
+        self._app, self._metrics, self._routes = app, metrics, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request and write what became of it."""
@@ -50,7 +51,7 @@ class Watch:
             await self._app(scope, receive, send)
             return
         begin, status, name = time.monotonic(), 500, f"req-{secrets.token_hex(8)}"
-        state = scope.setdefault("state", {})
+        state, endpoint = scope.setdefault("state", {}), self._endpoint(scope)
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -60,14 +61,13 @@ class Watch:
             await send(message)
 
         try:
-            with span(scope, self._endpoint(scope["path"])) as attributes:
+            with span(scope, endpoint) as attributes:
                 await self._app(scope, receive, sending)
                 attributes["http.response.status_code"] = status
         finally:
-            self._write(scope, GONE if state.get("gone") else status, time.monotonic() - begin, name)
+            self._write(scope, endpoint, GONE if state.get("gone") else status, time.monotonic() - begin, name)
 
-    def _write(self, scope: Scope, status: int, seconds: float, name: str) -> None:
-        endpoint = self._endpoint(scope["path"])
+    def _write(self, scope: Scope, endpoint: str, status: int, seconds: float, name: str) -> None:
         self._metrics.requests.labels(endpoint, str(status)).inc()
         self._metrics.seconds.labels(endpoint).observe(seconds)
         client = scope.get("client")
@@ -79,11 +79,13 @@ class Watch:
             **scope["state"].get("told", {}),
         }})  # fmt: skip
 
-    def _endpoint(self, path: str) -> str:
-        """A name of which there are few, whatever is asked for."""
-        if path.startswith("/v1/models/"):
-            return "/v1/models/{model_id}"
-        return path if path in self._paths else "other"
+    def _endpoint(self, scope: Scope) -> str:
+        """The template of an endpoint's address, of which there are few, whatever is asked for."""
+        for route in self._routes:
+            # with another method too
+            if isinstance(route, Route) and route.matches(scope)[0] != Match.NONE:
+                return route.path_format
+        return "other"
 
 
 @contextmanager

@@ -19,12 +19,15 @@ from swat_lm.serve.engine import Engine, Event, Generation
 from swat_lm.serve.sessions.record import Record, SessionError, check_name
 from swat_lm.serve.sessions.shelf import Shelf, Stored
 from swat_lm.serve.sessions.store import Store
+from swat_lm.serve.text import sheltering
 
 __all__ = ["Book", "Front", "Policy", "Session"]
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 NEVER = -1
+BUSY = "has a request that has not ended; wait for it, or close its connection"
+LOST = "lost its state; start the server again, which restores it"
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,9 @@ class Book:
         if session is None:
             return None
         if session.is_busy:
-            raise SessionError("busy", f"session {name!r} has a request that has not ended; wait for it, or cancel it")
+            raise SessionError("busy", f"session {name!r} {BUSY}")
         if session.is_lost:
-            raise SessionError("damaged", f"session {name!r} lost its state; start the server again, which restores it")
+            raise SessionError("damaged", f"session {name!r} {LOST}")
         check_kind(session.record, kind)
         session.is_busy = True
         return session
@@ -170,8 +173,10 @@ class Book:
             if session.is_saved:
                 self._leave(session)
             elif not session.writes:
-                self.save(session)
-        if tried and not willing and len(tried) == len(idle):
+                self.try_to_save(session)
+        # who runs, or is written, may leave a slot yet
+        is_last = not self.engine.scheduler.running and all(one in idle or one.slot is None for one in self.all_here())
+        if tried and not willing and len(tried) == len(idle) and is_last:
             first = self.engine.scheduler.first_lacking
             self.front.refuse(first, SessionError(
                 "storage", "no slot is free: the sessions that hold them cannot be written; the store of sessions is "
@@ -192,7 +197,7 @@ class Book:
                 and not (session.is_saved or session.writes)
                 and now - session.failed >= self.RETRY
             ):
-                self.save(session)
+                self.try_to_save(session)
         if self.policy.expiry is not None and now - self._looked >= self.LOOK:
             self._looked = now
             self.on_disk(self._expired, self._remove_expired)
@@ -201,7 +206,7 @@ class Book:
         """Names of sessions whose files are too old; in the store's thread."""
         assert self.policy.expiry is not None
         oldest = self.clock() - self.policy.expiry
-        return [record.session for record, _ in self.shelf.heads() if record.used < oldest]
+        return [head.record.session for head, _ in self.shelf.heads() if head.record.used < oldest]
 
     def _remove_expired(self, done: "Future[list[str]]") -> None:
         try:
@@ -218,9 +223,19 @@ class Book:
 
     def save(self, session: Session) -> None:
         """Write its file; it may go on meanwhile."""
-        record, session.unsaved = session.record, 0
+        # which may fail, and nothing has changed then
+        record, tensors = session.record, self.tensors(session)
+        session.unsaved = 0
         session.writes += 1
-        self.on_disk(partial(self.shelf.save, record, self.tensors(session)), partial(self._saved, session, record))
+        self.on_disk(partial(self.shelf.save, record, tensors), partial(self._saved, session, record))
+
+    def try_to_save(self, session: Session) -> None:
+        """The same, later where it cannot be now (a device without memory for a copy)."""
+        try:
+            self.save(session)
+        except Exception as error:
+            session.leaves, session.failed = False, self.clock()
+            self.note_failure(error)
 
     def _saved(self, session: Session, record: Record, done: "Future[int]") -> None:
         session.writes -= 1
@@ -233,6 +248,9 @@ class Book:
             return
         self.works()
         session.saved = record.turns
+        if session.is_lost and session.is_saved and not session.is_busy:
+            session.is_lost = False
+            self.let_go(session)
         if leaves and not session.is_busy and session.is_saved:
             self._leave(session)
 
@@ -270,6 +288,10 @@ class Book:
                 raise SessionError("unknown", f"session {name!r}: there is none; see the list of sessions")
         except Exception as error:
             self.let_go(session)
+            if session.slot is not None:
+                # the store may have removed some of it
+                session.saved = NEVER
+                self.try_to_save(session)
             finish(result, error)
             return
         if session.slot is not None:
@@ -294,9 +316,15 @@ class Book:
 
     def close(self) -> None:
         """Write every session that is in a slot, and wait until the store has all; when no request runs any more."""
-        for session in list(self._sessions.values()):
-            if session.slot is not None and not session.is_saved:
+        for session in self.all_here():
+            # what a busy one's slot holds nobody knows: its journal does
+            if session.slot is None or session.is_saved or session.is_busy:
+                continue
+            try:
                 self._disk.submit(self._save_last, session.record, self.tensors(session))
+            except Exception as error:
+                # of an engine that has failed
+                self.note_failure(error)
         self._disk.shutdown()
         self.shelf.store.close()
 
@@ -329,8 +357,13 @@ class Book:
             self.pending -= 1
             then(done)
 
+        def guarded() -> Result:
+            # nobody would go on with the session after what is no Exception
+            with sheltering():
+                return job()
+
         self.pending += 1
-        executor.submit(job).add_done_callback(lambda done: self.front.post(partial(back, done)))
+        executor.submit(guarded).add_done_callback(lambda done: self.front.post(partial(back, done)))
 
 
 def finish(result: "Future[Any]", error: BaseException | None = None, value: Any = None) -> None:

@@ -1,8 +1,10 @@
 """The sessions of a host's engine, for other threads: every call is done in the engine's and gives a future."""
 
+import logging
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, Literal
 
 from swat_lm.serve.engine import Engine, Event
@@ -16,6 +18,8 @@ from swat_lm.serve.sessions.turns import Turns
 
 __all__ = ["HostedSessions"]
 
+log = logging.getLogger(__name__)
+
 
 class HostedSessions:
     """Made before the host starts; `attach` is called where the host's engine is opened.
@@ -26,6 +30,7 @@ class HostedSessions:
     def __init__(self, host: Host, store: Store, policy: Policy | None = None) -> None:
         self._host, self._store, self._policy = host, store, policy
         self._book: Book | None = None
+        self._posted: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     def attach(self, engine: Engine, say: Callable[[str], None] = lambda said: None) -> None:
         """Read again what a crash has left in journals, and take part in what the host does.
@@ -34,7 +39,7 @@ class HostedSessions:
         """
         host = self._host
         front = Front(
-            lambda function: void(host.call(lambda _: function())),
+            self._post,
             partial(host.put, engine),
             partial(self._stop, engine),
             partial(host.refuse, engine),
@@ -51,7 +56,22 @@ class HostedSessions:
         self._host.forget(key)
         return engine.stop(key)
 
+    def _post(self, function: Callable[[], None]) -> None:
+        """For the engine's thread, between two steps; at the end, when the host takes nothing, `_close` does it."""
+        self._posted.put(function)
+        self._host.call(lambda _: self._do_posted())
+
+    def _do_posted(self) -> None:
+        function = self._posted.get()
+        try:
+            function()
+        except Exception:
+            log.exception("sessions: what other threads have done could not be made use of")
+
     def _close(self) -> None:
+        # turns that are being written become acknowledged first, and everybody hears what came of what was asked
+        while self.book.pending:
+            self._do_posted()
         self._turns.close()
         self.book.close()
 
@@ -74,7 +94,16 @@ class HostedSessions:
 
     def cancel(self, key: Hashable, shown: tuple[int, str] = (0, ""), text: str = "") -> "Future[bool]":
         """See `Turns.cancel`."""
-        return self._host.call(lambda _: self._turns.cancel(key, shown, text))
+
+        def cancel(engine: Engine) -> bool:
+            try:
+                return self._turns.cancel(key, shown, text)
+            except Exception:
+                # who has gone away does not hear of it
+                log.exception("sessions: a turn could not be ended")
+                raise
+
+        return self._host.call(cancel)
 
     def describe(self, name: str) -> "Future[Description]":
         """See Keeper."""
@@ -110,6 +139,10 @@ class HostedSessions:
         result: Future[Any] = Future()
 
         def inner(done: "Future[Any]") -> None:
+            if done.cancelled():
+                # a turn that somebody has cancelled before it was in line
+                result.cancel()
+                return
             error = done.exception()
             finish(result, error, None if error is not None else done.result())
 
@@ -122,7 +155,3 @@ class HostedSessions:
 
         self._host.call(lambda _: function()).add_done_callback(outer)
         return result
-
-
-def void(future: "Future[Any]") -> None:
-    """Nobody waits for it."""

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from swat_lm.serve.sessions.book import Book, Session, finish
+from swat_lm.serve.sessions.book import BUSY, LOST, Book, Session, finish
 from swat_lm.serve.sessions.record import Record, SessionError, check_name
+from swat_lm.serve.sessions.snapshot import Head
 
 __all__ = ["Description", "Keeper"]
 
@@ -20,8 +21,11 @@ class Description(NamedTuple):
     record: Record
     is_busy: bool
     in_slot: bool
-    state_bytes: int
-    """Of its slot: the same for a conversation of any length, but for layers that keep everything."""
+    model: str
+    """The fingerprint of the weights that made its state."""
+    state_bytes: int | None
+    """Of its slot, the same for a conversation of any length but for layers that keep everything; None where it is
+    another model's."""
     file_bytes: int | None
     """Of its file as it was last written; None where it has none yet, and its turns are in the journal."""
 
@@ -40,37 +44,44 @@ class Keeper:
         if not self._checked(name, result):
             return result
         session = self.book.here(name)
-        known = None if session is None or session.record.turns == 0 else session
 
-        def looked(done: "Future[tuple[Record | None, int | None]]") -> None:
+        def looked(done: "Future[tuple[Head | None, int | None]]") -> None:
             try:
-                record, size = done.result()
-                record = record if known is None else known.record
-                if record is None:
+                head, size = done.result()
+                # of one that is read from its file just now, the file knows more
+                if session is not None and (head is None or session.record.turns):
+                    head = Head(session.record, self.book.shelf.model)
+                if head is None:
                     raise unknown(name)
             except Exception as error:
                 finish(result, error)
                 return
-            finish(result, value=self._described(record, session, size))
+            finish(result, value=self._described(head, session, size))
 
-        self.book.on_disk(lambda: (self.book.shelf.head(name), self.book.shelf.size(name)), looked)
+        def look() -> tuple[Head | None, int | None]:
+            if session is None:
+                self.book.shelf.check_journal(name)
+            return self.book.shelf.head(name), self.book.shelf.size(name)
+
+        self.book.on_disk(look, looked)
         return result
 
     def all(self) -> "Future[list[Description]]":
         """Every session, those first that were used last."""
         result: Future[list[Description]] = Future()
 
-        def looked(done: "Future[list[tuple[Record, int]]]") -> None:
+        def looked(done: "Future[list[tuple[Head, int]]]") -> None:
             try:
-                stored = {record.session: (record, size) for record, size in done.result()}
+                stored = {head.record.session: (head, size) for head, size in done.result()}
             except Exception as error:
                 finish(result, error)
                 return
             here = {one.record.session: one for one in self.book.all_here() if one.record.turns}
+            own = self.book.shelf.model
             names = dict.fromkeys((*here, *stored))
             found = [
                 self._described(
-                    here[name].record if name in here else stored[name][0],
+                    Head(here[name].record, own) if name in here else stored[name][0],
                     here.get(name),
                     stored[name][1] if name in stored else None,
                 )
@@ -124,10 +135,8 @@ class Keeper:
             return result
         session = self.book.here(name)
         if session is not None and (session.is_busy or session.is_lost):
-            why = "has a request that has not ended; wait for it, or cancel it"
-            if session.is_lost:
-                why = "lost its state; start the server again, which restores it"
-            finish(result, SessionError("damaged" if session.is_lost else "busy", f"session {name!r} {why}"))
+            kind, why = ("busy", BUSY) if session.is_busy else ("damaged", LOST)
+            finish(result, SessionError(kind, f"session {name!r} {why}"))
             return result
         now = None if session is None else (session.record, self.book.tensors(session))
 
@@ -150,9 +159,11 @@ class Keeper:
             return False
         return True
 
-    def _described(self, record: Record, session: Session | None, size: int | None) -> Description:
+    def _described(self, head: Head, session: Session | None, size: int | None) -> Description:
         in_slot = session is not None and session.slot is not None
-        return Description(record, session is not None and session.is_busy, in_slot, self._state_bytes, size)
+        state_bytes = self._state_bytes if head.model == self.book.shelf.model else None
+        is_busy = session is not None and session.is_busy
+        return Description(head.record, is_busy, in_slot, head.model, state_bytes, size)
 
 
 def unknown(name: str) -> SessionError:

@@ -1,5 +1,6 @@
 """One turn of a session: what it reads and draws, and what the session holds after it, which is what the client saw."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,9 @@ from swat_lm.serve.engine import Event, Generation
 from swat_lm.serve.sessions.conversation import Conversation
 from swat_lm.serve.sessions.record import Fed, Record, Turn
 
-__all__ = ["Asked", "Outcome", "Running", "outcome"]
+__all__ = ["Asked", "Outcome", "Running", "as_json", "outcome"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,28 @@ class Running:
     drawn: list[int] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     """Of the reply's text, as they were delivered."""
+    shown: tuple[int, str] = (0, "")
+    """What was delivered, as `Event.shown` has it."""
+    is_heard: bool = True
+    """Whether what it brings can be delivered still."""
 
     def take(self, event: Event) -> None:
         """Note what an event brings."""
         if event.choice is not None:
             self.drawn.append(event.choice.token)
         self.parts.append(event.text)
+
+    def say(self, event: Event) -> None:
+        """Deliver an event that was taken; once that has failed nothing more."""
+        if not self.is_heard:
+            return
+        try:
+            self.deliver(event)
+        except Exception:
+            self.is_heard = False
+            log.exception("sessions: nobody hears any more of a turn of %r", self.before.session)
+        else:
+            self.shown = event.shown
 
 
 @dataclass(frozen=True)
@@ -81,5 +100,9 @@ def outcome(
     after = before.model_copy(update={
         "held": before.held + len(read), "pending": pending, "turns": before.turns + 1, "used": now, **known,
     })  # fmt: skip
-    fed_again = tuple(Fed(kind=one.kind, size=one.size, place=one.place, count=one.count) for one in how)
-    return Outcome(Turn(model=model, after=after, tokens=read, fed=fed_again), goes_back)
+    return Outcome(Turn(model=model, after=after, tokens=read, fed=as_json(how)), goes_back)
+
+
+def as_json(fed: Sequence[Any]) -> tuple[Fed, ...]:
+    """How tokens were read (`Event.fed`), as a journal keeps it."""
+    return tuple(Fed(kind=one.kind, size=one.size, place=one.place, count=one.count) for one in fed)

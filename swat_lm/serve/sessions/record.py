@@ -34,7 +34,7 @@ class SessionError(ValueError):
 class Record(BaseModel):
     """A session at the end of a turn."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     session: str
     kind: Literal["text", "chat"]
@@ -106,6 +106,9 @@ def parse_journal(content: bytes) -> tuple[list[Turn], int]:
         if turn is None:
             spoilt += 1
             continue
+        if turns and turn.after.turns == turns[-1].after.turns:
+            # the store has said that it failed, so it was never acknowledged, and another took its place
+            turns.pop()
         if turns and turn.after.turns != turns[-1].after.turns + 1:
             raise SessionError(
                 "damaged",
@@ -129,7 +132,9 @@ def parse_line(line: bytes) -> Turn | None:
 
 def check_name(name: str) -> None:
     """Raise SessionError for what cannot name a session."""
-    if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable() or "/" in name:
+    fits = isinstance(name, str) and 0 < len(name) <= MOST_NAME and name.isprintable()
+    # it stands in addresses
+    if not fits or "/" in name or name in (".", ".."):
         shown = name if isinstance(name, str) and len(name) <= MOST_NAME else f"{type(name).__name__} too long or none"
         raise SessionError(
             "name", f"session_id: expected 1 to {MOST_NAME} printable characters without a slash, got {shown!r}"

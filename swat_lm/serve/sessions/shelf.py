@@ -12,7 +12,7 @@ from swat_lm.model.fingerprint import fingerprint
 from swat_lm.serve.engine import Engine
 from swat_lm.serve.sessions.record import Record, SessionError, Turn, file_name, parse_journal
 from swat_lm.serve.sessions.replay import replay
-from swat_lm.serve.sessions.snapshot import HEAD, decode, encode, head_record, trimmed
+from swat_lm.serve.sessions.snapshot import HEAD, Head, decode, encode, read_head, trimmed
 from swat_lm.serve.sessions.store import Store
 
 __all__ = ["Shelf", "Stored"]
@@ -37,17 +37,30 @@ class Shelf:
 
     def load(self, name: str) -> Stored | None:
         """A session; None where there is none. Raises SessionError (`damaged`, `model`, `storage`)."""
-        file = file_name(name)
+        self.check_journal(name)
         with storing(name):
-            content, turns = self.store.read(file), self.store.read_journal(file)
+            content = self.store.read(file_name(name))
+        return None if content is None else Stored(*self.checked(content))
+
+    def check_journal(self, name: str) -> None:
+        """Raise SessionError (`damaged`) where a session that is in no slot has a journal."""
+        with storing(name):
+            turns = self.store.read_journal(file_name(name))
+        # those that could be read again were, when the server started
+        if turns and self._is_another_s(turns):
+            raise SessionError("model", f"session {name!r} was made by another model: serve that one, or begin another")
         if turns:
-            # those that could be read again were, when the server started
             raise SessionError(
                 "damaged",
-                f"session {name!r}: turns in its journal could not be read again (the server's log says why); delete "
-                "the session, or serve the model that it belongs to",
+                f"session {name!r}: turns in its journal could not be read again; the server's log says why. Bring the "
+                "files back as they were, or delete the session",
             )
-        return None if content is None else Stored(*self.checked(content))
+
+    def _is_another_s(self, journal: bytes) -> bool:
+        try:
+            return any(turn.model != self.model for turn in parse_journal(journal)[0])
+        except SessionError:
+            return False
 
     def checked(self, content: bytes) -> tuple[Record, dict[str, Tensor]]:
         """A file of a session of this model. Raises SessionError."""
@@ -87,34 +100,35 @@ class Shelf:
         with storing(name):
             return self.store.size(file_name(name))
 
-    def head(self, name: str) -> Record | None:
+    def head(self, name: str) -> Head | None:
         """What a session's file says without its tensors; None where there is no file. Raises SessionError."""
         with storing(name):
             return self._head(file_name(name))
 
-    def _head(self, file: str) -> Record | None:
+    def _head(self, file: str) -> Head | None:
         content = self.store.read(file, HEAD)
         if content is None:
             return None
-        return head_record(content) or head_record(self.store.read(file) or b"")
+        return read_head(content) or read_head(self.store.read(file) or b"")
 
-    def heads(self) -> Iterator[tuple[Record, int]]:
+    def heads(self) -> Iterator[tuple[Head, int]]:
         """Every session's file that can be read, and its bytes; others are logged."""
         for file in self.store.snapshots():
             try:
-                record, size = self._head(file), self.store.size(file)
-            except (SessionError, OSError) as error:
+                head, size = self._head(file), self.store.size(file)
+            except Exception as error:
                 log.warning("sessions: %s cannot be read: %s", file, error)
                 continue
-            if record is not None and size is not None:
-                yield record, size
+            if head is not None and size is not None:
+                yield head, size
 
     def remove(self, name: str) -> bool:
         """All of a session; whether there was anything. Raises SessionError (`storage`)."""
         was_there = self.exists(name)
         with storing(name):
-            self.store.remove(file_name(name))
+            # a journal without what it follows on could not be read again after a kill
             self.store.remove_journal(file_name(name))
+            self.store.remove(file_name(name))
         return was_there
 
     def recover(self, engine: Engine, say: Callable[[str], None]) -> int:

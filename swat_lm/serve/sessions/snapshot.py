@@ -4,7 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -15,7 +15,7 @@ from torch import Tensor
 from swat_lm.model.slots import Slots
 from swat_lm.serve.sessions.record import Record, SessionError
 
-__all__ = ["HEAD", "decode", "encode", "head_record", "trimmed"]
+__all__ = ["HEAD", "Head", "decode", "encode", "read_head", "trimmed"]
 
 FORMAT = "swat-lm session 1"
 # of the header that says what the file holds; what is pending of a session stands in it
@@ -67,14 +67,23 @@ def decode(content: bytes, model: str, slots: Slots, vocabulary: int) -> tuple[R
     return record, tensors
 
 
-def head_record(content: bytes) -> Record | None:
-    """The session that a file's first bytes tell of; None where the header is longer than these.
+class Head(NamedTuple):
+    """What a file says of its session."""
+
+    record: Record
+    model: str
+    """The fingerprint of the weights."""
+
+
+def read_head(content: bytes) -> Head | None:
+    """What a file's first bytes tell; None where the header is longer than these.
 
     Raises SessionError (`damaged`).
     """
     if len(content) >= 8 and len(content) < 8 + struct.unpack("<Q", content[:8])[0] <= MOST_HEADER:
         return None
-    return record_of(header(content).get("__metadata__", {}))
+    metadata = header(content).get("__metadata__", {})
+    return Head(record_of(metadata), str(metadata.get("model")))
 
 
 def header(content: bytes) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def header(content: bytes) -> dict[str, Any]:
     size = struct.unpack("<Q", content[:8])[0] if len(content) >= 8 else MOST_HEADER + 1
     try:
         found = json.loads(content[8 : 8 + size]) if size <= MOST_HEADER else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise damaged("it is no safetensors file")
@@ -144,6 +153,8 @@ def check(record: Record, tensors: Mapping[str, Tensor], slots: Slots, vocabular
     for index, spec in enumerate(slots.specs):
         for name, entry in spec.items():
             kept, there = tensors[f"layers.{index}.{name}"], slots.layers[index][name]
+            if kept.is_floating_point() and not kept.isfinite().all():
+                raise ValueError(f"layers.{index}.{name}: expected finite numbers")
             if kept.shape[0] != 1 or kept.dtype != there.dtype:
                 raise ValueError(f"layers.{index}.{name}: expected one slot of {there.dtype}, got {kept.dtype}")
             places = min(position, there.shape[1]) if entry.kind != "summary" else None

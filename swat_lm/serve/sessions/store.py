@@ -114,13 +114,13 @@ class FolderStore(Store):
                 while rest:
                     rest = rest[file.write(rest) or 0 :]
                 os.fsync(file.fileno())
+                if is_new:
+                    flush(self.folder)
             except BaseException:
                 # half a line would do no harm, but takes room on a disk that is full
                 with suppress(OSError):
                     file.truncate(end)
                 raise
-        if is_new:
-            flush(self.folder)
 
     def read_journal(self, name: str) -> bytes:
         """See Store."""

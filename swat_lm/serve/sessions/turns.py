@@ -7,10 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from swat_lm.serve.engine import Event
+from swat_lm.serve.engine import Event, Generation
+from swat_lm.serve.sampling import Sampling
 from swat_lm.serve.sessions.book import Book, Session
-from swat_lm.serve.sessions.outcome import Asked, Outcome, Running, outcome
+from swat_lm.serve.sessions.outcome import Asked, Outcome, Running, as_json, outcome
 from swat_lm.serve.sessions.record import Record, SessionError
+from swat_lm.serve.text import Sheltered
 
 __all__ = ["Turns"]
 
@@ -122,9 +124,15 @@ class Turns:
         if key not in self._turns:
             return
         session, running = self._turns[key]
+        before = len(running.parts)
         running.take(event)
         if event.ended is None:
-            running.deliver(event)
+            was_heard = running.is_heard
+            running.say(event)
+            if was_heard and not running.is_heard:
+                # between steps, since it may have ended with this one
+                text = "".join(running.parts[:before])
+                self.book.front.post(lambda: self._give_up(key, running.shown, text))
             return
         del self._turns[key]
         session.slot, session.tensors = event.slot, None
@@ -133,7 +141,11 @@ class Turns:
             return
         session.is_lost = session.slot is None and not session.is_saved and session.record.turns > 0
         self.book.let_go(session)
-        running.deliver(event)
+        running.say(event)
+
+    def _give_up(self, key: Hashable, shown: tuple[int, str], text: str) -> None:
+        """End a turn that nobody hears any more, unless it has ended."""
+        self.cancel(key, shown, text)
 
     def _settle(
         self, session: Session, running: Running, shown: tuple[int, str], fed: Any, text: str, event: Event | None
@@ -141,21 +153,61 @@ class Turns:
         """Write the turn into the journal; the event, if there is one, says afterwards that it is there."""
         book = self.book
         try:
-            found = outcome(running, shown, fed, text, book.shelf.model, book.engine.tokenizer, book.clock())
+            tokenizer = Sheltered(book.engine.tokenizer)
+            found = outcome(running, shown, fed, text, book.shelf.model, tokenizer, book.clock())
         except Exception as error:
             book.go_back(session)
             self._take_back(session, running, event, error)
             return
         if found.goes_back:
             book.go_back(session)
-        book.on_disk(partial(book.shelf.append, found.turn), partial(self._written, session, running, found, event))
+            self._read_again(session, running, found, event)
+        else:
+            self._write(session, running, found, event)
+
+    def _write(self, session: Session, running: Running, found: Outcome, event: Event | None) -> None:
+        shelf = self.book.shelf
+        self.book.on_disk(partial(shelf.append, found.turn), partial(self._written, session, running, found, event))
+
+    def _read_again(self, session: Session, running: Running, found: Outcome, event: Event | None) -> None:
+        """Let the slot, which went back, read what the client saw of the turn; then the turn is written.
+
+        Else it would be read with the next turn, and where that is cut too, with every turn after it once more. What
+        cannot be read now (a full line) waits for the next turn all the same.
+        """
+        before = running.before
+        reads = Generation(
+            ("again", running.asked.generation.key), found.turn.after.pending, Sampling(max_tokens=0),
+            held=before.held, slot=session.slot, keep=True,
+        )  # fmt: skip
+        try:
+            self.book.front.submit(reads, partial(self._was_read, session, running, found, event))
+        except Exception:
+            self._write(session, running, found, event)
+
+    def _was_read(self, session: Session, running: Running, found: Outcome, event: Event | None, read: Event) -> None:
+        """What came of it; its slot can still go back to before the turn."""
+        if read.ended is None:
+            return
+        session.slot = read.slot
+        if session.slot is None:
+            session.is_lost = not session.is_saved and session.record.turns > 0
+            error = read.cause or RuntimeError(read.error or "the slot of the session was lost")
+            self._take_back(session, running, event, error)
+            return
+        if read.ended != "error":
+            tokens = found.turn.after.pending
+            after = found.turn.after.model_copy(update={"held": running.before.held + len(tokens), "pending": ()})
+            turn = found.turn.model_copy(update={"after": after, "tokens": tokens, "fed": as_json(read.fed)})
+            found = Outcome(turn, goes_back=False)
+        self._write(session, running, found, event)
 
     def _take_back(self, session: Session, running: Running, event: Event | None, error: Exception) -> None:
         """The turn comes to nothing; its slot holds what it did before."""
         self.book.let_go(session)
         if event is not None:
             failed = replace(event, ended="error", error=str(error), cause=error, slot=None, held=None, fed=())
-            running.deliver(failed)
+            running.say(failed)
 
     def _written(
         self, session: Session, running: Running, found: Outcome, event: Event | None, done: "Future[None]"
@@ -173,7 +225,7 @@ class Turns:
         session.unsaved += len(found.turn.tokens)
         session.is_busy = False
         if event is not None:
-            running.deliver(event)
+            running.say(event)
         if session.unsaved >= self.book.policy.every:
             self.book.save(session)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.serve.requests import RequestError
 from swat_lm.serve.sessions.conversation import Message
 from swat_lm.serve.sessions.record import SessionError
@@ -64,6 +65,78 @@ def test_the_state_is_what_the_client_saw(tmp_path: Path):
     assert server.say("read", "some words", max_tokens=0) == ""
     check_holds(server, "read", "some words")
     assert server.say("read", "?") == server.say("alone", "some words?")
+
+
+def test_turns_that_are_cut_are_read_once(tmp_path: Path):
+    model = built("recurrence")
+    server, text = Server(model, tmp_path / "a"), ""
+    for turn in range(4):
+        whole = server.say(f"probe {turn}", text + "go on", max_tokens=9)
+        # of more than one token: what the slot has read of it is taken back
+        stop = whole[3:6]
+        text += "go on" + server.say("a", "go on", max_tokens=9, stop=(stop,))
+        record = server.record("a")
+        assert (record.held, record.pending) == (len(text), ())
+        check_holds(server, "a", text)
+    before = server.state("a")
+    server.die()
+    assert same_state(Server(model, tmp_path / "a").state("a"), before)
+
+
+def test_a_slot_that_cannot_be_prepared_gives_nobody_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = Server(built("windows"), tmp_path, slots=1)
+    text = "begin" + server.say("a", "begin")
+    server.say("b", "somebody else's words")
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        # of one that comes from its file, of a new one, and of one that is in its slot
+        patched.setattr(server.engine.slots, "restore", fails)
+        patched.setattr(server.engine.slots, "reset", fails)
+        patched.setattr(server.engine.slots, "copy", fails)
+        for name in ("a", "new", "a"):
+            key, _ = server.begin(name, "?")
+            server.loop()
+            assert server.events[key][-1].error == "out of memory"
+    check_holds(server, "a", text)
+    server.say("a", "!")
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine.slots, "copy", fails)
+        key, _ = server.begin("a", "?")
+        server.loop()
+        assert server.events[key][-1].error == "out of memory"
+    assert server.record("a").turns == 2
+    assert server.say("a", "?")
+
+
+def test_a_state_that_cannot_be_copied_now_is_saved_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = Server(built("windows"), tmp_path, slots=1)
+    server.say("a", "x")
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine.slots, "snapshot", lambda slot: (_ for _ in ()).throw(RuntimeError("no memory")))
+        key, _ = server.begin("b", "x")
+        server.loop()
+        assert "no slot is free" in server.events[key][-1].error
+    server.now += 11
+    assert server.say("b", "x")
+    assert server.say("a", "y")
+
+
+def test_a_step_that_fails_as_a_whole_takes_the_turn_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = Server(built("windows"), tmp_path)
+    text = "begin" + server.say("a", "begin")
+    key, _ = server.begin("a", "on")
+    server.loop(until=lambda: len(server.events[key]) == 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(server.engine, "_report", lambda events: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            server.engine.step()
+    (end,) = server.engine.casualties
+    server.listening.pop(key)(end)
+    check_holds(server, "a", text)
+    assert server.say("a", "on")
 
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
@@ -350,12 +423,19 @@ def test_a_system_message_that_is_sent_again_is_not_read_again(tmp_path: Path):
     check_holds(server, "a", f"<system>be short|<user>hello|<assistant>{first}|<user>again|<assistant>{second}")
 
 
-def test_a_conversation_of_any_length_takes_the_same_memory(tmp_path: Path):
-    server = Server(built("windows"), tmp_path, chunk=512)
+def test_a_conversation_of_a_million_tokens_takes_the_memory_of_a_hundred(tmp_path: Path):
+    torch.manual_seed(0)
+    model = SwatForCausalLM(SwatConfig(
+        vocab_size=272, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        sliding_window=4, eos_token_id=257,
+    )).eval()  # fmt: skip
+    server = Server(model, tmp_path, chunk=16384)
     server.say("a", "x" * 100)
     size, kept = len(server.done(server.keeper.export("a"))), server.engine.slots.num_bytes
-    for _ in range(2):
-        server.say("a", "some words " * 800)
-    assert server.record("a").num_tokens > 17_000
-    assert abs(len(server.done(server.keeper.export("a"))) - size) < 200
+    for _ in range(4):
+        server.say("a", "y" * 250_000)
+    assert server.record("a").num_tokens > 1_000_000
+    assert abs(len(server.done(server.keeper.export("a"))) - size) < 100
     assert server.engine.slots.num_bytes == kept
+    # and what is kept is what matters: a text that ends alike is gone on with alike
+    assert server.say("a", "and now?") == server.say("b", "y" * 100 + "and now?")
