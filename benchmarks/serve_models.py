@@ -104,7 +104,8 @@ def write_gguf(model: LlamaForCausalLM, tokenizer: dict[str, Any], path: Path) -
     """The model as llama.cpp loads it, float32 throughout."""
     import gguf
 
-    config = model.config
+    # its fields may be None only before it is made
+    config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(path.parent.name)
     writer.add_block_count(config.num_hidden_layers)
@@ -151,7 +152,8 @@ def tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
     }
     if not model.config.tie_word_embeddings:
         found["output.weight"] = weights["lm_head.weight"]
-    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    config: Any = model.config
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for layer in range(model.config.num_hidden_layers):
         for theirs, name in LAYER.items():
             weight = weights[f"model.layers.{layer}.{theirs}.weight"]
