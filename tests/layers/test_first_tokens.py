@@ -273,6 +273,24 @@ def test_a_row_is_the_same_to_the_bit_at_any_place_of_a_batch():
     assert all(torch.equal(one, found[0]) for one in found)
 
 
+@pytest.mark.parametrize("changes", [{"sinks": 3}, SOFTMAX], ids=["sigmoid", "softmax"])
+def test_a_row_inside_its_window_does_not_notice_who_is_behind_theirs(changes):
+    # on a CPU first tokens are attended to only where some row has one behind its window
+    model, found = built(**changes).float(), []
+    for length in (2, WINDOW - 2, 30):
+        state = model.init_state(2)
+        for slot, text in enumerate((torch.arange(2)[None], torch.arange(length)[None])):
+            model.extend(text, state, slot=torch.tensor([slot]), num_past=0)
+        # the first token of these that is decoded is one to keep, and later ones come to stand behind the window
+        steps = [
+            model.decode_step(torch.full((2, 1), token), state, torch.arange(2), batch_invariant=True)[0]
+            for token in range(9)
+        ]
+        found.append(torch.stack(steps))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_graphs_serve_lengths_on_either_side_of_the_window():
     model = built(**SOFTMAX).float()
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=512)
