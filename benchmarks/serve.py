@@ -207,7 +207,8 @@ def as_they_come(model: str, running: dict[str, Process], rate: float, options: 
 
 def in_turn(names: list[str], number: int) -> list[str]:
     """The names in the order of a round."""
-    shift = number % len(names)
+    # none is left where all were too slow
+    shift = number % max(1, len(names))
     return names[shift:] + names[:shift]
 
 

@@ -1,5 +1,6 @@
 """The serving benchmark's own logic: lengths, arrivals, its reader against a tiny server, figures, forms of a model."""
 
+import argparse
 import asyncio
 import itertools
 import json
@@ -152,6 +153,33 @@ def test_rows_and_goals():
     assert [(goal["measured"], goal["reached"]) for goal in goals] == [
         (1.4, True), (3.0, True), (1.0, True), (1.5, True)
     ]  # fmt: skip
+
+
+def test_who_is_too_slow_is_left_out_of_a_stream(monkeypatch, capsys):
+    class Still:
+        computed = 0.0
+
+        def rest(self) -> None: ...
+
+        def wake(self) -> None: ...
+
+        def cpu_seconds(self) -> float:
+            self.computed += 1.0
+            return self.computed
+
+    asked = []
+
+    def further(process, text, seconds):
+        asked.append(text)
+        return Answer(0.0, (1.0, 1.5), 9, 2) if len(text.split()) < 20 else None
+
+    monkeypatch.setattr(serve, "further", further)
+    options = argparse.Namespace(depths=[4, 40, 80], rounds=2, seconds=60)
+    rows = serve.stream_rows("m", {"swat-lm": Still(), "llama.cpp": Still()}, options, float("inf"))
+    assert [row["swat-lm: ms between tokens"] for row in rows] == [500, "too slow"]
+    assert [row["llama.cpp: ms between tokens"] for row in rows] == [500, "too slow"]
+    # ours is told what is new, llama.cpp all, of which it has read the most
+    assert [len(text.split()) for text in asked] == [4, 4, 5, 1, 1, 6, 34, 40]
 
 
 def test_forms_of_a_model(tmp_path):
