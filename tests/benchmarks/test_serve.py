@@ -7,6 +7,7 @@ import json
 import random
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,8 @@ def test_who_is_too_slow_is_left_out_of_a_stream(monkeypatch, capsys):
 
     monkeypatch.setattr(serve, "further", further)
     options = argparse.Namespace(depths=[4, 40, 80], rounds=2, seconds=60)
-    rows = serve.stream_rows("m", {"swat-lm": Still(), "llama.cpp": Still()}, options, float("inf"))
+    running: Any = {"swat-lm": Still(), "llama.cpp": Still()}
+    rows = serve.stream_rows("m", running, options, float("inf"))
     assert [row["swat-lm: ms between tokens"] for row in rows] == [500, "too slow"]
     assert [row["llama.cpp: ms between tokens"] for row in rows] == [500, "too slow"]
     # ours is told what is new, llama.cpp all, of which it has read the most
