@@ -190,6 +190,7 @@ def test_sessions_are_listed_copied_moved_and_removed(client: TestClient):
         ({"session_id": ""}, 400, "session_name", "session_id: expected 1 to 256"),
         ({"session_id": "a/b"}, 400, "session_name", "session_id: expected 1 to 256"),
         ({"n": 2}, 400, None, "n: expected 1 in a session"),
+        ({"session_id": None, "session_turns": 1}, 400, None, "session_turns: expected only with session_id"),
         ({"echo": True}, 400, None, "echo: expected false in a session"),
         ({"prompt": ["a", "b"]}, 400, None, "prompt: expected one in a session"),
         ({"prompt": ""}, 400, None, "prompt: expected at least one"),

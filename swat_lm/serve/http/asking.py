@@ -151,6 +151,8 @@ class Options(Body):
 
     def sampling(self, language: Language, max_tokens: int | None, logprobs: int | None) -> Sampling:
         """As the engine takes it. Raises ApiError."""
+        if self.session_turns is not None and self.session_id is None:
+            raise ApiError(400, "session_turns: expected only with session_id", "session_turns")
         given = {
             name: getattr(self, name)
             for name in ("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids",
