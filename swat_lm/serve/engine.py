@@ -341,7 +341,11 @@ class Engine:
             self.abort(key)
             return event
         # not `stop`, whose text may be what has failed
-        slot = self.scheduler.stop(key, held)
+        try:
+            slot = self.scheduler.stop(key, held)
+        except ValueError:
+            # it has ended for the scheduler, which keeps its slot, and its last text has failed
+            slot = running.slot
         del self._requests[key]
         try:
             if running.is_prepared and slot is not None:

@@ -4,6 +4,7 @@ Legend: B rows of a batch, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.slots import Slots
 
-__all__ = ["GraphedSteps", "Steps", "cuda_graph"]
+__all__ = ["CudaGraphs", "GraphedSteps", "Steps"]
 
 
 class Steps:
@@ -34,22 +35,26 @@ class Steps:
         return torch.tensor(numbers, device=self._slots.position.device)
 
 
-def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Record what a function does on the current device; what comes back does it again, in one call.
+class CudaGraphs:
+    """Records what functions do on the current device, in graphs that share one pool of memory."""
 
-    All that it reads and writes must stay where it is.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        # libraries choose their kernels and take their workspaces with the first calls
-        for _ in range(3):
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """What does it again, in one call; all that it reads and writes must stay where it is, outside of the pool."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # libraries choose their kernels and take their workspaces with the first calls
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+        self._pool = graph.pool()
+        return graph.replay
 
 
 class GraphedSteps(Steps):
@@ -64,14 +69,17 @@ class GraphedSteps(Steps):
         model: SwatForCausalLM,
         slots: Slots,
         sizes: Sequence[int],
-        record: Callable[[Callable[[], None]], Callable[[], None]] = cuda_graph,
+        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
     ) -> None:
-        """Record all sizes, the largest first, whose memory the others share. Before anything else: empties the slots.
+        """Record all sizes, the largest first, whose memory the others use too; first of all, since slots are emptied.
+
+        `record` gives what does a function again; None: CUDA graphs.
 
         Raises ValueError for a pool of one slot, and for layers that keep everything, which read another number of
         items in every step.
         """
         super().__init__(model, slots)
+        record = record or CudaGraphs()
         if slots.grows:
             raise ValueError(
                 "graphs: a layer of the model keeps all it has seen, and no step is like another; leave it out"

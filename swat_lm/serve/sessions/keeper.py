@@ -1,6 +1,5 @@
 """What one may do with sessions beside talking: look at them, copy them, take them away and bring them in."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -100,7 +99,7 @@ class Keeper:
         """A copy under a name that none has; the two go on apart."""
 
         def copy(record: Record, tensors: dict[str, Tensor]) -> Record:
-            now = time.time()
+            now = self.book.clock()
             made = record.model_copy(update={"session": to, "created": now, "used": now})
             self.book.shelf.add(made, tensors)
             return made
@@ -115,7 +114,7 @@ class Keeper:
 
         def add() -> Record:
             record, tensors = self.book.shelf.checked(content)
-            made = record.model_copy(update={"session": name, "used": time.time()})
+            made = record.model_copy(update={"session": name, "used": self.book.clock()})
             self.book.shelf.add(made, tensors)
             return made
 

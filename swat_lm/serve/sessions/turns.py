@@ -227,7 +227,7 @@ class Turns:
         if event is not None:
             running.say(event)
         if session.unsaved >= self.book.policy.every:
-            self.book.save(session)
+            self.book.try_to_save(session)
 
     def close(self) -> None:
         """Prepare no more."""

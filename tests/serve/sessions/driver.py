@@ -21,16 +21,11 @@ from swat_lm.serve.sessions.outcome import Asked
 from swat_lm.serve.sessions.record import Record
 from swat_lm.serve.sessions.store import FolderStore, Store
 from swat_lm.serve.sessions.turns import Turns
+from tests.serve.test_engine import PLANS
 
 TOKENIZER = load_tokenizer("bytes")
 ROLES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
 TOKENIZER.chat_template = ROLES + "{% if add_generation_prompt %}<assistant>{% endif %}"
-PLANS = {
-    "windows": [{"kind": "attention", "sliding_window": 6, "sinks": 2, "score_function": "softmax", "slopes": "none"},
-                {"kind": "attention", "sliding_window": 5}],
-    "recurrence": ["mamba2", {"kind": "attention", "sliding_window": 6}],
-    "full": [{"kind": "attention", "sliding_window": None, "score_function": "softmax", "slopes": "none"}, "mamba2"],
-}  # fmt: skip
 
 
 def written(messages: Any) -> str:

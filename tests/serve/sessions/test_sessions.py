@@ -83,6 +83,23 @@ def test_turns_that_are_cut_are_read_once(tmp_path: Path):
     assert same_state(Server(model, tmp_path / "a").state("a"), before)
 
 
+def test_a_last_text_that_fails_takes_the_turn_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = Server(built("full"), tmp_path, capacity=20)
+    text = "begin" + server.say("a", "begin", max_tokens=2)
+    # until its slot is full: the scheduler ends it, and then its text fails
+    key, _ = server.begin("a", "on", max_tokens=None)
+    server.loop(until=lambda: bool(server.events[key]))
+
+    def no_text(reason: str) -> None:
+        raise TypeError("no text")
+
+    monkeypatch.setattr(server.engine._requests[key].replies[0].text, "finish", no_text)
+    server.loop()
+    assert server.events[key][-1].error == "TypeError: no text"
+    assert server.record("a").turns == 1
+    assert server.say("a", "on", max_tokens=2) == server.say("b", text + "on", max_tokens=2)
+
+
 def test_a_slot_that_cannot_be_prepared_gives_nobody_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     server = Server(built("windows"), tmp_path, slots=1)
     text = "begin" + server.say("a", "begin")
