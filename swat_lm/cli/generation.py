@@ -85,7 +85,10 @@ def generate(
     if save_to is not None:
         check_new_file(save_to, "--save-state")
     if chat and (prompt in ("", "-") or load_from is not None):
-        raise ValueError("--chat takes one message, by --prompt TEXT: neither stdin nor a saved state")
+        raise ValueError(
+            "--chat takes one message, by --prompt TEXT: neither stdin nor a saved state; for a conversation there is "
+            "`swat-lm chat`"
+        )
     model, tokens = load_checkpoint(checkpoint, tokenizer, device)
     if chat:
         prompt = in_template(tokens, prompt, checkpoint, tokenizer)

@@ -12,7 +12,7 @@ from swat_lm.serve.constraints import Constraint, ConstraintError
 from swat_lm.serve.generation import Generation
 from swat_lm.serve.host import Host
 from swat_lm.serve.http import errors
-from swat_lm.serve.http.bodies import Body, described, shortly
+from swat_lm.serve.http.bodies import Body, described, shortly, work
 from swat_lm.serve.http.errors import ApiError
 from swat_lm.serve.http.settings import Settings
 from swat_lm.serve.language import ChatError, Encoded, Language
@@ -180,10 +180,13 @@ class Options(Body):
         return bool(self.stream_options.include_usage)
 
 
-def constraint_of(language: Language, given: Any, name: str = "response_format") -> Constraint | None:
-    """What a reply must follow. Takes its time. Raises ApiError."""
-    if given is None:
-        return None
+async def constraint_of(language: Language, given: Any, name: str = "response_format") -> Constraint | None:
+    """What a reply must follow, compiled in a worker. Raises ApiError."""
+    return None if given is None else await work(compiled, language, given, name)
+
+
+def compiled(language: Language, given: Any, name: str) -> Constraint | None:
+    """A constraint, or None for plain text. Takes its time. Raises ApiError."""
     kind = given.get("type") if isinstance(given, dict) else None
     if kind not in ("text", "json_object", "json_schema", "regex", "lark"):
         raise ApiError(400, f"{name}: expected an object whose type is {FORMATS}, got {shortly(given)}", name)

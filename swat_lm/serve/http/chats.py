@@ -176,9 +176,7 @@ async def chat(request: Request, served: Served, running_of: Any) -> "ChatComple
     if logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs: expected only with logprobs true", "top_logprobs")
     logprobs = (logprobs or 0) if asked.logprobs else None
-    constraint = (
-        await work(constraint_of, served.language, asked.response_format) if asked.response_format is not None else None
-    )
+    constraint = await constraint_of(served.language, asked.response_format)
     messages = [{"role": one.role, "content": one.content, "name": one.name} for one in asked.messages]
     most = next((count for count in counts if count is not None), None)
     name, told, read = new_id("chatcmpl"), dict[str, Any](), Counts()

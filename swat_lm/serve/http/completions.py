@@ -113,9 +113,7 @@ async def complete(request: Request, served: Served, running_of: Any) -> "Comple
     logprobs = most_logprobs(asked.logprobs, "logprobs")
     check_text_turn(served, asked)
     sampling = asked.sampling(served.language, max_tokens, logprobs)
-    constraint = (
-        await work(constraint_of, served.language, asked.response_format) if asked.response_format is not None else None
-    )
+    constraint = await constraint_of(served.language, asked.response_format)
     prompts = await work(prompts_of, served, asked.prompt)
     name = new_id("cmpl")
     weighed = logprobs if asked.echo else None

@@ -168,7 +168,7 @@ async def respond(request: Request, served: Served, running_of: Any) -> "Respons
     served.check_model(asked.model)
     most = check_count(asked.max_output_tokens, "max_output_tokens", served.settings, 1)
     given = None if asked.text is None else asked.text.format
-    constraint = await work(constraint_of, served.language, given, "text.format") if given is not None else None
+    constraint = await constraint_of(served.language, given, "text.format")
     messages: list[dict[str, Any]] = [{"role": "user", "content": asked.input}] if isinstance(asked.input, str) else [
         {"role": one.role, "content": one.content} for one in asked.input
     ]  # fmt: skip
