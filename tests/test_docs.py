@@ -16,7 +16,7 @@ import yaml
 from benchmarks.measure import RESULTS
 from benchmarks.table import fill
 from swat_lm.model import cost
-from swat_lm.model.configuration import config_from_recipe
+from swat_lm.model.recipe_fields import config_from_recipe
 from swat_lm.ops.bands import Band
 from swat_lm.ops.reference import distances
 from swat_lm.ops.segments import documents_of

@@ -14,10 +14,10 @@ from swat_lm.model.architectures import (
     configure_model,
     count_model_parameters,
 )
-from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.cost import count_parameters
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.presets import preset_names
+from swat_lm.model.recipe_fields import config_from_recipe
 from swat_lm.named_recipes import recipe_names, recipe_path, recipe_summary
 from swat_lm.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 

@@ -80,8 +80,8 @@ def info(
 def find_config(target: str, overrides: list[str], is_any: bool = False) -> "tuple[PreTrainedConfig, int]":
     """The configuration and training length behind a recipe, a preset or a checkpoint (see `load_config`)."""
     from swat_lm.model.architectures import configure_model
-    from swat_lm.model.configuration import config_from_recipe
     from swat_lm.model.presets import preset_names
+    from swat_lm.model.recipe_fields import config_from_recipe
 
     if reads_recipe(target, overrides):
         from swat_lm.recipe import load_recipe

@@ -7,24 +7,19 @@ settings of attention may be lists with one value per layer, which is all that m
 import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from swat_lm.files import write_text
 from swat_lm.layers import AttentionLayer, AttentionSettings
-from swat_lm.model.fitting import explain_misfit
 from swat_lm.model.layer_views import LayerViews
 from swat_lm.model.plan import LayerEntry, kinds_with, resolve_plan
-from swat_lm.model.presets import preset_fields
 from swat_lm.model.registration import AUTO_CODE, AUTO_MAP, AUTO_MODULE, MODEL_TYPE
-from swat_lm.model.window_plan import with_full_layers
-from swat_lm.words import did_you_mean
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PER_LAYER = ("sliding_window", "score_function", "slopes", "score_bias", "use_rotary", "rope_theta")
@@ -331,57 +326,11 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
     for key in extra:
         nearest = [ALIASES[key]] if key in ALIASES else difflib.get_close_matches(key, RECIPE_KEYS, n=1, cutoff=0.8)
         if owners := kinds_with(key):
-            raise ValueError(f"SwatConfig has no argument {key!r}; {_in_layers(key, owners)}")
+            raise ValueError(f"SwatConfig has no argument {key!r}; {in_layers(key, owners)}")
         if nearest:
             raise ValueError(f"SwatConfig has no argument {key!r}; did you mean {nearest[0]!r}?")
 
 
-def _in_layers(key: str, owners: list[str]) -> str:
+def in_layers(key: str, owners: list[str]) -> str:
+    """What to write where a key is a setting of these kinds."""
     return f"it is a setting of {' and '.join(owners)}: write it in layers, {{kind: {owners[0]}, {key}: ...}}"
-
-
-def check_fields(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    """Raise ValueError, naming the nearest valid one, for a key of `what` that is not among `known`."""
-    for key in values:
-        if key not in known and key not in RECIPE_KEYS and (owners := kinds_with(str(key))):
-            raise ValueError(f"{what}: unknown key {key!r}; {_in_layers(key, owners)}")
-        if key not in known:
-            near = [ALIASES[key]] if key in ALIASES else known
-            hint = did_you_mean(ALIASES.get(key, key), near, f"; valid keys: {', '.join(known)}")
-            raise ValueError(f"{what}: unknown key {key!r}{hint}")
-    slopes = values.get("slopes")
-    if any(isinstance(spec, int) for spec in (slopes if isinstance(slopes, list) else [slopes])):
-        # YAML 1.1 reads 8:4 as a number to the base 60
-        raise ValueError(f"{what}: slopes came as a number; a split such as 8:4 must be quoted in YAML: '8:4'")
-
-
-def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) -> SwatConfig:
-    """Build the configuration that a recipe's `model:` mapping describes.
-
-    Args:
-        model: fields of SwatConfig, and optionally `preset: NAME` whose values they replace and `full_layers`: which
-            layers keep full attention beside the window of the others (swat_lm/model/window_plan.py).
-        vocab_size: the tokenizer's; used where the mapping itself names no vocab_size.
-
-    Raises:
-        ValueError: an unknown key (the nearest valid one is named), an unknown preset, a wrong value, or a vocab_size
-            smaller than the tokenizer's.
-    """
-    values = dict(model)
-    known = (*RECIPE_KEYS, "preset", "full_layers")
-    check_fields({name: value for name, value in values.items() if name != "mixers"}, known, "model")
-    preset, full = values.pop("preset", None), values.pop("full_layers", None)
-    if vocab_size is not None:
-        if values.get("vocab_size", vocab_size) < vocab_size:
-            raise ValueError(
-                f"model: vocab_size {values['vocab_size']} is smaller than the tokenizer's {vocab_size}; "
-                "leave it out or raise it"
-            )
-        values.setdefault("vocab_size", vocab_size)
-    if preset is not None:
-        values = {**preset_fields(preset), **values}
-    try:
-        config = SwatConfig(**values)
-        return config if full is None else with_full_layers(config, full)
-    except StrictDataclassError as error:
-        raise ValueError(f"model: {explain_misfit(error, SwatConfig, values)}") from error

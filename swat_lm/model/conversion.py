@@ -16,11 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from swat_lm.files import whole
 from swat_lm.model.building import layers_without_weights
-from swat_lm.model.configuration import RECIPE_KEYS, SwatConfig, check_fields
+from swat_lm.model.configuration import RECIPE_KEYS, SwatConfig
 from swat_lm.model.families import Family, family_of, left_out
 from swat_lm.model.gguf import GgufSource, open_gguf, read_gguf_model
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.plan import kinds_with
+from swat_lm.model.recipe_fields import check_fields
 from swat_lm.model.sources import find_source
 from swat_lm.model.weight_files import (
     check_present,

@@ -15,7 +15,7 @@ from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.layers import LAYERS, Layer
 from swat_lm.layers.base import Output, Shared, StateTensor
 from swat_lm.layers.chunk import Chunk
-from swat_lm.model.configuration import config_from_recipe
+from swat_lm.model.recipe_fields import config_from_recipe
 from tests.layers.contract import CHECKS, Check, Subject, name_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")

@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from swat_lm import SwatConfig
 from swat_lm.model.architectures import configure_model
-from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.fitting import fits
+from swat_lm.model.recipe_fields import config_from_recipe
 from swat_lm.words import type_words
 
 from .models import tiny_config

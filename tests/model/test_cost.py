@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swat_lm import SwatForCausalLM
 from swat_lm.model import cost
-from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.presets import preset_names
+from swat_lm.model.recipe_fields import config_from_recipe
 from swat_lm.ops.reference import distances
 
 from .models import tiny_config, tiny_model, tokens

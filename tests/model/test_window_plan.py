@@ -3,8 +3,8 @@
 import pytest
 from transformers import LlamaConfig, Mamba2Config, MistralConfig, Olmo3Config
 
-from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.conversion import convert_config
+from swat_lm.model.recipe_fields import config_from_recipe
 from swat_lm.model.window_plan import window_plan, windows_of, with_windows
 
 from .models import VOCABULARY

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from swat_lm.model.configuration import config_from_recipe
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.model.recipe_fields import config_from_recipe
 from swat_lm.papers.worker import MOST_THREADS, usable_cores
 from swat_lm.recipe import Recipe
 
