@@ -167,7 +167,9 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
     slopes = attention.slopes_on(hidden.device)
     if slopes is not None:
         scores = scores + slopes.float()[:, None, None] * distance.float()[:, None]
-    scores = (scores + attention.score_bias).masked_fill(~visible[:, None], float("-inf"))
+    bias = attention.bias()
+    scores = scores + (bias.float()[:, None, None] if isinstance(bias, Tensor) else bias)
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
     if settings.score_function == "sigmoid":
         return torch.sigmoid(scores)
     if attention.sink is None:

@@ -5,12 +5,10 @@ Parameter names and shapes are Llama's; what attends is in window_attention.py.
 
 from typing import Any
 
-from torch import nn
-
 from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import Shared
 from swat_lm.layers.lean import AttentionPlan, plan_attention
-from swat_lm.layers.pre_norm import FeedForward, PreNorm, start
+from swat_lm.layers.pre_norm import FeedForward, PreNorm
 from swat_lm.layers.window_attention import WindowAttention
 
 
@@ -32,7 +30,7 @@ class AttentionLayer(PreNorm):
         )
         super().__init__(
             mixer, feed_forward, width, shared.norm_eps, settings.residual_multiplier, settings.norm_placement,
-            settings.norm,
+            settings.norm, settings.layer_scale,
         )  # fmt: skip
 
     @classmethod
@@ -67,11 +65,9 @@ class AttentionLayer(PreNorm):
         return layer_type(settings.sliding_window)
 
     def init_weights(self, shared: Shared) -> None:
-        """Sinks begin at a score of zero."""
+        """What is learned per head starts as the settings say."""
         super().init_weights(shared)
-        sink = self.self_attn.sink
-        if isinstance(sink, nn.Parameter):
-            start(sink, lambda: nn.init.zeros_(sink))
+        self.self_attn.start_heads()
 
     def decoding_plan(self) -> AttentionPlan | None:
         """The joined matrices of the layer; None where it has what they do not cover."""

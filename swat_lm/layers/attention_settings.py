@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from swat_lm.layers.first_tokens import SINK_POSITIONS
 from swat_lm.layers.norm import NORMS
 from swat_lm.layers.pre_norm import ACTIVATIONS, FEED_FORWARDS, NORM_PLACEMENTS
 from swat_lm.ops.checks import BACKENDS
-from swat_lm.ops.slopes import slopes_for
+from swat_lm.ops.slopes import DEFAULT_SPAN, checked_span, slopes_for
 
 INVERSE_WINDOW = "-log(window)"
 QK_NORMS = ("head", "layer")
@@ -30,11 +32,21 @@ class AttentionSettings:
     score_function: str = "sigmoid"
     slopes: str = "balanced"
     slope_schedule: str = "swat"
+    slope_span: float | list[float] = DEFAULT_SPAN
+    """Of the schedule "window": what the steepest slope, or the first and the last, come to over the window."""
+    learned_slopes: bool = False
+    """Slopes are parameters that start so."""
     score_bias: float | str = 0.0
+    learned_score_bias: bool = False
+    """The bias is a parameter per head that starts so."""
     qk_norm: bool = False
     qk_norm_over: str = "head"
     """"head": each head by itself, with one weight for all of them; "layer": all heads together."""
     output_norm: bool = False
+    output_gate: bool = False
+    """Each head's output times a sigmoid of the layer's normed input (arXiv 2505.06708)."""
+    layer_scale: float | None = None
+    """Start of a weight per channel on what attention and feed-forward give (arXiv 2103.17239); None: none."""
     learned_sink: bool = False
     sinks: int = 0
     """First tokens of a document that stay visible when they have left the window."""
@@ -73,7 +85,10 @@ class AttentionSettings:
         self._check_sinks()
         if self.score_function not in ("sigmoid", "softmax"):
             raise ValueError(f"score_function: expected 'sigmoid' or 'softmax', got {self.score_function!r}")
-        slopes_for(heads, self.slopes, self.slope_schedule)
+        self.first_slopes()
+        checked_span(self.slope_span)
+        if self.learned_slopes and self.slopes == "none":
+            raise ValueError("learned_slopes: slopes is 'none', so there are none to learn; say with which they start")
         self.bias()
         if self.learned_sink and self.score_function != "softmax":
             raise ValueError("learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it")
@@ -89,7 +104,7 @@ class AttentionSettings:
         ):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, words))}, got {getattr(self, name)!r}")
-        for name in ("attention_multiplier", "attn_logit_softcapping", "residual_multiplier"):
+        for name in ("attention_multiplier", "attn_logit_softcapping", "residual_multiplier", "layer_scale"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -114,6 +129,12 @@ class AttentionSettings:
                 "sink_positions: 'absolute' leaves the first tokens where they stood, and a slope has no bound so far "
                 "away; use 'cache', which puts them right before the window, or slopes='none'"
             )
+
+    def first_slopes(self) -> Tensor | None:
+        """One slope per query head, float32 `[H]`, with which learned ones start; None: none. Raises ValueError."""
+        return slopes_for(
+            self.num_attention_heads, self.slopes, self.slope_schedule, self.sliding_window, self.slope_span
+        )
 
     def bias(self) -> float:
         """The number that is added to every score. Raises ValueError where there is none."""

@@ -265,11 +265,12 @@ class FirstTokens:
         order = torch.arange(self.count, device=query.device)
         bias = self.bias_beside(window, query)
         if isinstance(bias, Tensor):
-            slopes = attention.slopes_on(query.device)
-            assert slopes is not None
-            # the last of those that are seen is W away
-            away = (gone[:, None] - 1 - order).to(precise)
-            scores += (bias[:, None] + slopes.to(precise)[:, None] * away[:, None]).view(*scores.shape)
+            slopes, biases = attention.slopes_on(query.device), bias.to(precise)[:, None]
+            if slopes is not None:
+                # the last of those that are seen is W away
+                away = (gone[:, None] - 1 - order).to(precise)
+                biases = biases + slopes.to(precise)[:, None] * away[:, None]
+            scores += biases.expand(batch, -1, self.count).view(*scores.shape)
         elif bias:
             scores += bias
         # finite, also where nothing is seen
@@ -310,7 +311,7 @@ class FirstTokens:
 
         The operator counts distances from the last token that is seen; that one is W away.
         """
-        slopes, bias = self.attention.slopes_on(query.device), self.attention.score_bias
+        slopes, bias = self.attention.slopes_on(query.device), self.attention.bias()
         return bias if slopes is None else slopes.to(score_dtype(query)) * window + bias
 
     def _own(self, key: Tensor, value: Tensor, layout: Layout) -> dict[str, Tensor]:

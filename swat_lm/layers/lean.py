@@ -113,8 +113,9 @@ class AttentionPlan(LayerPlan):
         # [M, 2 F]
         self.gate_up = Matrix(joined([feed_forward.gate_proj, feed_forward.up_proj]))
         self.down = Matrix(feed_forward.down_proj.weight.detach().t())
-        # the bias of the ring's places
+        # the bias of the ring's places, and with which state of what is learned it was made
         self._table: Tensor | None = None
+        self._table_of: tuple[int, ...] = ()
 
     def matrices(self) -> tuple[Matrix, ...]:
         """All of them."""
@@ -154,11 +155,20 @@ class AttentionPlan(LayerPlan):
         settings = attention.settings
         if position is None or key.dtype != ring.dtype or settings.attention_backend == "reference":
             return self.attention.attend_step(query, key, value, past, None, far, chunk.batch_invariant)
-        table = self._table
-        # a ring of full attention grows
-        if table is None or table.shape[2] != 2 * ring.shape[1] or table.dtype != score_dtype(query):
-            bias = head_bias(self.attention.slopes_on(ring.device), None, self.attention.score_bias, query)
-            table = self._table = periodic_table(ring.shape[1], settings.num_key_value_heads, bias)
+        table, learned = self._table, (attention.slopes, attention.score_bias)
+        made_of = tuple(-1 if parameter is None else parameter._version for parameter in learned)
+        # a ring of full attention grows, and an optimizer's step leaves parameters in their places
+        if (
+            table is None
+            or table.shape[2] != 2 * ring.shape[1]
+            or table.dtype != score_dtype(query)
+            or made_of != self._table_of
+        ):
+            number = attention.bias()
+            bias = (number, 0.0) if isinstance(number, Tensor) else (None, number)
+            table_bias = head_bias(attention.slopes_on(ring.device), *bias, query)
+            table = self._table = periodic_table(ring.shape[1], settings.num_key_value_heads, table_bias)
+            self._table_of = made_of
         output, lse = step_together(
             query, key, value, ring, past.kept["value"], position, table, settings.score_function,
             attention.scale, return_lse=attention.asks_for_lse, softcap=settings.attn_logit_softcapping,
@@ -170,7 +180,8 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     """Store the weights by input channel and join those with the same input; returns the plan that uses them.
 
     None where the layer has what a plan does not cover (biases, qk_norm, norms behind or of another kind than RMS, a
-    feed-forward without a gate, a scaled residual stream, another activation than SiLU, adapters, fewer than 32 bits):
+    feed-forward without a gate, a gate on heads, a scaled residual stream, another activation than SiLU, adapters,
+    fewer than 32 bits):
     its weights are laid out all the same.
     """
     attention, feed_forward = layer.self_attn, layer.mlp
@@ -189,6 +200,8 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
         or attention.settings.feed_forward != "gated"
         or attention.settings.hidden_act != "silu"
         or layer.residual_multiplier != 1
+        or layer.layer_scale is not None
+        or attention.gate_proj is not None
         or not all(is_plain(module) for module in linears)
     ):
         return None

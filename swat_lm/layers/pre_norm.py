@@ -59,6 +59,9 @@ class FeedForward(nn.Module):
 class PreNorm(Layer):
     """Normed mixer and feed-forward, each added to the residual stream."""
 
+    mixer_scale: nn.Parameter | None
+    feedforward_scale: nn.Parameter | None
+
     def __init__(
         self,
         mixer: Mixer,
@@ -68,6 +71,7 @@ class PreNorm(Layer):
         residual_multiplier: float = 1.0,
         norm_placement: str = "pre",
         norm: str = "rms",
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.self_attn: Mixer = mixer
@@ -78,35 +82,43 @@ class PreNorm(Layer):
         self.post_attention_layernorm = made(width, norm_eps) if before else None
         self.mixer_output_layernorm = made(width, norm_eps) if behind else None
         self.feedforward_output_layernorm = made(width, norm_eps) if behind else None
+        self.layer_scale = layer_scale
+        for name in ("mixer_scale", "feedforward_scale"):
+            scale = None if layer_scale is None else nn.Parameter(torch.full((width,), float(layer_scale)))
+            self.register_parameter(name, scale)
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Process a chunk `[B, T, M]` after its past."""
         mixed, past, auxiliary = self.self_attn(self._mixer_input(hidden), chunk, past)
-        return Output(self._feed(self._join(hidden, mixed, self.mixer_output_layernorm)), past, auxiliary)
+        return Output(self._feed(self._join_mixed(hidden, mixed)), past, auxiliary)
 
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """Process one token per row, `[B, 1, M]`, in place over slots."""
         mixed = self.self_attn.step(self._mixer_input(hidden), chunk, past)
-        return self._feed(self._join(hidden, mixed, self.mixer_output_layernorm))
+        return self._feed(self._join_mixed(hidden, mixed))
 
     def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
         """Process parts of a row `[1, T, M]`: norms and feed-forward for all at once."""
         mixed = self.self_attn.forward_packed(self._mixer_input(hidden), parts)
-        return self._feed(self._join(hidden, mixed, self.mixer_output_layernorm))
+        return self._feed(self._join_mixed(hidden, mixed))
 
     def _mixer_input(self, hidden: Tensor) -> Tensor:
         return hidden if self.input_layernorm is None else self.input_layernorm(hidden)
 
-    def _join(self, hidden: Tensor, change: Tensor, norm: nn.Module | None) -> Tensor:
+    def _join_mixed(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        return self._join(hidden, mixed, self.mixer_output_layernorm, self.mixer_scale)
+
+    def _join(self, hidden: Tensor, change: Tensor, norm: nn.Module | None, scale: Tensor | None) -> Tensor:
         """The residual stream with what the mixer or the feed-forward adds to it."""
         change = change if norm is None else norm(change)
+        change = change if scale is None else change * scale
         return hidden + (change if self.residual_multiplier == 1 else change * self.residual_multiplier)
 
     def _feed(self, hidden: Tensor) -> Tensor:
         """The residual stream `[B, T, M]` after the feed-forward."""
         norm = self.post_attention_layernorm
         change = self.mlp(hidden if norm is None else norm(hidden))
-        return self._join(hidden, change, self.feedforward_output_layernorm)
+        return self._join(hidden, change, self.feedforward_output_layernorm, self.feedforward_scale)
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """What the mixer keeps."""
@@ -130,11 +142,14 @@ class PreNorm(Layer):
         return self.self_attn.refuses(chunk)
 
     def init_weights(self, shared: Shared) -> None:
-        """Start what writes to the residual stream smaller or larger, where asked to."""
+        """Start what writes to the residual stream smaller or larger, and scales of channels, where asked to."""
         scale = shared.output_projection_init_scale
         if scale != 1:
             start_normal(self.self_attn.o_proj.weight, shared.initializer_range * scale)
             start_normal(self.mlp.down_proj.weight, shared.initializer_range * scale)
+        for parameter in (self.mixer_scale, self.feedforward_scale):
+            if parameter is not None and self.layer_scale is not None:
+                start(parameter, partial(nn.init.constant_, parameter, float(self.layer_scale)))
 
 
 def start_normal(weight: Tensor, std: float) -> None:

@@ -5,6 +5,7 @@ Legend: B rows, T tokens, P kept tokens, M width, H query heads, K key/value hea
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +16,19 @@ from swat_lm.layers.base import InPlace, Output, Part, Past, StateTensor, lay_ou
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.first_tokens import FirstTokens, Heads, join_heads
 from swat_lm.layers.norm import RMSNorm
-from swat_lm.layers.pre_norm import Mixer
+from swat_lm.layers.pre_norm import Mixer, start
 from swat_lm.ops import window_attention, window_attention_step
 from swat_lm.ops.flops import attention_flops
 from swat_lm.ops.hiding import hide_keys
 from swat_lm.ops.rotary import apply_rotary, half_angles, rotate_paired
-from swat_lm.ops.slopes import slopes_for
 
 
 class WindowAttention(Mixer):
     """Attention over the last `window` tokens (all of them when the window is None)."""
 
     sink: nn.Parameter | None
+    slopes: nn.Parameter | None
+    score_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -41,7 +43,6 @@ class WindowAttention(Mixer):
         self.settings = settings
         self.rotary = rotary
         self.index = index
-        self.score_bias = settings.bias()
         given = settings.attention_multiplier
         self.scale = settings.head_dim**-0.5 if given is None else float(given)
         self.num_heads, self.num_kv_heads = settings.num_attention_heads, settings.num_key_value_heads
@@ -58,12 +59,15 @@ class WindowAttention(Mixer):
         self.q_norm = RMSNorm(query_norm, norm_eps) if settings.qk_norm else None
         self.k_norm = RMSNorm(key_norm, norm_eps) if settings.qk_norm else None
         self.output_norm = RMSNorm(settings.head_dim, norm_eps) if settings.output_norm else None
-        self.register_parameter(
-            "sink", nn.Parameter(torch.zeros(settings.num_attention_heads)) if settings.learned_sink else None
-        )
+        self.gate_proj = nn.Linear(width, settings.num_attention_heads, bias=False) if settings.output_gate else None
+        learned = {"sink": settings.learned_sink, "slopes": settings.learned_slopes,
+                   "score_bias": settings.learned_score_bias}  # fmt: skip
+        for name, is_learned in learned.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.num_heads)) if is_learned else None)
         # not a buffer: `.to(bfloat16)` must not round the slopes, nor loading leave them uninitialised
         with torch.device("cpu"):
-            self._slopes = slopes_for(settings.num_attention_heads, settings.slopes, settings.slope_schedule)
+            self._slopes = settings.first_slopes()
+        self.start_heads()
         self.first_tokens = FirstTokens(self) if settings.sinks else None
         # what a sink takes, or first tokens, is a share of all weights
         self.asks_for_lse = settings.learned_sink or (settings.sinks > 0 and settings.score_function == "softmax")
@@ -109,7 +113,7 @@ class WindowAttention(Mixer):
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Mix a chunk `[B, T, M]`; the past, if any, is extended by the chunk's keys and values."""
-        mixed = self.o_proj(self.heads_output(self.mix(*self.project(hidden), chunk, past)))
+        mixed = self.o_proj(self.gated(self.heads_output(self.mix(*self.project(hidden), chunk, past)), hidden))
         return Output(mixed, None if past is None else past.after())
 
     def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -122,7 +126,8 @@ class WindowAttention(Mixer):
             heads.append(mixed if isinstance(mixed, Tensor) else mixed[0])
             lse += [] if isinstance(mixed, Tensor) else [mixed[1]]
         output = lay_out(parts, heads, hidden.shape[1])
-        return self.o_proj(self.heads_output((output, lay_out(parts, lse, hidden.shape[1])) if lse else output))
+        output = self.heads_output((output, lay_out(parts, lse, hidden.shape[1])) if lse else output)
+        return self.o_proj(self.gated(output, hidden))
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, past: Past | None) -> Heads:
         """What the heads give to queries `[B, T, H, D]`, with its lse for softmax where that is asked for.
@@ -168,7 +173,7 @@ class WindowAttention(Mixer):
             window=self.window_in(chunk),
             score_function=settings.score_function,
             slopes=self.slopes_on(query.device),
-            score_bias=self.score_bias,
+            score_bias=self.bias(),
             scale=scale,
             first_visible=chunk.first_visible(num_past),
             last_visible=chunk.last_visible(num_past),
@@ -200,13 +205,14 @@ class WindowAttention(Mixer):
         query, key, value = self.project(hidden)
         far = None if self.first_tokens is None else self.first_tokens.step(query, key, value, chunk, past)
         angles = None if self.rotary is None else chunk.step_angles(self.rotary, hidden.dtype)
+        rotary = None
         if angles is not None and query.is_cuda:
             # the kernel rotates
             rotary = half_angles(*angles)
-            return self.o_proj(self.attend_step(query, key, value, past, rotary, far, chunk.batch_invariant))
-        if angles is not None:
+        elif angles is not None:
             query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
-        return self.o_proj(self.attend_step(query, key, value, past, None, far, chunk.batch_invariant))
+        output = self.attend_step(query, key, value, past, rotary, far, chunk.batch_invariant)
+        return self.o_proj(self.gated(output, hidden))
 
     def attend_step(
         self,
@@ -237,7 +243,7 @@ class WindowAttention(Mixer):
             past.position,
             score_function=settings.score_function,
             slopes=self.slopes_on(query.device),
-            score_bias=self.score_bias,
+            score_bias=self.bias(),
             scale=self.scale,
             softcap=settings.attn_logit_softcapping,
             rotary=rotary,
@@ -265,17 +271,36 @@ class WindowAttention(Mixer):
         output = result if isinstance(result, Tensor) else result[0]
         if self.sink is not None:
             lse = result[1]
-            # cut by tensor parallelism, it is this process's part of a whole
-            sink: Tensor = self.sink.to_local() if hasattr(self.sink, "to_local") else self.sink  # type: ignore[operator]
             # softmax with one more key, of score `sink` and value zero
-            share = torch.sigmoid(lse - sink.to(lse.dtype))
+            share = torch.sigmoid(lse - own_part(self.sink).to(lse.dtype))
             output = output * share.to(output.dtype).unsqueeze(-1)
         if self.output_norm is not None:
             output = self.output_norm(output)
         return output.flatten(2)
 
+    def gated(self, output: Tensor, hidden: Tensor) -> Tensor:
+        """The heads' output `[B, T, H * D]`, where there is a gate times its sigmoid, one number per head and token."""
+        if self.gate_proj is None:
+            return output
+        gate = torch.sigmoid(self.gate_proj(hidden)).unsqueeze(-1)
+        return (output.unflatten(2, (gate.shape[2], -1)) * gate).flatten(2)
+
+    def start_heads(self) -> None:
+        """Start what is learned per head: slopes and score biases as the settings say, sinks at a score of zero."""
+        first = {"sink": 0.0, "slopes": self._slopes, "score_bias": self.settings.bias()}
+        for name, value in first.items():
+            parameter = getattr(self, name)
+            if parameter is not None and not parameter.is_meta:
+                start(parameter, partial(copy_into, parameter, value))
+
+    def bias(self) -> float | Tensor:
+        """What is added to every score: a number, or one per query head `[H]`."""
+        return self.settings.bias() if self.score_bias is None else own_part(self.score_bias)
+
     def slopes_on(self, device: torch.device) -> Tensor | None:
         """One slope per query head, `[H]`, or None where there are none."""
+        if self.slopes is not None:
+            return own_part(self.slopes)
         slopes = self._slopes
         if slopes is not None and slopes.device != device:
             # made outside inference mode, so that a later training step may save it for its backward
@@ -294,6 +319,7 @@ class WindowAttention(Mixer):
         # those of keys and values are alike, and those of queries and outputs
         matrices = 2 * (self.q_proj.weight.numel() + self.k_proj.weight.numel())
         heads, size, window = settings.num_attention_heads, settings.head_dim, settings.sliding_window
+        matrices += 0 if self.gate_proj is None else self.gate_proj.weight.numel()
         found = 2 * num_tokens * matrices + attention_flops(heads, size, num_tokens, window, num_past)
         return found if self.first_tokens is None else found + self.first_tokens.flops(num_tokens, num_past)
 
@@ -309,3 +335,13 @@ class WindowAttention(Mixer):
         """The settings that are not visible in the submodules."""
         shown = self.settings
         return f"window={shown.sliding_window}, score_function={shown.score_function}, slopes={shown.slopes}"
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """All of it; where tensor parallelism has cut it, this process's part."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[operator]
+
+
+def copy_into(parameter: Tensor, value: Tensor | float) -> None:
+    """Overwrite a parameter with numbers of its shape, or with one number."""
+    parameter.copy_(torch.as_tensor(value))

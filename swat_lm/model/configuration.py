@@ -20,6 +20,7 @@ from swat_lm.layers import AttentionLayer, AttentionSettings
 from swat_lm.model.layer_views import LayerViews
 from swat_lm.model.plan import LayerEntry, kinds_with, resolve_plan
 from swat_lm.model.registration import AUTO_CODE, AUTO_MAP, AUTO_MODULE, MODEL_TYPE
+from swat_lm.ops.slopes import DEFAULT_SPAN
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PER_LAYER = ("sliding_window", "score_function", "slopes", "score_bias", "use_rotary", "rope_theta")
@@ -42,11 +43,15 @@ class SwatConfig(PreTrainedConfig):
             `kind`, settings of that kind, and `repeat`; attention everywhere when None.
         score_function: "sigmoid" or "softmax"; or one per layer.
         slopes: "balanced", "negative", "positive", "none" or a split such as "8:4"; or one per layer.
-        slope_schedule: "swat" (2**-k) or "alibi" (standard ALiBi magnitudes).
+        slope_schedule: "swat" (2**-k), "alibi" (standard ALiBi magnitudes) or "window" (slope_span / window * 2**-i).
+        slope_span: of "window": one number, or the first and the last of a geometric sequence over the heads.
+        learned_slopes, learned_score_bias: a parameter per head that starts as slopes and score_bias say.
         score_bias: added to every score; a number or "-log(window)" (arXiv 2409.04431); or one per layer.
         qk_norm: RMS norm on queries and keys before rotary.
         qk_norm_over: what that norm is over: each "head" by itself, or all heads of the "layer" together.
         output_norm: RMS norm per head on the attention's output (hybrid-norm).
+        output_gate: each head's output times a sigmoid of the layer's normed input.
+        layer_scale: start of a weight per channel on what attention and feed-forward give; None: none.
         learned_sink: softmax only: one more key per head with a learned score and the value zero.
         sinks: first tokens of each document that stay visible, and are kept, when they have left the window.
         sink_positions: where rotary and slopes see these: "cache", right before the window, or "absolute".
@@ -115,11 +120,16 @@ class SwatConfig(PreTrainedConfig):
     layers: list[Any] | None = None
     score_function: str | list[str] = "sigmoid"
     slopes: str | list[str] = "balanced"
-    slope_schedule: Literal["swat", "alibi"] = "swat"
+    slope_schedule: Literal["swat", "alibi", "window"] = "swat"
+    slope_span: float | int | list[float | int] = DEFAULT_SPAN
+    learned_slopes: bool = False
     score_bias: float | int | str | list[float | int | str] = 0.0
+    learned_score_bias: bool = False
     qk_norm: bool = False
     qk_norm_over: Literal["head", "layer"] = "head"
     output_norm: bool = False
+    output_gate: bool = False
+    layer_scale: float | int | None = None
     learned_sink: bool = False
     sinks: int = 0
     sink_positions: Literal["cache", "absolute"] = "cache"
@@ -163,8 +173,11 @@ class SwatConfig(PreTrainedConfig):
         for name, norms in shared.items():
             if any(getattr(settings, name) for settings in attention):
                 own |= dict.fromkeys(norms, "replicated_with_grad_allreduce")
-        if any(settings.learned_sink for settings in attention):
-            own["sink"] = HEADS
+        # one entry per head
+        per_head = {"learned_sink": "sink", "learned_slopes": "slopes", "learned_score_bias": "score_bias"}
+        own |= {name: HEADS for setting, name in per_head.items() if any(getattr(s, setting) for s in attention)}
+        if any(settings.output_gate for settings in attention):
+            own["gate_proj"] = "colwise"
         cut = {"self_attn": HEADS} | {f"self_attn.{name}": style for name, style in own.items()}
         cut |= {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
         if any(settings.feed_forward == "gated" for settings in attention):

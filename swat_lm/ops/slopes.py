@@ -5,17 +5,25 @@ The bias is `slope * distance`: a negative slope favours recent keys, a positive
 
 import math
 import re
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from swat_lm.words import counted
 
-SCHEDULES = ("swat", "alibi")
+SCHEDULES = ("swat", "alibi", "window")
 KINDS = ("balanced", "negative", "positive", "none")
 
 
-def slopes_for(num_heads: int, kind: str = "balanced", schedule: str = "swat") -> Tensor | None:
+DEFAULT_SPAN = 16.0
+
+Span = float | tuple[float, float] | list[float]
+
+
+def slopes_for(
+    num_heads: int, kind: str = "balanced", schedule: str = "swat", window: int | None = None, span: Span = DEFAULT_SPAN
+) -> Tensor | None:
     """Return the slopes of one layer, negative heads first, float32 `[num_heads]`; None for kind "none".
 
     Args:
@@ -24,9 +32,15 @@ def slopes_for(num_heads: int, kind: str = "balanced", schedule: str = "swat") -
             "none" (no distance bias), or a split "n:m" of n negative and m positive heads, such as "8:4".
         schedule: magnitudes on each side, counted with that side's own number of heads n.
             "swat": 2**-k for k = 1..n (Eq. 4). "alibi": 2**(-8k/n), and ALiBi's own rule where n is no power of two.
+            "window": `c / window * 2**-i` for i = 0..n-1, or from `a / window` to `b / window` in equal ratios, so that
+            what a slope takes from the oldest key of the window does not depend on the window.
+        window: keys a row sees, for the schedule "window".
+        span: c, or a and b, of the schedule "window": what the steepest slope, or the first and the last, come to over
+            the whole window.
 
     Raises:
-        ValueError: a head count below 1, an unknown kind or schedule, a split that does not add up to the heads.
+        ValueError: a head count below 1, an unknown kind or schedule, a split that does not add up to the heads, a
+            schedule that needs a window without one, a span that is not positive.
     """
     if num_heads < 1:
         raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
@@ -35,7 +49,15 @@ def slopes_for(num_heads: int, kind: str = "balanced", schedule: str = "swat") -
     if kind == "none":
         return None
     negative, positive = split_heads(num_heads, kind)
-    magnitudes = _powers_of_two if schedule == "swat" else _alibi_magnitudes
+    if schedule == "window":
+        if window is None:
+            raise ValueError(
+                "slope_schedule: 'window' divides by the layer's window, and it has none; use 'alibi' or slopes='none' "
+                "there"
+            )
+        magnitudes = partial(_over_window, window, checked_span(span))
+    else:
+        magnitudes = _powers_of_two if schedule == "swat" else _alibi_magnitudes
     return torch.tensor([-m for m in magnitudes(negative)] + magnitudes(positive), dtype=torch.float32)
 
 
@@ -56,6 +78,23 @@ def split_heads(num_heads: int, kind: str) -> tuple[int, int]:
             f"make the two numbers add up to {num_heads}"
         )
     return negative, positive
+
+
+def checked_span(span: Span) -> float | tuple[float, float]:
+    """One positive number or two. Raises ValueError."""
+    numbers = tuple(span) if isinstance(span, list | tuple) else (span,)
+    if len(numbers) > 2 or not numbers or not all(0 < number < math.inf for number in numbers):
+        raise ValueError(f"slope_span: expected a positive number, or two as [first, last]; got {span}")
+    return numbers if len(numbers) == 2 else numbers[0]
+
+
+def _over_window(window: int, span: float | tuple[float, float], count: int) -> list[float]:
+    if isinstance(span, tuple):
+        first, last = span
+        # one head has the first
+        ratio = (last / first) ** (1 / max(count - 1, 1))
+        return [first / window * ratio**i for i in range(count)]
+    return [span / window * 2.0**-i for i in range(count)]
 
 
 def _powers_of_two(count: int) -> list[float]:

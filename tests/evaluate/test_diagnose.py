@@ -23,6 +23,7 @@ def streams(count: int, length: int) -> list[np.ndarray]:
         {},
         {"slopes": "1:1", "score_bias": -1.5, "num_key_value_heads": 1, "qk_norm": True},
         {"score_function": "softmax", "slopes": "none", "learned_sink": True},
+        {"learned_slopes": True, "learned_score_bias": True, "score_bias": -1.5, "slope_schedule": "window"},
         {"attn_logit_softcapping": 0.3, "attention_multiplier": 0.9},
         {"use_rotary": False, "sliding_window": None},
         {"sinks": 3, "score_function": "softmax", "slopes": "none", "learned_sink": True},

@@ -118,6 +118,48 @@ def test_learned_sink_takes_weight_away():
     assert mixer.sink.grad.abs().min() > 0
 
 
+def test_what_is_learned_per_head_starts_as_the_settings_say():
+    settings = AttentionSettings(
+        **SHAPE, learned_slopes=True, learned_score_bias=True, score_bias="-log(window)", slope_schedule="window"
+    )
+    mixer = WindowAttention(settings, 16)
+    torch.testing.assert_close(mixer.slopes.detach(), torch.tensor([-16 / 5, 16 / 5]))
+    torch.testing.assert_close(mixer.score_bias.detach(), torch.full((2,), -math.log(5)))
+
+
+def test_learned_slopes_and_biases_are_those_of_the_operator_with_gradients():
+    learned = {"learned_slopes": True, "learned_score_bias": True}
+    mixer, plain = attention(**learned), attention()
+    plain.load_state_dict(mixer.state_dict(), strict=False)
+    mixer.slopes.data.copy_(plain._slopes)
+    mixer.score_bias.data.fill_(0.0)
+    x = hidden(12)
+    assert torch.equal(mix(mixer, x), mix(plain, x))
+    mix(mixer, x).square().sum().backward()
+    for parameter in (mixer.slopes, mixer.score_bias):
+        before = parameter.data.clone()
+        for head in range(2):
+            sums = []
+            for step in (1e-5, -1e-5):
+                parameter.data[head] = before[head] + step
+                sums.append(mix(mixer, x).square().sum().item())
+            parameter.data.copy_(before)
+            assert parameter.grad[head].item() == pytest.approx((sums[0] - sums[1]) / 2e-5, rel=1e-6)
+
+
+def test_a_gate_closes_heads():
+    mixer, plain = attention(output_gate=True), attention()
+    plain.load_state_dict(mixer.state_dict(), strict=False)
+    x = hidden(7)
+    mixer.gate_proj.weight.data.zero_()
+    torch.testing.assert_close(mix(mixer, x), mix(plain, x) / 2)
+    mixer.gate_proj.weight.data[1] = 1.0
+    gate = torch.sigmoid(x.sum(-1, keepdim=True))
+    heads = plain.heads_output(plain.mix(*plain.project(x), Chunk(torch.arange(7)[None]), None))
+    expected = torch.cat([heads[..., :8] / 2, heads[..., 8:] * gate], dim=-1)
+    torch.testing.assert_close(mix(mixer, x), mixer.o_proj(expected))
+
+
 def test_state_spec_is_the_state():
     kept = [StateTensor(name, (1, 8), "window", 5) for name in ("key", "value")]
     assert attention(sliding_window=5).state_spec() == tuple(kept)

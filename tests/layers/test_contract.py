@@ -27,6 +27,16 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
         ],
     ),
     Subject(
+        "learned per head",
+        [
+            {"kind": "attention", "learned_slopes": True, "learned_score_bias": True, "score_bias": "-log(window)",
+             "slope_schedule": "window", "sliding_window": 5, "sinks": 2},
+            {"kind": "attention", "slopes": "none", "learned_score_bias": True, "sinks": 3, "sliding_window": 4},
+            {"kind": "attention", "output_gate": True, "layer_scale": 0.5, "slopes": "negative",
+             "slope_schedule": "window", "slope_span": [8, 0.5], "score_function": "softmax", "learned_slopes": True},
+        ],
+    ),
+    Subject(
         "biases per projection",
         [
             {"kind": "attention", "attention_bias": True, "output_bias": False, "score_function": "softmax",

@@ -81,7 +81,7 @@ def defined(attention: WindowAttention, hidden: Tensor, real: list[bool]) -> Ten
                 product = attention.scale * turned(left, attention, own) @ turned(right, attention, other)
                 if settings.attn_logit_softcapping is not None:
                     product = settings.attn_logit_softcapping * (product / settings.attn_logit_softcapping).tanh()
-                scores.append(product + slope * distance + attention.score_bias)
+                scores.append(product + slope * distance + attention.bias())
                 values.append(value[one, head // group])
             if not scores:
                 heads.append(torch.zeros_like(value[0, 0]))

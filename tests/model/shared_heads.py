@@ -17,6 +17,8 @@ from .models import close, tiny_model, tokens
 PLANS = {
     "sigmoid": {"slopes": "3:1"},
     "softmax": {"score_function": "softmax", "learned_sink": True, "qk_norm": True, "output_norm": True},
+    "learned": {"learned_slopes": True, "learned_score_bias": True, "slope_schedule": "window", "output_gate": True,
+                "layer_scale": 0.3},
     "scaled": {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_bias": True,
                "output_bias": False},
     "norms behind": {"norm_placement": "both", "qk_norm_over": "layer", "norm": "layer", "feed_forward": "plain",

@@ -45,6 +45,7 @@ def test_presets_are_the_nine_that_are_promised():
         {},
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
         {"qk_norm": True, "output_norm": True, "score_function": "softmax", "learned_sink": True, "head_dim": 12},
+        {"learned_slopes": True, "learned_score_bias": True, "output_gate": True, "layer_scale": 0.1},
         {"norm": "layer", "feed_forward": "plain", "mlp_bias": True, "layers": ["attention", "mamba2"]},
     ],
 )
