@@ -1,0 +1,294 @@
+"""Attention over keys that were selected by their scores, and over a window (SPARSEK, arXiv 2406.16747), in PyTorch.
+
+A key that leaves the window enters among the candidates; row i sees the k largest that have entered, each weighed by
+`p = clip(score - tau_i, 0, 1)` (`swat_lm.ops.capped_simplex`), and the window whole, in one softmax over the union. C rows
+that follow one another touch the k candidates from before them, the C that enter with them and the window: one dense
+product, no gathers of single rows. Time and memory are linear in T; the backward pass recomputes. Derivations:
+docs/mathematics.md.
+
+Legend: B sequences, T rows, P items before them, W window, K key/value heads, G query heads of each, D head size, k
+selected, M candidates from before, C rows of a block, g blocks at once, n = k + C + W columns of a block.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swat_lm.ops.head_bias import score_dtype
+
+MASKINGS = ("value", "both", "straight")
+"""What p multiplies: the value; value and key; nothing, with the gradient as if it were the value."""
+ELEMENTS = 2**19
+"""Scores that are held at once, about."""
+
+
+class SelectedCall(NamedTuple):
+    """The arguments of the op, in its order."""
+
+    query: Tensor
+    """`[B, T, H, D]`."""
+    key: Tensor
+    """`[B, P + T, K, D]`, P at most W."""
+    value: Tensor
+    kept_key: Tensor
+    """`[B, K, k, D]`: of the k largest candidates from before, the largest first."""
+    kept_value: Tensor
+    scores: Tensor
+    """float64 `[B, K, M + T]`: candidates from before, then what enters with each row; `-inf` for none."""
+    tau: Tensor
+    """float64 `[B, K, T]`."""
+    chosen: Tensor
+    """int64 `[B, K, M + T]`: rows in which a candidate is among the k largest, from the one it enters with."""
+    held: Tensor
+    """int64 `[B, K, blocks, k]`: the k largest candidates before each block."""
+    first_visible: Tensor | None
+    """int32 `[B, T]`, the first item that a row may see; None: all."""
+    hidden: Tensor | None
+    """bool `[B, P + T]`, items that nobody sees."""
+    window: int
+    block: int
+    scale: float
+    score_bias: float
+    softmax: bool
+    masking: str
+
+
+@dataclass
+class Blocks:
+    """Some blocks of one head of one sequence, as tables `[g, C, ...]`."""
+
+    rows: Tensor
+    """`[g, C, G, D]`, queries."""
+    keys: Tensor
+    """`[g, n, D]`."""
+    values: Tensor
+    visible: Tensor
+    """bool `[g, C, n]`."""
+    weight: Tensor
+    """`[g, C, k + C]`, p of the candidates; 1 where a column is none."""
+    free: Tensor
+    """bool `[g, C, k + C]`: visible, and 0 < p < 1."""
+    candidates: Tensor
+    """int64 `[g, k]`: which of all are the first k."""
+    pool: Tensor
+    """int64 `[g, k]`: where these lie among kept ones followed by items."""
+    first: int
+    """The first block's number."""
+
+    @property
+    def num_candidates(self) -> int:
+        """k + C."""
+        return self.weight.shape[-1]
+
+
+class Laid:
+    """A call laid out in whole blocks: rows filled up behind, items filled up before to W."""
+
+    def __init__(self, call: SelectedCall) -> None:
+        self.call, block, window = call, call.block, call.window
+        batch, num_rows, _, _ = call.query.shape
+        self.num_past = call.key.shape[1] - num_rows
+        self.num_rows, self.num_blocks = num_rows, -(-num_rows // block)
+        self.missing, self.absent = self.num_blocks * block - num_rows, window - self.num_past
+        dtype = self.dtype = score_dtype(call.query)
+        self.kv_heads = call.key.shape[2]
+        self.query = F.pad(call.query.to(dtype), (0, 0, 0, 0, 0, self.missing)).unflatten(2, (self.kv_heads, -1))
+        self.key, self.value = (
+            F.pad(x.to(dtype), (0, 0, 0, 0, self.absent, self.missing)) for x in (call.key, call.value)
+        )
+        self.num_kept, self.most = call.kept_key.shape[2], call.scores.shape[-1] - num_rows
+        first = call.first_visible
+        device = call.query.device
+        if first is None:
+            first = torch.zeros(batch, num_rows, dtype=torch.int64, device=device)
+        # rows that fill up see nothing
+        self.first = F.pad(first.long().clamp(min=0) + self.absent, (0, self.missing), value=2**40)
+        hidden = call.hidden
+        self.hidden = None if hidden is None else F.pad(hidden, (self.absent, self.missing))
+        self.scores = F.pad(call.scores, (0, self.missing), value=float("-inf"))
+        self.chosen = F.pad(call.chosen, (0, self.missing))
+        self.tau = F.pad(call.tau, (0, self.missing))
+
+    @cached_property
+    def steps(self) -> list[slice]:
+        """Which blocks are processed together."""
+        columns = self.num_kept + self.call.block + self.call.window
+        size = max(1, ELEMENTS // (self.call.block * self.query.shape[3] * columns))
+        return [slice(at, min(at + size, self.num_blocks)) for at in range(0, self.num_blocks, size)]
+
+    def parts(self, sequence: int, head: int) -> Iterator[Blocks]:
+        """All blocks of one key/value head of one sequence."""
+        call, block = self.call, self.call.block
+        pool_key, pool_value = (
+            torch.cat((kept[sequence, head].to(self.dtype), items[sequence, :, head]))
+            for kept, items in ((call.kept_key, self.key), (call.kept_value, self.value))
+        )
+        own = torch.arange(block, device=pool_key.device)
+        columns = torch.arange(block + call.window, device=pool_key.device)
+        scores, chosen = self.scores[sequence, head], self.chosen[sequence, head]
+        # the row after the last in which a candidate is selected
+        end = (torch.arange(len(chosen), device=chosen.device) - self.most).clamp(min=0) + chosen
+        for some in self.steps:
+            blocks = some.stop - some.start
+            base = block * torch.arange(some.start, some.stop, device=own.device)[:, None]
+            row = base + own
+            candidates = call.held[sequence, head, some]
+            pool = torch.where(
+                candidates < self.most,
+                candidates.clamp(max=max(self.num_kept - 1, 0)),
+                candidates - self.most + self.num_kept,
+            )
+            index = torch.cat((candidates, self.most + row), dim=1)
+            shifted = scores[index][:, None] - self.tau[sequence, head][row][..., None]
+            selected = row[..., None] < end[index][:, None]
+            # what enters with a later row is not there yet
+            selected[..., self.num_kept :] &= own <= own[:, None]
+            item = base + columns
+            seen = (columns > own[:, None]) & (columns <= own[:, None] + call.window)
+            seen = seen & (item[:, None] >= self.first[sequence][row][..., None])
+            if self.hidden is not None:
+                seen = seen & ~self.hidden[sequence][item][:, None]
+            seen[..., :block] |= selected[..., self.num_kept :]
+            free = selected & (shifted > 0) & (shifted < 1)
+            # some of these columns are of the window, for other rows
+            weight = shifted.clamp(0, 1).masked_fill(~selected, 1.0).to(self.dtype)
+            keys, values = (
+                torch.cat((x[pool], x[self.num_kept :][item]), dim=1) for x in (pool_key, pool_value)
+            )
+            rows = self.query[sequence, :, head].unflatten(0, (-1, block))[some]
+            visible = torch.cat((selected[..., : self.num_kept], seen), dim=-1)
+            assert len(rows) == blocks
+            yield Blocks(rows, keys, values, visible, weight, free, candidates, pool, some.start)
+
+    def weights(self, part: Blocks) -> tuple[Tensor, Tensor | None]:
+        """Attention's weights `[g, C, G, n]` before p, and the candidates' products where p multiplies them."""
+        call, raw = self.call, None
+        scores = torch.matmul(part.rows.flatten(1, 2), part.keys.transpose(1, 2)).mul_(call.scale)
+        scores = scores.view(*part.rows.shape[:3], -1)
+        if call.masking == "both":
+            raw = scores[..., : part.num_candidates].clone()
+            scores[..., : part.num_candidates] *= part.weight[:, :, None]
+        if call.score_bias:
+            scores += call.score_bias
+        scores.masked_fill_(~part.visible[:, :, None], float("-inf"))
+        if not call.softmax:
+            return scores.sigmoid_(), raw
+        return torch.softmax(scores, dim=-1).masked_fill_(~part.visible.any(-1)[:, :, None, None], 0.0), raw
+
+
+def forward(call: SelectedCall) -> Tensor:
+    """The output `[B, T, H, D]`."""
+    laid = Laid(call)
+    output = torch.empty_like(laid.query)
+    for sequence in range(len(output)):
+        for head in range(laid.kv_heads):
+            into = output[sequence, :, head].unflatten(0, (-1, call.block))
+            for part in laid.parts(sequence, head):
+                weights, _ = laid.weights(part)
+                if call.masking != "straight":
+                    weights[..., : part.num_candidates] *= part.weight[:, :, None]
+                mixed = torch.matmul(weights.flatten(1, 2), part.values)
+                into[part.first : part.first + len(mixed)] = mixed.view(part.rows.shape)
+    return output[:, : laid.num_rows].flatten(2, 3).to(call.query.dtype)
+
+
+class Gradients(NamedTuple):
+    """Of the op's differentiable arguments, by name."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    kept_key: Tensor
+    kept_value: Tensor
+    scores: Tensor
+    tau: Tensor
+
+
+def backward(call: SelectedCall, grad_output: Tensor) -> Gradients:
+    """With weights A, w = A p and dW = dO V^T: dV = w^T dO; dp = A dW; dA = p dW; then as in attention.
+
+    Where p multiplies the key too, dp has also dS * scale * q.k. `p` is free between 0 and 1: dscore = dp, dtau = -dp.
+    """
+    laid = Laid(call)
+    d_output = F.pad(grad_output.to(laid.dtype), (0, 0, 0, 0, 0, laid.missing)).unflatten(2, (laid.kv_heads, -1))
+    d_query = torch.empty_like(laid.query)
+    kept, length = laid.num_kept, laid.key.shape[1] + call.block
+    batch, _, kv_heads, size = call.key.shape
+    d_key, d_value = (laid.key.new_zeros(batch, kv_heads, kept + length, size) for _ in range(2))
+    d_scores, d_tau = torch.zeros_like(laid.scores), torch.zeros_like(laid.tau)
+    for sequence in range(batch):
+        for head in range(kv_heads):
+            for part in laid.parts(sequence, head):
+                some = slice(part.first, part.first + len(part.rows))
+                d_mixed = d_output[sequence, :, head].unflatten(0, (-1, call.block))[some]
+                own = (x[sequence, head] for x in (d_key, d_value, d_scores))
+                found, d_weight = _part_backward(laid, part, d_mixed, *own)
+                d_query[sequence, :, head].unflatten(0, (-1, call.block))[some] = found
+                d_tau[sequence, head].unflatten(0, (-1, call.block))[some] = -d_weight.sum(-1)
+    rows, items = slice(0, laid.num_rows), slice(kept + laid.absent, kept + laid.absent + call.key.shape[1])
+    found = (
+        d_query[:, rows].flatten(2, 3),
+        *(x[:, :, items].transpose(1, 2) for x in (d_key, d_value)),
+        *(x[:, :, :kept] for x in (d_key, d_value)),
+        d_scores[..., : call.scores.shape[-1]],
+        d_tau[..., rows],
+    )
+    # an op's outputs may not share memory
+    return Gradients(
+        *(x.to(getattr(call, name).dtype).clone(memory_format=torch.contiguous_format)
+          for name, x in zip(Gradients._fields, found, strict=True))
+    )  # fmt: skip
+
+
+def _part_backward(
+    laid: Laid, part: Blocks, d_mixed: Tensor, d_key: Tensor, d_value: Tensor, d_scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add to the gradients of one head; returns those of the rows `[g, C, G, D]` and of p, float64 `[g, C, k + C]`."""
+    call, count = laid.call, part.num_candidates
+    weights, raw = laid.weights(part)
+    p = part.weight[:, :, None]
+    d_rows = d_mixed.flatten(1, 2)
+    d_weights = torch.matmul(d_rows, part.values.transpose(1, 2)).view(weights.shape)
+    mixed = weights
+    if call.masking != "straight":
+        mixed = weights.clone()
+        mixed[..., :count] *= p
+    _add(laid, part, d_value, torch.matmul(mixed.flatten(1, 2).transpose(1, 2), d_rows))
+    d_p = (weights[..., :count] * d_weights[..., :count]).sum(2)
+    if call.masking != "straight":
+        d_weights[..., :count] *= p
+    if call.softmax:
+        shift = (weights * d_weights).sum(-1, keepdim=True)
+        d_products = d_weights.sub_(shift).mul_(weights)
+    else:
+        d_products = d_weights.mul_(weights * (1 - weights))
+    if raw is not None:
+        d_p += (d_products[..., :count] * raw).sum(2)
+        d_products[..., :count] *= p
+    d_products = d_products.flatten(1, 2)
+    _add(laid, part, d_key, torch.matmul(d_products.transpose(1, 2), part.rows.flatten(1, 2)).mul_(call.scale))
+    d_p = d_p.double().masked_fill_(~part.free, 0.0)
+    d_score = d_p.sum(1)
+    kept, block = laid.num_kept, call.block
+    d_scores.index_add_(0, part.candidates.flatten(), d_score[:, :kept].flatten())
+    first = laid.most + part.first * block
+    d_scores[first : first + len(d_score) * block] += d_score[:, kept:].flatten()
+    return torch.matmul(d_products, part.keys).mul_(call.scale).view(part.rows.shape), d_p
+
+
+def _add(laid: Laid, part: Blocks, total: Tensor, found: Tensor) -> None:
+    """Add `[g, n, D]` to `[k + items, D]`: columns that lie a block apart belong to different items of all blocks."""
+    kept, block = laid.num_kept, laid.call.block
+    if kept:
+        total.index_add_(0, part.pool.flatten(), found[:, :kept].flatten(0, 1))
+    items, found = total[kept:], found[:, kept:]
+    for at in range(0, found.shape[1], block):
+        some = found[:, at : at + block]
+        first = part.first * block + at
+        into = items[first : first + len(found) * block].unflatten(0, (-1, block))
+        into[:, : some.shape[1]] += some
