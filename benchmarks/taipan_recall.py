@@ -62,7 +62,7 @@ def recipe(variant: str, seed: int, out: Path, steps: int) -> Recipe:
     """The run of one model with one seed."""
     name = f"{variant}-seed{seed}"
     model = {
-        "hidden_size": WIDTH, "intermediate_size": 128, "num_hidden_layers": DEPTHS.get(variant, 3),
+        "hidden_size": WIDTH, "intermediate_size": 184, "num_hidden_layers": DEPTHS.get(variant, 3),
         "num_attention_heads": 2, "sliding_window": WINDOW, "max_position_embeddings": LENGTH, "initializer_range": 0.1,
         "layers": PLANS[variant],
     }  # fmt: skip
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--variants", default=",".join(PLANS))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--summary", action="store_true", help="only show what is there")
     given = parser.parse_args(arguments)
     unknown = set(given.variants.split(",")) - PLANS.keys()
