@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[1]
 OURS = ROOT / "swat_lm" / "recipes"
 RECIPES = sorted([*OURS.glob("*.yaml"), *(ROOT / "swat_lm" / "papers" / "demo").glob("*.yaml")])
 # vocabularies of the tokenizers that recipes name; tests have no network
-VOCABULARIES = {"bytes": 259, "NousResearch/Llama-2-7b-hf": 32_000, "openai-community/gpt2": 50_257}
+VOCABULARIES = {
+    "bytes": 259, "NousResearch/Llama-2-7b-hf": 32_000, "openai-community/gpt2": 50_257,
+    "NousResearch/Meta-Llama-3-8B": 128_256,
+}  # fmt: skip
 
 
 def test_every_recipe_is_found_by_its_name(tmp_path: Path, monkeypatch):
@@ -107,6 +110,15 @@ def test_twins_differ_in_attention_only(size: str, billions: float):
         differing = {name for name in ours if ours[name] != theirs.get(name)}
         assert differing <= {"sliding_window", "layer_types", "score_function", "slopes"}
         assert differing >= {"score_function", "slopes"}
+
+
+@pytest.mark.parametrize(("size", "billions"), [("190m", 27.0), ("450m", 100.0), ("1.3b", 100.0)])
+def test_taipan_reads_as_many_tokens_as_the_paper_s(size: str, billions: float):
+    recipe = load_recipe(f"taipan-{size}")
+    assert round(recipe.train.steps * recipe.train.batch_size * recipe.data.sequence_length / 1e9, 1) == billions
+    assert recipe.train.final_learning_rate_ratio * recipe.train.learning_rate == pytest.approx(1e-5)
+    parameters = count_parameters(config_from_recipe({"preset": f"taipan-{size}"})).total
+    assert parameters == pytest.approx({"190m": 190e6, "450m": 450e6, "1.3b": 1.3e9}[size], rel=0.02)
 
 
 KINDS = ("swat", "transformer", "softmax-window")

@@ -36,7 +36,8 @@ def diagnose(
 
     Per layer and head: the weight of the first token (a sink takes much more than its even share), the sum of a query's
     weights, and for sigmoid the share of weights that are saturated near 0 or 1. Per layer and position: the norm of
-    the attention's output and the variance of the hidden state (Figure 3 of the paper).
+    the attention's output and the variance of the hidden state (Figure 3 of the paper). Of a layer whose gate chooses
+    queries (taipan): the share of tokens that it chooses, its budget, and the share that attention gets of them.
 
     \b
     Example:
@@ -65,7 +66,7 @@ def diagnose(
 
 def diagnosis_table(found: "Diagnosis") -> Table:
     """One row per layer: means over heads, the greatest first-token weight, and norms at both ends of the streams."""
-    headings = ("layer", "weights", "first", "most", "even", "sum", "near 0", "near 1", "norm", "norm at end")
+    headings = ["layer", "weights", "first", "most", "even", "sum", "near 0", "near 1", "norm", "norm at end"]
     rows, tenth = [], max(1, found.length // 10)
     for index, (weights, norms) in enumerate(zip(found.weights, found.output_norm, strict=True)):
         figures = ["none", *["-"] * 6] if weights is None else [
@@ -74,4 +75,10 @@ def diagnosis_table(found: "Diagnosis") -> Table:
             f"{100 * fmean(weights.near_zero):.1f} %", f"{100 * fmean(weights.near_one):.1f} %",
         ]  # fmt: skip
         rows.append([str(index), *figures, f"{norms[0]:.3g}", f"{fmean(norms[-tenth:]):.3g}"])
+    if any(found.gates):
+        headings += ["chosen", "budget", "share"]
+        for row, gate in zip(rows, found.gates, strict=True):
+            row += ["-"] * 3 if gate is None else [
+                f"{100 * gate.selected:.1f} %", f"{100 * gate.capacity:.0f} %", f"{gate.share:.2f}"
+            ]  # fmt: skip
     return text_table(headings, rows, left=("weights",), gap=2)

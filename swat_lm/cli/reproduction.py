@@ -1,4 +1,4 @@
-"""`swat-lm reproduce`: a table or figure of the paper, trained, measured and judged."""
+"""`swat-lm reproduce`: a table or figure of a paper, trained, measured and judged."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,9 @@ __all__ = ["reproduce"]
 
 
 def reproduce(
-    experiment: Annotated[str, typer.Argument(help="table1, table2, table3, figure2, figure3 or figure5.")],
+    experiment: Annotated[
+        str, typer.Argument(help="table1 to table3, figure2, figure3, figure5; taipan, taipan-capacity.")
+    ],
     scale: Annotated[str, typer.Option(help="tiny (two cores), small (one GPU) or paper (a cluster, by torchrun).")],
     data: Annotated[
         Path | None, typer.Option("--data", "-d", help="Folder with corpus/, books/ and the benchmarks' files.")
@@ -37,7 +39,7 @@ def reproduce(
         bool, typer.Option("--dry-run", help="Only show the runs: parameters, FLOPs, GPU hours.")
     ] = False,
 ) -> None:
-    """Train, measure and judge what a table or figure of the paper compares.
+    """Train, measure and judge what a table or figure of a paper compares.
 
     Runs that are finished are not run again, and a variant that two experiments need is trained once, so the same
     command continues after an interruption. Writes one page, NAME.html, and NAME.json beside it, with our numbers
@@ -47,6 +49,7 @@ def reproduce(
     Examples:
       swat-lm reproduce table3 --scale tiny --data data/ --out tiny --seeds 0,1
       swat-lm reproduce table2 --scale paper --dry-run
+      swat-lm reproduce taipan --scale tiny --data data/ --out taipan --seeds 0,1
       torchrun --nproc-per-node 8 -m swat_lm.cli reproduce table3 --scale paper --books books/ --out paper
     """
     from swat_lm.papers import find_experiment

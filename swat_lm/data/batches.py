@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swat_lm.data.mixing import permute
+from swat_lm.data.mixing import mix, permute
 from swat_lm.data.sources import DataError
 from swat_lm.data.store import TokenStore
 from swat_lm.words import counted
@@ -32,6 +32,8 @@ class Batch:
     """int32 [B, T], non-decreasing from 0 in each row; None if documents are concatenated."""
     loss_mask: Tensor | None = None
     """bool [B, T]: tokens that are marked, which are answers; None where the data marks nothing."""
+    noise_seed: Tensor | None = None
+    """int64 [B]: in training, what layers draw each row's noise from: a function of (seed, step, row)."""
 
     @property
     def num_targets(self) -> int:
@@ -69,6 +71,11 @@ class Batch:
         """The batch with each tensor changed."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: change(tensor) for name, tensor in held.items() if tensor is not None})
+
+
+def noise_seeds(places: np.ndarray, seed: int) -> Tensor:
+    """int64 [B], at least 0: one for each row by its number in the whole run, which no step repeats."""
+    return torch.from_numpy((mix(places, seed) >> np.uint64(1)).astype(np.int64))
 
 
 class RowSource:
@@ -157,11 +164,12 @@ class BatchSource(RowSource):
     def batch(self, step: int, rows: range | None = None) -> Batch:
         """Rows `rows` (all if None) of the global batch of a step, 0 for the first; epochs follow without a seam."""
         places = step * self.batch_size + self.checked(rows)
+        drawn = noise_seeds(places, self.seed)
         epochs, places = np.divmod(places, self.num_rows)
         for epoch in np.unique(epochs) if self.shuffle else ():
             here = epochs == epoch
             places[here] = permute(places[here], self.num_rows, (self.seed << 32) + int(epoch))
-        return self.rows(places)
+        return replace(self.rows(places), noise_seed=drawn)
 
     def pass_over(self, rows: range | None = None, num_batches: int | None = None) -> Iterator[Batch]:
         """Each row once, for evaluation: `num_batches` batches (all if None or more than there are), each rows `rows`.

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 
-from swat_lm.data.batches import IGNORED, Batch, RowSource
+from swat_lm.data.batches import IGNORED, Batch, RowSource, noise_seeds
 from swat_lm.data.sources import DataError
 from swat_lm.words import counted, did_you_mean
 
@@ -231,14 +231,15 @@ class SyntheticSource(RowSource):
 
     def batch(self, step: int, rows: range | None = None) -> Batch:
         """Rows `rows` (all if None) of the global batch of a step."""
-        drawn = [self.row(number) for number in (step * self.batch_size + self.checked(rows)).tolist()]
+        places = step * self.batch_size + self.checked(rows)
+        drawn = [self.row(number) for number in places.tolist()]
         ids = torch.from_numpy(np.stack([row.tokens for row in drawn]))
         labels = torch.full_like(ids, IGNORED)
         for place, row in enumerate(drawn):
             for answer in row.answers:
                 labels[place, answer.start : answer.end] = ids[place, answer.start : answer.end]
         positions = torch.arange(self.sequence_length).expand_as(ids).contiguous()
-        return Batch(ids, labels, positions, None, labels != IGNORED)
+        return Batch(ids, labels, positions, None, labels != IGNORED, noise_seeds(places, self.seed[0]))
 
     def pass_over(self, rows: range | None = None, num_batches: int | None = None) -> Iterator[Batch]:
         """The first `num_batches` batches, always the same."""

@@ -22,6 +22,7 @@ from swat_lm.evaluate.streaming_model import evaluating
 from swat_lm.evaluate.windows import layer_windows
 from swat_lm.layers import WindowAttention
 from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.selective_attention import SelectiveAttention
 from swat_lm.ops.reference import distances
 from swat_lm.ops.rotary import apply_rotary
 
@@ -55,6 +56,18 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class LayerGate:
+    """What the gate of a layer that chooses its queries does, over all tokens and streams."""
+
+    selected: float
+    """Share of the tokens that look back; its weights are shown as if all did."""
+    capacity: float
+    """What its budget asks for."""
+    share: float
+    """Mean share that attention gets of a token that looks back (alpha); 0 where none does."""
+
+
+@dataclass(frozen=True)
 class Diagnosis(JsonRecord):
     """One model on some streams, all read from their first token."""
 
@@ -66,6 +79,8 @@ class Diagnosis(JsonRecord):
     """`[L][T]`: mean norm of the mixer's output at each position."""
     hidden_variance: tuple[tuple[float, ...], ...]
     """`[L + 1][T]`: mean variance over the channels of the hidden state before layer 0, 1, ... and after the last."""
+    gates: tuple[LayerGate | None, ...]
+    """Per layer; None for a layer whose queries are not chosen."""
 
     @property
     def has_weights(self) -> bool:
@@ -204,6 +219,8 @@ class Observer:
         self.norms = torch.zeros(count, length, dtype=torch.float64)
         self.variances = torch.zeros(count + 1, length, dtype=torch.float64)
         self.sums: dict[int, Tensor] = {}
+        # by layer: tokens that look back, and the sum of their shares
+        self.gates: dict[int, Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -234,6 +251,10 @@ class Observer:
         weights = rest[0] if rest else None
         if isinstance(mixer, WindowAttention):
             weights = attention_weights(mixer, arguments[0], arguments[1])
+        if isinstance(mixer, SelectiveAttention):
+            shares = output[1].double()
+            found = torch.stack(((shares > 0).sum(), shares.sum())).cpu()
+            self.gates[index] = self.gates.get(index, 0) + found
         if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-2:] == (self.length, self.length):
             found = weight_sums(weights[0].float(), self.windows[index], kept_by(mixer))
             self.sums[index] = self.sums.get(index, 0) + found
@@ -246,8 +267,16 @@ class Observer:
         )
         norms, variances = self.norms / num_streams, self.variances / num_streams
         return Diagnosis(
-            num_streams, self.length, weights, tuple(map(tuple, norms.tolist())), tuple(map(tuple, variances.tolist()))
-        )
+            num_streams, self.length, weights, tuple(map(tuple, norms.tolist())), tuple(map(tuple, variances.tolist())),
+            tuple(self.gate(index, mixer, num_streams) for index, mixer in enumerate(self.mixers)),
+        )  # fmt: skip
+
+    def gate(self, index: int, mixer: nn.Module, num_streams: int) -> LayerGate | None:
+        """What the gate of one layer did."""
+        if not isinstance(mixer, SelectiveAttention):
+            return None
+        chosen, shares = self.gates[index].tolist()
+        return LayerGate(chosen / (num_streams * self.length), mixer.taipan.capacity, shares / max(chosen, 1.0))
 
 
 def kept_by(mixer: nn.Module) -> int:

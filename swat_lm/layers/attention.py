@@ -36,19 +36,7 @@ class AttentionLayer(PreNorm):
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
         """Sizes that follow from the number of heads, and the base of this layer's rotary."""
-        heads = values["num_attention_heads"]
-        if "num_attention_heads" in given:
-            # the configuration's own follow from its number of heads
-            values = values | dict.fromkeys({"num_key_value_heads", "head_dim"} - given)
-        if values["num_key_value_heads"] is None:
-            values["num_key_value_heads"] = heads
-        if values["head_dim"] is None:
-            if width % heads:
-                raise ValueError(
-                    f"num_attention_heads: {heads} heads do not divide hidden_size {width}; "
-                    "change one of them or give head_dim"
-                )
-            values["head_dim"] = width // heads
+        values = settle_heads(values, given, width)
         parameters = values["rope_parameters"] or {}
         # Hugging Face's form for models whose layers rotate differently with a window and without
         parameters = parameters.get(layer_type(values["sliding_window"]), parameters)
@@ -77,3 +65,24 @@ class AttentionLayer(PreNorm):
 def layer_type(window: int | None) -> str:
     """Hugging Face's name for attention with this window."""
     return "full_attention" if window is None else "sliding_attention"
+
+
+def settle_heads(values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
+    """Fill in key/value heads and head size that follow from the number of heads and the width M.
+
+    Raises ValueError, which begins with the setting's name, for heads that do not divide the width.
+    """
+    heads = values["num_attention_heads"]
+    if "num_attention_heads" in given:
+        # the configuration's own follow from its number of heads
+        values = values | dict.fromkeys({"num_key_value_heads", "head_dim"} - given)
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = heads
+    if values["head_dim"] is None:
+        if width % heads:
+            raise ValueError(
+                f"num_attention_heads: {heads} heads do not divide hidden_size {width}; "
+                "change one of them or give head_dim"
+            )
+        values["head_dim"] = width // heads
+    return values

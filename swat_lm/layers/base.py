@@ -238,6 +238,8 @@ class Layer(TokenMixer, GradientCheckpointingLayer):
     """A frozen dataclass of what may be set; a configuration's fields of the same names are its defaults."""
     shortens: ClassVar[bool] = False
     """Whether it returns fewer tokens than it gets."""
+    draws_noise: bool = False
+    """Whether its training draws from `Chunk.seed`."""
 
     @classmethod
     def build(cls, settings: Any, width: int, index: int, shared: Shared) -> "Layer":

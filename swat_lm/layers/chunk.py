@@ -52,6 +52,9 @@ class Chunk:
     """bool `[B, P]`, the same of the last P tokens before the chunk; None: none of them."""
     windows: tuple[int | None, ...] | None = None
     """A window for every layer that has one, instead of the configured one: drawn for this step, say."""
+    seed: Tensor | None = None
+    """int64 `[B or 1]`: in training, what layers draw the noise of a row from, by `swat_lm.ops.noise`: a function of
+    this, the layer and the token's position, so that chunks and recomputation draw the same. None: no noise."""
     batch_invariant: bool = False
     """Of a decoding step: a row must come out bit for bit the same whatever the others hold."""
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -151,6 +154,7 @@ class Chunk:
             None if hidden is None else hidden[:, start:],
             past,
             self.windows,
+            self.seed,
         )
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:

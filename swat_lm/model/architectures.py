@@ -269,8 +269,12 @@ class ChunkedLoss:
         document_ids: Tensor | None = None,
         use_cache: bool = False,
         return_logits: bool = False,
+        noise_seed: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
-        """Loss in nats of the next tokens of `[B, T]`, as SwatForCausalLM's; with `document_ids`, documents apart."""
+        """Loss in nats of the next tokens of `[B, T]`, as SwatForCausalLM's; with `document_ids`, documents apart.
+
+        Libraries' models draw no noise, so there is nothing for its seed to do.
+        """
         assert not use_cache
         assert not return_logits
         model = cast(PreTrainedModel, self)

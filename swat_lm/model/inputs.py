@@ -117,6 +117,23 @@ def _plan_positions(position_ids: Tensor, batch: int, num_past: int) -> Chunk:
     return Chunk(position_ids.long(), first.expand(batch, -1).contiguous())
 
 
+def row_seeds(given: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """What the rows of a training pass draw noise from, int64 `[B]`; drawn by PyTorch's generator where none is given.
+
+    Raises ValueError for seeds that are not one whole number, or one per row.
+    """
+    if given is None:
+        # by the CPU's generator, which is the same whatever the device is
+        return torch.randint(2**63 - 1, (batch,)).to(device)
+    if not isinstance(given, Tensor):
+        return torch.full((batch,), given, dtype=torch.int64, device=device)
+    if given.dtype != torch.int64 or given.shape != (batch,):
+        raise ValueError(
+            f"noise_seed: expected a whole number or int64 [{batch}], got {given.dtype} {list(given.shape)}"
+        )
+    return given.to(device)
+
+
 def check_mask(attention_mask: Tensor, batch: int, num_columns: int) -> None:
     """Raise ValueError for a mask that is not a padding mask of this shape."""
     if attention_mask.dim() != 2:

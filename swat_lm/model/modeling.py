@@ -26,7 +26,7 @@ from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embedding
 from swat_lm.model.execution import check_chunk, is_hooked, run_layers, step_layers, stepped_over
-from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk, refuse_unknown
+from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk, refuse_unknown, row_seeds
 from swat_lm.model.kept import check_kept
 from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
 from swat_lm.model.outputs import SwatCausalLMOutput, SwatModelOutput
@@ -118,6 +118,7 @@ class SwatModel(SwatPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         carry: Carry | None = None,
         windows: tuple[int | None, ...] | None = None,
+        noise_seed: int | Tensor | None = None,
         **kwargs: Any,
     ) -> SwatModelOutput:
         """Run all layers over `[B, T]` tokens.
@@ -133,6 +134,8 @@ class SwatModel(SwatPreTrainedModel):
             cu_seq_lens_q: `[documents + 1]`, the same for one flattened row, as Hugging Face's collators give it.
             carry: what the chunk before handed on (`init_carry`), in training chunk by chunk.
             windows: one per layer, drawn for this call; None where a layer has none.
+            noise_seed: in training, what layers that draw noise draw it from, one for all rows or int64 `[B]`; drawn
+                anew where none is given. Chunks of one sequence take the same.
 
         Returns:
             `last_hidden_state` `[B, T, M]` after the final norm, and `past_key_values` when a cache is used.
@@ -159,11 +162,13 @@ class SwatModel(SwatPreTrainedModel):
                 raise ValueError("past_key_values: activation checkpointing would fill the cache twice; pass none")
             use_cache = False
         batch, num_tokens, _ = hidden.shape
+        noisy = self.training and any(layer.draws_noise for layer in self.stack)
+        seed = row_seeds(noise_seed, batch, hidden.device) if noisy else None
         if cu_seq_lens_q is not None and document_ids is None:
             document_ids = documents_from_lengths(cu_seq_lens_q, batch, num_tokens)
         if carry is not None:
             given = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
-            return self._run_after(carry, hidden, document_ids, windows, given)
+            return self._run_after(carry, hidden, document_ids, windows, seed, given)
         if past_key_values is not None and not isinstance(past_key_values, SlotCache):
             check_foreign(self.stack)
         # caches of fixed size count in a tensor, which they change in place
@@ -174,7 +179,7 @@ class SwatModel(SwatPreTrainedModel):
             # whoever asks without gradients may read what stands behind a row's padding, and finds it as with a cache
             ends_hidden=not torch.is_grad_enabled(),
         )  # fmt: skip
-        chunk.windows = windows
+        chunk.windows, chunk.seed = windows, seed
         packed = chunk.first is not None and (document_ids is not None or attention_mask is None)
         if past_key_values is None and use_cache and not packed:
             past_key_values = SlotCache(self.config)
@@ -204,6 +209,7 @@ class SwatModel(SwatPreTrainedModel):
         hidden: Tensor,
         document_ids: Tensor | None,
         windows: tuple[int | None, ...] | None,
+        seed: Tensor | None,
         given: dict[str, Any],
     ) -> SwatModelOutput:
         for name, value in given.items():
@@ -216,7 +222,7 @@ class SwatModel(SwatPreTrainedModel):
                 "enable it with use_reentrant=False, or take a detached carry"
             )
         chunk, after = plan_carry(hidden, document_ids, carry)
-        chunk.windows = windows
+        chunk.windows, chunk.seed = windows, seed
         hidden, pasts, said = run_layers(self.stack, hidden, chunk, carry.pasts)
         after = replace(after, pasts=tuple(pasts))
         return SwatModelOutput(
@@ -309,7 +315,7 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last n places only (0 = all), or of the given places.
             return_logits: whether to form logits; by default always but while training, where the loss needs none.
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, document_ids, carry: see
-                `SwatModel.forward`, which also takes `windows`.
+                `SwatModel.forward`, which also takes `windows` and `noise_seed`.
 
         Returns:
             `loss` in nats when labels are given, `logits` `[B, kept, V]`, `past_key_values`; with a carry the next one

@@ -7,9 +7,19 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from swat_lm.evaluate.plots import COLOURS, MARKERS, Series, mark_vertical, new_figure, write_picture
+from swat_lm.evaluate.plots import (
+    COLOURS,
+    MARKERS,
+    Series,
+    mark_vertical,
+    new_figure,
+    plot_loss_by_length,
+    write_picture,
+)
+from swat_lm.papers.findings import Findings
+from swat_lm.papers.verdicts import paired_gap
 
-__all__ = ["plot_rows", "training_series"]
+__all__ = ["plot_losses", "plot_rows", "training_series"]
 
 
 def training_series(label: str, metrics: Sequence[Mapping[str, Any]], loss: str = "loss") -> Series:
@@ -61,3 +71,19 @@ def plot_rows(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.set_xlabel(xlabel)
     write_picture(figure, path)
+
+
+def plot_losses(found: Findings, text: str, path: Path, *, title: str) -> bool:
+    """Loss on a text against length, a line for each variant that finished; whether there is any.
+
+    Bars are errors of the change from the least length, which leave out that some texts are harder than others.
+    """
+    lengths, series = found.scale.lengths, []
+    for variant in filter(found.finished, found.chosen.values()):
+        losses = [found.losses(variant, text, length, found.window(variant)) for length in lengths]
+        means = [found.mean_loss(variant, text, length)[0] or 0.0 for length in lengths]
+        errors = [paired_gap(each, losses[0])[1] for each in losses]
+        series.append(Series(variant.label, lengths, means, errors))
+    if series:
+        plot_loss_by_length(series, path, window=found.scale.sizes["W"], title=title)
+    return bool(series)

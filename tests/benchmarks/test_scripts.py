@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention_cpu, decode_cpu, measure, models, record, table, train_cpu
+from benchmarks import attention_cpu, decode_cpu, hybrids_cpu, measure, models, record, table, taipan_recall, train_cpu
+from swat_lm.model.architectures import configure_model, count_model_parameters
 
 WIDTH, VOCABULARY = 64, 97
 
@@ -20,6 +21,37 @@ def test_help(name, monkeypatch, capsys):
         importlib.import_module(f"benchmarks.{name}").main()
     assert left.value.code == 0
     assert "--" in capsys.readouterr().out
+
+
+def test_rows_of_hybrids(monkeypatch):
+    monkeypatch.setattr(hybrids_cpu, "peak", lambda execution, share, length: length * 1000)
+    monkeypatch.setattr(hybrids_cpu, "CHUNKS", (16, 32))
+    rows = hybrids_cpu.compare_executions(0.25, (64, 256), 1)
+    assert rows[1]["growth of bytes"] == pytest.approx(1)
+    assert rows[0]["sparse times dense"] == pytest.approx(rows[0]["dense s"] / rows[0]["sparse s"])
+    rows += hybrids_cpu.compare_recurrences((64, 128), 1)
+    assert {row["its best"] for row in rows[2:]} <= {"chunk 16", "chunk 32"}
+    goals = [line for row in rows for line in hybrids_cpu.judge(row)]
+    assert [line["wanted"] for line in goals] == [1.0, 1.0, 3.0, 3.0]
+    assert all(line["measured"] > 0 for line in goals)
+
+
+def test_the_recall_measurement_knows_queries_from_others(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(taipan_recall, "HELD_OUT_BATCHES", 2)
+    sizes = [
+        count_model_parameters(configure_model(taipan_recall.recipe(name, 0, tmp_path, 1).model, 259)).total
+        for name in taipan_recall.PLANS
+    ]
+    assert all(size == pytest.approx(sizes[0], rel=0.03) for size in sizes), sizes
+    record = taipan_recall.train_and_measure("taipan", 0, tmp_path, 1)
+    assert record["parameters"] == sizes[0]
+    assert 0 <= record["accuracy"] < 0.3
+    asked = taipan_recall.PAIRS / taipan_recall.LENGTH
+    together = asked * record["opened_where_asked"] + (1 - asked) * record["opened_elsewhere"]
+    assert record["opened"] == pytest.approx(together)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "taipan-seed0.json").write_text(json.dumps(record))
+    assert taipan_recall.summary(tmp_path)[1].startswith("taipan ")
 
 
 def test_training_row():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from swat_lm.cli.diagnosis import diagnosis_table
 from swat_lm.evaluate.diagnose import attention_weights, diagnose, weight_sums
 from swat_lm.evaluate.diagnosis_plots import plot_diagnosis
 
@@ -144,3 +145,26 @@ def test_bad_streams():
         diagnose(tiny_swat(), [np.arange(4), np.arange(5)])
     with pytest.raises(ValueError, match="no position beyond token 128"):
         diagnose(tiny_gpt2(), streams(1, 129))
+
+
+def test_gates_are_counted():
+    """The share of tokens that look back, and their share of attention, as the layer itself forms them."""
+    plan = [{"kind": "taipan", "capacity": 0.3}, "mamba2", {"kind": "taipan", "execution": "sparse"}]
+    model, seen = tiny_swat(layers=plan, num_hidden_layers=3), []
+    for layer in (model.model.stack[0], model.model.stack[2]):
+        torch.nn.init.normal_(layer.mixer.gate.out_proj.weight)
+        layer.mixer.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+    found = diagnose(model, streams(2, 40))
+    assert found.gates[1] is None
+    assert [gate.capacity for gate in found.gates if gate is not None] == [0.3, 0.15]
+    assert found.has_weights
+    for index, (gate, norms) in enumerate(zip(found.gates, found.output_norm, strict=True)):
+        if gate is None:
+            continue
+        shares = torch.cat(seen[(0 if index == 0 else 1) :: 2])
+        assert 0.1 < gate.selected < 0.9
+        assert gate.selected == pytest.approx((shares > 0).double().mean().item())
+        assert gate.share == pytest.approx(shares[shares > 0].mean().item(), rel=1e-5)
+        assert (np.array(norms) == 0).any() == bool((shares == 0).all(dim=0).any())
+    cells = [list(column.cells) for column in diagnosis_table(found).columns]
+    assert cells[-3] == [f"{100 * found.gates[0].selected:.1f} %", "-", f"{100 * found.gates[2].selected:.1f} %"]

@@ -64,6 +64,15 @@ SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
         ],
     ),
     Subject(
+        "chosen queries",
+        [
+            {"kind": "taipan", "execution": "sparse", "score_function": "sigmoid", "gate_layers": 2,
+             "temperature": 0.7, "sliding_window": 5},
+            "mamba2",
+            {"kind": "taipan", "execution": "sparse", "selection": "random", "capacity": 0.4},
+        ],
+    ),
+    Subject(
         "odd recurrences",
         [
             {"kind": "mamba2", "state_size": 8, "ssm_head_dim": 16, "num_groups": 2, "conv_kernel": 2,

@@ -13,7 +13,11 @@ from swat_lm.ops.reference import distances
 from .models import tiny_config, tiny_model, tokens
 
 # total, and without the input embedding
-EXPECTED = {"340m": (373_867_520, 341_099_520), "760m": (777_856_512, 728_704_512), "248m": (247_101_696, 208_504_320)}
+EXPECTED = {
+    "340m": (373_867_520, 341_099_520), "760m": (777_856_512, 728_704_512), "248m": (247_101_696, 208_504_320),
+    # tied, so the embedding counts as the output's
+    "190m": (187_520_022,) * 2, "450m": (446_068_108,) * 2, "1.3b": (1_295_090_826,) * 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -28,10 +32,17 @@ def test_presets_have_exactly_these_parameters(name):
     assert counts.embedding == model.model.embed_tokens.weight.numel()
 
 
-def test_presets_are_the_nine_that_are_promised():
+def test_presets_are_those_that_are_promised():
     kinds = ("softmax-window", "swat", "transformer")
-    assert preset_names() == sorted(f"{kind}-{size}" for kind in kinds for size in ("248m", "340m", "760m"))
-    for name in preset_names():
+    taipan = [f"taipan-{size}" for size in ("190m", "450m", "1.3b")]
+    swat = sorted(f"{kind}-{size}" for kind in kinds for size in ("248m", "340m", "760m"))
+    assert set(preset_names()) >= {*swat, *taipan}
+    for name in taipan:
+        plan = config_from_recipe({"preset": name}).plan()
+        assert [entry.kind.name for entry in plan] == (["mamba2"] * 6 + ["taipan"]) * (len(plan) // 7)
+        assert {(entry.settings.sliding_window, entry.settings.capacity, entry.settings.score_function)
+                for entry in plan[6::7]} == {(2048, 0.15, "softmax")}  # fmt: skip
+    for name in swat:
         config = config_from_recipe({"preset": name})
         settings = config.attention_settings(0)
         assert settings.score_function == ("sigmoid" if name.startswith("swat") else "softmax")

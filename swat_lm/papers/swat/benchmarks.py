@@ -13,8 +13,9 @@ from swat_lm.papers.experiment import Measurement, Run, Section
 from swat_lm.papers.findings import Findings
 from swat_lm.papers.measuring import missing_tasks
 from swat_lm.papers.scales import Scale
+from swat_lm.papers.sized import SizedVariant
 from swat_lm.papers.swat.scales import TABLE1
-from swat_lm.papers.swat.variants import TABLE1_LABELS, SizedVariant, SwatExperiment
+from swat_lm.papers.swat.variants import TABLE1_LABELS, SwatExperiment
 from swat_lm.papers.verdicts import Samples, Verdict, judge
 
 __all__ = ["Benchmarks"]

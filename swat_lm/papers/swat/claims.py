@@ -1,32 +1,10 @@
 """SWAT's claims as data (arXiv 2502.18845), its printed numbers, and what is doubtful in them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-__all__ = ["CLAIMS", "DOUBTFUL", "PRINTED", "Claim", "Loss"]
+from swat_lm.papers.loss_claims import Claim, Loss
 
-
-@dataclass(frozen=True)
-class Loss:
-    """Loss of a variant on a text at an evaluation length; lengths are `first`, `last` or a size of the scale."""
-
-    variant: str
-    text: str
-    length: str = "last"
-    window: str | None = None
-    """Another window of evaluation than the variant's."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the paper says, as the difference of two losses that it says is positive."""
-
-    says: str
-    paper: str
-    """The paper's own numbers for it."""
-    worse: Loss
-    better: Loss
-
+__all__ = ["CLAIMS", "DOUBTFUL", "PRINTED"]
 
 TEXT, BOOKS = "text", "books"
 SOFTMAX, ALIROPE = "sliding-softmax", "sliding-alirope"

@@ -9,12 +9,14 @@ from typing_extensions import override
 
 from swat_lm.papers.experiment import Measurement, Run, Section
 from swat_lm.papers.findings import Findings, recent_loss
+from swat_lm.papers.loss_claims import claimed
 from swat_lm.papers.measuring import missing_losses
 from swat_lm.papers.page import with_error
 from swat_lm.papers.scales import Scale
-from swat_lm.papers.swat.claims import CLAIMS, Loss
-from swat_lm.papers.swat.variants import ANALYSIS, SizedVariant, SwatExperiment
-from swat_lm.papers.verdicts import Samples, Verdict, judge, paired_gap
+from swat_lm.papers.sized import SizedVariant
+from swat_lm.papers.swat.claims import CLAIMS
+from swat_lm.papers.swat.variants import ANALYSIS, SwatExperiment
+from swat_lm.papers.verdicts import Verdict, judge
 
 __all__ = ["BehindWindows", "LossByLength", "LossOfModules", "TrainingLoss"]
 
@@ -24,21 +26,6 @@ PARTS = 8
 """Parts of the last third of training, each a document of Figure 5's gaps."""
 TEXTS = {"text": "held-out text (the paper: OpenWebText)", "books": "books (the paper: PG-19)"}
 SHORT = {"text": "held-out text", "books": "books"}
-
-
-def claimed(found: Findings) -> list[Verdict]:
-    """The verdicts on an experiment's claims about losses."""
-
-    def side(wanted: Loss) -> Samples | None:
-        variant, scale = found.chosen.get(wanted.variant), found.scale
-        if variant is None:
-            return None
-        length = scale.lengths[-1] if wanted.length == "last" else scale.sizes[wanted.length]
-        window = scale.sizes[wanted.window] if wanted.window else found.window(variant)
-        return found.losses(variant, wanted.text, length, window) or None
-
-    claims = CLAIMS[found.experiment.name]
-    return [judge(claim.says, claim.paper, side(claim.worse), side(claim.better)) for claim in claims]
 
 
 class LossTable(SwatExperiment):
@@ -54,7 +41,7 @@ class LossTable(SwatExperiment):
 
     @override
     def verdicts(self, found: Findings) -> list[Verdict]:
-        return claimed(found)
+        return claimed(found, CLAIMS[self.name])
 
     @override
     def sections(self, found: Findings) -> list[Section]:
@@ -93,22 +80,13 @@ class LossByLength(LossTable):
 
     @override
     def pictures(self, found: Findings, out: Path) -> dict[str, Path]:
-        # bars are errors of the change, which leave out that some texts are harder than others
-        from swat_lm.evaluate.plots import Series, plot_loss_by_length
+        from swat_lm.papers.pictures import plot_losses
 
-        lengths, drawn = found.scale.lengths, {}
+        drawn, title = {}, f"{in_tokens(found.scale)}; bars: error of the change"
         for text in self.texts:
-            series = []
-            for variant in found.chosen.values():
-                losses = [found.losses(variant, text, length, found.window(variant)) for length in lengths]
-                if found.finished(variant):
-                    means = [found.mean_loss(variant, text, length)[0] or 0.0 for length in lengths]
-                    errors = [paired_gap(each, losses[0])[1] for each in losses]
-                    series.append(Series(variant.label, lengths, means, errors))
-            if series:
-                path = drawn[f"Loss on {SHORT[text]}"] = out / f"{self.name}-{text}.png"
-                title = f"{in_tokens(found.scale)}; bars: error of the change"
-                plot_loss_by_length(series, path, window=found.scale.sizes["W"], title=title)
+            path = out / f"{self.name}-{text}.png"
+            if plot_losses(found, text, path, title=title):
+                drawn[f"Loss on {SHORT[text]}"] = path
         return drawn
 
 
@@ -149,7 +127,7 @@ class BehindWindows(SwatExperiment):
             found.losses(variant, "text", last, window),
             found.losses(variant, "text", last, window, SINKS),
         )
-        return [*claimed(found), control]
+        return [*claimed(found, CLAIMS[self.name]), control]
 
     @override
     def pictures(self, found: Findings, out: Path) -> dict[str, Path]:

@@ -16,7 +16,8 @@ from swat_lm.files import write_text
 from swat_lm.papers.experiment import Measurement, Progress, Run
 from swat_lm.papers.findings import Findings
 from swat_lm.papers.measuring import read_json
-from swat_lm.papers.swat.variants import ANALYSIS, SizedVariant, SwatExperiment
+from swat_lm.papers.sized import SizedVariant
+from swat_lm.papers.swat.variants import ANALYSIS, SwatExperiment
 from swat_lm.papers.verdicts import Verdict, judge
 
 __all__ = ["StateVariance"]

@@ -89,6 +89,7 @@ class Objective(ABC):
             num_items_in_batch=num_targets,
             use_cache=False,
             return_logits=False,
+            noise_seed=batch.noise_seed,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
