@@ -36,16 +36,11 @@ class AttentionLayer(PreNorm):
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
         """Sizes that follow from the number of heads, and the base of this layer's rotary."""
-        values = settle_heads(values, given, width)
-        parameters = values["rope_parameters"] or {}
-        # Hugging Face's form for models whose layers rotate differently with a window and without
-        parameters = parameters.get(layer_type(values["sliding_window"]), parameters)
-        if values["rope_theta"] is not None:
-            parameters = {**parameters, "rope_theta": values["rope_theta"]}
+        values = settle_rotary(settle_heads(values, given, width), layer_type(values["sliding_window"]))
         if values["sliding_window"] is None and "sinks" not in given:
             # the configuration's are for its layers with a window; the others see all
             values = {**values, "sinks": 0}
-        return {**values, "rope_theta": None, "rope_parameters": parameters}
+        return values
 
     @staticmethod
     def layer_type(settings: AttentionSettings) -> str:
@@ -86,3 +81,13 @@ def settle_heads(values: dict[str, Any], given: frozenset[str], width: int) -> d
             )
         values["head_dim"] = width // heads
     return values
+
+
+def settle_rotary(values: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Bring the base of this layer's rotary into its `rope_parameters`; `kind` is Hugging Face's name of the layer."""
+    parameters = values["rope_parameters"] or {}
+    # Hugging Face's form for models whose layers rotate differently with a window and without
+    parameters = parameters.get(kind, parameters)
+    if values["rope_theta"] is not None:
+        parameters = {**parameters, "rope_theta": values["rope_theta"]}
+    return {**values, "rope_theta": None, "rope_parameters": parameters}

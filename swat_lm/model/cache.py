@@ -113,8 +113,9 @@ class SlotCache(Cache):
         entries = config.plan()
         layers = []
         for index, entry in enumerate(entries):
-            window = getattr(entry.settings, "sliding_window", None)
             keeps_keys = entry.layer_type != "linear_attention"
+            # a window beside something else is that layer's own affair
+            window = getattr(entry.settings, "sliding_window", None) if keeps_keys else None
             keeps_summary = not keeps_keys or getattr(entry.settings, "sinks", 0) > 0
             layers.append(SlotCacheLayer(self, index, window, keeps_keys, keeps_summary))
         super().__init__(layers=layers)  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
 """The capped simplex, and its threshold on every prefix of a sequence of scores (SPARSEK, arXiv 2406.16747).
 
 `SPARSEK(z, k)` is the point of `{p : 0 <= p <= 1, sum p = k}` nearest to z: `p = clip(z - tau, 0, 1)` with the tau at
-which that sums to k. On a prefix, row i has the scores that have entered by then, of which the M largest count: a stream
-then needs M scores and no more, and decoding is the parallel pass by definition. Derivations: docs/mathematics.md.
+which that sums to k. On a prefix, row i has the scores that have entered by then, of which the M largest count: a
+stream then needs M scores and no more, and decoding is the parallel pass by definition. Derivations are in
+docs/mathematics.md.
 
 Legend: B sequences, K heads, T rows, M candidates, N = M + T all that can enter, C rows of a block.
 """
@@ -22,7 +23,7 @@ ELEMENTS = 2**19
 class Prefixes(NamedTuple):
     """What `prefix_thresholds` finds. Candidate s < M was there before, candidate M + i enters with row i.
 
-    Thresholds rise along a document, so the rows in which a candidate has p = 1, 0 < p < 1 and p = 0 follow one another.
+    Thresholds rise along a document, so rows in which a candidate has p = 1, 0 < p < 1 and p = 0 follow one another.
     """
 
     tau: Tensor
@@ -78,12 +79,9 @@ def prefix_thresholds(entering: Tensor, before: Tensor, segments: Tensor | None,
         segments = None if segments is None else torch.cat((segments, segments[:, -1:].expand(-1, missing)), dim=1)
     order, falling = _sorted_blocks(entering, before, segments, block)
     shape = batch, heads, most + entering.shape[-1]
-    found = Prefixes(
-        torch.empty_like(entering),
-        torch.empty_like(entering, dtype=torch.int64),
-        *(order.new_zeros(shape) for _ in range(3)),
-        order[..., :0],
-    )
+    full, free, chosen = (order.new_zeros(shape) for _ in range(3))
+    num_free = torch.empty_like(entering, dtype=torch.int64)
+    found = Prefixes(torch.empty_like(entering), num_free, full, free, chosen, order[..., :0])
     step = max(1, ELEMENTS // (batch * heads * block * order.shape[-1]))
     for begin in range(0, order.shape[2], step):
         some = slice(begin, begin + step)
@@ -98,9 +96,7 @@ def prefix_thresholds(entering: Tensor, before: Tensor, segments: Tensor | None,
     )  # fmt: skip
 
 
-def _sorted_blocks(
-    entering: Tensor, before: Tensor, segments: Tensor | None, block: int
-) -> tuple[Tensor, Tensor]:
+def _sorted_blocks(entering: Tensor, before: Tensor, segments: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
     """Candidates that any row of a block may have, by falling score and then by age, and their scores.
 
     `[B, K, blocks, M + C]` both: int64 indices, float64. Of those that no row may have the score is `-inf`.

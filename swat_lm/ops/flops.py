@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # these define the ops that are counted here
 import swat_lm.ops.library
+import swat_lm.ops.selected
 import swat_lm.ops.state_space.library  # noqa: F401
 
 
@@ -31,6 +32,18 @@ def visible_pairs(num_queries: int, window: int | None, num_past: int = 0) -> in
 def attention_flops(num_heads: int, head_dim: int, num_queries: int, window: int | None, num_past: int = 0) -> int:
     """FLOPs of the two products of attention, over the visible pairs of `num_heads` heads (of a batch: B * H)."""
     return 4 * num_heads * head_dim * visible_pairs(num_queries, window, num_past)
+
+
+def selected_flops(
+    num_heads: int, head_dim: int, num_queries: int, window: int, selected: int, num_past: int = 0
+) -> int:
+    """FLOPs of the two products of attention to a window and to at most so many tokens that have left it."""
+    pairs = visible_pairs(num_queries, window, num_past) if window else 0
+    before = max(0, num_past - window)
+    queries = max(0, num_past + num_queries - window) - before
+    if selected:
+        pairs += visible_pairs(queries, selected, before)
+    return 4 * num_heads * head_dim * pairs
 
 
 def state_space_flops(num_channels: int, state_size: int, num_tokens: int) -> int:
@@ -56,6 +69,14 @@ def _scanned(key: Any, value: Any, **_: Any) -> int:
     return state_space_flops(batch * num_heads * head_dim, key[-1], num_tokens)
 
 
+def _selected(query: Any, key: Any, kept_key: Any, window: int, **_: Any) -> int:
+    # more items before the rows than the window are not kept: then as many are counted as can be selected
+    batch, num_queries, num_heads, head_dim = query
+    num_past = key[1] - num_queries
+    before = num_past + (kept_key[2] if num_past and num_past == window else 0)
+    return selected_flops(batch * num_heads, head_dim, num_queries, window, kept_key[2], before)
+
+
 def _register(operation: Any, count: Callable[..., int], times: int = 1) -> None:
     @register_flop_formula(operation)
     def formula(*args: Any, **kwargs: Any) -> int:
@@ -69,3 +90,5 @@ _register(torch.ops.swat_lm.window_attention_backward, _attended, times=2)
 _register(torch.ops.swat_lm.window_attention_step, _attended_step)
 _register(torch.ops.swat_lm.state_space_scan, _scanned)
 _register(torch.ops.swat_lm.state_space_scan_backward, _scanned, times=2)
+_register(torch.ops.swat_lm.selected_attention, _selected)
+_register(torch.ops.swat_lm.selected_attention_backward, _selected, times=2)

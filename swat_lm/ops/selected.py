@@ -95,7 +95,7 @@ def _prefixes(
 @_prefixes.register_fake
 def _(scores, segments, most, total, block):
     rows = scores[..., most:]
-    whole = dict(dtype=torch.int64)
+    whole = {"dtype": torch.int64}
     blocks = -(-rows.shape[-1] // block)
     return (
         rows.new_empty(rows.shape), rows.new_empty(rows.shape, **whole),

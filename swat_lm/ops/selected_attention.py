@@ -1,9 +1,9 @@
 """Attention over keys that were selected by their scores, and over a window (SPARSEK, arXiv 2406.16747), in PyTorch.
 
 A key that leaves the window enters among the candidates; row i sees the k largest that have entered, each weighed by
-`p = clip(score - tau_i, 0, 1)` (`swat_lm.ops.capped_simplex`), and the window whole, in one softmax over the union. C rows
-that follow one another touch the k candidates from before them, the C that enter with them and the window: one dense
-product, no gathers of single rows. Time and memory are linear in T; the backward pass recomputes. Derivations:
+`p = clip(score - tau_i, 0, 1)` (`swat_lm.ops.capped_simplex`), and the window whole, in one softmax over the union. C
+rows that follow one another touch the k candidates from before them, the C that enter with them and the window: one
+dense product, no gathers of single rows. Time and memory are linear in T; the backward pass recomputes. Derivations:
 docs/mathematics.md.
 
 Legend: B sequences, T rows, P items before them, W window, K key/value heads, G query heads of each, D head size, k
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swat_lm.ops.capped_simplex import NONE, capped_simplex
 from swat_lm.ops.head_bias import score_dtype
 
 MASKINGS = ("value", "both", "straight")
@@ -157,9 +158,7 @@ class Laid:
             free = selected & (shifted > 0) & (shifted < 1)
             # some of these columns are of the window, for other rows
             weight = shifted.clamp(0, 1).masked_fill(~selected, 1.0).to(self.dtype)
-            keys, values = (
-                torch.cat((x[pool], x[self.num_kept :][item]), dim=1) for x in (pool_key, pool_value)
-            )
+            keys, values = (torch.cat((x[pool], x[self.num_kept :][item]), dim=1) for x in (pool_key, pool_value))
             rows = self.query[sequence, :, head].unflatten(0, (-1, block))[some]
             visible = torch.cat((selected[..., : self.num_kept], seen), dim=-1)
             assert len(rows) == blocks
@@ -292,3 +291,47 @@ def _add(laid: Laid, part: Blocks, total: Tensor, found: Tensor) -> None:
         first = part.first * block + at
         into = items[first : first + len(found) * block].unflatten(0, (-1, block))
         into[:, : some.shape[1]] += some
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scores: Tensor,
+    kept_key: Tensor,
+    kept_value: Tensor,
+    *,
+    scale: float,
+    score_bias: float,
+    softmax: bool,
+    masking: str,
+) -> Tensor:
+    """One row of every sequence, of which no result depends on the others; inference only.
+
+    Args:
+        query: `[B, 1, H, D]`.
+        key, value: `[B, W, K, D]`, the window's, of which `visible`, bool `[B, W]`, are seen.
+        scores: float64 `[B, K, M]`, the candidates', falling, that which enters with the row among them.
+        kept_key, kept_value: `[B, K, k, D]`, of the first k.
+
+    Returns:
+        `[B, 1, H, D]`.
+    """
+    dtype, (batch, _, heads, size), count = score_dtype(query), query.shape, kept_key.shape[2]
+    weight = capped_simplex(scores, count)[..., :count].to(dtype) if count else scores[..., :0].to(dtype)
+    there = (scores[..., :count] > NONE)[:, :, None]
+    keys, values = (
+        torch.cat((kept.to(dtype), items.to(dtype).transpose(1, 2)), dim=2)
+        for kept, items in ((kept_key, key), (kept_value, value))
+    )
+    rows = query.to(dtype).view(batch, keys.shape[1], -1, size)
+    products = torch.matmul(rows, keys.transpose(2, 3)).mul_(scale)
+    if masking == "both":
+        products[..., :count] *= weight[:, :, None]
+    seen = torch.cat((there, visible[:, None, None].expand(-1, keys.shape[1], -1, -1)), dim=-1)
+    products = (products + score_bias).masked_fill_(~seen, NONE)
+    weights = products.sigmoid_() if not softmax else products.softmax(-1).masked_fill_(~seen.any(-1, True), 0.0)
+    if masking != "straight":
+        weights[..., :count] *= weight[:, :, None]
+    return torch.matmul(weights, values).view(batch, 1, heads, size).to(query.dtype)

@@ -6,7 +6,19 @@ from swat_lm.layers import LAYERS
 from tests.layers.contract import CHECKS, Check, Subject, name_of
 from tests.layers.sharded import launch
 
-SUBJECTS = [Subject(kind, [kind]) for kind in LAYERS] + [
+# settings with which what a kind does happens within the suite's few tokens
+SMALL = {"sparsek": {"kind": "sparsek", "k": 3, "sliding_window": 4}}
+
+SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS] + [
+    Subject(
+        "selected otherwise",
+        [
+            {"kind": "sparsek", "k": 2, "sliding_window": 0, "masking": "both", "score_function": "sigmoid",
+             "score_bias": "-log(window)", "num_key_value_heads": 4, "candidates": 40, "score_std": 0.1},
+            {"kind": "sparsek", "k": 2, "candidates": 3, "sliding_window": 5, "masking": "straight",
+             "use_rotary": False, "position_slope": 0.1},
+        ],
+    ),
     Subject("interleaved", ["mamba2", "attention"]),
     Subject("window and full", ["attention", {"kind": "attention", "sliding_window": None}]),
     Subject(
