@@ -49,6 +49,8 @@ def capped_simplex(scores: Tensor, total: float) -> Tensor:
         scores: float32 or float64; `-inf` for none, which gets 0.
         total: k, at least 1.
     """
+    if not scores.shape[-1]:
+        return scores
     ordered = scores.detach().sort(dim=-1, descending=True).values
     tau = _thresholds(ordered, (ordered > NONE)[..., None, :], total)[0]
     shifted = torch.where(scores == NONE, 0.0, scores.detach() - tau)
@@ -140,7 +142,7 @@ def _fill(
     if segments is not None:
         own = torch.cat((segments.new_zeros(len(segments), most), segments), dim=1)
         of_candidates = own[:, None].expand(-1, order.shape[1], -1).gather(-1, order.flatten(2)).view(order.shape)
-        of_rows = segments[:, first_row : first_row + blocks * block].view(-1, 1, blocks, block, 1)
+        of_rows = segments[:, first_row : first_row + blocks * block].reshape(-1, 1, blocks, block, 1)
         entered &= of_candidates[..., None, :] == of_rows
     rank = entered.cumsum(-1, dtype=torch.int32)
     chosen, counted = entered & (rank <= total), entered & (rank <= most)
