@@ -8,6 +8,7 @@ docs/mathematics.md.
 Legend: B sequences, K heads, T rows, M candidates, N = M + T all that can enter, C rows of a block.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -51,8 +52,8 @@ def capped_simplex(scores: Tensor, total: float) -> Tensor:
     """
     if not scores.shape[-1]:
         return scores
-    ordered = scores.detach().sort(dim=-1, descending=True).values
-    tau = _thresholds(ordered, (ordered > NONE)[..., None, :], total)[0]
+    falling = scores.detach().sort(dim=-1, descending=True).values
+    tau = Merged(falling, torch.zeros_like(falling, dtype=torch.int64), 0, 1).thresholds(total)
     shifted = torch.where(scores == NONE, 0.0, scores.detach() - tau)
     free = (shifted > 0) & (shifted < 1)
     # the same number, with the gradient of its definition
@@ -84,10 +85,9 @@ def prefix_thresholds(entering: Tensor, before: Tensor, segments: Tensor | None,
     full, free, chosen = (order.new_zeros(shape) for _ in range(3))
     num_free = torch.empty_like(entering, dtype=torch.int64)
     found = Prefixes(torch.empty_like(entering), num_free, full, free, chosen, order[..., :0])
-    step = max(1, ELEMENTS // (batch * heads * block * order.shape[-1]))
-    for begin in range(0, order.shape[2], step):
-        some = slice(begin, begin + step)
-        _fill(found, order[:, :, some], falling[:, :, some], begin * block, segments, total, most, num_rows)
+    for some, of_one_document in _runs(segments, order.shape[2], block, batch * heads * block * block):
+        fill = _fill_by_places if of_one_document else _fill_by_table
+        fill(found, order[:, :, some], falling[:, :, some], some.start * block, segments, total, most, num_rows)
     # what was largest before a block: its first k of those that did not enter with it
     inside = order >= most + block * torch.arange(order.shape[2], device=order.device)[:, None]
     held = order.gather(-1, inside.to(torch.int8).sort(dim=-1, stable=True).indices[..., :total])
@@ -96,6 +96,22 @@ def prefix_thresholds(entering: Tensor, before: Tensor, segments: Tensor | None,
         found.tau[..., :num_rows], found.num_free[..., :num_rows], found.full[..., :columns],
         found.free[..., :columns], found.chosen[..., :columns], held,
     )  # fmt: skip
+
+
+def _runs(segments: Tensor | None, num_blocks: int, block: int, elements: int) -> Iterator[tuple[slice, bool]]:
+    """Blocks to be looked at together, and whether in none of them a document begins; a block has so many elements."""
+    begins = [False] * num_blocks
+    if segments is not None:
+        changed = (segments.diff(dim=1, prepend=segments.new_zeros(len(segments), 1)) != 0).any(0)
+        begins = changed.view(num_blocks, block).any(-1).tolist()
+    most = max(1, ELEMENTS // elements)
+    at = 0
+    while at < num_blocks:
+        end = at + 1
+        while end < num_blocks and begins[end] == begins[at] and end - at < most:
+            end += 1
+        yield slice(at, end), not begins[at]
+        at = end
 
 
 def _sorted_blocks(entering: Tensor, before: Tensor, segments: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +141,7 @@ def _sorted_blocks(entering: Tensor, before: Tensor, segments: Tensor | None, bl
     return torch.stack(orders, dim=2), torch.stack(falling, dim=2)
 
 
-def _fill(
+def _fill_by_table(
     found: Prefixes,
     order: Tensor,
     falling: Tensor,
@@ -135,7 +151,7 @@ def _fill(
     most: int,
     num_rows: int,
 ) -> None:
-    """Find what some blocks `[B, K, g, M + C]` have to say, in tables `[B, K, g, C, M + C]`."""
+    """Find what some blocks `[B, K, g, M + C]` have to say, in tables `[B, K, g, C, M + C]`: documents may begin."""
     blocks, block = order.shape[2], order.shape[3] - most
     rows = torch.arange(first_row, first_row + blocks * block, device=order.device).view(blocks, block, 1)
     entered = (order[..., None, :] - most <= rows) & (falling > NONE)[..., None, :] & (rows < num_rows)
@@ -146,57 +162,155 @@ def _fill(
         entered &= of_candidates[..., None, :] == of_rows
     rank = entered.cumsum(-1, dtype=torch.int32)
     chosen, counted = entered & (rank <= total), entered & (rank <= most)
-    tau, _ = _thresholds(falling, counted, total)
-    shifted = falling[..., None, :] - tau[..., None]
-    full, free = counted & (shifted >= 1), counted & (shifted > 0) & (shifted < 1)
+    # a row's own candidates in falling order, the others behind
+    own = torch.where(counted, falling[..., None, :], NONE)
+    place = own.argsort(dim=-1, descending=True, stable=True)
+    tau = Merged(own.gather(-1, place), torch.zeros_like(place), 0, 1).thresholds(total)
+    full = counted & (falling[..., None, :] >= tau + 1)
+    free = counted & (falling[..., None, :] > tau) & ~full
+    tau = tau.squeeze(-1)
     span = slice(first_row, first_row + blocks * block)
     found.tau[..., span], found.num_free[..., span] = tau.flatten(2), free.sum(-1).flatten(2)
     for into, where in ((found.full, full), (found.free, free), (found.chosen, chosen)):
         into.scatter_add_(-1, order.flatten(2), where.sum(-2).flatten(2))
 
 
-def _thresholds(falling: Tensor, counted: Tensor, total: float) -> tuple[Tensor, Tensor]:
-    """The largest tau `[..., R]` with `sum clip(z - tau, 0, 1) >= total` of each row's own part of falling scores.
+def _fill_by_places(
+    found: Prefixes,
+    order: Tensor,
+    falling: Tensor,
+    first_row: int,
+    segments: Tensor | None,
+    total: int,
+    most: int,
+    num_rows: int,
+) -> None:
+    """As `_fill_by_table` for blocks in which no document begins, from places in the falling order alone.
 
-    f(t) = sum clip(z - t, 0, 1) falls piecewise linearly between corners at all z and all z - 1. The last corner with
-    f >= k begins the piece that holds tau; it is searched by halves.
-
-    Args:
-        falling: `[..., n]`; `-inf` at the end for none.
-        counted: bool `[..., R, n]`: which of them a row has.
-
-    Returns:
-        tau, `-inf` where a row has no more than `total`, and how many each row has.
+    In the order of a block the candidates that a row counts end at a place that only falls from row to row, and
+    thresholds rise: so the rows of a candidate follow one another, and where they end is looked up.
     """
-    numbers = falling.masked_fill(falling == NONE, 0.0)[..., None, :]
-    count = F.pad(counted.cumsum(-1, dtype=falling.dtype), (1, 0))
-    sums = F.pad((numbers * counted).cumsum(-1), (1, 0))
-    corners, kind = torch.cat((falling, falling - 1), dim=-1).sort(dim=-1)
-    # a score's corner at z - 1 makes it free, the one at z makes it 0: how many have not come to theirs yet, which are
-    # the first in the falling order. Comparing z with t + 1 instead would be wrong by rounding.
-    at_end = kind < falling.shape[-1]
-    above = falling.shape[-1] - at_end.cumsum(-1)
-    full = falling.shape[-1] - (~at_end).cumsum(-1)
-    shape = counted.shape[:-1]
+    falling = falling.contiguous()
+    blocks, block = order.shape[2], order.shape[3] - most
+    base = first_row + block * torch.arange(blocks, device=order.device)[:, None]
+    # the row, of its block, with which a candidate enters
+    entered = order - most - base
+    merged = Merged(falling, entered.clamp(min=0), block, block, is_new=entered >= 0)
+    ends = merged.end_of(most).cummin(-1).values
+    # rising but for rounding
+    tau = merged.thresholds(total, ends).cummax(-1).values
+    upper = tau + 1
+    rising = (-falling).contiguous()
+    num_free = merged.count_at(torch.minimum(torch.searchsorted(rising, (-tau).contiguous()), ends)) - merged.count_at(
+        torch.minimum(torch.searchsorted(rising, (-upper).contiguous(), right=True), ends)
+    )
+    span = slice(first_row, first_row + blocks * block)
+    found.tau[..., span], found.num_free[..., span] = tau.flatten(2), num_free.flatten(2).long()
+    real_rows = (num_rows - base).clamp(max=block)
+    place = torch.arange(falling.shape[-1], device=order.device).expand(falling.shape)
+    begin = entered.clamp(min=0)
 
-    def value_at(place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The corner there `[..., R]`, f, and how many scores f falls with right of it."""
-        at = corners.gather(-1, place)
-        beyond, whole = above.gather(-1, place)[..., None], full.gather(-1, place)[..., None]
-        num_beyond, num_whole = count.gather(-1, beyond).squeeze(-1), count.gather(-1, whole).squeeze(-1)
-        sum_beyond, sum_whole = sums.gather(-1, beyond).squeeze(-1), sums.gather(-1, whole).squeeze(-1)
-        finite = at.masked_fill(at == NONE, 0.0)
-        reached = (sum_beyond - finite * num_beyond) - (sum_whole - (finite + 1) * num_whole)
-        return at, reached.masked_fill(at == NONE, -NONE), num_beyond - num_whole
+    def rows_until(end: Tensor) -> Tensor:
+        """Rows from the one a candidate enters with to before this one."""
+        return (torch.minimum(end, real_rows) - begin).clamp(min=0).masked_fill_(falling == NONE, 0)
 
-    low = torch.zeros(shape, dtype=torch.int64, device=falling.device)
-    high = torch.full_like(low, corners.shape[-1])
-    for _ in range(corners.shape[-1].bit_length()):
-        middle = (low + high) // 2
-        reaches = value_at(middle.clamp(max=corners.shape[-1] - 1))[1] >= total
-        reaches &= middle < high
-        low, high = torch.where(reaches, middle, low), torch.where(reaches, high, middle)
-    at, reached, inside = value_at(low)
-    tau = at + torch.where(inside > 0, (reached - total) / inside.clamp(min=1), 0.0)
-    num_counted = count[..., -1]
-    return tau.masked_fill(num_counted <= total, NONE), num_counted
+    def rows_with(ends: Tensor) -> Tensor:
+        """How many first rows count a place."""
+        return torch.searchsorted((-ends).contiguous(), (-place).contiguous())
+
+    counted = rows_with(ends)
+    full = rows_until(torch.minimum(torch.searchsorted(upper.contiguous(), falling, right=True), counted))
+    free = rows_until(torch.minimum(torch.searchsorted(tau.contiguous(), falling), counted)) - full
+    chosen = rows_until(rows_with(merged.end_of(total).cummin(-1).values))
+    for into, number in ((found.full, full), (found.free, free), (found.chosen, chosen)):
+        into.scatter_add_(-1, order.flatten(2), number.flatten(2))
+
+
+class Merged:
+    """Scores in falling order `[..., n]`, of which some enter row by row: sums over a row's own up to any place.
+
+    Legend: R rows, C of the n enter.
+    """
+
+    def __init__(
+        self, falling: Tensor, entered: Tensor, num_new: int, num_rows: int, is_new: Tensor | None = None
+    ) -> None:
+        """`entered` `[..., n]` is the row with which those enter that `is_new`, of which there are `num_new`."""
+        self.falling = falling
+        real = falling > NONE
+        numbers = torch.where(real, falling, 0.0)
+        always = real if is_new is None else real & ~is_new
+        self.count, self.sums = (F.pad(x.cumsum(-1), (1, 0)) for x in (always.to(falling.dtype), numbers * always))
+        self.is_new = is_new
+        if is_new is None:
+            self.shape = (*falling.shape[:-1], num_rows)
+            return
+        self.num_before = F.pad(is_new.cumsum(-1), (1, 0))
+        # the new ones in falling order, and which of them each row has
+        place = (~is_new).to(torch.int8).sort(dim=-1, stable=True).indices[..., :num_new]
+        rows = torch.arange(num_rows, device=falling.device)[:, None]
+        has = (entered.gather(-1, place)[..., None, :] <= rows) & real.gather(-1, place)[..., None, :]
+        self.new_count = F.pad(has.cumsum(-1, dtype=falling.dtype), (1, 0))
+        self.new_sums = F.pad((numbers.gather(-1, place)[..., None, :] * has).cumsum(-1), (1, 0))
+        self.shape = (*falling.shape[:-1], num_rows)
+
+    def count_at(self, place: Tensor) -> Tensor:
+        """How many of its own each row has before these places `[..., R]`."""
+        return self._at(place, self.count, "new_count")
+
+    def sum_at(self, place: Tensor) -> Tensor:
+        """Their sum."""
+        return self._at(place, self.sums, "new_sums")
+
+    def _at(self, place: Tensor, always: Tensor, new: str) -> Tensor:
+        found = always.gather(-1, place)
+        if self.is_new is None:
+            return found
+        before = self.num_before.gather(-1, place)[..., None]
+        return found + getattr(self, new).gather(-1, before).squeeze(-1)
+
+    def end_of(self, number: int) -> Tensor:
+        """The first place before which a row has so many of its own, `[..., R]`; n where it has fewer."""
+        length = self.falling.shape[-1]
+        low = torch.zeros(self.shape, dtype=torch.int64, device=self.falling.device)
+        high = torch.full_like(low, length)
+        for _ in range(length.bit_length()):
+            middle = (low + high) // 2
+            enough = (self.count_at(middle) >= number) | (low >= high)
+            low, high = torch.where(enough, low, middle + 1), torch.where(enough, torch.minimum(middle, high), high)
+        return high
+
+    def thresholds(self, total: float, ends: Tensor | None = None) -> Tensor:
+        """The largest tau `[..., R]` at which `sum clip(z - tau, 0, 1)` of a row's own before `ends` reaches the total.
+
+        `-inf` where a row has no more than that. f(t) = sum clip(z - t, 0, 1) falls piecewise linearly between corners
+        at all z and all z - 1. The last corner with f >= k begins the piece that holds tau; it is searched by halves.
+        """
+        falling, length = self.falling, self.falling.shape[-1]
+        corners, kind = torch.cat((falling, falling - 1), dim=-1).sort(dim=-1)
+        # a score's corner at z - 1 makes it free, the one at z makes it 0: how many have not come to theirs yet, which
+        # are the first in the falling order. Comparing z with t + 1 instead would be wrong by rounding.
+        at_end = kind < length
+        above = length - at_end.cumsum(-1)
+        full = length - (~at_end).cumsum(-1)
+        if ends is None:
+            ends = torch.full(self.shape, length, device=falling.device)
+
+        def value_at(place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """The corner there `[..., R]`, f, and how many scores f falls with right of it."""
+            at = corners.gather(-1, place)
+            beyond, whole = (torch.minimum(x.gather(-1, place), ends) for x in (above, full))
+            num_beyond, num_whole = self.count_at(beyond), self.count_at(whole)
+            finite = at.masked_fill(at == NONE, 0.0)
+            reached = self.sum_at(beyond) - finite * num_beyond - (self.sum_at(whole) - (finite + 1) * num_whole)
+            return at, reached.masked_fill(at == NONE, -NONE), num_beyond - num_whole
+
+        low = torch.zeros(self.shape, dtype=torch.int64, device=falling.device)
+        high = torch.full_like(low, 2 * length)
+        for _ in range((2 * length).bit_length()):
+            middle = (low + high) // 2
+            reaches = (value_at(middle.clamp(max=2 * length - 1))[1] >= total) & (middle < high)
+            low, high = torch.where(reaches, middle, low), torch.where(reaches, high, middle)
+        at, reached, inside = value_at(low)
+        tau = at + torch.where(inside > 0, (reached - total) / inside.clamp(min=1), 0.0)
+        return tau.masked_fill(self.count_at(ends) <= total, NONE)

@@ -66,18 +66,18 @@ class Blocks:
     rows: Tensor
     """`[g, C, G, D]`, queries."""
     keys: Tensor
-    """`[g, n, D]`."""
+    """`[g, n, D]`: of the candidates from before, then of items."""
     values: Tensor
-    visible: Tensor
+    hidden: Tensor
     """bool `[g, C, n]`."""
     weight: Tensor
     """`[g, C, k + C]`, p of the candidates; 1 where a column is none."""
-    free: Tensor
-    """bool `[g, C, k + C]`: visible, and 0 < p < 1."""
-    candidates: Tensor
-    """int64 `[g, k]`: which of all are the first k."""
+    unselected: Tensor
+    """bool `[g, C, k + C]`."""
+    index: Tensor
+    """int64 `[g, k + C]`: which of all candidates."""
     pool: Tensor
-    """int64 `[g, k]`: where these lie among kept ones followed by items."""
+    """int64 `[g, k]`: where those from before lie among kept ones followed by items."""
     first: int
     """The first block's number."""
 
@@ -92,10 +92,9 @@ class Laid:
 
     def __init__(self, call: SelectedCall) -> None:
         self.call, block, window = call, call.block, call.window
-        batch, num_rows, _, _ = call.query.shape
-        self.num_past = call.key.shape[1] - num_rows
+        num_rows, device = call.query.shape[1], call.query.device
         self.num_rows, self.num_blocks = num_rows, -(-num_rows // block)
-        self.missing, self.absent = self.num_blocks * block - num_rows, window - self.num_past
+        self.missing, self.absent = self.num_blocks * block - num_rows, window - call.key.shape[1] + num_rows
         dtype = self.dtype = score_dtype(call.query)
         self.kv_heads = call.key.shape[2]
         self.query = F.pad(call.query.to(dtype), (0, 0, 0, 0, 0, self.missing)).unflatten(2, (self.kv_heads, -1))
@@ -103,17 +102,18 @@ class Laid:
             F.pad(x.to(dtype), (0, 0, 0, 0, self.absent, self.missing)) for x in (call.key, call.value)
         )
         self.num_kept, self.most = call.kept_key.shape[2], call.scores.shape[-1] - num_rows
-        first = call.first_visible
-        device = call.query.device
-        if first is None:
-            first = torch.zeros(batch, num_rows, dtype=torch.int64, device=device)
-        # rows that fill up see nothing
-        self.first = F.pad(first.long().clamp(min=0) + self.absent, (0, self.missing), value=2**40)
-        hidden = call.hidden
-        self.hidden = None if hidden is None else F.pad(hidden, (self.absent, self.missing))
-        self.scores = F.pad(call.scores, (0, self.missing), value=float("-inf"))
+        first, hidden = call.first_visible, call.hidden
+        # rows that fill up see nothing, where that is asked for
+        self.first = None if first is None else F.pad(first.clamp(min=0) + self.absent, (0, self.missing), value=2**30)
+        self.blind = None if hidden is None else F.pad(hidden, (self.absent, self.missing))
+        self.scores = F.pad(call.scores, (0, self.missing), value=NONE)
         self.chosen = F.pad(call.chosen, (0, self.missing))
         self.tau = F.pad(call.tau, (0, self.missing))
+        self.own = torch.arange(block, device=device)
+        columns = torch.arange(block + window, device=device)
+        # of a block's own items: those outside the window, and those that enter with a later row
+        self.outside = (columns <= self.own[:, None]) | (columns > self.own[:, None] + window)
+        self.later = self.own > self.own[:, None]
 
     @cached_property
     def steps(self) -> list[slice]:
@@ -122,47 +122,71 @@ class Laid:
         size = max(1, ELEMENTS // (self.call.block * self.query.shape[3] * columns))
         return [slice(at, min(at + size, self.num_blocks)) for at in range(0, self.num_blocks, size)]
 
+    @cached_property
+    def may_see_nothing(self) -> bool:
+        """Whether there may be rows without a single key; otherwise every row sees itself."""
+        return not self.call.window or self.first is not None or self.blind is not None
+
     def parts(self, sequence: int, head: int) -> Iterator[Blocks]:
         """All blocks of one key/value head of one sequence."""
-        call, block = self.call, self.call.block
-        pool_key, pool_value = (
-            torch.cat((kept[sequence, head].to(self.dtype), items[sequence, :, head]))
-            for kept, items in ((call.kept_key, self.key), (call.kept_value, self.value))
-        )
-        own = torch.arange(block, device=pool_key.device)
-        columns = torch.arange(block + call.window, device=pool_key.device)
-        scores, chosen = self.scores[sequence, head], self.chosen[sequence, head]
+        call, block, kept = self.call, self.call.block, self.num_kept
+        scores, chosen, tau = (x[sequence, head] for x in (self.scores, self.chosen, self.tau))
         # the row after the last in which a candidate is selected
         end = (torch.arange(len(chosen), device=chosen.device) - self.most).clamp(min=0) + chosen
+        pools, spans = [], []
+        for kept_items, items in ((call.kept_key, self.key), (call.kept_value, self.value)):
+            pools.append(torch.cat((kept_items[sequence, head].to(self.dtype), items[sequence, :, head])))
+            # the items of a block, [blocks, C + W, D]: they overlap
+            spans.append(items[sequence, :, head].unfold(0, block + call.window, block).transpose(1, 2))
         for some in self.steps:
-            blocks = some.stop - some.start
-            base = block * torch.arange(some.start, some.stop, device=own.device)[:, None]
-            row = base + own
+            base = block * torch.arange(some.start, some.stop, device=chosen.device)[:, None]
             candidates = call.held[sequence, head, some]
             pool = torch.where(
-                candidates < self.most,
-                candidates.clamp(max=max(self.num_kept - 1, 0)),
-                candidates - self.most + self.num_kept,
+                candidates < self.most, candidates.clamp(max=max(kept - 1, 0)), candidates - self.most + kept
             )
-            index = torch.cat((candidates, self.most + row), dim=1)
-            shifted = scores[index][:, None] - self.tau[sequence, head][row][..., None]
-            selected = row[..., None] < end[index][:, None]
-            # what enters with a later row is not there yet
-            selected[..., self.num_kept :] &= own <= own[:, None]
-            item = base + columns
-            seen = (columns > own[:, None]) & (columns <= own[:, None] + call.window)
-            seen = seen & (item[:, None] >= self.first[sequence][row][..., None])
-            if self.hidden is not None:
-                seen = seen & ~self.hidden[sequence][item][:, None]
-            seen[..., :block] |= selected[..., self.num_kept :]
-            free = selected & (shifted > 0) & (shifted < 1)
-            # some of these columns are of the window, for other rows
-            weight = shifted.clamp(0, 1).masked_fill(~selected, 1.0).to(self.dtype)
-            keys, values = (torch.cat((x[pool], x[self.num_kept :][item]), dim=1) for x in (pool_key, pool_value))
-            rows = self.query[sequence, :, head].unflatten(0, (-1, block))[some]
-            visible = torch.cat((selected[..., : self.num_kept], seen), dim=-1)
-            assert len(rows) == blocks
-            yield Blocks(rows, keys, values, visible, weight, free, candidates, pool, some.start)
+            index = torch.cat((candidates, self.most + base + self.own), dim=1)
+            # whether a row comes before the end, in few bits
+            until = (end[index] - base).clamp(0, block).to(torch.int16)
+            unselected = self.own.to(torch.int16)[:, None] >= until[:, None]
+            unselected[..., kept:] |= self.later
+            keys, values = (torch.cat((x[pool], span[some]), dim=1) for x, span in zip(pools, spans, strict=True))
+            yield Blocks(
+                self.query[sequence, :, head].unflatten(0, (-1, block))[some], keys, values,
+                self._hidden(sequence, some, base, unselected),
+                self._weight(scores[index], tau[base + self.own], unselected),
+                unselected, index, pool, some.start,
+            )  # fmt: skip
+
+    def _hidden(self, sequence: int, some: slice, base: Tensor, unselected: Tensor) -> Tensor:
+        """bool `[g, C, n]`: what a row does not see."""
+        call, kept = self.call, self.num_kept
+        outside = self.outside.expand(len(unselected), -1, -1)
+        if self.first is not None or self.blind is not None or some.start * call.block < self.absent:
+            item = base + torch.arange(call.block + call.window, device=base.device)
+            if self.first is None:
+                outside = outside | (item < self.absent)[:, None]
+            else:
+                outside = outside | (item[:, None] < self.first[sequence][base + self.own][..., None])
+            if self.blind is not None:
+                outside = outside | self.blind[sequence][item][:, None]
+        hidden = torch.cat((unselected[..., :kept], outside), dim=-1)
+        hidden[..., kept : kept + call.block] &= unselected[..., kept:]
+        return hidden
+
+    def _weight(self, scores: Tensor, tau: Tensor, unselected: Tensor) -> Tensor:
+        """p `[g, C, k + C]` of scores `[g, k + C]` and thresholds `[g, C]`; 1 where a column is not selected."""
+        # only differences near a threshold count: moved by one of them, float32 holds them as well as float64
+        middle = tau[:, -1:].nan_to_num(neginf=0.0)
+        scores, tau = ((x - middle).to(self.dtype) for x in (scores, tau))
+        # some of these columns are of the window, for other rows
+        return (scores[:, None] - tau[..., None]).clamp_(0, 1).masked_fill_(unselected, 1.0)
+
+    def free(self, sequence: int, head: int, part: Blocks) -> Tensor:
+        """bool `[g, C, k + C]`: selected, with 0 < p < 1; by the comparisons that counted them."""
+        rows = self.call.block * torch.arange(part.first, part.first + len(part.rows), device=part.index.device)
+        tau = self.tau[sequence, head][rows[:, None] + self.own][..., None]
+        scores = self.scores[sequence, head][part.index][:, None]
+        return (scores > tau).logical_and_(scores < tau + 1).logical_and_(~part.unselected)
 
     def weights(self, part: Blocks) -> tuple[Tensor, Tensor | None]:
         """Attention's weights `[g, C, G, n]` before p, and the candidates' products where p multiplies them."""
@@ -174,10 +198,13 @@ class Laid:
             scores[..., : part.num_candidates] *= part.weight[:, :, None]
         if call.score_bias:
             scores += call.score_bias
-        scores.masked_fill_(~part.visible[:, :, None], float("-inf"))
+        scores.masked_fill_(part.hidden[:, :, None], NONE)
         if not call.softmax:
             return scores.sigmoid_(), raw
-        return torch.softmax(scores, dim=-1).masked_fill_(~part.visible.any(-1)[:, :, None, None], 0.0), raw
+        weights = torch.softmax(scores, dim=-1)
+        if self.may_see_nothing:
+            weights.masked_fill_(part.hidden.all(-1)[:, :, None, None], 0.0)
+        return weights, raw
 
 
 def forward(call: SelectedCall) -> Tensor:
@@ -226,7 +253,8 @@ def backward(call: SelectedCall, grad_output: Tensor) -> Gradients:
                 some = slice(part.first, part.first + len(part.rows))
                 d_mixed = d_output[sequence, :, head].unflatten(0, (-1, call.block))[some]
                 own = (x[sequence, head] for x in (d_key, d_value, d_scores))
-                found, d_weight = _part_backward(laid, part, d_mixed, *own)
+                free = laid.free(sequence, head, part)
+                found, d_weight = _part_backward(laid, part, free, d_mixed, *own)
                 d_query[sequence, :, head].unflatten(0, (-1, call.block))[some] = found
                 d_tau[sequence, head].unflatten(0, (-1, call.block))[some] = -d_weight.sum(-1)
     rows, items = slice(0, laid.num_rows), slice(kept + laid.absent, kept + laid.absent + call.key.shape[1])
@@ -245,9 +273,9 @@ def backward(call: SelectedCall, grad_output: Tensor) -> Gradients:
 
 
 def _part_backward(
-    laid: Laid, part: Blocks, d_mixed: Tensor, d_key: Tensor, d_value: Tensor, d_scores: Tensor
+    laid: Laid, part: Blocks, free: Tensor, d_mixed: Tensor, d_key: Tensor, d_value: Tensor, d_scores: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Add to the gradients of one head; returns those of the rows `[g, C, G, D]` and of p, float64 `[g, C, k + C]`."""
+    """Add to the gradients of one head; returns those of the rows `[g, C, G, D]` and of p `[g, C, k + C]`."""
     call, count = laid.call, part.num_candidates
     weights, raw = laid.weights(part)
     p = part.weight[:, :, None]
@@ -271,10 +299,10 @@ def _part_backward(
         d_products[..., :count] *= p
     d_products = d_products.flatten(1, 2)
     _add(laid, part, d_key, torch.matmul(d_products.transpose(1, 2), part.rows.flatten(1, 2)).mul_(call.scale))
-    d_p = d_p.double().masked_fill_(~part.free, 0.0)
+    d_p.masked_fill_(free.logical_not_(), 0.0)
     d_score = d_p.sum(1)
     kept, block = laid.num_kept, call.block
-    d_scores.index_add_(0, part.candidates.flatten(), d_score[:, :kept].flatten())
+    d_scores.index_add_(0, part.index[:, :kept].flatten(), d_score[:, :kept].flatten().double())
     first = laid.most + part.first * block
     d_scores[first : first + len(d_score) * block] += d_score[:, kept:].flatten()
     return torch.matmul(d_products, part.keys).mul_(call.scale).view(part.rows.shape), d_p
