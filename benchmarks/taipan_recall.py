@@ -47,12 +47,12 @@ def selective(**settings: Any) -> list[Any]:
 
 
 PLANS: dict[str, list[Any]] = {
-    "taipan": selective(budget_weight=3.0),
+    "taipan": selective(),
     "all-tokens": selective(selection="all"),
     "random": selective(selection="random"),
     "ssm-only": [{"kind": "mamba2", "state_size": STATE}],
-    "taipan-sparse": selective(budget_weight=3.0, execution="sparse"),
-    "taipan-sigmoid": selective(budget_weight=3.0, score_function="sigmoid", score_bias="-log(window)"),
+    "taipan-sparse": selective(execution="sparse"),
+    "taipan-sigmoid": selective(score_function="sigmoid", score_bias="-log(window)"),
 }
 # as many parameters as two recurrences with attention and feed-forward: see the records
 DEPTHS = {"ssm-only": 4}
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--variants", default=",".join(PLANS))
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--summary", action="store_true", help="only show what is there")
     given = parser.parse_args(arguments)
     unknown = set(given.variants.split(",")) - PLANS.keys()

@@ -4,6 +4,7 @@ Taipan, arXiv 2410.18572, section 3; the layer around it is in taipan.py.
 Legend: B rows, T tokens, N chosen tokens, P kept tokens, M width, H query heads, K key/value heads, D head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swat_lm.layers.base import NOTHING, Auxiliary, InPlace, Past
+from swat_lm.layers.base import NOTHING, Auxiliary, InPlace, Part, Past, lay_out
 from swat_lm.layers.chunk import FARTHEST, Chunk
 from swat_lm.layers.taipan_settings import TaipanSettings
 from swat_lm.layers.window_attention import WindowAttention
@@ -102,21 +103,40 @@ class SelectiveAttention(WindowAttention):
         Returns what attention adds `[B, T, M]`, by which share `[B, T, 1]` (0 for tokens that pass as they are), and
         the budget's loss with the numbers of the gate.
         """
-        choice = self.choose(self.gate(hidden), chunk)
+        logits, key, value = self._always(hidden)
+        mixed, share, choice = self._mix(hidden, logits, key, value, chunk, past)
+        return mixed, share, self._say(choice, chunk)
+
+    def forward_parts(self, hidden: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """Mix parts of a normed row `[1, T, M]`: what every token needs for all at once; no budget."""
+        logits, key, value = self._always(hidden)
+        found = []
+        for part in parts:
+            own = (each[:, part.tokens] for each in (hidden, logits, key, value))
+            found.append(self._mix(*own, chunk=part.chunk, past=part.past))
+        mixed, share = (lay_out(parts, [one[place] for one in found], hidden.shape[1]) for place in (0, 1))
+        return mixed, share
+
+    def _always(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is computed of every token: the gate's logits `[B, T, 2]`, key and value `[B, T, K, D]`."""
+        heads = *hidden.shape[:2], self.num_kv_heads, self.settings.head_dim
+        return self.gate(hidden), self.k_proj(hidden).view(heads), self.v_proj(hidden).view(heads)
+
+    def _mix(
+        self, hidden: Tensor, logits: Tensor, key: Tensor, value: Tensor, chunk: Chunk, past: Past | None
+    ) -> tuple[Tensor, Tensor, Choice]:
+        """What attention adds, by which share, and the choice behind it."""
+        choice = self.choose(logits, chunk)
         share = (choice.through * choice.share).to(hidden.dtype)[..., None]
-        batch, num_tokens, _ = hidden.shape
-        heads = batch, num_tokens, self.num_kv_heads, self.settings.head_dim
-        key, value = self.k_proj(hidden).view(heads), self.v_proj(hidden).view(heads)
         num_past = 0
         if past is not None:
             items, num_past = past.extend(key=key, value=value)
             key, value = items["key"], items["value"]
         if self.taipan.execution == "sparse":
-            mixed, share = self._attend_chosen(hidden, key, value, choice.chosen, share, chunk, num_past)
-        else:
-            query = self.q_proj(hidden).view(batch, num_tokens, self.num_heads, self.settings.head_dim)
-            mixed = self.o_proj(self.heads_output(self.attend(query, key, value, chunk, num_past))) * share
-        return mixed, share, self._say(choice, chunk)
+            return *self._attend_chosen(hidden, key, value, choice.chosen, share, chunk, num_past), choice
+        query = self.q_proj(hidden).view(*hidden.shape[:2], self.num_heads, self.settings.head_dim)
+        mixed = self.o_proj(self.heads_output(self.attend(query, key, value, chunk, num_past)))
+        return mixed * share, share, choice
 
     def _attend_chosen(
         self, hidden: Tensor, key: Tensor, value: Tensor, chosen: Tensor, share: Tensor, chunk: Chunk, num_past: int
@@ -177,11 +197,9 @@ class SelectiveAttention(WindowAttention):
 
         Keys and values are kept of all rows; queries, attention and outputs are computed where the gate opens.
         """
-        choice = self.choose(self.gate(hidden), chunk)
+        logits, key, value = self._always(hidden)
+        choice, batch = self.choose(logits, chunk), len(hidden)
         share = (choice.chosen * choice.share).to(hidden.dtype)[..., None]
-        batch = len(hidden)
-        heads = batch, 1, self.num_kv_heads, self.settings.head_dim
-        key, value = (project(hidden).view(heads) for project in (self.k_proj, self.v_proj))
         if hidden.is_cuda or torch.compiler.is_compiling():
             # which rows are open is not known without waiting for the device, nor in a graph
             return self._step_rows(hidden, key, value, past, chunk.batch_invariant) * share, share

@@ -6,12 +6,13 @@ follows for all. There is no position code. What the paper leaves open is in doc
 Legend: B rows, T tokens, N chosen tokens, M width, H query heads, K key/value heads, D head size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from swat_lm.layers.attention import layer_type, settle_heads
-from swat_lm.layers.base import InPlace, Layer, Output, Past, Shared, StateTensor
+from swat_lm.layers.base import InPlace, Layer, Output, Part, Past, Shared, StateTensor
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import RMSNorm
 from swat_lm.layers.pre_norm import FeedForward, start, start_normal
@@ -53,6 +54,10 @@ class TaipanLayer(Layer):
         """Process a chunk `[B, T, M]` after its past."""
         mixed, share, auxiliary = self.mixer(self.input_layernorm(hidden), chunk, past)
         return Output(self._feed(hidden, mixed, share), None if past is None else past.after(), auxiliary)
+
+    def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Process parts of a row `[1, T, M]`: norms, gate, keys, values and feed-forward for all at once."""
+        return self._feed(hidden, *self.mixer.forward_parts(self.input_layernorm(hidden), parts))
 
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """Process one token per row, `[B, 1, M]`, in place over rings."""

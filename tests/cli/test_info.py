@@ -90,8 +90,9 @@ def test_other_architectures(cli, here: Path):
     assert "at 2,048 tokens (estimate" in out
     load_tokenizer("bytes").save_pretrained("mamba")
     assert "convert it first with `swat-lm convert mamba OUT`" in cli("generate", "mamba", "--prompt", "a")[2]
-    assert cli("convert", "mamba", "out", "--window", "8")[2] == (
-        "error: window is a setting of attention, of which a Mamba-2 model has no layer; leave it out"
+    assert re.fullmatch(
+        "error: window is a setting of attention.*, of which a Mamba-2 model has no layer; leave it out",
+        cli("convert", "mamba", "out", "--window", "8")[2],
     )
     code, _, err = cli("convert", "mamba", "out")
     assert code == 0, err
