@@ -140,15 +140,22 @@ class Chunk:
         start = self.num_tokens - count
         if not start >= 0:
             raise ValueError(f"count: the chunk has {self.num_tokens} tokens, got {count}")
+        return self.part(start, self.num_tokens)
+
+    def part(self, start: int, stop: int) -> "Chunk":
+        """The tokens `start .. stop - 1` as a chunk of their own; those before it are its past."""
+        own = slice(start, stop)
         hidden, past = self.hidden, self.past_hidden
         if hidden is not None:
             left = hidden[:, :start]
             past = left if past is None else torch.cat((past, left), dim=1)
+        elif past is not None:
+            past = F.pad(past, (0, start))
         return Chunk(
-            self.positions[:, start:],
-            None if self.first is None else self.first[:, start:] - start,
-            None if self.last is None else self.last[:, start:] - start,
-            None if hidden is None else hidden[:, start:],
+            self.positions[:, own],
+            None if self.first is None else self.first[:, own] - start,
+            None if self.last is None else self.last[:, own] - start,
+            None if hidden is None else hidden[:, own],
             past,
             self.windows,
         )

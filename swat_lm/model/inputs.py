@@ -161,6 +161,8 @@ def plan_carry(input_ids: Tensor, document_ids: Tensor | None, carry: Carry) -> 
     A document may begin in an older chunk. Raises ValueError for ids that are given for some chunks only.
     """
     num_tokens = carry.num_tokens + input_ids.shape[1]
+    if carry.planned is not None:
+        return carry.planned, Carry(carry.mode, (), num_tokens)
     if document_ids is None and carry.document is None:
         positions = torch.arange(carry.num_tokens, num_tokens, device=input_ids.device).unsqueeze(0)
         return Chunk(positions), Carry(carry.mode, (), num_tokens)
