@@ -73,11 +73,12 @@ def test_what_cannot_run_so_is_refused_before_anything_is_written(make_recipe, m
 
 def test_a_full_disk_ends_a_run_with_its_checkpoints_whole(make_recipe, monkeypatch):
     recipe = make_recipe("run", steps=4, save_every=2, **CHUNKS)
-    free = iter([10**9] * 6 + [100] * 10)
+    free = iter([10**9] * 3 + [100])
     monkeypatch.setattr(
         "swat_lm.model.execution.carries.shutil.disk_usage", lambda folder: type("Usage", (), {"free": next(free)})
     )
     with pytest.raises(OSError, match=rf"carries need \d+ bytes in {recipe.out}, where 100 are free"):
         run(recipe)
+    assert [path.name for path in Path(recipe.out, "checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.undo()
     assert run(recipe).last_step == 4

@@ -54,7 +54,7 @@ class ReverseChunks(Execution):
     Settings = ChunkSettings
     takes_whole_passes = True
 
-    def __init__(self, settings: ChunkSettings) -> None:
+    def __init__(self, settings: ChunkSettings | None = None) -> None:
         super().__init__(settings)
         self.before_backward: Callable[[bool], None] | None = None
         """Called before a chunk goes backward, with whether it is the last to do so. Set where weights are sharded:
