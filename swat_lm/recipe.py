@@ -120,10 +120,10 @@ class TrainRecipe:
     """Compile the model with torch.compile (on a CPU this needs a C++ compiler)."""
     activation_checkpointing: Flag = False
     """The old spelling of `execution: checkpoint`."""
-    execution: Literal["plain", "checkpoint", "chunks"] = "plain"
-    """How layers are run: plain; checkpoint (layers recomputed one by one), chunks (reverse chunks)."""
+    execution: Literal["plain", "checkpoint", "blockwise", "chunks"] = "plain"
+    """How layers are run: plain; checkpoint (each is recomputed), blockwise (block by block), or reverse chunks."""
     execution_settings: dict[str, Any] = Field(default_factory=dict)
-    """Of `chunks`: `chunk_size`, `carries` (memory or disk), `folder`."""
+    """Of `blockwise`: `block_size`, `key_block_size`; of `chunks`: `chunk_size`, `carries` (memory, disk), `folder`."""
     sharding: Literal["auto", "none", "full", "hybrid"] = "auto"
     """Over processes: none (replicated), full (FSDP2), hybrid (FSDP2 in `replicas` groups); auto: full if several."""
     replicas: int = number(1, at_least=1)

@@ -28,7 +28,11 @@ CHECKS = {
     "torchao": torchao.check,
     "serve_clients": serve_clients.check,
 }
-ON_REQUEST = {"lm_eval_truth": lm_eval_truth.check, "serve_soak": serve_soak.check, "long_document": long_document.check}
+ON_REQUEST = {
+    "lm_eval_truth": lm_eval_truth.check,
+    "serve_soak": serve_soak.check,
+    "long_document": long_document.check,
+}
 """Checks of what the user brings along, or that take very long; they take the options of the command line."""
 OWN = REPOSITORY / "runs" / "verification.json"
 RECORD = REPOSITORY / "verification" / "record.json"

@@ -52,6 +52,8 @@ class Chunk:
     """bool `[B, P]`, the same of the last P tokens before the chunk; None: none of them."""
     windows: tuple[int | None, ...] | None = None
     """A window for every layer that has one, instead of the configured one: drawn for this step, say."""
+    key_block: int | None = None
+    """Where layers are run block by block: keys that attention without a window takes at once. None: all of them."""
     batch_invariant: bool = False
     """Of a decoding step: a row must come out bit for bit the same whatever the others hold."""
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)

@@ -58,6 +58,7 @@ def launch(folder: Path, recipes: list[Recipe]) -> dict[str, list[str]]:
     return {path.stem: [Path(f"{path}.rank{rank}").read_text() for rank in (0, 1)] for path in paths}
 
 
+BLOCKS = {"execution": "blockwise", "execution_settings": {"block_size": 24}}
 CHUNKS = {"execution": "chunks", "execution_settings": {"chunk_size": 24, "carries": "disk"}}
 
 
@@ -110,7 +111,7 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
         other("sharded", export=True),
         other("accumulated", micro_batch_size=1, activation_checkpointing=True),
         other("replicated", sharding="none", micro_batch_size=1),
-        other("hybrid", sharding="hybrid", replicas=2),
+        other("hybrid", sharding="hybrid", replicas=2, **BLOCKS),
         begun,
         other("to-continue", steps=4, schedule="constant"),
         other("odd", batch_size=5),

@@ -29,6 +29,12 @@ class Execution:
     def __init__(self, settings: Any = None) -> None:
         self.settings = self.Settings() if settings is None else settings
 
+    def enter(self, layers: Sequence[Layer]) -> None:
+        """Prepare layers that are to be run so from now on."""
+
+    def leave(self, layers: Sequence[Layer]) -> None:
+        """Undo what `enter` did."""
+
     def refuses(self, layers: Sequence[Layer]) -> str | None:
         """Why it cannot run these layers, in one sentence that names the layer; None where it can."""
         return None

@@ -7,7 +7,7 @@ Legend: B rows, T tokens, M width, V vocabulary, W window.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch.func import functional_call
 from swat_lm.layers.base import Layer
 from swat_lm.model.execution.base import Execution
 from swat_lm.model.execution.carries import Carries, CarriesInMemory, CarriesOnDisk
+from swat_lm.model.execution.recomputing import Randomness, autocast_as_now
 from swat_lm.model.execution.said import Said
 from swat_lm.model.inputs import documents_from_lengths, plan_chunk, refuse_unknown
 from swat_lm.model.loss import IGNORE
@@ -149,7 +150,7 @@ class ChunkedPass:
         self.divisor = (targets != IGNORE).sum() if num_items is None else num_items
         self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.autocast = autocast_as_now(self.device.type)
-        self.randomness: list[list[Tensor]] = []
+        self.randomness = Randomness(self.device)
         self.carries: Carries | None = None
         self.said = Said()
 
@@ -168,7 +169,7 @@ class ChunkedPass:
         pasts, total = self.model.init_carry().pasts, None
         for index, span in enumerate(self.spans):
             if self.carries is not None:
-                self.randomness.append(self._random_states())
+                self.randomness.note()
             outputs = self.pass_over(self.model, span, pasts)
             total = outputs.loss if total is None else total + outputs.loss
             self.said.add(outputs.auxiliary, (span.stop - span.start) / self.targets.shape[1])
@@ -222,8 +223,7 @@ class ChunkedPass:
         if of_inputs is not None and embedded is not None:
             embedded.requires_grad_()
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng([self.device] if self.device.type == "cuda" else []))
-            self._set_random_states(self.randomness[index])
+            stack.enter_context(self.randomness.again(index))
             stack.enter_context(torch.enable_grad())
             with self.autocast():
                 outputs = self.pass_over(call, span, pasts, embedded)
@@ -263,19 +263,6 @@ class ChunkedPass:
             return_logits=False,
         )
 
-    def _random_states(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        before = self.randomness[-1] if self.randomness else None
-        # where nothing is drawn all chunks share one
-        return before if before is not None and all(map(torch.equal, before, states)) else states
-
-    def _set_random_states(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.cuda.set_rng_state(states[1], self.device)
-
 
 class _Reversed(torch.autograd.Function):
     """A pass over chunks as one step of autograd."""
@@ -294,9 +281,3 @@ class _Reversed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         return None, *ctx.run.backward(gradients)
-
-
-def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes the context of automatic casts that holds now; weights are cast anew in it, whoever held the last ones."""
-    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)

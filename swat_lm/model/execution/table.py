@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from swat_lm.model.execution.base import Execution
+from swat_lm.model.execution.blockwise import Blockwise
 from swat_lm.model.execution.chunks import ReverseChunks
 from swat_lm.validation import build
 from swat_lm.words import did_you_mean
@@ -28,7 +29,7 @@ class Checkpoint(Execution):
     recomputes_layers = True
 
 
-EXECUTIONS: dict[str, type[Execution]] = {kind.name: kind for kind in (Plain, Checkpoint, ReverseChunks)}
+EXECUTIONS: dict[str, type[Execution]] = {kind.name: kind for kind in (Plain, Checkpoint, Blockwise, ReverseChunks)}
 
 
 def make_execution(name: str, values: dict[str, Any], at: str = "execution_settings") -> Execution:
@@ -60,8 +61,8 @@ class Executable:
         """Choose how layers are run in training; it changes memory and time, and no result.
 
         Args:
-            name: a word of `EXECUTIONS`: `plain`, `checkpoint`, `chunks`.
-            settings: those of its `Settings`, as `chunk_size` and `carries` of `chunks`.
+            name: a word of `EXECUTIONS`: `plain`, `checkpoint`, `blockwise`, `chunks`.
+            settings: those of its `Settings`, as `block_size` of `blockwise`, `chunk_size` and `carries` of `chunks`.
 
         Raises:
             ValueError: an unknown name or setting, or a plan of layers that cannot be run so.
@@ -70,6 +71,8 @@ class Executable:
         reason = execution.refuses(self.model.stack)
         if reason is not None:
             raise ValueError(f"execution: {name} cannot run this model: {reason}")
+        self.execution.leave(self.model.stack)
+        execution.enter(self.model.stack)
         if execution.recomputes_layers:
             self.activation_checkpointing_enable()
         elif self.execution.recomputes_layers:
