@@ -31,7 +31,7 @@ from swat_lm.model.execution.chunks import ReverseChunks
 from swat_lm.model.execution.table import Executable, Plain
 from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk, refuse_unknown
 from swat_lm.model.kept import check_kept
-from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
+from swat_lm.model.loss import PLAIN_WEIGHTS, chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
 from swat_lm.model.outputs import SwatCausalLMOutput, SwatModelOutput
 from swat_lm.model.paged import PAGED, check_paged, run_paged
 from swat_lm.model.pasts import CachePast, Carry, check_foreign
@@ -355,9 +355,7 @@ class SwatForCausalLM(Streaming, Executable, SwatPreTrainedModel, GenerationMixi
         hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
         head = self.lm_head
         # a weight of another type is quantised or sharded, and its module knows how to multiply with it
-        is_plain = (
-            type(head) in (nn.Linear, ScaledHead) and head.bias is None and type(head.weight) in (Tensor, nn.Parameter)
-        )
+        is_plain = type(head) in (nn.Linear, ScaledHead) and head.bias is None and type(head.weight) in PLAIN_WEIGHTS
         if is_plain and not is_hooked(head):
             # what divides logits may as well divide what they are formed of
             hidden = hidden / head.divisor if isinstance(head, ScaledHead) else hidden

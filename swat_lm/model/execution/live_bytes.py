@@ -9,6 +9,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one operation and count what it returns."""
-        if func.namespace == OWN:
+        if func.namespace == OWN and not any(isinstance(each, FakeTensor) for each in tree_leaves(args)):
             # straight to its kernel, whose operations come here again
             key = torch._C.DispatchKey.CUDA if any_on_cuda(args) else torch._C.DispatchKey.CPU
             with self:
