@@ -24,7 +24,6 @@ __all__ = ["Line", "MemoryNeed", "Predicted"]
 
 MANY = 8
 """Blocks or chunks from which a pass grows by the same for each."""
-FARTHEST = 2**40
 FLOAT = 4
 """Bytes of a weight, its gradient, and each of AdamW's two averages: training keeps them in float32."""
 
@@ -117,17 +116,25 @@ class Predicted:
             peak -= whole - whole // self.shards
         return MemoryNeed(whole // self.shards, 2 * whole // self.shards, max(peak, whole // self.shards))
 
-    def longest(self, available: int) -> int:
-        """Tokens of the longest row that this many bytes hold, to within 1 %; 0: not even one of 16."""
-        low, high = 0, 16
-        while self.need(high).total <= available:
-            low, high = high, 2 * high
-            if high > FARTHEST:
-                return low
-        while high - low > max(1, low // 100):
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.need(middle).total <= available else (low, middle)
-        return low
+    def longest(self, available: int, near: int = 1024) -> int:
+        """Tokens of the longest row that this many bytes hold, to within a few per cent; 0: hardly any.
+
+        `near` is a length to begin with. Each guess is where the line through the two before meets the size.
+        """
+        if self.is_scanned:
+            near = max(near, MANY * self.unit + 1)
+        first, second = near, 2 * near
+        for _ in range(3):
+            low, high = self.need(first).total, self.need(second).total
+            if high == low:
+                break
+            guess = second + math.floor((available - high) * (second - first) / (high - low))
+            if guess <= 0 or guess == second:
+                return max(0, guess)
+            if abs(guess - second) < second // 100:
+                return guess
+            first, second = second, guess
+        return second if self.need(second).total <= available else 0
 
     def _line(self, first: int, second: int) -> Line:
         low, high = self.simulate(first), self.simulate(second)
