@@ -151,7 +151,7 @@ class Predicted:
         from swat_lm.model.modeling import SwatForCausalLM
 
         settings = {key: value for key, value in self.settings.items() if key not in ("carries", "folder")}
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), FakeTensorMode(allow_non_fake_inputs=True):
             model = SwatForCausalLM(self.config).train()
             model.set_execution(self.name, **settings)
             ids = torch.zeros(self.rows, num_tokens, dtype=torch.int64)

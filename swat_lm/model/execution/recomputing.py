@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Randomness", "autocast_as_now"]
 
@@ -19,26 +20,23 @@ class Randomness:
 
     def note(self) -> None:
         """Before the next part."""
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        before = self.states[-1] if self.states else None
-        self.states.append(before if before is not None and all(map(are_equal, before, states)) else states)
+        # whoever counts or predicts a pass by its operations must not see these, and could not answer them
+        with _disable_current_modes():
+            states = [torch.get_rng_state()]
+            if self.device.type == "cuda":
+                states.append(torch.cuda.get_rng_state(self.device))
+            before = self.states[-1] if self.states else None
+            self.states.append(before if before is not None and all(map(torch.equal, before, states)) else states)
 
     @contextmanager
     def again(self, index: int) -> Iterator[None]:
         """Draw what part number `index` drew; afterwards nothing has been drawn."""
+        states = self.states[index]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            states = self.states[index]
             torch.set_rng_state(states[0])
             if len(states) > 1:
                 torch.cuda.set_rng_state(states[1], self.device)
             yield
-
-
-def are_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two states are; past PyTorch's operations, which whoever predicts a pass by its shapes has replaced."""
-    return bool((one.numpy() == other.numpy()).all())
 
 
 def autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
