@@ -119,7 +119,11 @@ class TrainRecipe:
     compile: Flag = False
     """Compile the model with torch.compile (on a CPU this needs a C++ compiler)."""
     activation_checkpointing: Flag = False
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    """The old spelling of `execution: checkpoint`."""
+    execution: Literal["plain", "checkpoint", "blockwise", "chunks"] = "plain"
+    """How layers are run: plain; checkpoint (each is recomputed), blockwise (block by block), or reverse chunks."""
+    execution_settings: dict[str, Any] = Field(default_factory=dict)
+    """Of `blockwise`: `block_size`, `key_block_size`; of `chunks`: `chunk_size`, `carries` (memory, disk), `folder`."""
     sharding: Literal["auto", "none", "full", "hybrid"] = "auto"
     """Over processes: none (replicated), full (FSDP2), hybrid (FSDP2 in `replicas` groups); auto: full if several."""
     replicas: int = number(1, at_least=1)
@@ -158,6 +162,8 @@ class TrainRecipe:
                 f"train.steps ({self.steps}): set for example train.warmup_steps={self.steps // 10}"
                 + (f" train.decay_steps={max(1, self.steps // 5)}" if self.decay_steps else "")
             )
+        if self.activation_checkpointing and self.execution not in ("plain", "checkpoint"):
+            raise RecipeError(f"train.activation_checkpointing means train.execution=checkpoint; got {self.execution}")
         if self.replicas > 1 and self.sharding != "hybrid":
             raise RecipeError(f"train.replicas ({self.replicas}) needs train.sharding=hybrid; got {self.sharding}")
         object.__setattr__(self, "resume", without_tilde(self.resume, "train.resume"))

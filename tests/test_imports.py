@@ -20,11 +20,11 @@ BELOW = {
     "hub": {"paths"},
     "ops": set(),
     "layers": {"ops"},
-    "model": {"hub", "layers", "ops", "paths", "recipe"},
+    "model": {"hub", "layers", "ops", "paths", "recipe", "validation"},
     "data": {"hub", "paths", "recipe"},
     "": {"ops", "model", "layers"},  # the package itself; the model lazily
 }
-BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data", "validation"}
+BELOW["train"] = BELOW["evaluate"] = BELOW["model"] | {"model", "data"}
 BELOW["serve"] = BELOW["model"] | {"model"}
 BELOW["papers"] = BELOW["train"] | {"train", "evaluate", "serve", "named_recipes"}
 BELOW["cli"] = BELOW["papers"] | {"papers"}

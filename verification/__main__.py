@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.files import write_text
-from verification import lm_eval_truth, onnx, packaging, serve_clients, serve_soak, site, torchao
+from verification import lm_eval_truth, long_document, onnx, packaging, serve_clients, serve_soak, site, torchao
 from verification.workplace import REPOSITORY, CheckFailedError, Workplace
 
 CHECKS = {
@@ -28,7 +28,11 @@ CHECKS = {
     "torchao": torchao.check,
     "serve_clients": serve_clients.check,
 }
-ON_REQUEST = {"lm_eval_truth": lm_eval_truth.check, "serve_soak": serve_soak.check}
+ON_REQUEST = {
+    "lm_eval_truth": lm_eval_truth.check,
+    "serve_soak": serve_soak.check,
+    "long_document": long_document.check,
+}
 """Checks of what the user brings along, or that take very long; they take the options of the command line."""
 OWN = REPOSITORY / "runs" / "verification.json"
 RECORD = REPOSITORY / "verification" / "record.json"
@@ -42,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="also write verification/record.json, which is committed")
     lm_eval_truth.add_options(parser)
     serve_soak.add_options(parser)
+    long_document.add_options(parser)
     options = parser.parse_args(arguments)
     for name in options.checks:
         if name not in {**CHECKS, **ON_REQUEST}:

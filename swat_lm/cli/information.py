@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swat_lm.cli.console import key_value_table, messages, results
+from swat_lm.cli.memory import print_memory
 from swat_lm.cli.plan_costs import PLAN_WINDOW, print_plans
 from swat_lm.named_recipes import is_recipe, recipe_names
 from swat_lm.words import counted, did_you_mean
@@ -45,6 +46,13 @@ def info(
         list[str] | None,
         typer.Option(help="With --plans: one more row, such as every:4 or 0,7,15; repeatable."),
     ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Of a recipe: predict what a training step needs, by `train.execution`.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="With --memory: processes that share a batch.")] = 1,
+    available: Annotated[
+        str | None, typer.Option(help="With --memory: a size such as 80GiB, to say the longest row that fits it.")
+    ] = None,
 ) -> None:
     """Show what a model costs.
 
@@ -56,11 +64,21 @@ def info(
       swat-lm info own-text model.sliding_window=256
       swat-lm info runs/mine --length 100000
       swat-lm info models/smollm2 --plans --window 256 --full-layers every:4
+      swat-lm info own-text --memory --length 65536 --available 16GiB
     """
     if not plans and (window is not None or full_layers):
         raise ValueError("--window and --full-layers belong to --plans; for a recipe write model.sliding_window=256")
     if plans and target is None:
         raise ValueError("--plans: name a recipe, a checkpoint or a preset")
+    if not memory and (processes != 1 or available is not None):
+        raise ValueError("--processes and --available belong to --memory")
+    if memory:
+        if target is None or not is_recipe(target):
+            raise ValueError("--memory: name a recipe, whose batch and precision it predicts for")
+        from swat_lm.recipe import load_recipe
+
+        print_memory(load_recipe(target, overrides or []), length, processes, available)
+        return
     if target is None:
         from swat_lm.model.presets import preset_names
 
@@ -79,7 +97,6 @@ def info(
 
 def find_config(target: str, overrides: list[str], is_any: bool = False) -> "tuple[PreTrainedConfig, int]":
     """The configuration and training length behind a recipe, a preset or a checkpoint (see `load_config`)."""
-    from swat_lm.model.architectures import configure_model
     from swat_lm.model.presets import preset_names
     from swat_lm.model.recipe_fields import config_from_recipe
 
@@ -87,12 +104,7 @@ def find_config(target: str, overrides: list[str], is_any: bool = False) -> "tup
         from swat_lm.recipe import load_recipe
 
         recipe = load_recipe(target, overrides)
-        if recipe.model.get("init") is not None:
-            from swat_lm.train.initial import begun_config
-
-            return begun_config(recipe), recipe.data.sequence_length
-        size = None if "vocab_size" in recipe.model else size_of_vocabulary(recipe)
-        return configure_model(recipe.model, size), recipe.data.sequence_length
+        return find_recipe_config(recipe), recipe.data.sequence_length
     if overrides:
         raise ValueError(
             f"settings such as {overrides[0]!r} only go with a recipe (a .yaml file, or a name that `swat-lm recipes` "
@@ -110,6 +122,17 @@ def find_config(target: str, overrides: list[str], is_any: bool = False) -> "tup
         config = load_config(target, is_any)
     # models with a recurrent state name no length
     return config, getattr(config, "max_position_embeddings", None) or 2048
+
+
+def find_recipe_config(recipe: "Recipe") -> "PreTrainedConfig":
+    """The configuration that a recipe trains."""
+    from swat_lm.model.architectures import configure_model
+
+    if recipe.model.get("init") is not None:
+        from swat_lm.train.initial import begun_config
+
+        return begun_config(recipe)
+    return configure_model(recipe.model, None if "vocab_size" in recipe.model else size_of_vocabulary(recipe))
 
 
 def reads_recipe(target: str, overrides: list[str]) -> bool:

@@ -5,8 +5,11 @@ Parameter names and shapes are Llama's; what attends is in window_attention.py.
 
 from typing import Any
 
+from torch import Tensor
+
 from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import Shared
+from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.lean import AttentionPlan, plan_attention
 from swat_lm.layers.pre_norm import FeedForward, PreNorm
 from swat_lm.layers.window_attention import WindowAttention
@@ -51,6 +54,10 @@ class AttentionLayer(PreNorm):
         """What is learned per head starts as the settings say."""
         super().init_weights(shared)
         self.self_attn.start_heads()
+
+    def kept_items(self, hidden: Tensor, chunk: Chunk) -> dict[str, Tensor]:
+        """What a past is extended by, by name: of a chunk `[B, T, M]` its rotated keys and its values alone."""
+        return self.self_attn.kept_items(self._mixer_input(hidden), chunk)
 
     def decoding_plan(self) -> AttentionPlan | None:
         """The joined matrices of the layer; None where it has what they do not cover."""

@@ -55,6 +55,8 @@ class Chunk:
     seed: Tensor | None = None
     """int64 `[B or 1]`: in training, what layers draw the noise of a row from, by `swat_lm.ops.noise`: a function of
     this, the layer and the token's position, so that chunks and recomputation draw the same. None: no noise."""
+    key_block: int | None = None
+    """Where layers are run block by block: keys that attention without a window takes at once. None: all of them."""
     batch_invariant: bool = False
     """Of a decoding step: a row must come out bit for bit the same whatever the others hold."""
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -143,15 +145,22 @@ class Chunk:
         start = self.num_tokens - count
         if not start >= 0:
             raise ValueError(f"count: the chunk has {self.num_tokens} tokens, got {count}")
+        return self.part(start, self.num_tokens)
+
+    def part(self, start: int, stop: int) -> "Chunk":
+        """The tokens `start .. stop - 1` as a chunk of their own; those before it are its past."""
+        own = slice(start, stop)
         hidden, past = self.hidden, self.past_hidden
         if hidden is not None:
             left = hidden[:, :start]
             past = left if past is None else torch.cat((past, left), dim=1)
+        elif past is not None:
+            past = F.pad(past, (0, start))
         return Chunk(
-            self.positions[:, start:],
-            None if self.first is None else self.first[:, start:] - start,
-            None if self.last is None else self.last[:, start:] - start,
-            None if hidden is None else hidden[:, start:],
+            self.positions[:, own],
+            None if self.first is None else self.first[:, own] - start,
+            None if self.last is None else self.last[:, own] - start,
+            None if hidden is None else hidden[:, own],
             past,
             self.windows,
             self.seed,

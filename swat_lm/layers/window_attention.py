@@ -21,6 +21,7 @@ from swat_lm.ops import window_attention, window_attention_step
 from swat_lm.ops.flops import attention_flops
 from swat_lm.ops.hiding import hide_keys
 from swat_lm.ops.rotary import apply_rotary, half_angles, rotate_paired
+from swat_lm.ops.streamed import streamed_attention
 
 
 class WindowAttention(Mixer):
@@ -159,6 +160,8 @@ class WindowAttention(Mixer):
         settings = self.settings
         scale, head_dim = self.scale, query.shape[-1]
         blind = chunk.hidden_items(num_past)
+        if chunk.key_block is not None and self.window_in(chunk) is None and rotary is None:
+            return self._attend_by_blocks(query, key, value, chunk, num_past, chunk.key_block)
         if rotary is not None and (blind is not None or chunk.last is not None):
             # the kernels rotate where tokens see what is before them, and all of it
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
@@ -189,6 +192,25 @@ class WindowAttention(Mixer):
         if isinstance(result, Tensor):
             return result[..., :head_dim]
         return result[0][..., :head_dim], result[1]
+
+    def _attend_by_blocks(
+        self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, num_past: int, key_block: int
+    ) -> Heads:
+        assert chunk.last is None, "blocks of a row are read in one direction"
+        output, lse = streamed_attention(
+            query,
+            key,
+            value,
+            key_block=key_block,
+            score_function=self.settings.score_function,
+            slopes=self.slopes_on(query.device),
+            score_bias=self.score_bias,
+            scale=self.scale,
+            first_visible=chunk.first_visible(num_past),
+            softcap=self.settings.attn_logit_softcapping,
+            hidden=chunk.hidden_items(num_past),
+        )
+        return (output, lse) if self.asks_for_lse else output
 
     def window_in(self, chunk: Chunk) -> int | None:
         """The window for this chunk: the layer's own, or the one that was drawn for it. Raises ValueError."""
@@ -255,16 +277,28 @@ class WindowAttention(Mixer):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query `[B, T, H, D]`, key and value `[B, T, K, D]`, normed but not rotated."""
-        batch, num_tokens, _ = hidden.shape
-        queries = batch, num_tokens, self.num_heads, self.settings.head_dim
-        keys = batch, num_tokens, self.num_kv_heads, self.settings.head_dim
-        query, key = self.q_proj(hidden), self.k_proj(hidden)
-        value = self.v_proj(hidden).view(keys)
+        query, heads = self.q_proj(hidden), (*hidden.shape[:2], self.num_heads, self.settings.head_dim)
         if self.norms_heads:
-            query, key = query.view(queries), key.view(keys)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        return query.view(queries), key.view(keys), value
+            query = query.view(heads)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        return query.view(heads), *self.project_items(hidden)
+
+    def project_items(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value `[B, T, K, D]` alone, normed but not rotated."""
+        key, heads = self.k_proj(hidden), (*hidden.shape[:2], self.num_kv_heads, self.settings.head_dim)
+        if self.norms_heads:
+            key = key.view(heads)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        return key.view(heads), self.v_proj(hidden).view(heads)
+
+    def kept_items(self, hidden: Tensor, chunk: Chunk) -> dict[str, Tensor]:
+        """What a past is extended by, `[B, T, K, D]` by name: rotated keys, and values."""
+        key, value = self.project_items(hidden)
+        if self.rotary is not None:
+            key = apply_rotary(key, *chunk.angles(self.rotary, key.dtype))
+        return {"key": key, "value": value}
 
     def heads_output(self, result: Heads) -> Tensor:
         """From the operator's `[B, T, H, D]`, with its lse where that is asked for, to `o_proj`'s `[B, T, H * D]`."""

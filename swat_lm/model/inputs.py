@@ -3,11 +3,13 @@
 Legend: B rows, T tokens of the chunk, P items before it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from swat_lm.layers.base import Layer
 from swat_lm.layers.chunk import FARTHEST, Chunk
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.pasts import Carry, Rows
@@ -117,6 +119,11 @@ def _plan_positions(position_ids: Tensor, batch: int, num_past: int) -> Chunk:
     return Chunk(position_ids.long(), first.expand(batch, -1).contiguous())
 
 
+def draws_noise(layers: Iterable[Layer], is_training: bool) -> bool:
+    """Whether a pass needs seeds of its rows."""
+    return is_training and any(layer.draws_noise for layer in layers)
+
+
 def row_seeds(given: int | Tensor | None, batch: int, device: torch.device) -> Tensor:
     """What the rows of a training pass draw noise from, int64 `[B]`; drawn by PyTorch's generator where none is given.
 
@@ -178,6 +185,8 @@ def plan_carry(input_ids: Tensor, document_ids: Tensor | None, carry: Carry) -> 
     A document may begin in an older chunk. Raises ValueError for ids that are given for some chunks only.
     """
     num_tokens = carry.num_tokens + input_ids.shape[1]
+    if carry.planned is not None:
+        return carry.planned, Carry(carry.mode, (), num_tokens)
     if document_ids is None and carry.document is None:
         positions = torch.arange(carry.num_tokens, num_tokens, device=input_ids.device).unsqueeze(0)
         return Chunk(positions), Carry(carry.mode, (), num_tokens)

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
+PLAIN_WEIGHTS = (Tensor, nn.Parameter, FakeTensor)
+"""Types of weights that are numbers, or shapes that stand for them; others know themselves how to be multiplied."""
 CHUNK_ELEMENTS = 2**22
 """Logits held at once, in elements (16 MiB in float32); sets the default chunk of tokens."""
 
@@ -175,7 +178,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels: expected one per token, [{hidden.shape[0]}], got {list(labels.shape)}")
     # elsewhere than on a CPU looking would wait for the device, whose own kernels fail on such labels
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor):
         wrong = labels[((labels < 0) & (labels != IGNORE)) | (labels >= weight.shape[0])]
         if wrong.numel():
             raise ValueError(

@@ -26,9 +26,12 @@ from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embedding
 from swat_lm.model.execution import check_chunk, is_hooked, run_layers, step_layers, stepped_over
-from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk, refuse_unknown, row_seeds
+from swat_lm.model.execution.base import Execution
+from swat_lm.model.execution.chunks import ReverseChunks
+from swat_lm.model.execution.table import Executable, Plain
+from swat_lm.model.inputs import documents_from_lengths, draws_noise, plan_carry, plan_chunk, refuse_unknown, row_seeds
 from swat_lm.model.kept import check_kept
-from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
+from swat_lm.model.loss import PLAIN_WEIGHTS, chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
 from swat_lm.model.outputs import SwatCausalLMOutput, SwatModelOutput
 from swat_lm.model.paged import PAGED, check_paged, run_paged
 from swat_lm.model.pasts import CachePast, Carry, check_foreign
@@ -103,6 +106,7 @@ class SwatModel(SwatPreTrainedModel):
         # the model's own kinds and no others: accelerate refuses a name that it does not find
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         self.gradient_checkpointing = False
+        self.execution: Execution = Plain()
         self.post_init()
 
     @capture_outputs
@@ -162,8 +166,7 @@ class SwatModel(SwatPreTrainedModel):
                 raise ValueError("past_key_values: activation checkpointing would fill the cache twice; pass none")
             use_cache = False
         batch, num_tokens, _ = hidden.shape
-        noisy = self.training and any(layer.draws_noise for layer in self.stack)
-        seed = row_seeds(noise_seed, batch, hidden.device) if noisy else None
+        seed = row_seeds(noise_seed, batch, hidden.device) if draws_noise(self.stack, self.training) else None
         if cu_seq_lens_q is not None and document_ids is None:
             document_ids = documents_from_lengths(cu_seq_lens_q, batch, num_tokens)
         if carry is not None:
@@ -270,7 +273,7 @@ def _worth_saying(said: list[Auxiliary]) -> tuple[Auxiliary, ...] | None:
     return tuple(said) if any(auxiliary is not NOTHING for auxiliary in said) else None
 
 
-class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
+class SwatForCausalLM(Streaming, Executable, SwatPreTrainedModel, GenerationMixin):
     """The language model: SwatModel and an output embedding, with `generate()` and streaming."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -326,17 +329,16 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         if targets is None and labels is not None:
             targets = next_tokens(labels, document_ids)
         learning = targets is not None
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=False if learning and use_cache is None and past_key_values is None else use_cache,
-            document_ids=document_ids,
-            carry=carry,
-            **kwargs,
-        )
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "document_ids": document_ids, **kwargs,
+        }  # fmt: skip
+        execution = self.execution
+        if carry is None and isinstance(execution, ReverseChunks) and execution.takes(self, targets, return_logits):
+            assert targets is not None
+            return execution.loss(self, targets, num_items_in_batch, given)
+        use_cache = False if learning and use_cache is None and past_key_values is None else use_cache
+        outputs = self.model(use_cache=use_cache, carry=carry, **given)
         hidden = outputs.last_hidden_state
         loss = logits = None
         if targets is not None:
@@ -358,9 +360,7 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
         head = self.lm_head
         # a weight of another type is quantised or sharded, and its module knows how to multiply with it
-        is_plain = (
-            type(head) in (nn.Linear, ScaledHead) and head.bias is None and type(head.weight) in (Tensor, nn.Parameter)
-        )
+        is_plain = type(head) in (nn.Linear, ScaledHead) and head.bias is None and type(head.weight) in PLAIN_WEIGHTS
         if is_plain and not is_hooked(head):
             # what divides logits may as well divide what they are formed of
             hidden = hidden / head.divisor if isinstance(head, ScaledHead) else hidden

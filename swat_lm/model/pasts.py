@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from swat_lm.layers.base import Layer, StateTensor
+from swat_lm.layers.chunk import Chunk
 
 
 @dataclass
@@ -204,6 +205,8 @@ class Carry:
     """int64 `[B]`: id of the document that the last token belongs to; None where no ids are given."""
     document_length: Tensor | None = None
     """int64 `[B]`: tokens of that document so far."""
+    planned: Chunk | None = None
+    """Where the tokens of the next chunk stand, where somebody has planned them already; given for every chunk."""
 
     def repeated(self, counts: Tensor) -> "Carry":
         """Each row so many times (int64 `[B]`), in order: several continuations go on from one beginning."""

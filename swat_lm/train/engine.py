@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
@@ -35,6 +36,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from swat_lm.data import Batch
+from swat_lm.model.execution.chunks import ReverseChunks
 from swat_lm.recipe import TrainRecipe
 from swat_lm.train.plain_reading import PlainPlanner, PlainReader
 
@@ -77,6 +79,7 @@ class Engine:
         self.is_main = self.rank == 0
         self.precision = choose_precision(train.precision, self.device)
         self.mesh_shape = mesh_shape(train, self.num_processes)
+        self.is_last_micro_batch = True
 
     def rows(self) -> range:
         """The rows of the global batch that this process computes.
@@ -98,7 +101,7 @@ class Engine:
         return range(self.rank * share, (self.rank + 1) * share)
 
     def set_up(self, model: nn.Module) -> nn.Module:
-        """Make a model built on the CPU ready to train here: checkpointed, compiled, sharded, on the device.
+        """Make a model built on the CPU ready to train here: compiled, sharded, on the device.
 
         Every process must have built the same weights (same seed, on the CPU, where equal seeds give equal weights
         whatever the device and the number of processes). The layers are the modules named in `_no_split_modules`.
@@ -107,8 +110,6 @@ class Engine:
         layers = [module for module in model.modules() if type(module).__name__ in names]
         if not layers:
             raise ValueError(f"{type(model).__name__}._no_split_modules names none of its modules: cannot shard it")
-        if self.train.activation_checkpointing:
-            model.activation_checkpointing_enable()  # type: ignore[operator]
         if self.train.compile:
             for layer in layers:
                 layer.compile()
@@ -121,6 +122,9 @@ class Engine:
         policy = MixedPrecisionPolicy(moved, torch.float32, cast_forward_inputs=False)
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
+        execution = getattr(model, "execution", None)
+        if isinstance(execution, ReverseChunks):
+            execution.before_backward = partial(self.before_chunk, model)
         return model
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -134,9 +138,17 @@ class Engine:
 
     def accumulate(self, model: nn.Module, last: bool) -> None:
         """Before a micro-batch: replicas exchange gradients only after the last one of a step."""
+        self.is_last_micro_batch = last
         if isinstance(model, FSDPModule):
             model.set_requires_all_reduce(last)
             model.set_is_last_backward(last)
+
+    def before_chunk(self, model: nn.Module, last: bool) -> None:
+        """Before a chunk goes backward: gradients of a micro-batch are reduced with its last chunk, all of them."""
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(last)
+        model.set_requires_all_reduce(last and self.is_last_micro_batch)
+        model.set_is_last_backward(last and self.is_last_micro_batch)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place."""

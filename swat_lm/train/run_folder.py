@@ -28,14 +28,14 @@ CHANGEABLE = frozenset(
         "name", "out", "data.cache", "data.workers",
         "train.steps", "train.decay_steps", "train.final_learning_rate_ratio",
         "train.micro_batch_size", "train.precision", "train.compile", "train.activation_checkpointing",
-        "train.sharding", "train.replicas",
+        "train.execution", "train.sharding", "train.replicas",
         "train.log_every", "train.evaluate_every", "train.evaluate_batches", "train.save_every", "train.keep",
         "train.export", "train.resume", "train.loggers",
     }
 )  # fmt: skip
-"""Keys that may differ when a run goes on: its length and the end of its schedule, how it is computed, and what it
-reports. All others decide which run it is; to change one, start another run (`out=...`), from a checkpoint of this one
-if wanted (`train.resume=PATH`)."""
+"""Keys that may differ when a run goes on: its length and the end of its schedule, how it is computed (all of
+`train.execution_settings` too), and what it reports. All others decide which run it is; to change one, start another
+run (`out=...`), from a checkpoint of this one if wanted (`train.resume=PATH`)."""
 
 # fields of a configuration that say nothing about the architecture: written by saving it, or how it is computed
 NOT_ARCHITECTURE = frozenset(
@@ -179,7 +179,9 @@ def check_continuation(checkpoint: Checkpoint, recipe: Mapping[str, Any], data: 
     differing = [
         f"{key} (before {before.get(key)!r}, now {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in CHANGEABLE and not key.startswith("model.")
+        if before.get(key) != now.get(key)
+        and key not in CHANGEABLE
+        and not key.startswith(("model.", "train.execution_settings."))
     ]
     if not differing and checkpoint.data != data:
         differing = ["the text behind data.sources or its tokens (other content than before)"]

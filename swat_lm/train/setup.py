@@ -26,6 +26,7 @@ from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import Checkpoint
 from swat_lm.train.engine import Engine
 from swat_lm.train.evaluation import HeldOut
+from swat_lm.train.execution import check_execution, set_execution
 from swat_lm.train.initial import (
     Initial,
     agreed,
@@ -103,6 +104,7 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     initial = find_initial(init) if init is not None and start is None else None
     config = configure(recipe, tokenizer, start, initial)
     plain_config = plain_values(config)
+    check_execution(recipe.train, config)
     if start is not None:
         check_model(start, plain_config)
 
@@ -123,6 +125,7 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     model = build_model(config)
     if initial is not None:
         load_initial(engine, initial, model)
+    set_execution(model, recipe.train, out)
     model = engine.set_up(model).train()
     optimizer, objective = make_optimizer(model, recipe.train), make_objective(recipe)
     if start is not None:

@@ -1,5 +1,6 @@
 """Checks of training: what a carry hands on in numbers and in gradients, under any way of running the layers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from swat_lm import SwatForCausalLM
+from swat_lm.model.execution.chunks import ReverseChunks
 from tests.exactness import assert_as_exact_as_pytorch
 from tests.layers.subject import Check, Subject, close, gradients, one_pass, same_gradients, tokens, twin
 
@@ -68,6 +70,23 @@ def an_exact_carry_is_one_pass(subject: Subject, folder: Path) -> None:
                 loss = loss_by_chunks(model, ids, targets, cuts, "exact", documents)
                 close(loss, whole, f"loss of chunks {cuts}")
                 same_gradients(gradients(model, loss), expected)
+
+
+def reverse_chunks_are_one_pass(subject: Subject, folder: Path) -> None:
+    """Recomputed from carries alone, chunk after chunk backwards: in loss and all gradients, or refused by name."""
+    model, ids, documents = subject.model().train(), tokens(3, LENGTH), packed_rows()
+    reason = ReverseChunks().refuses(model.model.stack)
+    if reason is not None:
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            model.set_execution("chunks")
+        return
+    inputs = {"shift_labels": targets_of(ids, documents), "document_ids": documents}
+    whole = model(ids, **inputs).loss
+    expected = gradients(model, whole)
+    model.set_execution("chunks", chunk_size=8)
+    loss = model(ids, **inputs).loss
+    close(loss, whole)
+    same_gradients(gradients(model, loss), expected)
 
 
 def a_carry_keeps_documents_apart(subject: Subject, folder: Path) -> None:
@@ -168,6 +187,7 @@ def a_reentrant_checkpoint_is_refused(subject: Subject, folder: Path) -> None:
 
 CHECKS: tuple[Check, ...] = (
     an_exact_carry_is_one_pass,
+    reverse_chunks_are_one_pass,
     a_carry_keeps_documents_apart,
     a_detached_carry_sends_no_gradient,
     a_carry_is_functional,

@@ -58,6 +58,10 @@ def launch(folder: Path, recipes: list[Recipe]) -> dict[str, list[str]]:
     return {path.stem: [Path(f"{path}.rank{rank}").read_text() for rank in (0, 1)] for path in paths}
 
 
+BLOCKS = {"execution": "blockwise", "execution_settings": {"block_size": 24}}
+CHUNKS = {"execution": "chunks", "execution_settings": {"chunk_size": 24, "carries": "disk"}}
+
+
 def speaking_runs(make_recipe, tmp_path: Path) -> tuple[Recipe, list[Recipe]]:
     """Pairs of prompt and answer through layers that say all a layer can: one run whole, others to be split."""
     rows = [{"prompt": f"{n} and {n % 7}?", "answer": f"{n * (n % 7)}"} for n in range(150)]
@@ -72,7 +76,7 @@ def speaking_runs(make_recipe, tmp_path: Path) -> tuple[Recipe, list[Recipe]]:
     split = [
         speaks("speaking-sharded", export=True),
         speaks("speaking-accumulated", micro_batch_size=1, activation_checkpointing=True),
-        speaks("speaking-replicated", sharding="none"),
+        speaks("speaking-replicated", sharding="none", micro_batch_size=1, **CHUNKS),
     ]
     return speaks("speaking"), split
 
@@ -107,7 +111,7 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
         other("sharded", export=True),
         other("accumulated", micro_batch_size=1, activation_checkpointing=True),
         other("replicated", sharding="none", micro_batch_size=1),
-        other("hybrid", sharding="hybrid", replicas=2),
+        other("hybrid", sharding="hybrid", replicas=2, **BLOCKS),
         begun,
         other("to-continue", steps=4, schedule="constant"),
         other("odd", batch_size=5),
@@ -115,12 +119,13 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
         baseline(make_recipe, "llama", "llama", export=True),
         *speaking_split,
         replace(other("initial"), model={"init": single.out}),
+        other("chunks", micro_batch_size=1, **CHUNKS),
         other("counting", objective="counting"),
     ]
     said = launch(tmp_path, recipes)
-    for name in ("sharded", "accumulated", "replicated", "hybrid", "begun"):
+    for name in ("sharded", "accumulated", "replicated", "hybrid", "begun", "chunks"):
         assert said[name] == ["done 8"] * 2
-    for name in ("sharded", "accumulated", "replicated", "hybrid"):
+    for name in ("sharded", "accumulated", "replicated", "hybrid", "chunks"):
         assert_close(metrics(single.out), metrics(tmp_path / name))
     assert_close(metrics(straight.out), metrics(begun.out))
 

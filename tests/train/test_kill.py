@@ -24,7 +24,9 @@ LAYERS = [{"kind": "mamba2", "state_size": 16, "ssm_head_dim": 16}, "attention"]
 
 
 def test_killed_run_goes_on_bit_for_bit_and_serves(make_recipe, tmp_path, cli, text):
-    settings = {"steps": 60, "save_every": 8, "log_every": 1, "evaluate_every": 30, "keep": 2, "export": True}
+    # what reverse chunks keep on disk while they are killed must be gone as well
+    chunks = {"execution": "chunks", "execution_settings": {"chunk_size": 32, "carries": "disk"}}
+    settings = {"steps": 60, "save_every": 8, "log_every": 1, "evaluate_every": 30, "keep": 2, "export": True, **chunks}
     recipes = make_recipe("killed", **settings), make_recipe("whole", **settings)
     killed, whole = (replace(one, model={**one.model, "layers": LAYERS}) for one in recipes)
     (tmp_path / "killed.yaml").write_text(dump_recipe(killed))
@@ -39,6 +41,7 @@ def test_killed_run_goes_on_bit_for_bit_and_serves(make_recipe, tmp_path, cli, t
     process.kill()
     process.join()
     done = metrics.read_text().count("\n")
+    assert not list(Path(killed.out).glob("*carries*"))
     assert done < 60, "killed too late to test anything"
 
     result = run(killed)

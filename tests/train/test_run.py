@@ -142,6 +142,10 @@ def test_accumulation_and_checkpointing_change_nothing_but_rounding(make_recipe)
     whole = make_recipe("whole", steps=4)
     variants = [make_recipe("parts", steps=4, micro_batch_size=1)]
     variants += [make_recipe("recomputed", steps=4, activation_checkpointing=True)]
+    chunks = {"execution": "chunks", "execution_settings": {"chunk_size": 24}}
+    variants += [make_recipe("chunks", steps=4, micro_batch_size=2, **chunks)]
+    blocks = {"execution": "blockwise", "execution_settings": {"block_size": 24}}
+    variants += [make_recipe("blocks", steps=4, **blocks)]
     run(whole)
     for recipe in variants:
         run(recipe)

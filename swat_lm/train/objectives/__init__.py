@@ -1,6 +1,7 @@
 """What a training step minimises: one file per objective; `OBJECTIVES` is the table that `train.objective` names."""
 
 from swat_lm.recipe import Recipe
+from swat_lm.train.execution import execution_of
 from swat_lm.train.objectives.base import Loss, Objective, ObjectiveSettings
 from swat_lm.train.objectives.masked_next_token import MaskedNextToken
 from swat_lm.train.objectives.next_token import NextToken
@@ -27,4 +28,8 @@ def make_objective(recipe: Recipe) -> Objective:
     reason = kind.refuses(recipe.data)
     if reason is not None:
         raise ValueError(f"train.objective: {name} {reason}")
+    execution = execution_of(recipe.train)
+    reason = kind.refuses_execution(execution)
+    if reason is not None:
+        raise ValueError(f"train.execution: {execution} does not serve {name}, which {reason}")
     return kind(settings)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from swat_lm.data import Batch
 from swat_lm.data.batches import IGNORED
 from swat_lm.layers.base import Auxiliary
+from swat_lm.model.execution.table import run_model
 from swat_lm.recipe import DataRecipe
 from swat_lm.validation import number, settings
 
@@ -58,6 +59,15 @@ class Objective(ABC):
         """
         return None
 
+    @classmethod
+    def refuses_execution(cls, execution: str) -> str | None:
+        """Why it cannot learn from layers that are run so, as the rest of a sentence; None where it can.
+
+        One that reads a prefix in both directions, or logits or hidden states of whole rows, refuses `chunks`, which
+        give the loss of `labels` alone.
+        """
+        return None
+
     @abstractmethod
     def labels(self, batch: Batch) -> Tensor:
         """int64 `[B, T]`: the tokens to be predicted in their own places (the model shifts them); -100 elsewhere."""
@@ -81,7 +91,8 @@ class Objective(ABC):
 
     def run(self, model: nn.Module, batch: Batch, num_targets: float) -> Any:
         """The model's output for a micro-batch, with the cross-entropy of `labels` as its loss."""
-        return model(
+        return run_model(
+            model,
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             document_ids=batch.document_ids,

@@ -1,0 +1,240 @@
+"""Blockwise parallel layers (arXiv 2305.19370): a layer goes over its rows block by block, attention, residual
+connections, norms and feed-forward of a block before the next begins.
+
+Of a layer its input alone is held. Backward, its keys and values come again, then block by block from the last to the
+first everything else, once; a block's gradient of older keys and values waits until their own block is reached.
+Nothing as long as the rows is ever as wide as the feed-forward, nor are there scores of all pairs.
+Legend: B rows, T tokens, M width, K key/value heads, D head size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swat_lm.layers.attention import AttentionLayer
+from swat_lm.layers.base import NOTHING, Layer, Output, Past
+from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.window_attention import WindowAttention
+from swat_lm.model.execution.base import Execution
+from swat_lm.model.execution.recomputing import Randomness, autocast_as_now
+from swat_lm.ops.head_bias import score_dtype
+from swat_lm.validation import number, settings
+
+__all__ = ["BlockSettings", "Blockwise"]
+
+
+@settings
+class BlockSettings:
+    """What may be set of blockwise layers."""
+
+    block_size: int = number(1024, at_least=1)
+    """Tokens of a row that go through a layer at once."""
+    key_block_size: int = number(1024, at_least=1)
+    """Keys that attention without a window takes at once."""
+
+
+class Blockwise(Execution):
+    """Each layer block by block; of each its input is held."""
+
+    name = "blockwise"
+    Settings = BlockSettings
+
+    def refuses(self, layers: Sequence[Layer]) -> str | None:
+        """Anything but attention, and first tokens beside a window."""
+        for index, layer in enumerate(layers):
+            if not isinstance(layer, AttentionLayer) or layer.name != AttentionLayer.name:
+                return f"layer {index} ({layer.name}) is no layer of attention: take chunks or checkpoint"
+            if attention_of(layer).first_tokens is not None:
+                return f"layer {index} ({layer.name}) keeps first tokens beside its window: take chunks or checkpoint"
+        return None
+
+    def enter(self, layers: Sequence[Layer]) -> None:
+        """Put a scan over blocks in the place of each layer's pass in training."""
+        for layer in layers:
+            # where Hugging Face's base class asks for it, inside the hooks of whoever shards weights
+            layer._gradient_checkpointing_func = partial(run_blocks, layer, self.settings)  # type: ignore[assignment]
+            layer.gradient_checkpointing = True
+
+    def leave(self, layers: Sequence[Layer]) -> None:
+        """Let layers run as they are."""
+        for layer in layers:
+            layer.gradient_checkpointing = False
+            del layer._gradient_checkpointing_func
+
+
+def attention_of(layer: Layer) -> WindowAttention:
+    """The mixer of such a layer."""
+    assert isinstance(layer, AttentionLayer)
+    assert isinstance(layer.self_attn, WindowAttention)
+    return layer.self_attn
+
+
+def run_blocks(
+    layer: Layer,
+    settings: BlockSettings,
+    forward: Callable[..., Output],
+    hidden: Tensor,
+    chunk: Chunk,
+    past: Past | None = None,
+) -> Output:
+    """One layer over `[B, T, M]`, in the place of its `forward`. Raises ValueError for a past."""
+    if past is not None:
+        raise ValueError(
+            "execution: blockwise runs whole rows in training, without a cache or a carry: pass none, or "
+            "model.set_execution('plain')"
+        )
+    run = BlockedLayer(layer, settings, forward, hidden, chunk)
+    if not torch.is_grad_enabled():
+        return Output(run.forward(hidden))
+    return Output(_Blocked.apply(run, hidden, *run.parameters))
+
+
+class BlockPast:
+    """What attention of one block finds of the blocks before it; its own keys and values are noted."""
+
+    def __init__(self, before: Mapping[str, Tensor]) -> None:
+        """`before`: keys and values `[B, P, K, D]`; empty in the first block."""
+        self.before = before
+        self.own: dict[str, Tensor] = {}
+
+    def extend(self, **new: Tensor) -> tuple[dict[str, Tensor], int]:
+        """Those before and the block's own."""
+        self.own = new
+        if not self.before:
+            return new, 0
+        items = {name: torch.cat((self.before[name], tensor), dim=1) for name, tensor in new.items()}
+        return items, self.before["key"].shape[1]
+
+    def after(self) -> "BlockPast":
+        """Itself: the scan knows what comes next."""
+        return self
+
+    def fold(self, name: str, decay: Tensor, value: Tensor) -> Tensor:
+        """Refused beforehand."""
+        raise AssertionError(f"blocks keep no summary {name}")
+
+    def merge(self, value: Mapping[str, Tensor], join: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Refused beforehand."""
+        raise AssertionError(f"blocks keep no summaries {sorted(value)}")
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What stands before the block."""
+        return tuple(self.before.values())
+
+
+class BlockedLayer:
+    """One layer's pass over its rows, forward and then backward."""
+
+    def __init__(
+        self, layer: Layer, settings: BlockSettings, forward: Callable[..., Output], hidden: Tensor, chunk: Chunk
+    ) -> None:
+        if chunk.last is not None:
+            raise ValueError("execution: blockwise reads rows in one direction: model.set_execution('checkpoint')")
+        self.layer, self.run_layer = layer, forward
+        num_tokens, size = hidden.shape[1], settings.block_size
+        self.spans = [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+        # one for all layers, which share what is formed of positions
+        self.parts = chunk._once(("blocks", size, settings.key_block_size), lambda: self._cut(chunk, settings))
+        self.window = attention_of(layer).window_in(chunk)
+        self.parameters = [each for each in layer.parameters() if each.requires_grad]
+        self.autocast = autocast_as_now(hidden.device.type)
+        self.randomness = Randomness(hidden.device)
+
+    def _cut(self, chunk: Chunk, settings: BlockSettings) -> list[Chunk]:
+        parts = [chunk.part(span.start, span.stop) for span in self.spans]
+        for part in parts:
+            part.key_block = settings.key_block_size
+        return parts
+
+    def before(self, items: Mapping[str, Tensor], span: slice) -> dict[str, Tensor]:
+        """Of keys and values, or their gradients, of whole rows, those that a block may see before it."""
+        first = 0 if self.window is None else max(0, span.start - self.window + 1)
+        return {name: tensor[:, first : span.start] for name, tensor in items.items()}
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The layer's output `[B, T, M]`."""
+        result, items = None, Items(hidden.shape[1])
+        for index, span in enumerate(self.spans):
+            self.randomness.note()
+            past = BlockPast(self.before(items.held, span))
+            with self.autocast():
+                block, _, said = self.run_layer(hidden[:, span], self.parts[index], past)
+            assert said is NOTHING, "a layer of attention says nothing beside its output"
+            if result is None:
+                result = block.new_empty(*hidden.shape[:2], block.shape[-1])
+            result[:, span] = block
+            if index < len(self.spans) - 1:
+                items.write(span, past.own)
+        assert result is not None, "a row has tokens"
+        return result
+
+    def backward(self, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+        """From the gradient of the output to those of `hidden` and of `parameters`, in order."""
+        items = Items(hidden.shape[1])
+        with torch.no_grad(), self.autocast():
+            for span, part in zip(self.spans[:-1], self.parts, strict=False):
+                items.write(span, self.layer.kept_items(hidden[:, span], part))  # type: ignore[operator]
+        # summed over all later blocks, so never in less than the precision of scores
+        waiting = {
+            name: torch.zeros(tensor.shape, dtype=score_dtype(tensor), device=tensor.device)
+            for name, tensor in items.held.items()
+        }
+        of_hidden, totals = torch.empty_like(hidden), [torch.zeros_like(each) for each in self.parameters]
+        for index in reversed(range(len(self.spans))):
+            span = self.spans[index]
+            own = hidden[:, span].detach().requires_grad_()
+            before = {name: each.detach().requires_grad_() for name, each in self.before(items.held, span).items()}
+            past = BlockPast(before if index else {})
+            with self.randomness.again(index), torch.enable_grad(), self.autocast():
+                block = self.run_layer(own, self.parts[index], past).hidden
+            roots, given = [block], [gradient[:, span]]
+            if index < len(self.spans) - 1:
+                roots += past.own.values()
+                given += [waiting[name][:, span].to(each.dtype) for name, each in past.own.items()]
+            leaves = [own, *(before.values() if index else ()), *self.parameters]
+            of_hidden[:, span], *found = torch.autograd.grad(roots, leaves, given, allow_unused=True)
+            if index:
+                for total, part in zip(self.before(waiting, span).values(), found, strict=False):
+                    total += part
+                found = found[len(before) :]
+            for total, part in zip(totals, found, strict=True):
+                if part is not None:
+                    total += part
+        return of_hidden, *totals
+
+
+class Items:
+    """Keys and values of whole rows, `[B, T, K, D]` by name, filled block by block."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.held: dict[str, Tensor] = {}
+
+    def write(self, span: slice, new: Mapping[str, Tensor]) -> None:
+        """Those of one block."""
+        for name, tensor in new.items():
+            if name not in self.held:
+                shape = tensor.shape[0], self.num_tokens, *tensor.shape[2:]
+                self.held[name] = tensor.new_empty(shape)
+            self.held[name][:, span] = tensor.detach()
+
+
+class _Blocked(torch.autograd.Function):
+    """A layer as one step of autograd that saves its input."""
+
+    @staticmethod
+    def forward(ctx: Any, run: BlockedLayer, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(hidden, *parameters)
+        return run.forward(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *_ = ctx.saved_tensors
+        return None, *ctx.run.backward(hidden, gradients[0])
