@@ -4,8 +4,9 @@ from swat_lm.layers.attention import AttentionLayer
 from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import Layer
 from swat_lm.layers.mamba2 import Mamba2Layer
+from swat_lm.layers.spade import SpadeLayer
 from swat_lm.layers.window_attention import WindowAttention
 
-LAYERS: dict[str, type[Layer]] = {kind.name: kind for kind in (AttentionLayer, Mamba2Layer)}
+LAYERS: dict[str, type[Layer]] = {kind.name: kind for kind in (AttentionLayer, Mamba2Layer, SpadeLayer)}
 
-__all__ = ["LAYERS", "AttentionLayer", "AttentionSettings", "Layer", "Mamba2Layer", "WindowAttention"]
+__all__ = ["LAYERS", "AttentionLayer", "AttentionSettings", "Layer", "Mamba2Layer", "SpadeLayer", "WindowAttention"]
