@@ -26,7 +26,7 @@ class AttentionLayer(PreNorm):
         rotary = None
         if settings.use_rotary and shared.rotary is not None:
             rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
-        mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps)
+        mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps, shared)
         feed_forward = FeedForward(
             width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
         )

@@ -31,6 +31,7 @@ TAPS = ("powers", "cauchy")
 class SpadeSettings(AttentionSettings):
     """What may be set beside what windowed attention has; in brackets the authors' words."""
 
+    relative_bias: str = "shared"
     state_size: int = 64
     """N, numbers kept per channel: half as many conjugate pairs."""
     fusion: str = "concat"
@@ -158,7 +159,7 @@ class SpadeLayer(PreNorm):
         rotary = None
         if settings.use_rotary and shared.rotary is not None:
             rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
-        attention = WindowAttention(settings, width, rotary, index, shared.norm_eps)
+        attention = WindowAttention(settings, width, rotary, index, shared.norm_eps, shared)
         feed_forward = FeedForward(
             width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
         )

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from swat_lm.layers.attention_settings import AttentionSettings
-from swat_lm.layers.base import InPlace, Output, Part, Past, StateTensor, lay_out
+from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.first_tokens import FirstTokens, Heads, join_heads
 from swat_lm.layers.norm import RMSNorm
 from swat_lm.layers.pre_norm import Mixer
+from swat_lm.layers.relative_bias import BiasOfLayer
 from swat_lm.ops import window_attention, window_attention_step
 from swat_lm.ops.flops import attention_flops
 from swat_lm.ops.hiding import hide_keys
@@ -35,6 +36,7 @@ class WindowAttention(Mixer):
         rotary: Rotary | None = None,
         index: int = 0,
         norm_eps: float = 1e-6,
+        shared: Shared | None = None,
     ) -> None:
         """`index` is the layer's number, by which it finds its window where a step draws windows."""
         super().__init__()
@@ -64,6 +66,11 @@ class WindowAttention(Mixer):
         # not a buffer: `.to(bfloat16)` must not round the slopes, nor loading leave them uninitialised
         with torch.device("cpu"):
             self._slopes = slopes_for(settings.num_attention_heads, settings.slopes, settings.slope_schedule)
+        self.relative_bias = None
+        if settings.relative_bias != "none":
+            self.relative_bias = BiasOfLayer(
+                settings.relative_bias, settings.num_attention_heads, Shared() if shared is None else shared
+            )
         self.first_tokens = FirstTokens(self) if settings.sinks else None
         # what a sink takes, or first tokens, is a share of all weights
         self.asks_for_lse = settings.learned_sink or (settings.sinks > 0 and settings.score_function == "softmax")
@@ -74,6 +81,8 @@ class WindowAttention(Mixer):
         Raises:
             ValueError: heads that cannot be shared equally, or that are normed together.
         """
+        if self.relative_bias is not None:
+            raise ValueError("relative_bias: is not shared out by heads; run the model without tensor parallelism")
         if self.q_norm is not None and not self.norms_heads:
             raise ValueError(
                 "qk_norm_over: 'layer' norms all heads together, so they cannot be shared by processes; "
@@ -161,11 +170,12 @@ class WindowAttention(Mixer):
         softcap = settings.attn_logit_softcapping
         if blind is not None and softcap is None:
             query, key, value = hide_keys(query, key, value, blind, scale)
+        window = self.window_in(chunk)
         result = window_attention(
             query,
             key,
             value,
-            window=self.window_in(chunk),
+            window=window,
             score_function=settings.score_function,
             slopes=self.slopes_on(query.device),
             score_bias=self.score_bias,
@@ -176,6 +186,7 @@ class WindowAttention(Mixer):
             softcap=softcap,
             # no capped score is low enough to hide by
             hidden=None if softcap is None else blind,
+            relative_bias=self.relative_bias_in(window, chunk),
             return_lse=self.asks_for_lse,
             backend=settings.attention_backend,
         )
@@ -184,6 +195,15 @@ class WindowAttention(Mixer):
         if isinstance(result, Tensor):
             return result[..., :head_dim]
         return result[0][..., :head_dim], result[1]
+
+    def relative_bias_in(self, window: int | None, chunk: Chunk | None) -> Tensor | None:
+        """`[H, window]`, or None where there is none."""
+        if self.relative_bias is None:
+            return None
+        assert window is not None
+        bias = self.relative_bias(window, chunk)
+        # a model may lie on several devices
+        return bias if bias.device == self.q_proj.weight.device else bias.to(self.q_proj.weight.device)
 
     def window_in(self, chunk: Chunk) -> int | None:
         """The window for this chunk: the layer's own, or the one that was drawn for it. Raises ValueError."""
@@ -240,6 +260,7 @@ class WindowAttention(Mixer):
             score_bias=self.score_bias,
             scale=self.scale,
             softcap=settings.attn_logit_softcapping,
+            relative_bias=self.relative_bias_in(settings.sliding_window, None),
             rotary=rotary,
             return_lse=self.asks_for_lse,
             batch_invariant=batch_invariant,

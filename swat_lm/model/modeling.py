@@ -97,7 +97,10 @@ class SwatModel(SwatPreTrainedModel):
         self.embed_tokens = token_embedding(
             config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_multiplier
         )
-        self.layers = nn.ModuleList(build_layers(config))
+        layers, shared = build_layers(config)
+        self.layers = nn.ModuleList(layers)
+        if shared:
+            self.shared = nn.ModuleDict(shared)
         self._stepped_over = stepped_over(self.layers)
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         # the model's own kinds and no others: accelerate refuses a name that it does not find
