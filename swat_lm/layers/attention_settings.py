@@ -43,6 +43,8 @@ class AttentionSettings:
     """Where rotary and slopes see them: "cache", right before the window; "absolute", where they stood."""
     relative_bias: str = "none"
     """T5's bias by distance: "own" of the layer, or "shared" by all layers that say so."""
+    bidirectional: bool = False
+    """Whether tokens see as many after them as before them; for encoders, which nothing streams."""
     attention_bias: bool = False
     output_bias: bool | None = None
     """Of `o_proj`; None: as `attention_bias` says."""
@@ -100,6 +102,11 @@ class AttentionSettings:
         if self.attention_backend not in BACKENDS:
             raise ValueError(f"attention_backend: expected {', '.join(BACKENDS)}, got {self.attention_backend!r}")
 
+        if self.bidirectional and (self.slopes != "none" or self.sinks or self.sliding_window is None):
+            raise ValueError(
+                "bidirectional: slopes and first tokens count back from the query, and a window says how far it looks both "
+                "ways; give the layer a sliding_window, slopes='none' and no sinks, or set bidirectional to false"
+            )
         if self.relative_bias != "none" and (self.sliding_window is None or self.sinks):
             raise ValueError(
                 "relative_bias: holds a number for every distance in a window; give the layer a sliding_window and no "

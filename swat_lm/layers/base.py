@@ -231,6 +231,10 @@ class TokenMixer(nn.Module, ABC):
         """First tokens of each document that every later output depends on, however far away."""
         return 0
 
+    def refuses_past(self) -> str | None:
+        """Why the layer cannot go on from a past, in one sentence; None where it can."""
+        return None
+
     def refuses(self, chunk: Chunk) -> str | None:
         """Why the layer cannot process such a chunk, in one sentence; None where it can."""
         return None

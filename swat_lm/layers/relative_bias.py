@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from swat_lm.layers.base import Shared
 from swat_lm.layers.chunk import Chunk
-from swat_lm.ops.relative_position import NUM_BUCKETS, relative_buckets
+from swat_lm.ops.relative_position import NUM_BUCKETS, relative_buckets, relative_buckets_both_ways
 
 RELATIVE_BIASES = ("none", "own", "shared")
 SHARED = "relative_bias"
@@ -21,9 +21,10 @@ class RelativeBias(nn.Embedding):
     def __init__(self, num_heads: int) -> None:
         super().__init__(NUM_BUCKETS, num_heads)
 
-    def forward(self, num_distances: int) -> Tensor:  # type: ignore[override]
-        """`[H, W]`, by distance."""
-        return super().forward(relative_buckets(num_distances, device=self.weight.device)).t()
+    def forward(self, window: int, both_ways: bool = False) -> Tensor:  # type: ignore[override]
+        """`[H, W]`, by distance back; both ways `[H, 2 W - 1]`, from the farthest key after the query on."""
+        made = relative_buckets_both_ways if both_ways else relative_buckets
+        return super().forward(made(window, device=self.weight.device)).t()
 
 
 class BiasOfLayer(nn.Module):
@@ -45,9 +46,9 @@ class BiasOfLayer(nn.Module):
             # in a tuple, so that it is registered where it is owned and nowhere else
             self._shared = (found,)
 
-    def forward(self, num_distances: int, chunk: Chunk | None) -> Tensor:
-        """`[H, W]`, by distance; made once per pass where no gradient is asked for."""
+    def forward(self, window: int, both_ways: bool, chunk: Chunk | None) -> Tensor:
+        """As `RelativeBias`; made once per pass where no gradient is asked for."""
         table = self._shared[0] if self.table is None else self.table
         if chunk is None or torch.is_grad_enabled():
-            return table(num_distances)
-        return chunk._once((SHARED, id(table), num_distances), lambda: table(num_distances))
+            return table(window, both_ways)
+        return chunk._once((SHARED, id(table), window, both_ways), lambda: table(window, both_ways))

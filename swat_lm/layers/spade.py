@@ -93,7 +93,7 @@ class SpadeMixer(Mixer):
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """Both branches' states."""
-        return (*self.attention.state_spec(), *self.ssm.state_spec())
+        return () if self.settings.bidirectional else (*self.attention.state_spec(), *self.ssm.state_spec())
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Mix a chunk `[B, T, M]`; the past, if any, is moved on."""
@@ -135,6 +135,10 @@ class SpadeMixer(Mixer):
     def first_kept(self) -> int:
         """Attention's first tokens."""
         return self.attention.first_kept()
+
+    def refuses_past(self) -> str | None:
+        """Tokens that see what comes after them."""
+        return self.attention.refuses_past()
 
     def refuses(self, chunk: Chunk) -> str | None:
         """A prefix that is read in both directions."""

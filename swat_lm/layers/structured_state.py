@@ -44,7 +44,7 @@ class StructuredState(nn.Module):
     def __init__(self, settings: "SpadeSettings", width: int) -> None:
         super().__init__()
         self.settings, self.width = settings, width
-        pairs, sides = settings.state_size // 2, 1
+        pairs, sides = settings.state_size // 2, 2 if settings.bidirectional else 1
         shapes: dict[str, tuple[int, ...]] = {
             "log_decay": (width, pairs),  # log(-Re w)
             "angle": (width, pairs),  # Im w
@@ -111,7 +111,7 @@ class StructuredState(nn.Module):
 
     def _long(self, inputs: Tensor) -> Tensor:
         taps = self.taps(inputs.shape[1])
-        return long_convolution(inputs, taps[0], later=None)
+        return long_convolution(inputs, taps[0], later=taps[1] if self.settings.bidirectional else None)
 
     def _after(self, inputs: Tensor, chunk: Chunk, past: Past) -> Tensor:
         """A chunk after its past, as products over spans."""

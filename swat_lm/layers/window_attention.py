@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_lm.layers.attention_settings import AttentionSettings
+from swat_lm.layers.both_ways import REFUSAL, attend_both_ways, flops_both_ways
 from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.first_tokens import FirstTokens, Heads, join_heads
@@ -102,10 +103,16 @@ class WindowAttention(Mixer):
 
         And those of the first tokens, where they are kept.
         """
+        if self.settings.bidirectional:
+            return ()
         shape, window = (self.num_kv_heads, self.settings.head_dim), self.settings.sliding_window
         kind = "growing" if window is None else "window"
         spec = StateTensor("key", shape, kind, window), StateTensor("value", shape, kind, window)
         return spec if self.first_tokens is None else (*spec, *self.first_tokens.state_spec())
+
+    def refuses_past(self) -> str | None:
+        """Tokens that see what comes after them."""
+        return REFUSAL if self.settings.bidirectional else None
 
     def refuses(self, chunk: Chunk) -> str | None:
         """A prefix that is read in both directions, where distances or a window count from the query."""
@@ -138,6 +145,10 @@ class WindowAttention(Mixer):
 
         Queries, keys and values are not rotated; the past, if any, is extended.
         """
+        if self.settings.bidirectional:
+            if past is not None:
+                raise ValueError(REFUSAL)
+            return attend_both_ways(self, query, key, value, chunk)
         far = None if self.first_tokens is None else self.first_tokens.attend(query, key, value, chunk, past)
         rotary = None if self.rotary is None else chunk.angles(self.rotary, query.dtype)
         num_past = 0
@@ -201,7 +212,7 @@ class WindowAttention(Mixer):
         if self.relative_bias is None:
             return None
         assert window is not None
-        bias = self.relative_bias(window, chunk)
+        bias = self.relative_bias(window, self.settings.bidirectional, chunk)
         # a model may lie on several devices
         return bias if bias.device == self.q_proj.weight.device else bias.to(self.q_proj.weight.device)
 
@@ -315,12 +326,16 @@ class WindowAttention(Mixer):
         # those of keys and values are alike, and those of queries and outputs
         matrices = 2 * (self.q_proj.weight.numel() + self.k_proj.weight.numel())
         heads, size, window = settings.num_attention_heads, settings.head_dim, settings.sliding_window
+        if self.settings.bidirectional:
+            assert window is not None
+            return 2 * num_tokens * matrices + flops_both_ways(heads, size, num_tokens, window)
         found = 2 * num_tokens * matrices + attention_flops(heads, size, num_tokens, window, num_past)
         return found if self.first_tokens is None else found + self.first_tokens.flops(num_tokens, num_past)
 
     def reach(self) -> int | None:
-        """The window."""
-        return self.settings.sliding_window
+        """The window, on both sides where it has two."""
+        window = self.settings.sliding_window
+        return 2 * window - 1 if self.settings.bidirectional and window is not None else window
 
     def first_kept(self) -> int:
         """The first tokens."""

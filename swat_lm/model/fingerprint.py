@@ -26,6 +26,7 @@ LATER = {
     "output_bias": None, "attention_multiplier": None, "residual_multiplier": 1.0, "norm_placement": "pre",
     "qk_norm_over": "head", "hidden_act": "silu", "attn_logit_softcapping": None, "norm": "rms",
     "feed_forward": "gated", "sinks": 0, "sink_positions": "cache", "relative_bias": "none",
+    "bidirectional": False,
 }  # fmt: skip
 # elements at the beginning of a row that tell whether a weight has changed since
 GLIMPSE = 8

@@ -25,7 +25,7 @@ from swat_lm.model.building import build_layers, shared_by
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embedding
-from swat_lm.model.execution import check_chunk, is_hooked, run_layers, step_layers, stepped_over
+from swat_lm.model.execution import check_chunk, check_goes_on, is_hooked, run_layers, step_layers, stepped_over
 from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk, refuse_unknown
 from swat_lm.model.kept import check_kept
 from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
@@ -157,6 +157,7 @@ class SwatModel(SwatPreTrainedModel):
         if use_cache is None:
             # nor does a graph that is compiled make one by itself
             use_cache = self.config.use_cache and not self.training and not torch.compiler.is_compiling()
+            use_cache = use_cache and not any(layer.refuses_past() for layer in self.stack)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if past_key_values is not None:
                 raise ValueError("past_key_values: activation checkpointing would fill the cache twice; pass none")
@@ -233,6 +234,7 @@ class SwatModel(SwatPreTrainedModel):
     ) -> tuple[Tensor, list[Auxiliary]]:
         # before anything is kept of the chunk
         check_chunk(self.stack, chunk)
+        check_goes_on(self.stack)
         batch, num_tokens, _ = hidden.shape
         specs = [layer.state_spec() for layer in self.stack]
         slots = cache.prepare(specs, batch, hidden.dtype, hidden.device)

@@ -33,6 +33,23 @@ def relative_buckets(
             f"and {farthest}"
         )
     distance = torch.arange(num_distances, device=device)
+    return _buckets(distance, num_buckets, farthest)
+
+
+def relative_buckets_both_ways(
+    window: int, num_buckets: int = NUM_BUCKETS, farthest: int = FARTHEST, device: torch.device | str | None = None
+) -> Tensor:
+    """The buckets of keys from W - 1 after the query to W - 1 before it, int64 `[2 W - 1]`.
+
+    The first half of the buckets serve keys before the query and itself, the second half those after it.
+    """
+    ahead = torch.arange(window - 1, -window, -1, device=device)
+    half = num_buckets // 2
+    return _buckets(ahead.abs(), half, farthest) + torch.where(ahead > 0, half, 0)
+
+
+def _buckets(distance: Tensor, num_buckets: int, farthest: int) -> Tensor:
+    exact = num_buckets // 2
     # in float32, as T5 computes it, so that borders fall where its weights have learnt them
     share = torch.log(distance.clamp(min=1).float() / exact) / math.log(farthest / exact)
     far = exact + (share * (num_buckets - exact)).long()
