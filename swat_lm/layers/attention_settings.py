@@ -104,8 +104,8 @@ class AttentionSettings:
 
         if self.bidirectional and (self.slopes != "none" or self.sinks or self.sliding_window is None):
             raise ValueError(
-                "bidirectional: slopes and first tokens count back from the query, and a window says how far it looks both "
-                "ways; give the layer a sliding_window, slopes='none' and no sinks, or set bidirectional to false"
+                "bidirectional: slopes and first tokens count back from the query, and a window says how far it looks "
+                "both ways; give the layer a sliding_window, slopes='none' and no sinks, or set bidirectional to false"
             )
         if self.relative_bias != "none" and (self.sliding_window is None or self.sinks):
             raise ValueError(

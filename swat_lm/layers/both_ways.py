@@ -1,7 +1,7 @@
 """Windowed attention that looks both ways: a token sees `window - 1` tokens before it and as many after it.
 
-The operator's window counts back from a last key, so here the last key lies ahead of the query, and keys that nobody sees
-stand behind the row's end. Legend: B rows, T tokens, H query heads, K key/value heads, D head size, W window.
+The operator's window counts back from a last key, so here the last key lies ahead of the query, and keys that nobody
+sees stand behind the row's end. Legend: B rows, T tokens, H query heads, K key/value heads, D head size, W window.
 """
 
 from typing import TYPE_CHECKING
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from swat_lm.layers.window_attention import WindowAttention
 
 REFUSAL = (
-    "it looks both ways (bidirectional), so what comes later changes what came before, and no stream, cache or carry can "
-    "go on from it; pass whole rows with use_cache=False, or set bidirectional to false"
+    "it looks both ways (bidirectional), so what comes later changes what came before, and no stream, cache or carry "
+    "can go on from it; pass whole rows with use_cache=False, or set bidirectional to false"
 )
 
 

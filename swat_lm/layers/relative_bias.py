@@ -40,8 +40,8 @@ class BiasOfLayer(nn.Module):
             found = shared.once(SHARED, lambda: RelativeBias(num_heads))
             if found.embedding_dim != num_heads:
                 raise ValueError(
-                    f"relative_bias: shared by layers of {found.embedding_dim} and of {num_heads} heads; give them equal "
-                    "num_attention_heads, or relative_bias: own"
+                    f"relative_bias: shared by layers of {found.embedding_dim} and of {num_heads} heads; give them "
+                    "equal num_attention_heads, or relative_bias: own"
                 )
             # in a tuple, so that it is registered where it is owned and nowhere else
             self._shared = (found,)

@@ -1,4 +1,4 @@
-"""The kind `spade`: a state space beside windowed attention, fused (SPADE, arXiv 2212.08136); Llama's layer around both.
+"""The kind `spade`: a state space beside windowed attention, fused (SPADE, arXiv 2212.08136), in Llama's layer.
 
 One such layer at the bottom brings in what is farther away than any window; the others can be windows alone. The state
 space is S4's, without activation or projection of its own: norms and the fusion's projection mix channels.
@@ -42,7 +42,7 @@ class SpadeSettings(AttentionSettings):
     taps: str = "powers"
     """How a kernel is made: "powers" of the discrete matrix, or "cauchy" sums; equal up to rounding."""
     time_step_min: float = 0.001
-    """Steps are drawn between this and the next at the start; what is 1 / step tokens back has faded by half or more."""
+    """Steps are drawn between this and the next at the start; 1 / step tokens back about half is left."""
     time_step_max: float = 0.1
     transition_rate: float = 1.0
     """Learning rate of A as a share of the model's; 0 freezes it."""

@@ -1,7 +1,8 @@
 """S4's state space as a module: parameters, taps that are kept while nothing changes them, chunks, steps.
 
-What is trained is C itself, not C (1 - A^L): taps of any length and the step of decoding come from the same numbers, and
-nothing has to be recovered after training. Legend: B rows, T tokens, M channels, N numbers of a state, n = N / 2 pairs.
+What is trained is C itself, not C (1 - A^L): taps of any length and the step of decoding come from the same numbers,
+and nothing has to be recovered after training.
+Legend: B rows, T tokens, M channels, N numbers of a state, n = N / 2 pairs.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from swat_lm.layers.base import InPlace, Past, StateTensor
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.pre_norm import start
-from swat_lm.ops.long_convolution import fast_length, long_convolution
+from swat_lm.ops.long_convolution import long_convolution
 from swat_lm.ops.memory import check_fits
 from swat_lm.ops.precision import sum_dtype
 from swat_lm.ops.sequences import Sequences, unpack
@@ -103,14 +104,16 @@ class StructuredState(nn.Module):
         """A whole row, or its documents each by itself."""
         sequences = sequences_of(chunk, inputs)
         if sequences is None:
-            return self._long(inputs)
+            return self._long(inputs, self.taps(inputs.shape[1]))
         output = torch.zeros_like(inputs)
+        longest = max((group.place.shape[1] for group in sequences.groups), default=0)
+        taps = self.taps(longest) if longest else None
         for group in sequences.groups:
-            output = group.put(self._long(group.take(inputs)), output)
+            assert taps is not None
+            output = group.put(self._long(group.take(inputs), taps), output)
         return output
 
-    def _long(self, inputs: Tensor) -> Tensor:
-        taps = self.taps(inputs.shape[1])
+    def _long(self, inputs: Tensor, taps: Tensor) -> Tensor:
         return long_convolution(inputs, taps[0], later=taps[1] if self.settings.bidirectional else None)
 
     def _after(self, inputs: Tensor, chunk: Chunk, past: Past) -> Tensor:
@@ -156,10 +159,12 @@ class StructuredState(nn.Module):
     def taps(self, length: int) -> Tensor:
         """The first `length` taps at least, `[1 or 2, M, L]` in float64; kept for as long as nothing changes them.
 
+        A power of two of them, so that a row of one length is the same to the bit whatever was asked for before.
+
         Raises:
             ValueError: they do not fit into memory.
         """
-        length = fast_length(length)
+        length = 1 << (length - 1).bit_length()
         size = length * (NUMBERS_PER_TAP + self.settings.state_size // 2) + self.settings.state_size**2 * 32
         check_fits(
             size * self.width * self.exit.shape[0] * 8, self.exit.device,
@@ -167,21 +172,18 @@ class StructuredState(nn.Module):
             "read the text in chunks after a state, or train on shorter rows",
         )  # fmt: skip
 
-        def make(longest: int) -> Tensor:
-            discrete, powers = self._discrete(longest.bit_length())
+        def make() -> Tensor:
+            discrete, powers = self._discrete(length.bit_length())
             system = self.system() if self.settings.taps == "cauchy" else None
             found = []
             for row in reading(self.exit.double()).unbind(0):
                 if system is None:
-                    found.append(taps_by_powers(row, discrete.entry, powers[: longest.bit_length()], longest))
+                    found.append(taps_by_powers(row, discrete.entry, powers[: length.bit_length()], length))
                 else:
-                    found.append(taps_by_cauchy(system, row, powers, longest))
+                    found.append(taps_by_cauchy(system, row, powers, length))
             return torch.stack(found)
 
-        held = self._kept.get("taps")
-        # longer ones hold the shorter
-        longest = max(length, held[1].shape[2]) if held is not None else length
-        return self._keep("taps", (*self._fixed(), self.exit), lambda: make(longest), lambda kept: kept.shape[2] >= length)
+        return self._keep(("taps", length), (*self._fixed(), self.exit), make)
 
     def system(self) -> System:
         """The continuous system in float64."""
@@ -229,13 +231,7 @@ class StructuredState(nn.Module):
         held = (self.log_decay, self.angle, self.low_rank, self.entry, self.log_step)
         return tuple(tensor for tensor in held if tensor is not None)
 
-    def _keep(
-        self,
-        name: Any,
-        sources: tuple[Tensor, ...],
-        make: Callable[[], Any],
-        serves: Callable[[Any], bool] = lambda kept: True,
-    ) -> Any:
+    def _keep(self, name: Any, sources: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
         """What follows from `sources`: kept until one of them is written to, and made anew while they are trained."""
         trained = any(isinstance(source, nn.Parameter) for source in sources)
         learns = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
@@ -245,7 +241,7 @@ class StructuredState(nn.Module):
             (source.data_ptr(), 0 if source.is_inference() else source._version, source.dtype) for source in sources
         )
         held = self._kept.get(name)
-        if held is None or held[0] != signature or not serves(held[1]):
+        if held is None or held[0] != signature:
             # outlives the pass, so it is made as what later passes may save for their gradients
             with torch.inference_mode(False), torch.no_grad():
                 held = self._kept[name] = signature, make()

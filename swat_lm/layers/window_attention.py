@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from swat_lm.layers.attention_settings import AttentionSettings
-from swat_lm.layers.both_ways import REFUSAL, attend_both_ways, flops_both_ways
 from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
+from swat_lm.layers.both_ways import REFUSAL, attend_both_ways, flops_both_ways
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.first_tokens import FirstTokens, Heads, join_heads
 from swat_lm.layers.norm import RMSNorm

@@ -1,4 +1,4 @@
-"""What is added to the scores of a head: `slope * distance + bias`, and a number of each distance where there is one."""
+"""What is added to the scores of a head: `slope * distance + bias`, and where there is one a number by distance."""
 
 from typing import NamedTuple
 

@@ -53,7 +53,7 @@ def fast_length(least: int) -> int:
     while best < least:
         best *= 2
     for three in (1, 3, 9, 27):
-        for five in (1, 5, 25):
+        for five in (1, 5, 25, 125):
             length = 2 * three * five
             while length < least:
                 length *= 2

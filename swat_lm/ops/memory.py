@@ -28,7 +28,7 @@ def check_fits(needed: int, device: torch.device, what: str, instead: str) -> No
 
     Args:
         needed: bytes.
-        what: what needs them, as the beginning of a sentence.
+        what: what needs them, in the plural, as the beginning of a sentence.
         instead: what to do.
 
     Raises:
@@ -36,4 +36,4 @@ def check_fits(needed: int, device: torch.device, what: str, instead: str) -> No
     """
     free = free_bytes(device)
     if free is not None and needed > free:
-        raise ValueError(f"{what} needs about {needed / GIB:,.1f} GiB, and {free / GIB:,.1f} GiB are free; {instead}")
+        raise ValueError(f"{what} need about {needed / GIB:,.1f} GiB, and {free / GIB:,.1f} GiB are free; {instead}")

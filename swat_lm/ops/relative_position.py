@@ -20,8 +20,8 @@ def relative_buckets(
 ) -> Tensor:
     """The bucket of each distance 0, 1, ..., W - 1 back from a query that sees nothing after it, int64 `[W]`.
 
-    The first half of the buckets are single distances, the others grow in the logarithm; what is as far as `farthest` or
-    farther shares the last.
+    The first half of the buckets are single distances, the others grow in the logarithm; what is as far as `farthest`
+    or farther shares the last.
 
     Raises:
         ValueError: fewer than 2 buckets, or a farthest distance that is no farther than those that have their own.

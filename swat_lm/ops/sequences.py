@@ -46,7 +46,9 @@ class Sequences(NamedTuple):
     """int64 `[B]`: tokens of document 0 in each row."""
 
 
-def unpack(segments: Tensor | None, real: Tensor | None, batch: int, num_tokens: int, device: torch.device) -> Sequences:
+def unpack(
+    segments: Tensor | None, real: Tensor | None, batch: int, num_tokens: int, device: torch.device
+) -> Sequences:
     """The documents of rows `[B, T]`: numbered as `documents_of` does, without what is not real.
 
     Raises:

@@ -89,8 +89,8 @@ def window_attention(
             slope and bias are added (Gemma 2, arXiv 2408.00118). The triton backend does not have it.
         hidden: bool `[B, S]`, keys that nobody sees, wherever they stand; distances stay. The triton backend does not
             have it; `swat_lm.ops.hiding.hide_keys` does the same for every backend, where nothing is capped.
-        relative_bias: `[H, window]`, added to the score by distance, as T5 has it (`swat_lm.ops.relative_position`). Gets
-            a gradient when it requires one. The triton backend does not have it.
+        relative_bias: `[H, window]`, added to the score by distance, as T5 has it (`swat_lm.ops.relative_position`).
+            Gets a gradient when it requires one. The triton backend does not have it.
         precision: "exact"; "fast" permits the hardware's approximate tanh for bfloat16 and float16 inputs; "auto"
             leaves the choice to the backend. float32 and float64 are always exact.
         skip_saturated: sigmoid only: permit the triton backend to take weights as 0 or 1 where a head's slope makes

@@ -1,4 +1,4 @@
-"""The taps of a structured state space by its generating function at roots of unity: Cauchy sums, a rank-one correction.
+"""The taps of a structured state space by its generating function at roots of unity: Cauchy sums, rank-one correction.
 
 S4 (arXiv 2111.00396), section 3 and appendix C, over conjugate pairs in real arithmetic: at a root of unity the sums'
 variable is imaginary, `i y`, so a pair of poles `w, conj w` makes a denominator `(|w|^2 - y^2) + i (-2 Re w) y`.

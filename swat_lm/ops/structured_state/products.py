@@ -1,7 +1,7 @@
 """Products of the matrices that move states, powers of them, and what follows from powers.
 
-The products are one op of `torch.library`, which FLOP counters do not count: a recurrence is counted by what it is useful
-for, not by how it is computed. Legend: M channels, N numbers of a state, Q tokens of a span, R rows.
+The products are one op of `torch.library`, which FLOP counters do not count: a recurrence is no matrix product of its
+tokens. Legend: M channels, N numbers of a state, Q tokens of a span, R rows.
 """
 
 from collections.abc import Sequence

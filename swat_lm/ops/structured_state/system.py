@@ -1,8 +1,8 @@
 """A state space per channel in S4's structured form: its start, and its discretisation as dense real matrices.
 
 `x' = A x + B u, y = Re(C x)` with `A = diag(w) - p p^H` over conjugate pairs, of which one of each is held (S4, arXiv
-2111.00396). Without `p` it is diagonal: S4D (arXiv 2206.11893). A pair's real numbers are its real and imaginary part, so
-that all runs in real arithmetic. Legend: M channels, N numbers of a state, n = N / 2 pairs.
+2111.00396). Without `p` it is diagonal: S4D (arXiv 2206.11893). A pair's real numbers are its real and imaginary part,
+so that all runs in real arithmetic. Legend: M channels, N numbers of a state, n = N / 2 pairs.
 """
 
 from typing import NamedTuple
