@@ -33,15 +33,15 @@ def attend_both_ways(attention: "WindowAttention", query: Tensor, key: Tensor, v
         query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
     if chunk.first is None:
         return _attend(attention, query, key, value, chunk.hidden, chunk)
-    seen, batch, num_tokens = chunk.first <= chunk.places, *query.shape[:2]
+    seen, (batch, num_tokens) = chunk.first <= chunk.places, query.shape[:2]
     documents = chunk._once("documents", lambda: unpack(chunk.segments, seen, batch, num_tokens, query.device))
     output, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3])
     for group in documents.groups:
-        rows = [group.take(x.flatten(2)).unflatten(2, x.shape[2:]) for x in (query, key, value)]
+        queries, keys, values = (group.take(x.flatten(2)).unflatten(2, x.shape[2:]) for x in (query, key, value))
         blind = ~group.is_token
         if chunk.hidden is not None:
             blind = blind | chunk.hidden.flatten()[group.place]
-        found = _attend(attention, *rows, blind, chunk)
+        found = _attend(attention, queries, keys, values, blind, chunk)
         heads = found if isinstance(found, Tensor) else found[0]
         output = group.put(heads.flatten(2), output.flatten(2)).view(output.shape)
         if not isinstance(found, Tensor):

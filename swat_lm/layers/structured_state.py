@@ -292,4 +292,4 @@ def sequences_of(chunk: Chunk, inputs: Tensor) -> Sequences | None:
     segments, real = chunk.segments, chunk.real
     if segments is None and real is None:
         return None
-    return chunk._once("sequences", lambda: unpack(segments, real, *inputs.shape[:2], inputs.device))
+    return chunk._once("sequences", lambda: unpack(segments, real, inputs.shape[0], inputs.shape[1], inputs.device))

@@ -65,6 +65,7 @@ def _window_attention_backward(*arguments: Any) -> Gradients:
     if call.score_bias is not None and given.needs_score_bias:
         bias = per_head.constant.to(call.score_bias.dtype)
     if call.relative_bias is not None and given.needs_relative_bias:
+        assert per_head.relative is not None
         relative = per_head.relative.to(call.relative_bias.dtype)
     query, key, value = gradients
     return Gradients(query, key, value, slopes, bias, relative)

@@ -1,4 +1,4 @@
-"""What only SPADE's layers do: reach, training and decoding afterwards, what is kept, documents, both ways, refusals."""
+"""What only SPADE's layers do: reach, training and decoding afterwards, what is kept, documents, both ways."""
 
 import copy
 
@@ -92,9 +92,8 @@ def test_a_document_in_the_middle_of_a_long_row_never_sees_the_one_before():
     rows = [tokens(1, length, seed=length) for length in lengths]
     filler = tokens(1, 7, seed=3)
     ids = torch.cat((rows[0], filler, *rows[1:]), dim=1)
-    documents = torch.cat(
-        [torch.full((1, n), i) for i, n in zip((0, -1, 1, 2, 3), (150, 7, 90, 1, 200), strict=True)], 1
-    )
+    names = torch.repeat_interleave(torch.tensor([0, -1, 1, 2, 3]), torch.tensor([150, 7, 90, 1, 200]))
+    documents = names[None]
     expected = torch.cat([one_pass(one, row) for row in rows], dim=1)
     close(one_pass(one, ids, document_ids=documents)[documents >= 0], expected[0])
     embedded = one.model.embed_tokens(ids).detach().requires_grad_()
@@ -139,11 +138,8 @@ def test_rates_freeze_slow_down_and_never_decay():
 def test_what_is_kept_follows_every_change(monkeypatch):
     """In evaluation taps are made once; a write, a load, a cast and a step of training make them anew."""
     made = []
-    monkeypatch.setattr(
-        structured_state,
-        "taps_by_powers",
-        lambda *x, _own=structured_state.taps_by_powers: (made.append(1), _own(*x))[1],
-    )
+    by_powers = structured_state.taps_by_powers
+    monkeypatch.setattr(structured_state, "taps_by_powers", lambda *x: (made.append(1), by_powers(*x))[1])
     one, ids = model().eval(), tokens(1, 100)
     first = one_pass(one, ids)
     one_pass(one, ids[:, :80])

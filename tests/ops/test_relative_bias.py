@@ -104,5 +104,5 @@ def test_buckets_are_those_of_t5():
         ahead = torch.arange(199, -200, -1)
         theirs = T5Attention._relative_position_bucket(ahead, True, buckets, farthest)
         assert torch.equal(relative_buckets_both_ways(200, buckets, farthest), theirs)
-    with pytest.raises(ValueError, match="^num_buckets: expected at least 2 .* got 32 buckets and 16"):
+    with pytest.raises(ValueError, match=r"^num_buckets: expected at least 2 .* got 32 buckets and 16"):
         relative_buckets(5, 32, 16)

@@ -187,10 +187,9 @@ def test_documents_are_taken_out_and_put_back():
 
 
 def test_the_ops_are_as_torch_library_asks():
-    system, exit = leaves()
     sums = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
     size, slope = (torch.rand(3, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
     torch.library.opcheck(torch.ops.swat_lm.cauchy_sums, (sums, size, slope, torch.rand(5, dtype=torch.float64)))
     torch.library.opcheck(torch.ops.swat_lm.state_product, (sums, sums))
-    with pytest.raises(ValueError, match="^state_size: expected an even number of at least 2 .*, got 7"):
+    with pytest.raises(ValueError, match=r"^state_size: expected an even number of at least 2 .*, got 7"):
         hippo_legs(7)
