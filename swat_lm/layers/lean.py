@@ -170,8 +170,8 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     """Store the weights by input channel and join those with the same input; returns the plan that uses them.
 
     None where the layer has what a plan does not cover (biases, qk_norm, a relative bias, norms behind or of another
-    kind than RMS, a feed-forward without a gate, a scaled residual stream, another activation than SiLU, adapters, fewer
-    than 32 bits): its weights are laid out all the same.
+    kind than RMS, a feed-forward without a gate, a scaled residual stream, another activation than SiLU, adapters,
+    fewer than 32 bits): its weights are laid out all the same.
     """
     attention, feed_forward = layer.self_attn, layer.mlp
     # down_proj stays as it is: few outputs of many inputs are read faster by rows
