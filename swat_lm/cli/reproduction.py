@@ -1,4 +1,4 @@
-"""`swat-lm reproduce`: a table or figure of the paper, trained, measured and judged."""
+"""`swat-lm reproduce`: a table or figure of a paper, trained, measured and judged."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,7 @@ __all__ = ["reproduce"]
 
 
 def reproduce(
-    experiment: Annotated[str, typer.Argument(help="table1, table2, table3, figure2, figure3 or figure5.")],
+    experiment: Annotated[str, typer.Argument(help="table1 to table3, figure2, figure3, figure5; or spade.")],
     scale: Annotated[str, typer.Option(help="tiny (two cores), small (one GPU) or paper (a cluster, by torchrun).")],
     data: Annotated[
         Path | None, typer.Option("--data", "-d", help="Folder with corpus/, books/ and the benchmarks' files.")

@@ -20,7 +20,7 @@ class HeadsParallel(ColwiseParallel):
     """Attention that has a share of the heads; of parameters of its own, of which a sink has one entry per head."""
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
-        """Tell the module its share. Raises ValueError where heads cannot be shared equally, or are not all there is."""
+        """Tell the module its share. Raises ValueError for heads that cannot be shared equally, or that are not all."""
         assert isinstance(module, WindowAttention | SpadeMixer)
         module.take_heads(mesh.get_local_rank(), mesh.size())
         return module

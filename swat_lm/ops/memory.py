@@ -1,26 +1,25 @@
-"""Whether what is asked for fits into memory, asked before any work."""
+"""Free memory of a device, and whether what is asked for fits, before any work."""
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
-GIB = 2**30
 
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a device may still give out; None where nobody says."""
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of a device, or of this machine for the CPU; None where it cannot be asked for."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+    if device.type != "cpu":
         return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    table = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+) kB", table.read_text()) if table.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def check_fits(needed: int, device: torch.device, what: str, instead: str) -> None:
@@ -34,6 +33,8 @@ def check_fits(needed: int, device: torch.device, what: str, instead: str) -> No
     Raises:
         ValueError: it does not fit.
     """
-    free = free_bytes(device)
+    free = available_bytes(device)
     if free is not None and needed > free:
-        raise ValueError(f"{what} need about {needed / GIB:,.1f} GiB, and {free / GIB:,.1f} GiB are free; {instead}")
+        raise ValueError(
+            f"{what} need about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; {instead}"
+        )

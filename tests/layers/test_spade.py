@@ -177,7 +177,7 @@ def test_what_is_kept_follows_every_change(monkeypatch):
 
 
 def test_sizes_that_memory_cannot_hold_are_named_before_any_work(monkeypatch):
-    monkeypatch.setattr("swat_lm.ops.memory.free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("swat_lm.ops.memory.available_bytes", lambda device: 2**20)
     with pytest.raises(
         ValueError, match=r"^spade: 16,384 taps of 32 channels need about .* GiB, and 0.0 GiB are free; read"
     ):
