@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.layers import structured_state
+from swat_lm.layers.chunk import Chunk
 from swat_lm.model.fingerprint import fingerprint
 from swat_lm.ops import long_convolution as convolving
 from swat_lm.recipe import TrainRecipe
@@ -250,7 +251,7 @@ def test_both_ways(changes):
     attention = one.model.layers[1].self_attn
     nn.init.normal_(one.model.shared["relative_bias"].weight)
     hidden = torch.randn(1, 11, 32, dtype=torch.float64, requires_grad=True)
-    chunk = structured_state.Chunk(torch.arange(11)[None])
+    chunk = Chunk(torch.arange(11)[None])
     (gradient,) = torch.autograd.grad(attention(hidden, chunk).hidden[0, 5].square().sum(), hidden)
     assert gradient[0].any(dim=1).tolist() == [2 <= place <= 8 for place in range(11)]
 
@@ -272,3 +273,11 @@ def test_both_ways(changes):
 def test_settings_that_cannot_be_are_named(settings, message):
     with pytest.raises(ValueError, match=rf"^layers\[0\] \(spade\): {message}"):
         model(plan(**settings))
+
+
+def test_its_training_step_is_one_graph():
+    """Under `torch.compile`, with the same numbers."""
+    layer = model().train().model.layers[0]
+    hidden, chunk = torch.randn(2, 70, 32, dtype=torch.float64), Chunk(torch.arange(70)[None])
+    compiled = torch.compile(lambda x: layer(x, chunk).hidden, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(hidden), layer(hidden, chunk).hidden)
