@@ -55,6 +55,7 @@ class SyntheticTask:
     - `mqar`: some pairs, filler, and every key again in another order, anywhere after them (arXiv 2312.04927).
     - `passkey`: a mark and a code somewhere in filler, and the mark again at the end (arXiv 2305.16300).
     - `copy`: random values and, after a lag of up to half a row, the same again.
+    - `flag`: a mark and a value at the very beginning, filler, and the mark again at the very end.
     """
 
     name: str
@@ -81,6 +82,8 @@ class SyntheticTask:
         self.check_length(length)
         if self.name == "mqar":
             return self.scattered(random, length)
+        if self.name == "flag":
+            return self.row_at(random, length - 3)
         longest = {"kv": length - 3, "passkey": length - self.digits - 2, "copy": length // 2 - 1}[self.name]
         shortest = {"kv": 1, "passkey": self.digits, "copy": min(2, longest)}[self.name]
         distance = int(random.integers(shortest, longest + 1))
@@ -93,7 +96,7 @@ class SyntheticTask:
 
     def row_at(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The shortest row whose answers have exactly this distance; raises DataError if the task cannot have it."""
-        low = {"kv": 1, "mqar": 2 * self.pairs - 1, "passkey": self.digits, "copy": 1}[self.name]
+        low = {"mqar": 2 * self.pairs - 1, "passkey": self.digits}.get(self.name, 1)
         if distance < low or (self.name == "kv" and distance % 2 == 0):
             which = "an odd number" if self.name == "kv" else "a number"
             raise DataError(f"{self}: expected {which} of at least {low} as distance, got {distance}")
@@ -102,7 +105,7 @@ class SyntheticTask:
         if self.name == "mqar":
             return self.gathered(random, distance)
         # the mark stands before both, so a copy lags by one more than the segment is long
-        size = self.digits if self.name == "passkey" else distance
+        size = {"passkey": self.digits, "flag": 1}.get(self.name, distance)
         recalled, gap = self.draw_values(random, size), self.fillers(random, distance - size)
         tokens = np.concatenate([[MARK], recalled, gap, [MARK], recalled])
         return SyntheticRow(tokens, (Answer(len(tokens) - size, len(tokens), distance),))
@@ -162,7 +165,7 @@ class SyntheticTask:
 
     def check_length(self, length: int) -> None:
         """Raise DataError for rows that are too short for the task."""
-        least = {"kv": 6, "mqar": 4 * self.pairs, "passkey": 2 * self.digits + 3, "copy": 6}[self.name]
+        least = {"kv": 6, "mqar": 4 * self.pairs, "passkey": 2 * self.digits + 3, "copy": 6, "flag": 4}[self.name]
         if length < least:
             raise DataError(f"{self}: needs data.sequence_length of at least {least}, got {length}")
 
@@ -173,6 +176,7 @@ SETTINGS = {
     "mqar": ("pairs", "keys", "values"),
     "passkey": ("digits", "values"),
     "copy": ("values",),
+    "flag": ("values",),
 }
 
 

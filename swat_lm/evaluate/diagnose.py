@@ -182,6 +182,9 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
     slopes = attention.slopes_on(hidden.device)
     if slopes is not None:
         scores = scores + slopes.float()[:, None, None] * distance.float()[:, None]
+    relative = attention.relative_bias_in(settings.sliding_window, chunk)
+    if relative is not None:
+        scores = scores + relative.float()[:, distance.clamp(0, relative.shape[1] - 1)].transpose(0, 1)
     bias = attention.bias()
     scores = scores + (bias.float()[:, None, None] if isinstance(bias, Tensor) else bias)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))

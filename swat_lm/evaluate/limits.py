@@ -1,8 +1,5 @@
 """What a model cannot hold, said before any hour is spent: its positions, and the memory of its cache."""
 
-import os
-import re
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,7 +8,9 @@ from transformers import PreTrainedModel
 
 from swat_lm.evaluate.streaming_model import StreamingModel, SwatStreamingModel, probe
 from swat_lm.evaluate.windows import kept_first_tokens, theoretical_reach
+from swat_lm.layers.relative_bias import RelativeBias
 from swat_lm.model.cost import state_bytes
+from swat_lm.ops.memory import available_bytes
 from swat_lm.words import counted
 
 __all__ = ["available_bytes", "check_length", "extrapolates_beyond", "position_limit", "stream_bytes"]
@@ -52,7 +51,9 @@ def position_limit(model: PreTrainedModel) -> int | None:
     if changing:
         return min(int(kind.get("original_max_position_embeddings", most)) for kind in changing)
     words = model.get_input_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    # buckets of distances have no end
+    others = (words, *(module for module in model.modules() if isinstance(module, RelativeBias)))
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module not in others]
     # some reserve a few rows before the first position
     return most if any(most <= table.num_embeddings < most + 8 for table in tables) else None
 
@@ -87,21 +88,6 @@ def stream_bytes(streaming: StreamingModel, length: int) -> int:
         most = getattr(layer, "sliding_window", None) or length
         total += held * (min(most, length) - keys.shape[-2]) // keys.shape[-2]
     return max(total, 1)
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device, or of this machine for the CPU; None where it cannot be asked for."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    table = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable: +(\d+) kB", table.read_text()) if table.exists() else None
-    if found:
-        return int(found[1]) * 1024
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def gibibytes(count: int) -> str:

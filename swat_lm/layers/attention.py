@@ -11,6 +11,7 @@ from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import Shared
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.lean import AttentionPlan, plan_attention
+from swat_lm.layers.per_head import start_per_head
 from swat_lm.layers.pre_norm import FeedForward, PreNorm
 from swat_lm.layers.window_attention import WindowAttention
 
@@ -27,7 +28,7 @@ class AttentionLayer(PreNorm):
         rotary = None
         if settings.use_rotary and shared.rotary is not None:
             rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
-        mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps)
+        mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps, shared)
         feed_forward = FeedForward(
             width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
         )
@@ -53,7 +54,7 @@ class AttentionLayer(PreNorm):
     def init_weights(self, shared: Shared) -> None:
         """What is learned per head starts as the settings say."""
         super().init_weights(shared)
-        self.self_attn.start_heads()
+        start_per_head(self.self_attn)
 
     def kept_items(self, hidden: Tensor, chunk: Chunk) -> dict[str, Tensor]:
         """What a past is extended by, by name: of a chunk `[B, T, M]` its rotated keys and its values alone."""

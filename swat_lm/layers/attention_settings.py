@@ -9,6 +9,7 @@ from torch import Tensor
 from swat_lm.layers.first_tokens import SINK_POSITIONS
 from swat_lm.layers.norm import NORMS
 from swat_lm.layers.pre_norm import ACTIVATIONS, FEED_FORWARDS, NORM_PLACEMENTS
+from swat_lm.layers.relative_bias import RELATIVE_BIASES
 from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.slopes import DEFAULT_SPAN, checked_span, slopes_for
 
@@ -52,6 +53,10 @@ class AttentionSettings:
     """First tokens of a document that stay visible when they have left the window."""
     sink_positions: str = "cache"
     """Where rotary and slopes see them: "cache", right before the window; "absolute", where they stood."""
+    relative_bias: str = "none"
+    """T5's bias by distance: "own" of the layer, or "shared" by all layers that say so."""
+    bidirectional: bool = False
+    """Whether tokens see as many after them as before them; for encoders, which nothing streams."""
     attention_bias: bool = False
     output_bias: bool | None = None
     """Of `o_proj`; None: as `attention_bias` says."""
@@ -97,6 +102,7 @@ class AttentionSettings:
         for name, words in (
             ("qk_norm_over", QK_NORMS),
             ("sink_positions", SINK_POSITIONS),
+            ("relative_bias", RELATIVE_BIASES),
             ("norm", tuple(NORMS)),
             ("norm_placement", NORM_PLACEMENTS),
             ("feed_forward", FEED_FORWARDS),
@@ -110,6 +116,17 @@ class AttentionSettings:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         if self.attention_backend not in BACKENDS:
             raise ValueError(f"attention_backend: expected {', '.join(BACKENDS)}, got {self.attention_backend!r}")
+
+        if self.bidirectional and (self.slopes != "none" or self.sinks or self.sliding_window is None):
+            raise ValueError(
+                "bidirectional: slopes and first tokens count back from the query, and a window says how far it looks "
+                "both ways; give the layer a sliding_window, slopes='none' and no sinks, or set bidirectional to false"
+            )
+        if self.relative_bias != "none" and (self.sliding_window is None or self.sinks):
+            raise ValueError(
+                "relative_bias: holds a number for every distance in a window; give the layer a sliding_window and no "
+                "sinks, or relative_bias: none"
+            )
 
     def _check_sinks(self) -> None:
         if self.sinks < 0:

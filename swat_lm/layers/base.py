@@ -177,6 +177,17 @@ class Shared:
     """Multiplies the start of the projections that write to the residual stream."""
     rotary: Callable[[int, Mapping[str, Any]], Rotary] | None = None
     """Rotary of a head size and Hugging Face's `rope_parameters`."""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    """What several layers hold one of, by name: made by the first that asks, and owned by the model."""
+
+    def once(self, name: str, make: Callable[[], nn.Module]) -> Any:
+        """The module of this name, made if it is the first time that a layer asks for it.
+
+        The layer must not register it: it is the model's parameter, saved, sharded and trained once.
+        """
+        if name not in self.modules:
+            self.modules[name] = make()
+        return self.modules[name]
 
 
 class TokenMixer(nn.Module, ABC):
@@ -219,6 +230,10 @@ class TokenMixer(nn.Module, ABC):
     def first_kept(self) -> int:
         """First tokens of each document that every later output depends on, however far away."""
         return 0
+
+    def refuses_past(self) -> str | None:
+        """Why the layer cannot go on from a past, in one sentence; None where it can."""
+        return None
 
     def refuses(self, chunk: Chunk) -> str | None:
         """Why the layer cannot process such a chunk, in one sentence; None where it can."""

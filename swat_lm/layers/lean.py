@@ -179,10 +179,9 @@ class AttentionPlan(LayerPlan):
 def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     """Store the weights by input channel and join those with the same input; returns the plan that uses them.
 
-    None where the layer has what a plan does not cover (biases, qk_norm, norms behind or of another kind than RMS, a
-    feed-forward without a gate, a gate on heads, a scaled residual stream, another activation than SiLU, adapters,
-    fewer than 32 bits):
-    its weights are laid out all the same.
+    None where the layer has what a plan does not cover (biases, qk_norm, a relative bias, norms behind or of another
+    kind than RMS, a feed-forward without a gate, a gate on heads, a scaled residual stream, another activation than
+    SiLU, adapters, fewer than 32 bits): its weights are laid out all the same.
     """
     attention, feed_forward = layer.self_attn, layer.mlp
     # down_proj stays as it is: few outputs of many inputs are read faster by rows
@@ -195,6 +194,7 @@ def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *feed_forward.children())
     if (
         attention.q_norm is not None
+        or attention.relative_bias is not None
         or attention.settings.norm_placement != "pre"
         or attention.settings.norm != "rms"
         or attention.settings.feed_forward != "gated"

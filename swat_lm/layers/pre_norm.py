@@ -137,6 +137,10 @@ class PreNorm(Layer):
         """The mixer's."""
         return self.self_attn.first_kept()
 
+    def refuses_past(self) -> str | None:
+        """What the mixer says."""
+        return self.self_attn.refuses_past()
+
     def refuses(self, chunk: Chunk) -> str | None:
         """What the mixer refuses."""
         return self.self_attn.refuses(chunk)

@@ -5,18 +5,20 @@ Legend: B rows, T tokens, P kept tokens, M width, H query heads, K key/value hea
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swat_lm.layers.attention_settings import AttentionSettings
-from swat_lm.layers.base import InPlace, Output, Part, Past, StateTensor, lay_out
+from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
+from swat_lm.layers.both_ways import REFUSAL, attend_both_ways, flops_both_ways
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.first_tokens import FirstTokens, Heads, join_heads
 from swat_lm.layers.norm import RMSNorm
-from swat_lm.layers.pre_norm import Mixer, start
+from swat_lm.layers.per_head import own_part, register_per_head, start_per_head
+from swat_lm.layers.pre_norm import Mixer
+from swat_lm.layers.relative_bias import BiasOfLayer
 from swat_lm.ops import window_attention, window_attention_step
 from swat_lm.ops.flops import attention_flops
 from swat_lm.ops.hiding import hide_keys
@@ -38,6 +40,7 @@ class WindowAttention(Mixer):
         rotary: Rotary | None = None,
         index: int = 0,
         norm_eps: float = 1e-6,
+        shared: Shared | None = None,
     ) -> None:
         """`index` is the layer's number, by which it finds its window where a step draws windows."""
         super().__init__()
@@ -61,14 +64,16 @@ class WindowAttention(Mixer):
         self.k_norm = RMSNorm(key_norm, norm_eps) if settings.qk_norm else None
         self.output_norm = RMSNorm(settings.head_dim, norm_eps) if settings.output_norm else None
         self.gate_proj = nn.Linear(width, settings.num_attention_heads, bias=False) if settings.output_gate else None
-        learned = {"sink": settings.learned_sink, "slopes": settings.learned_slopes,
-                   "score_bias": settings.learned_score_bias}  # fmt: skip
-        for name, is_learned in learned.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(self.num_heads)) if is_learned else None)
+        register_per_head(self, settings)
         # not a buffer: `.to(bfloat16)` must not round the slopes, nor loading leave them uninitialised
         with torch.device("cpu"):
             self._slopes = settings.first_slopes()
-        self.start_heads()
+        start_per_head(self)
+        self.relative_bias = None
+        if settings.relative_bias != "none":
+            self.relative_bias = BiasOfLayer(
+                settings.relative_bias, settings.num_attention_heads, Shared() if shared is None else shared
+            )
         self.first_tokens = FirstTokens(self) if settings.sinks else None
         # what a sink takes, or first tokens, is a share of all weights
         self.asks_for_lse = settings.learned_sink or (settings.sinks > 0 and settings.score_function == "softmax")
@@ -79,6 +84,8 @@ class WindowAttention(Mixer):
         Raises:
             ValueError: heads that cannot be shared equally, or that are normed together.
         """
+        if self.relative_bias is not None:
+            raise ValueError("relative_bias: is not shared out by heads; run the model without tensor parallelism")
         if self.q_norm is not None and not self.norms_heads:
             raise ValueError(
                 "qk_norm_over: 'layer' norms all heads together, so they cannot be shared by processes; "
@@ -98,10 +105,16 @@ class WindowAttention(Mixer):
 
         And those of the first tokens, where they are kept.
         """
+        if self.settings.bidirectional:
+            return ()
         shape, window = (self.num_kv_heads, self.settings.head_dim), self.settings.sliding_window
         kind = "growing" if window is None else "window"
         spec = StateTensor("key", shape, kind, window), StateTensor("value", shape, kind, window)
         return spec if self.first_tokens is None else (*spec, *self.first_tokens.state_spec())
+
+    def refuses_past(self) -> str | None:
+        """Tokens that see what comes after them."""
+        return REFUSAL if self.settings.bidirectional else None
 
     def refuses(self, chunk: Chunk) -> str | None:
         """A prefix that is read in both directions, where distances or a window count from the query."""
@@ -135,6 +148,10 @@ class WindowAttention(Mixer):
 
         Queries, keys and values are not rotated; the past, if any, is extended.
         """
+        if self.settings.bidirectional:
+            if past is not None:
+                raise ValueError(REFUSAL)
+            return attend_both_ways(self, query, key, value, chunk)
         far = None if self.first_tokens is None else self.first_tokens.attend(query, key, value, chunk, past)
         rotary = None if self.rotary is None else chunk.angles(self.rotary, query.dtype)
         num_past = 0
@@ -169,11 +186,12 @@ class WindowAttention(Mixer):
         softcap = settings.attn_logit_softcapping
         if blind is not None and softcap is None:
             query, key, value = hide_keys(query, key, value, blind, scale)
+        window = self.window_in(chunk)
         result = window_attention(
             query,
             key,
             value,
-            window=self.window_in(chunk),
+            window=window,
             score_function=settings.score_function,
             slopes=self.slopes_on(query.device),
             score_bias=self.bias(),
@@ -184,6 +202,7 @@ class WindowAttention(Mixer):
             softcap=softcap,
             # no capped score is low enough to hide by
             hidden=None if softcap is None else blind,
+            relative_bias=self.relative_bias_in(window, chunk),
             return_lse=self.asks_for_lse,
             backend=settings.attention_backend,
         )
@@ -204,13 +223,22 @@ class WindowAttention(Mixer):
             key_block=key_block,
             score_function=self.settings.score_function,
             slopes=self.slopes_on(query.device),
-            score_bias=self.score_bias,
+            score_bias=self.bias(),
             scale=self.scale,
             first_visible=chunk.first_visible(num_past),
             softcap=self.settings.attn_logit_softcapping,
             hidden=chunk.hidden_items(num_past),
         )
         return (output, lse) if self.asks_for_lse else output
+
+    def relative_bias_in(self, window: int | None, chunk: Chunk | None) -> Tensor | None:
+        """`[H, window]`, or None where there is none."""
+        if self.relative_bias is None:
+            return None
+        assert window is not None
+        bias = self.relative_bias(window, self.settings.bidirectional, chunk)
+        # a model may lie on several devices
+        return bias if bias.device == self.q_proj.weight.device else bias.to(self.q_proj.weight.device)
 
     def window_in(self, chunk: Chunk) -> int | None:
         """The window for this chunk: the layer's own, or the one that was drawn for it. Raises ValueError."""
@@ -268,6 +296,7 @@ class WindowAttention(Mixer):
             score_bias=self.bias(),
             scale=self.scale,
             softcap=settings.attn_logit_softcapping,
+            relative_bias=self.relative_bias_in(settings.sliding_window, None),
             rotary=rotary,
             return_lse=self.asks_for_lse,
             batch_invariant=batch_invariant,
@@ -319,14 +348,6 @@ class WindowAttention(Mixer):
         gate = torch.sigmoid(self.gate_proj(hidden)).unsqueeze(-1)
         return (output.unflatten(2, (gate.shape[2], -1)) * gate).flatten(2)
 
-    def start_heads(self) -> None:
-        """Start what is learned per head: slopes and score biases as the settings say, sinks at a score of zero."""
-        first = {"sink": 0.0, "slopes": self._slopes, "score_bias": self.settings.bias()}
-        for name, value in first.items():
-            parameter = getattr(self, name)
-            if parameter is not None and not parameter.is_meta:
-                start(parameter, partial(copy_into, parameter, value))
-
     def bias(self) -> float | Tensor:
         """What is added to every score: a number, or one per query head `[H]`."""
         return self.settings.bias() if self.score_bias is None else own_part(self.score_bias)
@@ -354,12 +375,16 @@ class WindowAttention(Mixer):
         matrices = 2 * (self.q_proj.weight.numel() + self.k_proj.weight.numel())
         heads, size, window = settings.num_attention_heads, settings.head_dim, settings.sliding_window
         matrices += 0 if self.gate_proj is None else self.gate_proj.weight.numel()
+        if self.settings.bidirectional:
+            assert window is not None
+            return 2 * num_tokens * matrices + flops_both_ways(heads, size, num_tokens, window)
         found = 2 * num_tokens * matrices + attention_flops(heads, size, num_tokens, window, num_past)
         return found if self.first_tokens is None else found + self.first_tokens.flops(num_tokens, num_past)
 
     def reach(self) -> int | None:
-        """The window."""
-        return self.settings.sliding_window
+        """The window, on both sides where it has two."""
+        window = self.settings.sliding_window
+        return 2 * window - 1 if self.settings.bidirectional and window is not None else window
 
     def first_kept(self) -> int:
         """The first tokens."""
@@ -369,13 +394,3 @@ class WindowAttention(Mixer):
         """The settings that are not visible in the submodules."""
         shown = self.settings
         return f"window={shown.sliding_window}, score_function={shown.score_function}, slopes={shown.slopes}"
-
-
-def own_part(parameter: Tensor) -> Tensor:
-    """All of it; where tensor parallelism has cut it, this process's part."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[operator]
-
-
-def copy_into(parameter: Tensor, value: Tensor | float) -> None:
-    """Overwrite a parameter with numbers of its shape, or with one number."""
-    parameter.copy_(torch.as_tensor(value))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from swat_lm.layers.base import Layer, Shared
@@ -13,18 +13,26 @@ from swat_lm.model.configuration import SwatConfig
 from swat_lm.ops.rotary import inverse_frequencies
 
 
-def build_layers(config: SwatConfig) -> list[Layer]:
-    """Every layer of the plan, with fresh weights."""
+def build_layers(config: SwatConfig) -> tuple[nn.ModuleList, nn.ModuleDict]:
+    """Every layer of the plan, with fresh weights; and by name what several of them share, which the model owns."""
     shared = shared_by(config)
-    return [
+    layers = [
         kind.build(settings, config.hidden_size, index, shared) for index, (kind, settings) in enumerate(config.plan())
     ]
+    return nn.ModuleList(layers), nn.ModuleDict(shared.modules)
 
 
 def layers_without_weights(config: SwatConfig) -> list[Layer]:
     """Every layer of the plan as a shape: what it costs and keeps follows from that."""
     with torch.device("meta"):
-        return build_layers(config)
+        return list(build_layers(config)[0])  # type: ignore[arg-type]
+
+
+def shared_parameters(config: SwatConfig) -> int:
+    """Parameters that several layers share and the model owns."""
+    with torch.device("meta"):
+        modules = build_layers(config)[1].values()
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def shared_by(config: SwatConfig) -> Shared:

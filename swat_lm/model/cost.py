@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from swat_lm.layers.base import Layer, StateTensor
-from swat_lm.model.building import layers_without_weights
+from swat_lm.model.building import layers_without_weights, shared_parameters
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.ops.flops import visible_pairs
 
@@ -38,7 +38,7 @@ class Parameters:
 
 def count_parameters(config: SwatConfig) -> Parameters:
     """Parameters of SwatForCausalLM with this configuration."""
-    layers = sum(map(layer_parameters, layers_without_weights(config)))
+    layers = sum(map(layer_parameters, layers_without_weights(config))) + shared_parameters(config)
     embedding = config.vocab_size * config.hidden_size
     output = 0 if config.tie_word_embeddings else embedding
     rest = layers + config.hidden_size * (2 if config.norm == "layer" else 1)

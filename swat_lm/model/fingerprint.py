@@ -5,6 +5,7 @@ It is no proof against forgery: it tells models apart that were mistaken for eac
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,12 @@ __all__ = ["fingerprint"]
 # elements read of one weight; of larger ones (of a vocabulary, or wider than 2,048) evenly spread rows
 MOST_ELEMENTS = 1 << 22
 # settings of layers that change nothing but rounding
-HOW = ("attention_backend", "chunk_size")
+HOW = ("attention_backend", "chunk_size", "taps")
 # settings that came later, and what they say where they change nothing: states of before still belong to their models
 LATER = {
     "output_bias": None, "attention_multiplier": None, "residual_multiplier": 1.0, "norm_placement": "pre",
     "qk_norm_over": "head", "hidden_act": "silu", "attn_logit_softcapping": None, "norm": "rms",
-    "feed_forward": "gated", "sinks": 0, "sink_positions": "cache",
+    "feed_forward": "gated", "sinks": 0, "sink_positions": "cache", "relative_bias": "none", "bidirectional": False,
     "slope_span": 16.0, "learned_slopes": False, "learned_score_bias": False, "output_gate": False, "layer_scale": None,
 }  # fmt: skip
 # elements at the beginning of a row that tell whether a weight has changed since
@@ -50,11 +51,17 @@ def glimpse(model: "SwatForCausalLM") -> bytes:
 
     Without the elements, what writes through `weight.data`, as merging an adapter does, would be missed.
     """
-    weights = [weight.detach() for _, weight in model.named_parameters()]
+    weights = [weight.detach() for _, weight in named_weights(model)]
     parts = [as_bytes(weight[row, ...].reshape(-1)[:GLIMPSE]) for weight in weights for row in ends(weight)]
     # what was made for inference alone is not counted, and hardly written
     versions = [0 if weight.is_inference() else weight._version for weight in weights]
     return f"{versions} {[str(weight.dtype) for weight in weights]}".encode() + together(parts)
+
+
+def named_weights(model: "SwatForCausalLM") -> Iterator[tuple[str, Tensor]]:
+    """Everything that is saved: what is trained, and what is frozen."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def ends(weight: Tensor) -> tuple[int, ...]:
@@ -77,7 +84,7 @@ def whole_fingerprint(model: "SwatForCausalLM") -> str:
     if scaled != [1, 1]:
         found.update(json.dumps(scaled).encode())
     sums = []
-    for name, weight in model.named_parameters():
+    for name, weight in named_weights(model):
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         sums.append(as_bytes(row_sums(weight.detach())))
     found.update(together(sums))

@@ -25,7 +25,7 @@ from swat_lm.model.building import build_layers, shared_by
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embedding
-from swat_lm.model.execution import check_chunk, is_hooked, run_layers, step_layers, stepped_over
+from swat_lm.model.execution import check_chunk, check_goes_on, is_hooked, run_layers, step_layers, stepped_over
 from swat_lm.model.execution.base import Execution
 from swat_lm.model.execution.chunks import ReverseChunks
 from swat_lm.model.execution.table import Executable, Plain
@@ -100,7 +100,9 @@ class SwatModel(SwatPreTrainedModel):
         self.embed_tokens = token_embedding(
             config.vocab_size, config.hidden_size, config.pad_token_id, config.embedding_multiplier
         )
-        self.layers = nn.ModuleList(build_layers(config))
+        self.layers, shared = build_layers(config)
+        if shared:
+            self.shared = shared
         self._stepped_over = stepped_over(self.layers)
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         # the model's own kinds and no others: accelerate refuses a name that it does not find
@@ -161,6 +163,7 @@ class SwatModel(SwatPreTrainedModel):
         if use_cache is None:
             # nor does a graph that is compiled make one by itself
             use_cache = self.config.use_cache and not self.training and not torch.compiler.is_compiling()
+            use_cache &= not any(layer.refuses_past() for layer in self.stack)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if past_key_values is not None:
                 raise ValueError("past_key_values: activation checkpointing would fill the cache twice; pass none")
@@ -239,6 +242,7 @@ class SwatModel(SwatPreTrainedModel):
     ) -> tuple[Tensor, list[Auxiliary]]:
         # before anything is kept of the chunk
         check_chunk(self.stack, chunk)
+        check_goes_on(self.stack)
         batch, num_tokens, _ = hidden.shape
         specs = [layer.state_spec() for layer in self.stack]
         slots = cache.prepare(specs, batch, hidden.dtype, hidden.device)

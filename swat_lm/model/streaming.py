@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swat_lm.layers.base import by_name
 from swat_lm.layers.chunk import Chunk
 from swat_lm.model.decoding import DecodingPlan, arrange, contiguous_state_dict
-from swat_lm.model.execution import check_chunk, run_layers, step_layers
+from swat_lm.model.execution import check_chunk, check_goes_on, run_layers, step_layers
 from swat_lm.model.fingerprint import fingerprint
 from swat_lm.model.inputs import check_mask, plan_stream
 from swat_lm.model.pasts import Carry, CarryPast, Rows
@@ -54,6 +54,7 @@ class Streaming:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        check_goes_on(self.model.stack)
         weight = self.model.embed_tokens.weight
         specs = [layer.state_spec() for layer in self.model.stack]
         slots = Slots(specs, batch_size, dtype or weight.dtype, device or weight.device, capacity)
@@ -224,6 +225,7 @@ class Streaming:
         """
         if mode not in ("exact", "detached"):
             raise ValueError(f"mode: expected 'exact' or 'detached', got {mode!r}")
+        check_goes_on(self.model.stack)
         return Carry(mode, tuple(CarryPast(by_name(layer.state_spec())) for layer in self.model.stack))
 
     def forward_chunk(

@@ -11,6 +11,7 @@ from transformers.distributed.tensor_parallel import (
     ColwiseParallel,
 )
 
+from swat_lm.layers.spade import SpadeMixer
 from swat_lm.layers.window_attention import WindowAttention
 from swat_lm.model.configuration import HEADS
 
@@ -19,8 +20,8 @@ class HeadsParallel(ColwiseParallel):
     """Attention that has a share of the heads; of parameters of its own, of which a sink has one entry per head."""
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
-        """Tell the module its share. Raises ValueError where heads cannot be shared equally."""
-        assert isinstance(module, WindowAttention)
+        """Tell the module its share. Raises ValueError for heads that cannot be shared equally, or that are not all."""
+        assert isinstance(module, WindowAttention | SpadeMixer)
         module.take_heads(mesh.get_local_rank(), mesh.size())
         return module
 

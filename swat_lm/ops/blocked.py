@@ -56,7 +56,7 @@ def backward(
         for x, name in ((k, "d_key"), (v, "d_value"))
     )
     # one number per head out of a whole call's pairs, whose signs cancel: summed in float64
-    d_bias = HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias))
+    d_bias = HeadBias(*(None if t is None else torch.zeros_like(t, dtype=torch.float64) for t in bias))  # type: ignore[arg-type]
     band = Band.of(q.shape[1], k.shape[1], call.window, q.device)
     disjoint = not band.is_narrow
     for group in key_groups(band, bias, q.shape[0], k.shape[2], call.first_visible, call.last_visible, disjoint):

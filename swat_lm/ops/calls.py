@@ -39,10 +39,11 @@ class AttentionCall(NamedTuple):
     skip_saturated: bool = False
     softcap: float | None = None
     hidden: Tensor | None = None
+    relative_bias: Tensor | None = None
 
     def head_bias(self: "AttentionCall | StepCall") -> HeadBias:
-        """Slope and constant of every head."""
-        return head_bias(self.slopes, self.score_bias, self.bias, self.query)
+        """Slope and constant of every head, and its bias of each distance."""
+        return head_bias(self.slopes, self.score_bias, self.bias, self.query, self.relative_bias)
 
     @property
     def softmax(self: "AttentionCall | StepCall") -> bool:
@@ -82,6 +83,7 @@ class StepCall(NamedTuple):
     """"blocked" or "triton": it was chosen."""
     softcap: float | None = None
     batch_invariant: bool = False
+    relative_bias: Tensor | None = None
 
     head_bias = AttentionCall.head_bias
     softmax = AttentionCall.softmax

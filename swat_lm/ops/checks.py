@@ -104,6 +104,24 @@ def check_visibility(query: Tensor, key: Tensor, first_visible: Tensor | None, l
         )
 
 
+def check_relative_bias(query: Tensor, relative_bias: Tensor | None, window: int | None) -> None:
+    """Refuse a bias that does not say one number for every head and distance."""
+    if relative_bias is None:
+        return
+    if window is None:
+        raise ValueError("relative_bias: holds a number for every distance, so it needs a window; give one")
+    if relative_bias.dim() != 2 or relative_bias.shape[0] != query.shape[2] or relative_bias.shape[1] < window:
+        raise ValueError(
+            f"relative_bias: expected a number for every head and distance, [{query.shape[2]}, {window}], "
+            f"got {list(relative_bias.shape)}"
+        )
+    if not relative_bias.is_floating_point() or relative_bias.device != query.device:
+        raise ValueError(
+            f"relative_bias: expected a floating-point tensor on {query.device}, got {relative_bias.dtype} on "
+            f"{relative_bias.device}"
+        )
+
+
 def check_softcap(softcap: float | None) -> None:
     """Refuse a cap that caps nothing or everything."""
     if softcap is not None and not 0 < softcap < math.inf:

@@ -23,6 +23,7 @@ class Cotangents(NamedTuple):
     lse: Tensor | None
     needs_slopes: bool
     needs_score_bias: bool
+    needs_relative_bias: bool
 
 
 class Gradients(NamedTuple):
@@ -33,6 +34,7 @@ class Gradients(NamedTuple):
     value: Tensor
     slopes: Tensor
     score_bias: Tensor
+    relative_bias: Tensor
 
 
 def _window_attention(*arguments: Any) -> Attended:
@@ -47,7 +49,7 @@ def _window_attention(*arguments: Any) -> Attended:
 
 def _window_attention_backward(*arguments: Any) -> Gradients:
     given, call = _split(arguments)
-    needs_per_head = given.needs_slopes or given.needs_score_bias
+    needs_per_head = given.needs_slopes or given.needs_score_bias or given.needs_relative_bias
     if call.backend == "triton":
         from swat_lm.ops.triton import backward
 
@@ -56,14 +58,17 @@ def _window_attention_backward(*arguments: Any) -> Gradients:
         )
     else:
         *gradients, per_head = blocked.backward(call, given.grad_output, given.grad_lse, needs_per_head)
-    # two of them: outputs of an op may not be one tensor
-    slopes, bias = call.query.new_empty(0), call.query.new_empty(0)
+    # three of them: outputs of an op may not be one tensor
+    slopes, bias, relative = (call.query.new_empty(0) for _ in range(3))
     if call.slopes is not None and given.needs_slopes:
         slopes = per_head.slopes.to(call.slopes.dtype)
     if call.score_bias is not None and given.needs_score_bias:
         bias = per_head.constant.to(call.score_bias.dtype)
+    if call.relative_bias is not None and given.needs_relative_bias:
+        assert per_head.relative is not None
+        relative = per_head.relative.to(call.relative_bias.dtype)
     query, key, value = gradients
-    return Gradients(query, key, value, slopes, bias)
+    return Gradients(query, key, value, slopes, bias, relative)
 
 
 def _fake(*arguments: Any) -> Attended:
@@ -80,12 +85,14 @@ def _fake(*arguments: Any) -> Attended:
 def _fake_backward(*arguments: Any) -> Gradients:
     given, call = _split(arguments)
     query, key, value = (tensor.new_empty(tensor.shape) for tensor in call[:3])
-    slopes, bias = query.new_empty(0), query.new_empty(0)
+    slopes, bias, relative = (query.new_empty(0) for _ in range(3))
     if call.slopes is not None and given.needs_slopes:
         slopes = torch.empty_like(call.slopes)
     if call.score_bias is not None and given.needs_score_bias:
         bias = torch.empty_like(call.score_bias)
-    return Gradients(query, key, value, slopes, bias)
+    if call.relative_bias is not None and given.needs_relative_bias:
+        relative = torch.empty_like(call.relative_bias)
+    return Gradients(query, key, value, slopes, bias, relative)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Cotangents, AttentionCall]:
@@ -93,6 +100,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Cotangents, AttentionCall]:
     return Cotangents(*arguments[:count]), AttentionCall(*arguments[count:])
 
 
+PER_HEAD = ("slopes", "score_bias", "relative_bias")
 _TENSORS = tuple(name for name, kind in get_type_hints(AttentionCall).items() if kind in (Tensor, Tensor | None))
 
 
@@ -115,7 +123,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_:
     gradients: dict[str, Tensor] = {}
     if grad_output is not None or grad_lse is not None:
         needed = dict(zip(call._fields, ctx.needs_input_grad, strict=True))
-        needs = {name: getattr(call, name) is not None and needed[name] for name in ("slopes", "score_bias")}
+        needs = {name: getattr(call, name) is not None and needed[name] for name in PER_HEAD}
         given = Cotangents(
             torch.zeros_like(call.query) if grad_output is None else grad_output,
             grad_lse if call.softmax else None,

@@ -20,6 +20,7 @@ def window_attention_reference(
     scale: float,
     softcap: float | None = None,
     hidden: Tensor | None = None,
+    relative_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return `(output [B, T, H, D], lse [B, T, H] or None)`; arguments as in `swat_lm.ops.window_attention`.
 
@@ -39,6 +40,8 @@ def window_attention_reference(
         scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
         scores = scores + slopes.to(statistics)[:, None, None] * distance.to(statistics)[:, None]
+    if relative_bias is not None:
+        scores = scores + relative_bias.to(statistics)[:, distance.clamp(0, relative_bias.shape[1] - 1)].transpose(0, 1)
     if isinstance(score_bias, Tensor):
         score_bias = score_bias.to(statistics)[:, None, None]
     scores = scores + score_bias

@@ -114,7 +114,7 @@ def periodic_table(window: int, num_kv_heads: int, bias: HeadBias) -> Tensor:
 
     The bias of all places at a position p is the run of W columns that begins at `W - p mod W`.
     """
-    return _periodic_table(window, *_numbers(bias)).unflatten(0, (num_kv_heads, -1))
+    return _periodic(window, bias).unflatten(0, (num_kv_heads, -1))
 
 
 def empty_ring(slots: int, window: int, num_kv_heads: int, head_dim: int, like: Tensor) -> Tensor:
@@ -165,13 +165,20 @@ def _products(
         for head in range(num_kv_heads):
             yield (lambda x, head=head: x[:, head]), keys[:, :, head], values[:, :, head], table[:, head]
         return
-    periodic = _periodic_table(window, *_numbers(bias))
+    periodic = _periodic(window, bias)
     for b, (own, place) in enumerate(zip(slots, positions, strict=True)):
         filled, start = min(place + 1, window), window - place % window
         # a view: the bias of the places that are written
         table = periodic[:, start : start + filled].unflatten(0, (num_kv_heads, -1))
         keys, values = (ring[own, :filled].transpose(0, 1) for ring in (key_ring, value_ring))
         yield (lambda x, b=b: x[b]), keys, values, table
+
+
+def _periodic(window: int, bias: HeadBias) -> Tensor:
+    if bias.relative is None:
+        return _periodic_table(window, *_numbers(bias))
+    # too many numbers to know them again by
+    return bias.at((-torch.arange(2 * window, device=bias.relative.device)).remainder(window))
 
 
 def _numbers(bias: HeadBias) -> tuple[tuple[float, ...], tuple[float, ...], torch.dtype]:
@@ -206,6 +213,7 @@ def step_reference(
     score_function: str,
     scale: float,
     softcap: float | None = None,
+    relative_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Do the same by the definition: put every ring in the order of the stream and attend over it."""
     window = key_ring.shape[1]
@@ -214,7 +222,8 @@ def step_reference(
     keys, values = key_ring[slot[:, None], place], value_ring[slot[:, None], place]
     first = (window - 1 - position).clamp_min(0).to(torch.int32)[:, None]
     return window_attention_reference(
-        query, keys, values, slopes, score_bias, first, None, window, score_function, scale, softcap
+        query, keys, values, slopes, score_bias, first, None, window, score_function, scale, softcap, None,
+        relative_bias,
     )  # fmt: skip
 
 

@@ -43,6 +43,8 @@ class TilesOfHead:
         total = d_scores.sum(0, dtype=d_bias.slopes.dtype)
         d_bias.constant[self.head] += total.sum()
         d_bias.slopes[self.head] += (total * self.tiles.distance).sum()
+        if d_bias.relative is not None:
+            _add_by_distance(total[None], self.tiles.distance, d_bias.relative[self.head : self.head + 1])
 
 
 class HeadsOfTile:
@@ -72,6 +74,13 @@ class HeadsOfTile:
         total = d_scores.to(d_bias.slopes.dtype)
         d_bias.constant[self.heads] += total.sum((1, 2))
         d_bias.slopes[self.heads] += (total * self.tiles.distance).sum((1, 2))
+        if d_bias.relative is not None:
+            _add_by_distance(total, self.tiles.distance, d_bias.relative[self.heads])
+
+
+def _add_by_distance(total: Tensor, distance: Tensor, sums: Tensor) -> None:
+    """Add `[N, rows, keys]` to a view `[N, W]`; pairs outside the window hold zeros."""
+    sums.index_add_(1, distance.clamp(0, sums.shape[1] - 1).flatten(), total.flatten(1))
 
 
 TileBatch = TilesOfHead | HeadsOfTile
@@ -156,7 +165,7 @@ class BiasTables:
 
     def _masked(self, distance: Tensor, heads: slice = slice(None), outside: Tensor | None = None) -> Tensor:
         outside = ~self.band.contains(distance) if outside is None else outside
-        return HeadBias(*(numbers[heads] for numbers in self.bias)).at(distance).masked_fill_(outside, float("-inf"))
+        return self.bias.of(heads).at(distance).masked_fill_(outside, float("-inf"))
 
 
 def _batches(tiles: Tiles, table: Tensor, kv_heads: slice, group_size: int) -> Iterator[TileBatch]:

@@ -17,6 +17,7 @@ from swat_lm.ops.checks import (
     check_choices,
     check_hidden,
     check_inputs,
+    check_relative_bias,
     check_rings,
     check_rotary,
     check_softcap,
@@ -44,6 +45,7 @@ def window_attention(
     rotary: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     hidden: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     precision: str = "auto",
     skip_saturated: bool = False,
     return_lse: bool = False,
@@ -87,6 +89,8 @@ def window_attention(
             slope and bias are added (Gemma 2, arXiv 2408.00118). The triton backend does not have it.
         hidden: bool `[B, S]`, keys that nobody sees, wherever they stand; distances stay. The triton backend does not
             have it; `swat_lm.ops.hiding.hide_keys` does the same for every backend, where nothing is capped.
+        relative_bias: `[H, window]`, added to the score by distance, as T5 has it (`swat_lm.ops.relative_position`).
+            Gets a gradient when it requires one. The triton backend does not have it.
         precision: "exact"; "fast" permits the hardware's approximate tanh for bfloat16 and float16 inputs; "auto"
             leaves the choice to the backend. float32 and float64 are always exact.
         skip_saturated: sigmoid only: permit the triton backend to take weights as 0 or 1 where a head's slope makes
@@ -110,14 +114,15 @@ def window_attention(
     check_visibility(query, key, first_visible, last_visible)
     check_softcap(softcap)
     check_hidden(key, hidden)
+    check_relative_bias(query, relative_bias, window)
     if return_lse and score_function != "softmax":
         raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
     if skip_saturated and score_function != "sigmoid":
         raise ValueError("skip_saturated: only sigmoid weights saturate one by one; softmax weights share their sum")
     check_rotary(query, key, last_visible, rotary)
     factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
-    lacks = "softcap" if softcap is not None else "hidden" if hidden is not None else None
-    backend = choose_backend(backend, query, lacks)
+    lacks = {"softcap": softcap, "hidden": hidden, "relative_bias": relative_bias}
+    backend = choose_backend(backend, query, next((name for name, given in lacks.items() if given is not None), None))
     cos = sin = None
     if rotary is not None and backend == "triton":
         # one row of angles serves all sequences
@@ -128,13 +133,13 @@ def window_attention(
     if backend == "reference":
         output, lse = window_attention_reference(
             query, key, value, slopes, score_bias, first_visible, last_visible, window, score_function, factor,
-            softcap, hidden,
+            softcap, hidden, relative_bias,
         )  # fmt: skip
     else:
         call = AttentionCall(
             query, key, value, window, score_function, factor, slopes, *_tensor_and_number(score_bias), first_visible,
             last_visible, cos, sin, precision, backend, skip_saturated, None if softcap is None else float(softcap),
-            hidden,
+            hidden, relative_bias,
         )  # fmt: skip
         output, lse, *_ = torch.ops.swat_lm.window_attention(*call)
     if return_lse:
@@ -158,6 +163,7 @@ def window_attention_step(
     scale: float | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
+    relative_bias: Tensor | None = None,
     precision: str = "auto",
     return_lse: bool = False,
     batch_invariant: bool = False,
@@ -181,6 +187,7 @@ def window_attention_step(
         position: int64 `[B]`, the new token's place in its stream, from 0.
         rotary: cosine and sine of the new tokens' angles, `[B, 1, D/2]`, or `[1, D/2]` for all: rotate query and key
             before anything else, in the same kernel where there is one.
+        relative_bias: `[H, window]` at least, as in `window_attention`.
         precision: as in `window_attention`; kernels are exact with every one, since a step waits for memory.
         batch_invariant: give a sequence bit for bit the same whatever the others of a batch of this size hold, and
             wherever they stand; on a CPU that takes one sequence at a time.
@@ -196,14 +203,16 @@ def window_attention_step(
     check_inputs(query, key, value, slopes, score_bias, precision)
     check_rings(query, key, key_ring, value_ring, slot, position)
     check_softcap(softcap)
+    check_relative_bias(query, relative_bias, key_ring.shape[1])
     if return_lse and score_function != "softmax":
         raise ValueError("return_lse: only softmax has a normaliser; sigmoid parts over disjoint keys simply add")
     check_rotary(query, key, None, rotary)
-    tensors = [t for t in (query, key, value, slopes, score_bias) if isinstance(t, Tensor)]
+    tensors = [t for t in (query, key, value, slopes, score_bias, relative_bias) if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise ValueError("window_attention_step is for inference: call it under torch.no_grad() or inference_mode()")
     factor = float(query.shape[-1]) ** -0.5 if scale is None else float(scale)
-    backend = choose_backend(backend, query, None if softcap is None else "softcap")
+    lacks = "softcap" if softcap is not None else None if relative_bias is None else "relative_bias"
+    backend = choose_backend(backend, query, lacks)
     cos = sin = None
     if rotary is not None and backend == "triton":
         cos, sin = (x.reshape(-1, 1, x.shape[-1]).expand(query.shape[0], -1, -1) for x in rotary)
@@ -212,13 +221,13 @@ def window_attention_step(
     if backend == "reference":
         output, lse = ring.step_reference(
             query, key, value, key_ring, value_ring, slot, position, slopes, score_bias, score_function, factor,
-            softcap,
+            softcap, relative_bias,
         )  # fmt: skip
         return (output, lse) if return_lse and lse is not None else output
     call = StepCall(
         query, key, value, key_ring, value_ring, slot, position, score_function, factor, slopes,
         *_tensor_and_number(score_bias), cos, sin, backend, None if softcap is None else float(softcap),
-        batch_invariant,
+        batch_invariant, relative_bias,
     )  # fmt: skip
     # the op exists for torch.compile; called eagerly, its dispatch would cost as much as a small step
     if torch.compiler.is_compiling():

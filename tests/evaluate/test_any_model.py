@@ -116,7 +116,7 @@ def test_free_memory_is_found(monkeypatch, tmp_path):
     assert limits.available_bytes(torch.device("meta")) is None
     if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
         # as of a system without that table
-        monkeypatch.setattr(limits, "Path", lambda _: tmp_path / "none")
+        monkeypatch.setattr("swat_lm.ops.memory.Path", lambda _: tmp_path / "none")
         assert limits.available_bytes(torch.device("cpu")) > 2**20
 
 

@@ -6,8 +6,8 @@ from swat_lm.layers import LAYERS
 from tests.layers.contract import CHECKS, Check, Subject, name_of
 from tests.layers.sharded import launch
 
-# settings with which what a kind does happens within the suite's few tokens
-SMALL = {"sparsek": {"kind": "sparsek", "k": 3, "sliding_window": 4}}
+# settings with which what a kind does happens within the suite's few tokens, and in little time
+SMALL = {"spade": {"kind": "spade", "state_size": 8}, "sparsek": {"kind": "sparsek", "k": 3, "sliding_window": 4}}
 
 SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS] + [
     Subject(
@@ -18,6 +18,16 @@ SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS] + [
             {"kind": "sparsek", "k": 2, "candidates": 3, "sliding_window": 5, "masking": "straight",
              "use_rotary": False, "position_slope": 0.1},
         ],
+    ),
+    Subject(
+        "state spaces",
+        [
+            {"kind": "spade", "state_size": 4, "fusion": "add", "ssm": "s4d", "score_function": "softmax",
+             "slopes": "none", "use_rotary": False, "taps": "cauchy", "relative_bias": "own"},
+            {"kind": "spade", "state_size": 6, "fusion": "stack", "taps": "cauchy", "sliding_window": 5},
+            {"kind": "attention", "relative_bias": "shared", "sliding_window": 3, "score_function": "softmax"},
+        ],
+        {"norm": "layer"},
     ),
     Subject("interleaved", ["mamba2", "attention"]),
     Subject("window and full", ["attention", {"kind": "attention", "sliding_window": None}]),

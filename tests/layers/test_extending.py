@@ -91,7 +91,7 @@ def test_the_plan_on_the_page(kind):
         ({"longest_memory": "long"}, r"layers\[0\] \(average\): longest_memory must be a finite number; got 'long'"),
         (
             {"sliding_window": 5},
-            r"layers\[0\] \(average\): 'sliding_window' is a setting of attention.*, not of average",
+            r"layers\[0\] \(average\): 'sliding_window' is a setting of attention, .*not of average",
         ),
     ],
 )

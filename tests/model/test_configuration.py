@@ -97,7 +97,7 @@ def test_rotary_base_has_one_home():
         ({"layers": [{"knd": "mamba2"}]}, r"layers\[0\]: expected a kind or a mapping with the key 'kind'"),
         (
             {"layers": [{"kind": ["mamba2"]}]},
-            r"layers\[0\]: kind must be text, one of attention, mamba2.*; got \['mamba2'\]",
+            r"layers\[0\]: kind must be text, one of attention, mamba2, .*; got \['mamba2'\]",
         ),
         ({"layers": ["attention", "mamba3"]}, r"layers\[1\]: unknown kind 'mamba3'; did you mean 'mamba2'\?"),
         ({"layers": [{"kind": "mamba2", "state_sise": 3}]}, "unknown setting 'state_sise'; did you mean 'state_size'"),
@@ -124,7 +124,7 @@ def test_rotary_base_has_one_home():
             {"layers": ["attention", {"kind": "attention", "num_attention_heads": 5}]},
             r"layers\[1\] \(attention\): num_attention_heads: 5 heads do not divide hidden_size 32",
         ),
-        ({"state_size": 16}, "it is a setting of mamba2: write it in layers, {kind: mamba2, state_size: ...}"),
+        ({"state_size": 16}, r"it is a setting of mamba2 .*: write it in layers, \{kind: mamba2, state_size: ...\}"),
         ({"layer_types": ["sliding_attention"]}, "layer_types: expected 2 entries"),
         ({"layer_types": ["sliding_attention", "chunked_attention"]}, "layer_types: layer 1"),
         ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": [3, 4]}, "layer 1 is 'full_att"),

@@ -101,7 +101,7 @@ def test_results_have_the_strides_the_fake_kernels_promise():
     query, key, value = query.transpose(1, 2).contiguous().transpose(1, 2), key, value
     call = AttentionCall(query, key, value, 4, "softmax", 0.3, backend="blocked")
     results = torch.ops.swat_lm.window_attention(*call)
-    given = Cotangents(torch.ones_like(query), None, None, None, needs_slopes=False, needs_score_bias=False)
+    given = Cotangents(torch.ones_like(query), None, None, None, *[False] * 3)
     grads = torch.ops.swat_lm.window_attention_backward(*given, *call)
     for result in (*results, *grads):
         assert result.is_contiguous()

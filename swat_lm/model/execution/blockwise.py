@@ -44,12 +44,20 @@ class Blockwise(Execution):
     Settings = BlockSettings
 
     def refuses(self, layers: Sequence[Layer]) -> str | None:
-        """Anything but attention, and first tokens beside a window."""
+        """Anything but attention that looks back, first tokens beside a window, and what layers share."""
         for index, layer in enumerate(layers):
             if not isinstance(layer, AttentionLayer) or layer.name != AttentionLayer.name:
                 return f"layer {index} ({layer.name}) is no layer of attention: take chunks or checkpoint"
             if attention_of(layer).first_tokens is not None:
                 return f"layer {index} ({layer.name}) keeps first tokens beside its window: take chunks or checkpoint"
+            settings = attention_of(layer).settings
+            if settings.bidirectional:
+                return f"layer {index} ({layer.name}) looks both ways, and blocks follow one another: take checkpoint"
+            if settings.relative_bias == "shared":
+                return (
+                    f"layer {index} ({layer.name}) shares its relative bias with others, so that its gradient is no "
+                    "layer's own: set relative_bias: own, or take chunks or checkpoint"
+                )
         return None
 
     def enter(self, layers: Sequence[Layer]) -> None:

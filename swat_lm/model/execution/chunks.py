@@ -77,9 +77,11 @@ class ReverseChunks(Execution):
                     )
             if layer.judges_rows:
                 return (
-                    f"layer {index} ({layer.name}) has a loss of each row as a whole, to which chunks do not add up: set "
-                    "its weight to 0, or take checkpoint"
+                    f"layer {index} ({layer.name}) has a loss of each row as a whole, to which chunks do not add up: "
+                    "set its weight to 0, or take checkpoint"
                 )
+            if layer.refuses_past():
+                return f"layer {index} ({layer.name}): {layer.refuses_past()}"
             if layer.shortens:
                 return f"layer {index} ({layer.name}) shortens rows, which chunks cannot follow: take checkpoint"
         return None

@@ -20,6 +20,14 @@ def check_chunk(layers: Sequence[Layer], chunk: Chunk) -> None:
             raise ValueError(f"layer {index} ({layer.name}): {reason}")
 
 
+def check_goes_on(layers: Sequence[Layer]) -> None:
+    """Raise ValueError, naming the layer, where one cannot go on from a past."""
+    for index, layer in enumerate(layers):
+        reason = layer.refuses_past()
+        if reason is not None:
+            raise ValueError(f"layer {index} ({layer.name}): {reason}")
+
+
 def run_layers(
     layers: Sequence[Layer], hidden: Tensor, chunk: Chunk, pasts: Sequence[Past] | None = None
 ) -> tuple[Tensor, list[Any], list[Auxiliary]]:
@@ -28,6 +36,8 @@ def run_layers(
     A layer that shortens hands fewer tokens on. Raises ValueError for a chunk that a layer refuses.
     """
     check_chunk(layers, chunk)
+    if pasts is not None:
+        check_goes_on(layers)
     after, said = [], []
     for index, layer in enumerate(layers):
         past = None if pasts is None else pasts[index]

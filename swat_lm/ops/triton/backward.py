@@ -42,12 +42,12 @@ def backward(
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1], key.shape[2]
     contiguous = torch.contiguous_format
-    grad_bias = HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias))
+    grad_bias = HeadBias(*(torch.zeros_like(t, dtype=torch.float64) for t in bias[:2]))
     if 0 in (query.numel(), key.numel()):
         d_query, d_key, d_value = (torch.zeros_like(t, memory_format=contiguous) for t in (query, key, value))
         return d_query, d_key, d_value, grad_bias
     query, key, value, grad_output = (with_dense_channels(t) for t in (query, key, value, grad_output))
-    bias, rows, fast = HeadBias(*(t.contiguous() for t in bias)), Rows.of(call), is_fast(call)
+    bias, rows, fast = HeadBias(*(t.contiguous() for t in bias[:2])), Rows.of(call), is_fast(call)
     problem = Problem.of(query, key, rows.window, call.score_function)
     # to rotate a padded head back in registers would spill a hundred of them: it takes passes of its own, in float32
     rotates = cos is not None and head_dim == problem.block_dim

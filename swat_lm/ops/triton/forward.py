@@ -47,7 +47,7 @@ def forward(call: AttentionCall) -> Attended:
     if output.numel() == 0:
         return Attended(output, lse, rotated, query.new_empty(0 if cos is None else key.shape))
     query, key, value = (with_dense_channels(t) for t in (query, key, value))
-    bias, rows = HeadBias(*(t.contiguous() for t in call.head_bias())), Rows.of(call)
+    bias, rows = HeadBias(*(t.contiguous() for t in call.head_bias()[:2])), Rows.of(call)
     fast = is_fast(call)
     if cos is not None and sin is not None:
         key = rotate(key, cos, sin, key.dtype)
