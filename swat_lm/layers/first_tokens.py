@@ -130,6 +130,11 @@ def whole_vectors(scores: Tensor) -> Tensor:
     return F.pad(scores, (0, -scores.shape[-1] % 16), value=NOTHING_SEEN)
 
 
+def all_in_window(span: Tensor, num_tokens: int, window: int) -> bool:
+    """Whether a chunk's tokens see all their first tokens in the window; a device that would be waited for says no."""
+    return span.device.type == "cpu" and bool((span[:, 0] + num_tokens <= window).all())
+
+
 def pick(items: Tensor, source: Tensor) -> Tensor:
     """`items [B, X, K, D]` at `source [B, S]`, `[B, S, K, D]`."""
     return items.gather(1, source[:, :, None, None].expand(-1, -1, *items.shape[2:]))
@@ -166,6 +171,8 @@ class FirstTokens:
         layout, before = layout_of(chunk, query.shape[0]), None
         if past is not None:
             before = past.merge(self._own(key, value, layout), join_first)
+            if is_eager and all_in_window(before["sink_span"], num_tokens, window):
+                return None
             key, value = (torch.cat((before[name], x.to(before[name].dtype)), dim=1)
                           for name, x in (("sink_key", key), ("sink_value", value)))  # fmt: skip
         seen = self._seen(chunk, layout, window, before)
