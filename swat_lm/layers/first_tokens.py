@@ -227,9 +227,8 @@ class FirstTokens:
         if by_place:
             angles = chunk.step_angles(attention.rotary, query.dtype)  # type: ignore[arg-type]
             query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
-        # the token's place in its stream, and how many first tokens have left its window
+        # the token's place in its stream
         place = kept["sink_span"][slot, 0]
-        gone = (place - window + 1).clamp(0, self.count)
         kept["sink_span"][slot, 0] = place + 1
         if place.device.type == "cpu":
             places = place.tolist()
@@ -237,6 +236,8 @@ class FirstTokens:
                 if min(places) < self.count:
                     self._kept_with(key, value, place, past)
                 return None
+        # how many have left its window
+        gone = (place - window + 1).clamp(0, self.count)
         keys, values = self._kept_with(key, value, place, past)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if attention.rotary is not None and self.by_cache:

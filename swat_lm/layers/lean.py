@@ -17,7 +17,7 @@ from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.first_tokens import Heads, join_heads
 from swat_lm.layers.norm import RMSNorm
 from swat_lm.ops.head_bias import head_bias, score_dtype
-from swat_lm.ops.ring import periodic_table, step_together
+from swat_lm.ops.ring import periodic_table, step_by_row, step_together
 from swat_lm.ops.rotary import rotate_paired
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class AttentionPlan(LayerPlan):
         self.down = Matrix(feed_forward.down_proj.weight.detach().t())
         # the bias of the ring's places
         self._table: Tensor | None = None
+        self._adds_nothing = False
 
     def matrices(self) -> tuple[Matrix, ...]:
         """All of them."""
@@ -152,18 +153,32 @@ class AttentionPlan(LayerPlan):
     ) -> Tensor:
         attention, ring = self.attention, past.kept["key"]
         settings = attention.settings
-        if position is None or key.dtype != ring.dtype or settings.attention_backend == "reference":
+        if (
+            key.dtype != ring.dtype
+            or settings.attention_backend == "reference"
+            or (position is None and not chunk.batch_invariant)
+        ):
             return self.attention.attend_step(query, key, value, past, None, far, chunk.batch_invariant)
+        options = {"return_lse": attention.asks_for_lse, "softcap": settings.attn_logit_softcapping}
+        settled = settings.score_function, attention.scale
+        rings, table = (ring, past.kept["value"]), self._bias_table(query, ring)
+        if position is None:
+            table = None if self._adds_nothing else table
+            output, lse = step_by_row(query, key, value, *rings, past.slot, past.position, table, *settled, **options)
+        else:
+            output, lse = step_together(query, key, value, *rings, position, table, *settled, **options)
+        return self.attention.heads_output(join_heads(output if lse is None else (output, lse), far))
+
+    def _bias_table(self, query: Tensor, ring: Tensor) -> Tensor:
+        """What is added to the scores of a ring's places, see `periodic_table`."""
         table = self._table
         # a ring of full attention grows
         if table is None or table.shape[2] != 2 * ring.shape[1] or table.dtype != score_dtype(query):
-            bias = head_bias(self.attention.slopes_on(ring.device), None, self.attention.score_bias, query)
-            table = self._table = periodic_table(ring.shape[1], settings.num_key_value_heads, bias)
-        output, lse = step_together(
-            query, key, value, ring, past.kept["value"], position, table, settings.score_function,
-            attention.scale, return_lse=attention.asks_for_lse, softcap=settings.attn_logit_softcapping,
-        )  # fmt: skip
-        return self.attention.heads_output(join_heads(output if lse is None else (output, lse), far))
+            attention = self.attention
+            bias = head_bias(attention.slopes_on(ring.device), None, attention.score_bias, query)
+            table = self._table = periodic_table(ring.shape[1], attention.settings.num_key_value_heads, bias)
+            self._adds_nothing = not bool(table.any())
+        return table
 
 
 def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:
