@@ -228,8 +228,9 @@ class FirstTokens:
             angles = chunk.step_angles(attention.rotary, query.dtype)  # type: ignore[arg-type]
             query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
         # the token's place in its stream
-        place = kept["sink_span"][slot, 0]
-        kept["sink_span"][slot, 0] = place + 1
+        items = kept["sink_span"].select(1, 0)
+        place = items.index_select(0, slot)
+        items.index_copy_(0, slot, place + 1)
         if place.device.type == "cpu":
             places = place.tolist()
             if max(places) < window:

@@ -180,7 +180,9 @@ class AttentionPlan(LayerPlan):
             or (position is None and not chunk.batch_invariant)
         ):
             return self.attention.attend_step(query, key, value, past, None, far, chunk.batch_invariant)
-        options = {"return_lse": attention.asks_for_lse, "softcap": settings.attn_logit_softcapping}
+        # what first tokens take is nothing where none is behind a window
+        asks_for_lse = settings.learned_sink or (attention.asks_for_lse and far is not None)
+        options = {"return_lse": asks_for_lse, "softcap": settings.attn_logit_softcapping}
         settled = settings.score_function, attention.scale
         rings, table = (ring, past.kept["value"]), self._bias_table(query, ring)
         if position is None:
