@@ -41,6 +41,7 @@ class Matrix:
         self._num_pieces = 1
         self._pieces = matrix.unsqueeze(0)
         self._panels: Tensor | None = None
+        self._left = 0
 
     def cut(self, num_threads: int) -> None:
         """Cut the outputs into equal pieces of at least MIN_OUTPUTS, at most one per thread."""
@@ -55,20 +56,29 @@ class Matrix:
         PyTorch's product of a few rows with a wide matrix copies most of the matrix on the way, or strides through it:
         a batch of products with panels that a cache holds does neither, and takes two thirds of the time.
         """
-        if self.whole.shape[1] % PANEL == 0:
-            self._panels = self.whole.unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
+        if not self.panel_bytes:
+            return
+        left = self.whole.shape[1] % PANEL
+        panels = self.whole[:, : self.whole.shape[1] - left].unflatten(1, (-1, PANEL)).transpose(0, 1)
+        # the last outputs as a whole panel: in a narrow product a row's bits depend on its place
+        self._panels = torch.cat((panels, self.whole[None, :, -PANEL:])) if left else panels.contiguous()
+        self._left = left
 
     @property
     def panel_bytes(self) -> int:
-        """What panels take, or would take."""
-        return self.whole.numel() * self.whole.element_size() if self.whole.shape[1] % PANEL == 0 else 0
+        """What panels take, or would take; none are made of fewer outputs than one has."""
+        num_inputs, num_outputs = self.whole.shape
+        return 0 if num_outputs < PANEL else num_inputs * -(-num_outputs // PANEL) * PANEL * self.whole.element_size()
 
     def times(self, rows: Tensor) -> Tensor:
         """`rows [B, inputs]` times the matrix, `[B, outputs]`."""
         panels = self._panels
         if panels is not None and rows.shape[0] in PANEL_ROWS:
             product = torch.bmm(rows.expand(panels.shape[0], *rows.shape), panels)
-            return product.transpose(0, 1).reshape(rows.shape[0], -1)
+            outputs = product.transpose(0, 1).reshape(rows.shape[0], -1)
+            if self._left:
+                return torch.cat((outputs[:, :-PANEL], outputs[:, -self._left :]), dim=1)
+            return outputs
         if self._num_pieces == 1 or rows.shape[0] > 1:
             return torch.mm(rows, self.whole)
         return torch.bmm(rows.expand(self._num_pieces, 1, -1), self._pieces).view(1, -1)

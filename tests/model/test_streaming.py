@@ -178,10 +178,14 @@ def test_a_matrix_in_panels_is_the_matrix_and_each_row_its_own(by_rows):
     # to the bit, at any place among any mates
     assert torch.equal(matrix.times(torch.cat((rows[:1], rows[30:37])))[0], matrix.times(rows[:8])[0])
     assert torch.equal(*[matrix.times(rows[list(order)])[order.index(3)] for order in ((3, 9, 8, 7), (5, 6, 1, 3))])
-    odd = Matrix(torch.randn(40, 33))
-    odd.lay_out_panels()
-    assert odd.panel_bytes == 0
-    torch.testing.assert_close(odd.times(rows[:3]), rows[:3] @ odd.whole)
+    for outputs, in_panels in ((33, 64), (31, 0), (70, 96)):
+        odd = Matrix(torch.randn(40, outputs))
+        odd.lay_out_panels()
+        assert odd.panel_bytes == 4 * 40 * in_panels
+        found = odd.times(rows[:3])
+        torch.testing.assert_close(found, rows[:3] @ odd.whole)
+        if in_panels:
+            assert torch.equal(odd.times(rows[[7, 2, 0]])[1:], found[[2, 0]])
 
 
 def test_panels_are_made_where_all_fit():
