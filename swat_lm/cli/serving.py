@@ -120,6 +120,7 @@ def serve(
         model_name(checkpoint), max_new_tokens, size_of(max_body, "--max-body"), max_waiting,
         keys_of(api_key_file), rate_limit, tuple(cors_origin or ()), log_prompts,
     )  # fmt: skip
+    panel_bytes = 0 if panel_memory.strip() == "0" else size_of(panel_memory, "--panel-memory")
     # before the model, which takes long to load
     socket = listen(host, port)
     place = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
@@ -128,7 +129,6 @@ def serve(
             f"warning: whoever reaches {host} may ask, since no API key is set: see --api-key-file", markup=False
         )
     policy = Policy(session_every, session_idle, session_expiry)
-    panel_bytes = 0 if panel_memory.strip() == "0" else size_of(panel_memory, "--panel-memory")
     engine_host, kept = hosted(
         opener(checkpoint, tokenizer, device, limits, cuda_graphs, panel_bytes), sessions, policy
     )
