@@ -66,11 +66,15 @@ def hellaswag(path: Path) -> Iterator[Row]:
 
 
 def articles(path: Path) -> Iterator[Row]:
-    """WikiText cut before each heading of the first level; a formula `= x =` cuts too, as in the harness's data set."""
+    """WikiText cut before each heading of the first level; a formula `= x =` cuts too, as in the harness's data set.
+
+    The last line's end stays: that data set splits the file at line ends and joins what belongs together.
+    """
     lines = text_of(path).splitlines(keepends=True)
     starts = [number for number, line in enumerate(lines) if re.fullmatch(r" = (?!= ).* (?<!= )= ?\n", line)]
     for begin, end in itertools.pairwise([0, *starts, len(lines)]):
-        page = "".join(lines[begin:end]).removesuffix("\n")
+        page = "".join(lines[begin:end])
+        page = page if end == len(lines) else page.removesuffix("\n")
         if page.strip():
             yield {"page": page}
 

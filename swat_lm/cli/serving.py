@@ -33,7 +33,7 @@ NEEDS = ("fastapi", "llguidance", "prometheus_client", "uvicorn")
 KEY_VARIABLE = "SWAT_LM_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-SLOTS, PIECE, WAITING = 8, 256, 256
+SLOTS, PIECE, WAITING, PANELS = 8, 256, 256, "1GiB"
 
 
 def serve(
@@ -84,6 +84,9 @@ def serve(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="On a GPU: decode by recorded graphs, where no layer keeps all.")
     ] = False,
+    panel_memory: Annotated[
+        str, typer.Option(help="On a CPU: most a second copy of the weights may take, for faster batches; 0: none.")
+    ] = PANELS,
     tokenizer: TOKENIZER = None,
     device: DEVICE = None,
 ) -> None:
@@ -117,6 +120,7 @@ def serve(
         model_name(checkpoint), max_new_tokens, size_of(max_body, "--max-body"), max_waiting,
         keys_of(api_key_file), rate_limit, tuple(cors_origin or ()), log_prompts,
     )  # fmt: skip
+    panel_bytes = 0 if panel_memory.strip() == "0" else size_of(panel_memory, "--panel-memory")
     # before the model, which takes long to load
     socket = listen(host, port)
     place = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
@@ -125,7 +129,9 @@ def serve(
             f"warning: whoever reaches {host} may ask, since no API key is set: see --api-key-file", markup=False
         )
     policy = Policy(session_every, session_idle, session_expiry)
-    engine_host, kept = hosted(opener(checkpoint, tokenizer, device, limits, cuda_graphs), sessions, policy)
+    engine_host, kept = hosted(
+        opener(checkpoint, tokenizer, device, limits, cuda_graphs, panel_bytes), sessions, policy
+    )
     server = Server(create_app(engine_host, settings, kept, cutter), engine_host, drain_seconds)
     messages().print(f"listening on {place}, model {settings.model!r}; loading", markup=False)
     log_lines()
@@ -156,7 +162,12 @@ def cutter(tokens: "PreTrainedTokenizerFast") -> "Cut":
 
 
 def opener(
-    checkpoint: str, tokenizer: str | None, device: str | None, limits: "Limits", graphs: bool = False
+    checkpoint: str,
+    tokenizer: str | None,
+    device: str | None,
+    limits: "Limits",
+    graphs: bool = False,
+    panel_bytes: int = 0,
 ) -> "Callable[[HostedSessions | None], Engine]":
     """What loads the model, in the thread in which it will run; sessions take part from then on."""
 
@@ -168,8 +179,10 @@ def opener(
         if sessions is not None:
             # goes with every session, and is formed faster while the weights lie in rows
             fingerprint(model)
+        copied = 0
         if model.device.type == "cpu":
-            model.arrange_for_decoding()
+            # one row at a time has no use for panels
+            copied = model.arrange_for_decoding(panel_bytes if limits.num_slots > 1 else 0)
         restorable = sessions is not None
         engine = Engine(model, limits, tokens, end_tokens(model, tokens), restorable=restorable, graphs=graphs)
         if sessions is not None:
@@ -177,7 +190,8 @@ def opener(
         each = engine.slots.num_bytes // engine.slots.batch_size
         messages().print(
             f"ready: {counted(limits.num_slots, 'slot')} of {counted(each, 'byte')}"
-            + (f", for {counted(limits.capacity, 'token')} each" if limits.capacity is not None else ""),
+            + (f", for {counted(limits.capacity, 'token')} each" if limits.capacity is not None else "")
+            + (f"; weights a second time for batches, {counted(copied, 'byte')}" if copied else ""),
             markup=False,
         )
         return engine

@@ -66,7 +66,7 @@ def _attend(
         value,
         window=window + ahead,
         score_function=attention.settings.score_function,
-        score_bias=attention.score_bias,
+        score_bias=attention.bias(),
         scale=attention.scale,
         last_visible=last.expand(batch, -1).contiguous(),
         softcap=attention.settings.attn_logit_softcapping,

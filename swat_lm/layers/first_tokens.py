@@ -130,6 +130,11 @@ def whole_vectors(scores: Tensor) -> Tensor:
     return F.pad(scores, (0, -scores.shape[-1] % 16), value=NOTHING_SEEN)
 
 
+def all_in_window(span: Tensor, num_tokens: int, window: int) -> bool:
+    """Whether a chunk's tokens see all their first tokens in the window; a device that would be waited for says no."""
+    return span.device.type == "cpu" and bool((span[:, 0] + num_tokens <= window).all())
+
+
 def pick(items: Tensor, source: Tensor) -> Tensor:
     """`items [B, X, K, D]` at `source [B, S]`, `[B, S, K, D]`."""
     return items.gather(1, source[:, :, None, None].expand(-1, -1, *items.shape[2:]))
@@ -166,6 +171,8 @@ class FirstTokens:
         layout, before = layout_of(chunk, query.shape[0]), None
         if past is not None:
             before = past.merge(self._own(key, value, layout), join_first)
+            if is_eager and all_in_window(before["sink_span"], num_tokens, window):
+                return None
             key, value = (torch.cat((before[name], x.to(before[name].dtype)), dim=1)
                           for name, x in (("sink_key", key), ("sink_value", value)))  # fmt: skip
         seen = self._seen(chunk, layout, window, before)
@@ -220,16 +227,18 @@ class FirstTokens:
         if by_place:
             angles = chunk.step_angles(attention.rotary, query.dtype)  # type: ignore[arg-type]
             query, key = rotate_paired(query, *angles), rotate_paired(key, *angles)
-        # the token's place in its stream, and how many first tokens have left its window
-        place = kept["sink_span"][slot, 0]
-        gone = (place - window + 1).clamp(0, self.count)
-        kept["sink_span"][slot, 0] = place + 1
+        # the token's place in its stream
+        items = kept["sink_span"].select(1, 0)
+        place = items.index_select(0, slot)
+        items.index_copy_(0, slot, place + 1)
         if place.device.type == "cpu":
             places = place.tolist()
             if max(places) < window:
                 if min(places) < self.count:
                     self._kept_with(key, value, place, past)
                 return None
+        # how many have left its window
+        gone = (place - window + 1).clamp(0, self.count)
         keys, values = self._kept_with(key, value, place, past)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if attention.rotary is not None and self.by_cache:
@@ -268,8 +277,7 @@ class FirstTokens:
             slopes, biases = attention.slopes_on(query.device), bias.to(precise)[:, None]
             if slopes is not None:
                 # the last of those that are seen is W away
-                away = (gone[:, None] - 1 - order).to(precise)
-                biases = biases + slopes.to(precise)[:, None] * away[:, None]
+                biases = biases + slopes.to(precise)[:, None] * (gone[:, None] - 1 - order).to(precise)[:, None]
             scores += biases.expand(batch, -1, self.count).view(*scores.shape)
         elif bias:
             scores += bias

@@ -17,7 +17,7 @@ from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.first_tokens import Heads, join_heads
 from swat_lm.layers.norm import RMSNorm
 from swat_lm.ops.head_bias import head_bias, score_dtype
-from swat_lm.ops.ring import periodic_table, step_together
+from swat_lm.ops.ring import periodic_table, step_by_row, step_together
 from swat_lm.ops.rotary import rotate_paired
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # narrower pieces of a matrix are read more slowly than a thread gains
 MIN_OUTPUTS = 128
+# outputs of a panel, and the batches that are multiplied by panels: fewer or more rows are faster by the whole matrix
+PANEL, PANEL_ROWS = 32, range(2, 49)
 
 
 class Matrix:
@@ -38,6 +40,8 @@ class Matrix:
         self.whole = matrix
         self._num_pieces = 1
         self._pieces = matrix.unsqueeze(0)
+        self._panels: Tensor | None = None
+        self._left = 0
 
     def cut(self, num_threads: int) -> None:
         """Cut the outputs into equal pieces of at least MIN_OUTPUTS, at most one per thread."""
@@ -46,15 +50,42 @@ class Matrix:
         self._num_pieces = max(count for count in range(1, most + 1) if num_outputs % count == 0)
         self._pieces = self.whole.unflatten(1, (self._num_pieces, -1)).transpose(0, 1)
 
+    def lay_out_panels(self) -> None:
+        """Hold the numbers a second time, in panels of a few outputs, each in one piece of memory.
+
+        PyTorch's product of a few rows with a wide matrix copies most of the matrix on the way, or strides through it:
+        a batch of products with panels that a cache holds does neither, and takes two thirds of the time.
+        """
+        if not self.panel_bytes:
+            return
+        left = self.whole.shape[1] % PANEL
+        panels = self.whole[:, : self.whole.shape[1] - left].unflatten(1, (-1, PANEL)).transpose(0, 1)
+        # the last outputs as a whole panel: in a narrow product a row's bits depend on its place
+        self._panels = torch.cat((panels, self.whole[None, :, -PANEL:])) if left else panels.contiguous()
+        self._left = left
+
+    @property
+    def panel_bytes(self) -> int:
+        """What panels take, or would take; none are made of fewer outputs than one has."""
+        num_inputs, num_outputs = self.whole.shape
+        return 0 if num_outputs < PANEL else num_inputs * -(-num_outputs // PANEL) * PANEL * self.whole.element_size()
+
     def times(self, rows: Tensor) -> Tensor:
         """`rows [B, inputs]` times the matrix, `[B, outputs]`."""
+        panels = self._panels
+        if panels is not None and rows.shape[0] in PANEL_ROWS:
+            product = torch.bmm(rows.expand(panels.shape[0], *rows.shape), panels)
+            outputs = product.transpose(0, 1).reshape(rows.shape[0], -1)
+            if self._left:
+                return torch.cat((outputs[:, :-PANEL], outputs[:, -self._left :]), dim=1)
+            return outputs
         if self._num_pieces == 1 or rows.shape[0] > 1:
             return torch.mm(rows, self.whole)
         return torch.bmm(rows.expand(self._num_pieces, 1, -1), self._pieces).view(1, -1)
 
     def times_plus(self, rows: Tensor, residual: Tensor) -> Tensor:
         """`residual [B, outputs]` and the product."""
-        if self._num_pieces == 1 or rows.shape[0] > 1:
+        if self._panels is None and (self._num_pieces == 1 or rows.shape[0] > 1):
             return torch.addmm(residual, rows, self.whole)
         return self.times(rows).add_(residual)
 
@@ -116,6 +147,7 @@ class AttentionPlan(LayerPlan):
         # the bias of the ring's places, and with which state of what is learned it was made
         self._table: Tensor | None = None
         self._table_of: tuple[int, ...] = ()
+        self._adds_nothing = False
 
     def matrices(self) -> tuple[Matrix, ...]:
         """All of them."""
@@ -153,9 +185,28 @@ class AttentionPlan(LayerPlan):
     ) -> Tensor:
         attention, ring = self.attention, past.kept["key"]
         settings = attention.settings
-        if position is None or key.dtype != ring.dtype or settings.attention_backend == "reference":
+        if (
+            key.dtype != ring.dtype
+            or settings.attention_backend == "reference"
+            or (position is None and not chunk.batch_invariant)
+        ):
             return self.attention.attend_step(query, key, value, past, None, far, chunk.batch_invariant)
-        table, learned = self._table, (attention.slopes, attention.score_bias)
+        # what first tokens take is nothing where none is behind a window
+        asks_for_lse = settings.learned_sink or (attention.asks_for_lse and far is not None)
+        options = {"return_lse": asks_for_lse, "softcap": settings.attn_logit_softcapping}
+        settled = settings.score_function, attention.scale
+        rings, table = (ring, past.kept["value"]), self._bias_table(query, ring)
+        if position is None:
+            table = None if self._adds_nothing else table
+            output, lse = step_by_row(query, key, value, *rings, past.slot, past.position, table, *settled, **options)
+        else:
+            output, lse = step_together(query, key, value, *rings, position, table, *settled, **options)
+        return self.attention.heads_output(join_heads(output if lse is None else (output, lse), far))
+
+    def _bias_table(self, query: Tensor, ring: Tensor) -> Tensor:
+        """What is added to the scores of a ring's places, see `periodic_table`."""
+        attention, table = self.attention, self._table
+        learned = attention.slopes, attention.score_bias
         made_of = tuple(-1 if parameter is None else parameter._version for parameter in learned)
         # a ring of full attention grows, and an optimizer's step leaves parameters in their places
         if (
@@ -165,15 +216,11 @@ class AttentionPlan(LayerPlan):
             or made_of != self._table_of
         ):
             number = attention.bias()
-            bias = (number, 0.0) if isinstance(number, Tensor) else (None, number)
-            table_bias = head_bias(attention.slopes_on(ring.device), *bias, query)
-            table = self._table = periodic_table(ring.shape[1], settings.num_key_value_heads, table_bias)
-            self._table_of = made_of
-        output, lse = step_together(
-            query, key, value, ring, past.kept["value"], position, table, settings.score_function,
-            attention.scale, return_lse=attention.asks_for_lse, softcap=settings.attn_logit_softcapping,
-        )  # fmt: skip
-        return self.attention.heads_output(join_heads(output if lse is None else (output, lse), far))
+            given = (number, 0.0) if isinstance(number, Tensor) else (None, number)
+            bias = head_bias(attention.slopes_on(ring.device), *given, query)
+            table = self._table = periodic_table(ring.shape[1], attention.settings.num_key_value_heads, bias)
+            self._table_of, self._adds_nothing = made_of, not bool(table.any())
+        return table
 
 
 def plan_attention(layer: "AttentionLayer") -> AttentionPlan | None:

@@ -37,6 +37,11 @@ class DecodingPlan:
         self._held: Held = [held for plan in self.layers if plan is not None for held in plan.held] + self._norm_held
         self.num_threads = 1
 
+    def matrices(self) -> list[Matrix]:
+        """Of all layers, and of the output embedding."""
+        matrices = [matrix for plan in self.layers if plan is not None for matrix in plan.matrices()]
+        return matrices if self.head is None else [*matrices, self.head]
+
     def _is_whole(self, layers: Sequence[Layer]) -> bool:
         """Whether all layers and the norm are as planned: looked at in one go, since it is done for every token."""
         return are_in_place(self._held) and all(map(is_, layers, self._planned))
@@ -64,8 +69,7 @@ class DecodingPlan:
         """
         if self.num_threads != torch.get_num_threads():
             self.num_threads = torch.get_num_threads()
-            matrices = [matrix for plan in self.layers if plan is not None for matrix in plan.matrices()]
-            for matrix in (*matrices, *([] if self.head is None else [self.head])):
+            for matrix in self.matrices():
                 matrix.cut(self.num_threads)
         places = set(positions.tolist()) if may_share else set()
         position = places.pop() if len(places) == 1 else None

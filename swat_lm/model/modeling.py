@@ -107,8 +107,7 @@ class SwatModel(SwatPreTrainedModel):
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
         # the model's own kinds and no others: accelerate refuses a name that it does not find
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
-        self.gradient_checkpointing = False
-        self.execution: Execution = Plain()
+        self.gradient_checkpointing, self.execution = False, cast(Execution, Plain())
         self.post_init()
 
     @capture_outputs

@@ -17,33 +17,20 @@ from swat_lm.ops.reference import window_attention_reference
 
 def step(call: StepCall) -> tuple[Tensor, Tensor]:
     """Write the new key and value, attend; `(output [B, 1, H, D], lse [B, 1, H])`, the lse empty for sigmoid."""
-    query, key, value, key_ring, value_ring, slot, position, score_function, scale, *_ = call
-    bias, softmax, softcap = call.head_bias(), call.softmax, call.softcap
+    query, key, value, key_ring, value_ring, slot, position, _, scale, *_ = call
+    softmax, softcap = call.softmax, call.softcap
     num_kv_heads, head_dim = key_ring.shape[2:]
     batch, _, num_heads, _ = query.shape
-    if slot.device.type == "cpu" and not call.batch_invariant:
-        places = set(position.tolist())
-        if len(places) == 1 and slot.tolist() == list(range(batch)) and key_ring.transpose(1, 2).is_contiguous():
-            table = periodic_table(key_ring.shape[1], num_kv_heads, bias)
-            output, lse = step_together(
-                query,
-                key,
-                value,
-                key_ring[:batch],
-                value_ring[:batch],
-                places.pop(),
-                table,
-                score_function,
-                scale,
-                return_lse=softmax,
-                softcap=softcap,
-            )
-            return output, output.new_empty(0, dtype=table.dtype) if lse is None else lse
+    if slot.device.type == "cpu":
+        found = _step_on_cpu(call)
+        if found is not None:
+            output, lse = found
+            return output, output.new_empty(0, dtype=score_dtype(query)) if lse is None else lse
     write(key, value, key_ring, value_ring, slot, position)
     grouped = query.to(score_dtype(query)).reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     output = torch.empty_like(grouped)
     highest, share = (grouped.new_empty(grouped.shape[:3] if softmax else 0) for _ in range(2))
-    products = _products(key_ring, value_ring, slot, position, bias, num_kv_heads, call.batch_invariant)
+    products = _products(key_ring, value_ring, slot, position, call.head_bias(), num_kv_heads)
     for take, keys, values, table in products:
         rows = take(grouped)
         keys = keys.to(rows.dtype).transpose(1, 2)
@@ -62,6 +49,27 @@ def step(call: StepCall) -> tuple[Tensor, Tensor]:
     # the largest weight is exp(highest - lse): a third of what logsumexp takes for a row
     lse = highest.sub_(share.log_())
     return output.view(*shape, head_dim).to(query.dtype), lse.view(shape) if softmax else lse
+
+
+def _step_on_cpu(call: StepCall) -> tuple[Tensor, Tensor | None] | None:
+    """All sequences together where they stand at one place, or each by itself; None where one batch serves better."""
+    query, key, value, key_ring, value_ring, slot, position, score_function, scale, *_ = call
+    batch, num_kv_heads = query.shape[0], key_ring.shape[2]
+    is_plain = call.slopes is None and call.score_bias is None and call.bias == 0 and call.relative_bias is None
+    options = {"return_lse": call.softmax, "softcap": call.softcap}
+    in_order = not call.batch_invariant and slot.tolist() == list(range(batch))
+    if in_order:
+        head_major = all(ring.transpose(1, 2).is_contiguous() for ring in (key_ring, value_ring))
+        places = set(position.tolist())
+        if head_major and len(places) == 1:
+            table = periodic_table(key_ring.shape[1], num_kv_heads, call.head_bias())
+            own = key_ring[:batch], value_ring[:batch]
+            return step_together(query, key, value, *own, places.pop(), table, score_function, scale, **options)
+        if head_major or batch > num_kv_heads:
+            return None
+    table = None if is_plain else periodic_table(key_ring.shape[1], num_kv_heads, call.head_bias())
+    rows = query, key, value, key_ring, value_ring, slot, position
+    return step_by_row(*rows, table, score_function, scale, **options)
 
 
 def step_together(
@@ -109,6 +117,61 @@ def step_together(
     return output if output.dtype == query.dtype else output.to(query.dtype), lse
 
 
+def step_by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_ring: Tensor,
+    value_ring: Tensor,
+    slot: Tensor,
+    position: Tensor,
+    periodic: Tensor | None,
+    score_function: str,
+    scale: float,
+    return_lse: bool = False,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `step` does on a CPU for one sequence after the other, whose shapes and bits then depend on no other.
+
+    What is read of a ring has been read by nobody for a whole step, so it is memory that is waited for. One batch for
+    all sequences, padded or in bands of keys, was slower (docs/experiments.md).
+
+    Args:
+        periodic: from `periodic_table`; None where nothing is added to scores.
+    """
+    write(key, value, key_ring, value_ring, slot, position)
+    batch, _, num_heads, head_dim = query.shape
+    window, num_kv_heads = key_ring.shape[1:3]
+    precise, softmax = score_dtype(query), score_function == "softmax"
+    # [N, K, D, W] and [N, K, W, D]
+    all_keys, all_values = key_ring.permute(0, 2, 3, 1), value_ring.transpose(1, 2)
+    rows = query.to(precise).view(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    rows = rows.mul(scale if softcap is None else scale / softcap)
+    output = torch.empty_like(rows)
+    # the largest weight is exp(highest - lse): a third of what logsumexp takes for a row
+    highest, share = (rows.new_empty(rows.shape[:3] if return_lse else (batch, 0)) for _ in range(2))
+    each = zip(slot.tolist(), position.tolist(), rows.unbind(), output.unbind(), highest.unbind(), share.unbind(),
+               strict=True)  # fmt: skip
+    for own, place, row, found, most, part in each:
+        filled = min(place + 1, window)
+        keys, values = all_keys.select(0, own).narrow(2, 0, filled), all_values.select(0, own).narrow(1, 0, filled)
+        if keys.dtype != precise:
+            keys, values = keys.to(precise), values.to(precise)
+        table = None if periodic is None else periodic.narrow(2, window - place % window, filled)
+        if softcap is not None:
+            scores = torch.bmm(row, keys).tanh_().mul_(softcap)
+            scores = scores if table is None else scores.add_(table)
+        else:
+            scores = torch.bmm(row, keys) if table is None else torch.baddbmm(table, row, keys)
+        weights = scores.softmax(dim=-1) if softmax else scores.sigmoid_()
+        if return_lse:
+            torch.amax(scores, dim=-1, out=most)
+            torch.amax(weights, dim=-1, out=part)
+        torch.bmm(weights, values, out=found)
+    lse = highest.sub_(share.log_()).view(batch, 1, num_heads) if return_lse else None
+    return output.view(batch, 1, num_heads, head_dim).to(query.dtype), lse
+
+
 def periodic_table(window: int, num_kv_heads: int, bias: HeadBias) -> Tensor:
     """Two periods of the bias of a ring's places, `[K, G, 2 W]`; made once for equal numbers.
 
@@ -137,41 +200,23 @@ def _products(
     position: Tensor,
     bias: HeadBias,
     num_kv_heads: int,
-    by_row: bool = False,
 ) -> Iterator[Product]:
     """Yield `(take, keys [N, W, D], values [N, W, D], table [N, G, W])`: batches over which a ring has one stride.
 
-    On a CPU that spares copying the rings, which is all the traffic there is: N runs over everything at once where the
-    rings are head-major in memory (`empty_ring`) and the sequences their first slots in order; else over the key/value
-    heads of one sequence, or over many such sequences of one head. `by_row` asks for one sequence at a time: then a
-    batch's shapes depend on nothing else. `take` picks a batch's part of `[B, K, G, ...]`.
+    On a CPU, where the sequences have their first slots in order, that spares copying the rings, which is all the
+    traffic there is: N runs over everything at once where the rings are head-major in memory (`empty_ring`), else over
+    the sequences of one head. `take` picks a batch's part of `[B, K, G, ...]`.
     """
     batch, window = slot.shape[0], key_ring.shape[1]
-    if key_ring.device.type != "cpu":
-        keys, values = (ring[slot].transpose(1, 2).flatten(0, 1) for ring in (key_ring, value_ring))
-        table = _tables(position, bias, window).unflatten(1, (num_kv_heads, -1)).flatten(0, 1)
-        yield (lambda x: x.flatten(0, 1)), keys, values, table
-        return
-    slots, positions = slot.tolist(), position.tolist()
-    in_order = slots == list(range(batch)) and not by_row
-    whole = in_order and all(ring.transpose(1, 2).is_contiguous() for ring in (key_ring, value_ring))
-    if whole or (in_order and batch > num_kv_heads):
-        table = _tables(position, bias, window).unflatten(1, (num_kv_heads, -1))
-        keys, values = key_ring[:batch], value_ring[:batch]
-        if whole:
-            keys, values = keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
-            yield (lambda x: x.flatten(0, 1)), keys, values, table.flatten(0, 1)
-            return
+    table = _tables(position, bias, window).unflatten(1, (num_kv_heads, -1))
+    is_cpu = key_ring.device.type == "cpu"
+    keys, values = (ring[:batch] if is_cpu else ring[slot] for ring in (key_ring, value_ring))
+    if is_cpu and not all(ring.transpose(1, 2).is_contiguous() for ring in (key_ring, value_ring)):
         for head in range(num_kv_heads):
             yield (lambda x, head=head: x[:, head]), keys[:, :, head], values[:, :, head], table[:, head]
         return
-    periodic = _periodic(window, bias)
-    for b, (own, place) in enumerate(zip(slots, positions, strict=True)):
-        filled, start = min(place + 1, window), window - place % window
-        # a view: the bias of the places that are written
-        table = periodic[:, start : start + filled].unflatten(0, (num_kv_heads, -1))
-        keys, values = (ring[own, :filled].transpose(0, 1) for ring in (key_ring, value_ring))
-        yield (lambda x, b=b: x[b]), keys, values, table
+    keys, values = keys.transpose(1, 2).flatten(0, 1), values.transpose(1, 2).flatten(0, 1)
+    yield (lambda x: x.flatten(0, 1)), keys, values, table.flatten(0, 1)
 
 
 def _periodic(window: int, bias: HeadBias) -> Tensor:

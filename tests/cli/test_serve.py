@@ -62,6 +62,7 @@ def test_what_cannot_be_served_is_one_line(cli, exported: Path, tmp_path: Path, 
         ((exported, "--token-budget", 20, "--prefill-chunk", 20), "--token-budget: expected above"),
         ((exported, "--rate-limit", 0), "--rate-limit: expected a number above 0"),
         ((exported, "--max-body", "x"), "--max-body: expected bytes"),
+        ((exported, "--panel-memory", "some"), "--panel-memory: expected bytes"),
         ((exported, "--host", "no.such.host.invalid"), "--host no.such.host.invalid: no such address"),
         (("nowhere",), "no checkpoint at nowhere"),
     ):  # fmt: skip
@@ -92,6 +93,7 @@ def test_it_serves_and_ends_with_a_signal(exported: Path, tmp_path: Path, monkey
     process = begin(PROGRAM, "serve", "tiny", *options, output=said, environment={"HF_HUB_OFFLINE": "1"})
     try:
         until(lambda: said.exists() and "ready: 2 slots of" in said.read_text(), 60)
+        assert "; weights a second time for batches, " in said.read_text()
         found = re.search(r"listening on http://0\.0\.0\.0:(\d+), model '(\w+)'; loading", said.read_text())
         assert found is not None
         body = json.dumps({"model": found[2], "prompt": "a", "max_tokens": 3, "ignore_eos": True}).encode()

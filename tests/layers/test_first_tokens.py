@@ -10,6 +10,7 @@ from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.layers.attention import AttentionLayer
 from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.first_tokens import FirstTokens
 from swat_lm.layers.window_attention import WindowAttention
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.cost import plan_costs
@@ -289,6 +290,24 @@ def test_a_row_inside_its_window_does_not_notice_who_is_behind_theirs(changes):
         found.append(torch.stack(steps))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("changes", [{"sinks": 3}, SOFTMAX], ids=["sigmoid", "softmax"])
+def test_a_chunk_inside_its_window_attends_to_no_first_tokens(changes, monkeypatch):
+    model, found, ids = built(**changes), [], torch.randint(40, (1, WINDOW + 9))
+
+    def refuse(*_):
+        raise AssertionError("first tokens were attended to")
+
+    for cuts in ((2, WINDOW - 2, 9), (WINDOW + 9,)):
+        state, parts = model.init_state(1), []
+        for part in ids.split(cuts, dim=1):
+            with monkeypatch.context() as patch:
+                if int(state.position) + part.shape[1] <= WINDOW:
+                    patch.setattr(FirstTokens, "_operator", refuse)
+                parts.append(model.extend(part, state))
+        found.append(torch.cat(parts, dim=1))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_graphs_serve_lengths_on_either_side_of_the_window():

@@ -164,6 +164,43 @@ def test_a_matrix_in_pieces_is_the_matrix(num_threads, by_rows):
         torch.testing.assert_close(matrix.times_plus(rows[:count], residual[:count]), expected + residual[:count])
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_matrix_in_panels_is_the_matrix_and_each_row_its_own(by_rows):
+    torch.manual_seed(0)
+    weight = torch.randn(384, 40) if by_rows else torch.randn(40, 384).t()
+    matrix, rows, residual = Matrix(weight.t()), torch.randn(60, 40), torch.randn(60, 384)
+    matrix.lay_out_panels()
+    assert matrix.panel_bytes == 4 * weight.numel()
+    for count in (1, 2, 16, 48, 49):
+        expected = torch.nn.functional.linear(rows[:count], weight)
+        torch.testing.assert_close(matrix.times(rows[:count]), expected)
+        torch.testing.assert_close(matrix.times_plus(rows[:count], residual[:count]), expected + residual[:count])
+    # to the bit, at any place among any mates
+    assert torch.equal(matrix.times(torch.cat((rows[:1], rows[30:37])))[0], matrix.times(rows[:8])[0])
+    assert torch.equal(*[matrix.times(rows[list(order)])[order.index(3)] for order in ((3, 9, 8, 7), (5, 6, 1, 3))])
+    for outputs, in_panels in ((33, 64), (31, 0), (70, 96)):
+        odd = Matrix(torch.randn(40, outputs))
+        odd.lay_out_panels()
+        assert odd.panel_bytes == 4 * 40 * in_panels
+        found = odd.times(rows[:3])
+        torch.testing.assert_close(found, rows[:3] @ odd.whole)
+        if in_panels:
+            assert torch.equal(odd.times(rows[[7, 2, 0]])[1:], found[[2, 0]])
+
+
+def test_panels_are_made_where_all_fit():
+    model, ids = tiny_model(), tokens(2, 6)
+    state = model.init_state(2)
+    expected = torch.stack([model.decode_step(token, state) for token in ids.split(1, dim=1)])
+    needed = model.arrange_for_decoding(panel_bytes=2**30)
+    assert needed > 0
+    assert model.arrange_for_decoding(panel_bytes=needed - 1) == 0
+    assert model.arrange_for_decoding() == 0
+    assert model.arrange_for_decoding(panel_bytes=needed) == needed
+    state = model.init_state(2)
+    close(torch.stack([model.decode_step(token, state) for token in ids.split(1, dim=1)]), expected)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_plan_serves_every_state(num_threads):
     """Streams that stand apart or together, and a ring that grows: as the layers do it one by one."""

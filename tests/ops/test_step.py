@@ -157,3 +157,32 @@ def test_a_step_of_no_sequence(backend, score_function):
     )
     assert output.shape == query.shape
     assert not rings[0].any()
+
+
+@pytest.mark.parametrize("slopes", [None, (-0.5, -0.25, 0.5, 0.25)], ids=["plain", "slopes"])
+@pytest.mark.parametrize(("score_function", "softcap"), [("sigmoid", None), ("softmax", None), ("softmax", 0.5)])
+def test_a_row_is_the_same_to_the_bit_whatever_its_mates_hold(score_function, softcap, slopes):
+    """And wherever it stands among them; and it is what a row by itself is, but for rounding."""
+    window, place, found = 21, 13, []
+    query, key, value, _ = stream(1, 1)
+    options = {
+        "score_function": score_function, "softcap": softcap, "return_lse": score_function == "softmax",
+        "slopes": None if slopes is None else torch.tensor(slopes),
+    }  # fmt: skip
+    ring = torch.randn(2, window, 2, 8)
+    for own, (slots, positions) in enumerate([([2, 4, 0], [place, 3, 99]), ([1, 3, 5], [40, place, 0])]):
+        rings = torch.randn(2, 6, window, 2, 8).transpose(2, 3).contiguous().transpose(2, 3)
+        rings[:, slots[own]] = ring
+        new = [torch.randn(3, 1, *x.shape[2:]) for x in (query, key, value)]
+        for x, mine in zip(new, (query, key, value), strict=True):
+            x[own] = mine[0]
+        at = torch.tensor(slots), torch.tensor(positions)
+        found.append([x[own] for x in _pair(window_attention_step(*new, *rings, *at, **options, batch_invariant=True))])
+        alone = rings[:, slots[own]].clone().unsqueeze(1)
+        at = torch.tensor([0]), torch.tensor([place])
+        for mine, expected in zip(
+            found[-1], _pair(window_attention_step(query, key, value, *alone, *at, **options)), strict=True
+        ):
+            torch.testing.assert_close(mine, expected[0], atol=1e-6, rtol=1e-6)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -92,10 +92,11 @@ def test_every_reply_is_the_models_own(plan: str):
     assert engine.scheduler.free_slots == 4
 
 
+@pytest.mark.parametrize("panel_bytes", [0, 2**30])
 @pytest.mark.parametrize("plan", PLANS)
-def test_a_reply_is_the_same_to_the_bit_among_any_mates(plan: str):
+def test_a_reply_is_the_same_to_the_bit_among_any_mates(plan: str, panel_bytes: int):
     model = built(plan)
-    model.arrange_for_decoding()
+    model.arrange_for_decoding(panel_bytes)
     asked = Generation("mine", prompts(1)[0][:7], Sampling(seed=3, max_tokens=6, logprobs=2))
     found = []
     for seed in range(3):
