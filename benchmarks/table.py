@@ -14,7 +14,9 @@ from typing import Any
 from benchmarks.measure import REPOSITORY, RESULTS
 
 PAGE = REPOSITORY / "docs" / "performance.md"
-BENCHMARKS = ("attention_cpu", "train_cpu", "decode_cpu", "serve", "attention_gpu", "attention_gpu_code")
+BENCHMARKS = (
+    "attention_cpu", "train_cpu", "training_memory", "decode_cpu", "serve", "attention_gpu", "attention_gpu_code",
+)  # fmt: skip
 NOT_RECORDED = "Not recorded yet: `python -m benchmarks.{name} --record` measures it and records it here."
 
 
