@@ -63,6 +63,22 @@ def test_a_run_that_trained_a_baseline(cli, here: Path):
     assert cli("generate", "converted", "--prompt", "a", "-n", 2)[0] == 0
 
 
+def test_memory_is_predicted_for_every_execution_that_runs_the_plan(cli, here: Path):
+    plan = "model.layers=[{kind: attention, sliding_window: null, score_function: softmax, slopes: none}]"
+    words = ["info", "run.yaml", plan, "model.num_hidden_layers=1", "train.batch_size=4", "--memory", "--length", 64]
+    code, out, _ = cli(*words, "--processes", 2)
+    assert code == 0
+    assert "2 rows of 64 tokens a pass, 2 processes" in out
+    for name in ("plain", "checkpoint", "blockwise"):
+        assert re.search(rf"{name} .*0\.0", out), name
+    # refused by name, on the other stream
+    assert "chunks " not in out
+    assert cli(*words, "--processes", 3)[2] == "error: --processes: 3 cannot share train.batch_size (4) equally"
+    assert "--memory: name a recipe" in cli("info", "runs/ll", "--memory")[2]
+    assert "belong to --memory" in cli("info", "run.yaml", "--processes", 2)[2]
+    assert "expected a size such as 80GiB or 512M; got 'much'" in cli(*words, "--available", "much")[2]
+
+
 def test_the_plan_is_printed_once_per_kind_of_layer(cli, here: Path):
     layers = "[{kind: mamba2, ssm_head_dim: 16, repeat: 2}, attention]"
     code, out, err = cli(

@@ -72,11 +72,11 @@ class Executable:
         if reason is not None:
             raise ValueError(f"execution: {name} cannot run this model: {reason}")
         self.execution.leave(self.model.stack)
-        execution.enter(self.model.stack)
+        if self.execution.recomputes_layers:
+            self.activation_checkpointing_disable()
         if execution.recomputes_layers:
             self.activation_checkpointing_enable()
-        elif self.execution.recomputes_layers:
-            self.activation_checkpointing_disable()
+        execution.enter(self.model.stack)
         self.model.execution = execution
 
 

@@ -70,7 +70,15 @@ def test_the_input_alone_is_held_and_nothing_wide_or_square_is_formed(window: in
     model, ids = wide(window), tokens(1, TOKENS)
     parameters = {each.untyped_storage()._cdata for each in model.parameters()}
     found = {}
-    for name, settings in (("plain", {}), ("blockwise", {"block_size": 40, "key_block_size": 32})):
+    # from any execution to any other
+    blocks = {"block_size": 40, "key_block_size": 32}
+    for name, settings in (
+        ("blockwise", blocks),
+        ("checkpoint", {}),
+        ("plain", {}),
+        ("checkpoint", {}),
+        ("blockwise", blocks),
+    ):
         model.set_execution(name, **settings)
         held, sizes = {}, []
 
