@@ -45,7 +45,7 @@ def check(shape, window, score_function, dtype, form, has_visibility, fast=False
     )  # fmt: skip
     output, lse, *_ = forward(call)
     ours = backward(call, grads[0].to(dtype), grads[1].float() if call.softmax else None, output, lse, True)
-    flat = (*ours[:3], *(t.float() for t in ours[3]))
+    flat = (*ours[:3], ours[3].slopes.float(), ours[3].constant.float())
     pairs = shape[0] * shape[1] * min(window or shape[2], shape[2])
     summed = (8.0, 8.0, 8.0, 4 * pairs**0.5 * shape[2], 4 * pairs**0.5)
     for name, mine, theirs, true, terms in zip(
