@@ -46,13 +46,16 @@ def selective(**settings: Any) -> list[Any]:
     return [SIX, {"kind": "taipan", "capacity": CAPACITY, **settings}]
 
 
+STRICT = 3.0
+"""The budget's weight; with the layer's default of 1 more tokens stay chosen than the budget asks for."""
 PLANS: dict[str, list[Any]] = {
-    "taipan": selective(),
+    "taipan": selective(budget_weight=STRICT),
+    "taipan-light": selective(),
     "all-tokens": selective(selection="all"),
     "random": selective(selection="random"),
     "ssm-only": [{"kind": "mamba2", "state_size": STATE}],
-    "taipan-sparse": selective(execution="sparse"),
-    "taipan-sigmoid": selective(score_function="sigmoid", score_bias="-log(window)"),
+    "taipan-sparse": selective(budget_weight=STRICT, execution="sparse"),
+    "taipan-sigmoid": selective(budget_weight=STRICT, score_function="sigmoid", score_bias="-log(window)"),
 }
 # as many parameters as two recurrences with attention and feed-forward: see the records
 DEPTHS = {"ssm-only": 4}
