@@ -51,6 +51,11 @@ class AttentionLayer(PreNorm):
         """Hugging Face's name, which chooses its stock cache."""
         return layer_type(settings.sliding_window)
 
+    @classmethod
+    def keeps_beside_keys(cls, settings: AttentionSettings) -> str | None:
+        """First tokens, where they are kept."""
+        return "first tokens (sinks)" if settings.sinks else None
+
     def init_weights(self, shared: Shared) -> None:
         """What is learned per head starts as the settings say."""
         super().init_weights(shared)

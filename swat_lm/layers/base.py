@@ -279,6 +279,11 @@ class Layer(TokenMixer, GradientCheckpointingLayer):
         """Hugging Face's name for such a layer."""
         return "linear_attention"
 
+    @classmethod
+    def keeps_beside_keys(cls, settings: Any) -> str | None:
+        """What such a layer keeps that is no list of items, in words; None: keys and values alone. As `state_spec`."""
+        return "a summary" if cls.layer_type(settings) == "linear_attention" else None
+
     def init_weights(self, shared: Shared) -> None:
         """Start the parameters that are neither linear, embedding nor norm weights; others may be started again."""
 

@@ -182,6 +182,11 @@ class SpadeLayer(PreNorm):
         """Hugging Face's name, which chooses its stock cache."""
         return layer_type(settings.sliding_window)
 
+    @classmethod
+    def keeps_beside_keys(cls, settings: SpadeSettings) -> str | None:
+        """The state."""
+        return "a summary"
+
     def init_weights(self, shared: Shared) -> None:
         """HiPPO's memory; sinks begin at a score of zero."""
         super().init_weights(shared)

@@ -24,10 +24,11 @@ class SlotCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, cache: "SlotCache", index: int, window: int | None, keeps_keys: bool, keeps_summary: bool
+        self, cache: "SlotCache", index: int, window: int | None, keeps_keys: bool, beside: str | None
     ) -> None:
+        """`beside` is what the layer keeps that is no list of items, in words."""
         self._cache, self._index = cache, index
-        self.window, self.keeps_keys, self.keeps_summary = window, keeps_keys, keeps_summary
+        self.window, self.keeps_keys, self.beside = window, keeps_keys, beside
         self.is_sliding = window is not None
         self.num_updated = 0
         """Tokens that came by `update`."""
@@ -40,7 +41,7 @@ class SlotCacheLayer(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether tokens can be taken back."""
-        return not self.keeps_summary
+        return self.beside is None
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -70,8 +71,8 @@ class SlotCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: the layer keeps something else than keys and values.
         """
-        if self.keeps_summary:
-            kept = "first tokens (sinks) beside keys and values" if self.keeps_keys else "no keys and values"
+        if self.beside is not None:
+            kept = f"{self.beside} beside keys and values" if self.keeps_keys else "no keys and values"
             raise ValueError(f"layer {self._index} keeps {kept}; its model fills this cache")
         key, value = key_states.transpose(1, 2), value_states.transpose(1, 2)
         slots = self._cache.prepare(self._cache.specs_like(self._index, key), key.shape[0], key.dtype, key.device)
@@ -116,8 +117,8 @@ class SlotCache(Cache):
             keeps_keys = entry.layer_type != "linear_attention"
             # a window beside something else is that layer's own affair
             window = getattr(entry.settings, "sliding_window", None) if keeps_keys else None
-            keeps_summary = not keeps_keys or getattr(entry.settings, "sinks", 0) > 0
-            layers.append(SlotCacheLayer(self, index, window, keeps_keys, keeps_summary))
+            beside = entry.kind.keeps_beside_keys(entry.settings)
+            layers.append(SlotCacheLayer(self, index, window, keeps_keys, beside))
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.max_length = max_length
         self.slots: Slots | None = None
@@ -213,10 +214,9 @@ class SlotCache(Cache):
     def activate_past_recording(self) -> None:
         """From now on keep what taking tokens back needs. Raises ValueError where a layer keeps a summary."""
         for index, layer in enumerate(self.layers):
-            if layer.keeps_summary:
-                kept = "first tokens (sinks) of" if layer.keeps_keys else "a summary of"
+            if layer.beside is not None:
                 raise ValueError(
-                    f"layer {index} keeps {kept} its past, which cannot be taken back: "
+                    f"layer {index} keeps {layer.beside} of its past, which cannot be taken back: "
                     "generate without drafts (assistant_model, prompt_lookup_num_tokens)"
                 )
         self._records = True

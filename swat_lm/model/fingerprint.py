@@ -19,8 +19,8 @@ __all__ = ["fingerprint"]
 
 # elements read of one weight; of larger ones (of a vocabulary, or wider than 2,048) evenly spread rows
 MOST_ELEMENTS = 1 << 22
-# settings of layers that change nothing but rounding
-HOW = ("attention_backend", "chunk_size", "taps")
+# settings of layers that change nothing but rounding, or nothing outside of training
+HOW = ("attention_backend", "chunk_size", "taps", "execution", "budget_weight", "temperature")
 # settings that came later, and what they say where they change nothing: states of before still belong to their models
 LATER = {
     "output_bias": None, "attention_multiplier": None, "residual_multiplier": 1.0, "norm_placement": "pre",

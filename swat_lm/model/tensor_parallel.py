@@ -21,7 +21,11 @@ class HeadsParallel(ColwiseParallel):
 
     def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
         """Tell the module its share. Raises ValueError for heads that cannot be shared equally, or that are not all."""
-        assert isinstance(module, WindowAttention | SpadeMixer)
+        if not isinstance(module, WindowAttention | SpadeMixer):
+            raise ValueError(
+                f"tensor parallelism shares out the heads of attention, and the plan has {type(module).__name__} as well; "
+                "run the model without tensor parallelism"
+            )
         module.take_heads(mesh.get_local_rank(), mesh.size())
         return module
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from swat_lm.layers import AttentionLayer
 from swat_lm.model.plan import expand
 from swat_lm.words import did_you_mean
 
@@ -136,21 +137,22 @@ def full_windows(config: "SwatConfig", full: FullLayers) -> dict[int, int | None
 
 
 def windows_of(config: "SwatConfig") -> dict[int, int | None]:
-    """The window of each layer that may have one, by the layer's number."""
+    """The window of each layer of attention, which may have one or not, by the layer's number."""
     return {
         index: entry.settings.sliding_window
         for index, entry in enumerate(config.plan())
-        if hasattr(entry.settings, "sliding_window")
+        if issubclass(entry.kind, AttentionLayer)
     }
 
 
 def with_windows(config: "SwatConfig", windows: Mapping[int, int | None]) -> "SwatConfig":
-    """The same configuration with other windows, one for each layer that may have one.
+    """The same configuration with other windows, by the layer's number; other layers keep theirs.
 
     First tokens are kept beside a window, so without any they are not.
     """
     fields = config.to_dict()
-    each = [windows.get(index) for index in range(config.num_hidden_layers)]
+    own = [getattr(entry.settings, "sliding_window", None) for entry in config.plan()]
+    each = [windows.get(index, window) for index, window in enumerate(own)]
     # derived from windows where it is left out
     fields.pop("layer_types")
     keeps = [window is not None for window in each]
@@ -158,7 +160,10 @@ def with_windows(config: "SwatConfig", windows: Mapping[int, int | None]) -> "Sw
         # what an entry says of its own would come before the list
         written = expand(config.layers)
         cycled = [written[index % len(written)] for index in range(config.num_hidden_layers)]
-        dropped = [{"sliding_window"} if window is not None else {"sliding_window", "sinks"} for window in each]
+        dropped = [
+            set() if index not in windows else {"sliding_window"} if window is not None else {"sliding_window", "sinks"}
+            for index, window in enumerate(each)
+        ]
         fields["layers"] = [
             {"kind": kind, **{key: value for key, value in own.items() if key not in names}}
             for (kind, own, _), names in zip(cycled, dropped, strict=True)

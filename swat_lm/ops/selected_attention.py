@@ -108,7 +108,8 @@ class Laid:
         self.blind = None if hidden is None else F.pad(hidden, (self.absent, self.missing))
         self.scores = F.pad(call.scores, (0, self.missing), value=NONE)
         self.chosen = F.pad(call.chosen, (0, self.missing))
-        self.tau = F.pad(call.tau, (0, self.missing))
+        # filled up with the last row's, by which differences are taken
+        self.tau = torch.cat((call.tau, call.tau[..., -1:].expand(*call.tau.shape[:2], self.missing)), dim=-1)
         self.own = torch.arange(block, device=device)
         columns = torch.arange(block + window, device=device)
         # of a block's own items: those outside the window, and those that enter with a later row
@@ -220,7 +221,7 @@ def forward(call: SelectedCall) -> Tensor:
                     weights[..., : part.num_candidates] *= part.weight[:, :, None]
                 mixed = torch.matmul(weights.flatten(1, 2), part.values)
                 into[part.first : part.first + len(mixed)] = mixed.view(part.rows.shape)
-    return output[:, : laid.num_rows].flatten(2, 3).to(call.query.dtype)
+    return output[:, : laid.num_rows].flatten(2, 3).to(call.query.dtype).contiguous()
 
 
 class Gradients(NamedTuple):

@@ -84,6 +84,9 @@ def whoever_looks_in_sees_the_layout_of_transformers(subject: Subject, folder: P
         model(ids[:, 10:], past_key_values=cache, use_cache=True)
     assert len(cache) == len(model.model.layers)
     specs = [{one.name: one for one in layer.state_spec()} for layer in model.model.stack]
+    for layer, entry in zip(model.model.stack, model.config.plan(), strict=True):
+        summaries = [one.name for one in layer.state_spec() if one.kind == "summary"]
+        assert bool(entry.kind.keeps_beside_keys(entry.settings)) == bool(summaries)
     for layer, spec in zip(cache.layers, specs, strict=True):
         if not {"key", "value"} <= spec.keys():
             assert layer.keys is None

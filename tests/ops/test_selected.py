@@ -122,3 +122,54 @@ def test_refusals():
         selected_attention(query, key, key, scores, kept, kept, window=3, scale=1.0)
     with pytest.raises(ValueError, match="masking: expected one of value, both, straight; got 'soft'"):
         selected_attention(query, key, key, scores, kept, kept, window=3, scale=1.0, masking="soft")
+
+
+def test_it_compiles_and_counts_for_ragged_rows():
+    """What the op says of its results before it runs is what it gives, forward and backward."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 100, 2, 4, requires_grad=True) for _ in range(3))
+    scores = torch.cat((torch.full((2, 2, 12), NONE), torch.randn(2, 2, 100)), dim=-1).double()
+    scores[..., 12:17] = NONE
+    prefixes = torch.ops.swat_lm.capped_simplex_prefixes
+    torch.library.opcheck(prefixes, (scores, None, 12, 3, 64), test_utils=("test_schema", "test_faketensor"))
+    tau, _, _, _, chosen, held = prefixes(scores, None, 12, 3, 64)
+    kept = torch.zeros(2, 2, 3, 4)
+    call = (
+        query,
+        key,
+        value,
+        kept,
+        kept.clone(),
+        scores,
+        tau,
+        chosen,
+        held,
+        None,
+        None,
+        5,
+        64,
+        0.5,
+        0.0,
+        True,
+        "value",
+    )
+    torch.library.opcheck(
+        torch.ops.swat_lm.selected_attention,
+        call,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_far_into_a_stream_only_differences_count():
+    """Scores of 10^8 in the last block, which is not whole: float32 holds what is left of them."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 100, 2, 4) for _ in range(3))
+    kept = torch.zeros(1, 2, 3, 4)
+    own = torch.arange(100.0).double().expand(1, 2, -1)
+
+    def read(position: float) -> torch.Tensor:
+        scores = torch.cat((torch.full((1, 2, 12), NONE).double(), (own + position).clone()), dim=-1)
+        scores[..., 12:17] = NONE
+        return selected_attention(query, key, value, scores, kept, kept, window=5, scale=0.5)
+
+    torch.testing.assert_close(read(1e8), read(0.0), rtol=0, atol=1e-6)
