@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from swat_lm.layers import AttentionLayer
+from swat_lm.model.building import layers_without_weights
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.conversion import convert_config
 from swat_lm.model.cost import first_kept
@@ -19,14 +20,14 @@ __all__ = ["kept_first_tokens", "layer_windows", "model_window", "theoretical_re
 
 
 def layer_windows(outer: PreTrainedConfig) -> list[int | None] | None:
-    """The window of every layer, None where a layer sees everything; None for a model whose layers do not say.
+    """How far every layer sees, None where it sees everything; None for a model whose layers do not say.
 
-    Recurrent layers see everything before them. The windows of models of `transformers` are read from `layer_types`
+    Of attention that is its window; recurrent layers, and what selects, see everything before them. The windows of models of `transformers` are read from `layer_types`
     and `sliding_window`, as its caches do.
     """
     config = cast(Any, outer.get_text_config())
     if isinstance(config, SwatConfig):
-        return [getattr(entry.settings, "sliding_window", None) for entry in config.plan()]
+        return [layer.reach() for layer in layers_without_weights(config)]
     count = getattr(config, "num_hidden_layers", None)
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
@@ -134,7 +135,7 @@ def entry_with_window(
     """
     settings = entry.settings
     values = {"kind": entry.kind.name, **asdict(settings)}
-    if isinstance(settings, AttentionLayer.Settings):
+    if issubclass(entry.kind, AttentionLayer):
         own = settings.sliding_window if window == "keep" else window
         had = settings.sinks if settings.sliding_window is not None else wanted
         kept = 0 if own is None else had if sinks is None else sinks

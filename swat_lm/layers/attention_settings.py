@@ -95,6 +95,11 @@ class AttentionSettings:
         if self.learned_slopes and self.slopes == "none":
             raise ValueError("learned_slopes: slopes is 'none', so there are none to learn; say with which they start")
         self.bias()
+        if self.learned_score_bias and self.score_function == "softmax" and not self.learned_sink:
+            raise ValueError(
+                "learned_score_bias: softmax is the same whatever is added to all scores of a row, so there is nothing "
+                "to learn; use sigmoid, or drop it"
+            )
         if self.learned_sink and self.score_function != "softmax":
             raise ValueError("learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it")
         if self.use_rotary and self.head_dim % 2:

@@ -157,6 +157,7 @@ class SwatConfig(PreTrainedConfig):
         plan = self.plan()
         if self.sinks and not any(getattr(entry.settings, "sinks", 0) for entry in plan):
             raise ValueError(f"sinks: {self.sinks} first tokens are kept beside a window, and no layer has one")
+        self._check_used(plan)
         if self.layers is not None:
             self.layer_types = [entry.layer_type for entry in plan]
         super().__post_init__(**kwargs)
@@ -243,6 +244,19 @@ class SwatConfig(PreTrainedConfig):
                 f"{name}: expected one value or one per layer ({self.num_hidden_layers}), got a list of {len(value)}"
             )
         return value
+
+    def _check_used(self, plan: list[LayerEntry]) -> None:
+        """Refuse what is set beside a plan of which no layer has it: two models would be one without a word."""
+        for name in ("learned_slopes", "learned_score_bias", "output_gate", "layer_scale"):
+            if getattr(self, name) and not any(getattr(entry.settings, name, None) for entry in plan):
+                kinds = ", ".join(dict.fromkeys(entry.kind.name for entry in plan))
+                raise ValueError(f"{name}: it is set, and no layer of this plan ({kinds}) has it; leave it out")
+        scheduled = any(getattr(entry.settings, "slope_schedule", None) == "window" for entry in plan)
+        if self.slope_span != DEFAULT_SPAN and not scheduled:
+            raise ValueError(
+                f"slope_span: {self.slope_span} belongs to slope_schedule='window', and no layer has that schedule; set "
+                "it, or leave slope_span out"
+            )
 
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):

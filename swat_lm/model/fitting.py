@@ -23,7 +23,8 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (tuple, list):
         return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
     kind = NoneType if hint is None else origin or hint
-    if not isinstance(kind, type):
+    # since Python 3.11 Any is a class, of which nothing is an instance
+    if kind is Any or not isinstance(kind, type):
         # Any, or a name that is not imported
         return True
     if is_typeddict(kind):

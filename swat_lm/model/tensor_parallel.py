@@ -23,7 +23,7 @@ class HeadsParallel(ColwiseParallel):
         """Tell the module its share. Raises ValueError for heads that cannot be shared equally, or that are not all."""
         if not isinstance(module, WindowAttention | SpadeMixer):
             raise ValueError(
-                f"tensor parallelism shares out the heads of attention, and the plan has {type(module).__name__} as well; "
+                f"tensor parallelism shares out the heads of attention, and the plan has {type(module).__name__} too; "
                 "run the model without tensor parallelism"
             )
         module.take_heads(mesh.get_local_rank(), mesh.size())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from swat_lm import SwatConfig
 from swat_lm.evaluate import limits
 from swat_lm.evaluate.curves import WindowMatrix
 from swat_lm.evaluate.heatmaps import plot_heat_map
@@ -77,6 +78,10 @@ def test_windows_and_reach():
     assert layer_windows(tiny_swat([3, 5]).config) == [3, 5]
     assert (model_window(tiny_swat([3, 5])), theoretical_reach(tiny_swat([3, 5]))) == (5, 7)
     assert (model_window(tiny_mistral()), theoretical_reach(tiny_mistral())) == (7, 13)
+    for kind in ("spade", "sparsek"):
+        # their window is not all that they see
+        small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "sliding_window": 5}
+        assert layer_windows(SwatConfig(**small, layers=[kind, "attention"])) == [None, 5]
     for model in (tiny_llama(), tiny_gpt2(), tiny_mamba2(), tiny_qwen3_next()):
         assert theoretical_reach(model) is None
 
