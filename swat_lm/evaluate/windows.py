@@ -22,8 +22,8 @@ __all__ = ["kept_first_tokens", "layer_windows", "model_window", "theoretical_re
 def layer_windows(outer: PreTrainedConfig) -> list[int | None] | None:
     """How far every layer sees, None where it sees everything; None for a model whose layers do not say.
 
-    Of attention that is its window; recurrent layers, and what selects, see everything before them. The windows of models of `transformers` are read from `layer_types`
-    and `sliding_window`, as its caches do.
+    Of attention that is its window; recurrent layers, and what selects, see everything before them. The windows of
+    models of `transformers` are read from `layer_types` and `sliding_window`, as its caches do.
     """
     config = cast(Any, outer.get_text_config())
     if isinstance(config, SwatConfig):

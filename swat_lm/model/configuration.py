@@ -254,8 +254,8 @@ class SwatConfig(PreTrainedConfig):
         scheduled = any(getattr(entry.settings, "slope_schedule", None) == "window" for entry in plan)
         if self.slope_span != DEFAULT_SPAN and not scheduled:
             raise ValueError(
-                f"slope_span: {self.slope_span} belongs to slope_schedule='window', and no layer has that schedule; set "
-                "it, or leave slope_span out"
+                f"slope_span: {self.slope_span} belongs to slope_schedule='window', and no layer has that schedule; "
+                "set it, or leave slope_span out"
             )
 
     def _check_sizes(self) -> None:
