@@ -18,7 +18,8 @@ from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import NORMS
-from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm, start
+from swat_lm.layers.per_head import start_per_head
+from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm
 from swat_lm.layers.structured_state import RATES, StructuredState
 from swat_lm.layers.window_attention import WindowAttention
 
@@ -183,12 +184,10 @@ class SpadeLayer(PreNorm):
         return layer_type(settings.sliding_window)
 
     def init_weights(self, shared: Shared) -> None:
-        """HiPPO's memory; sinks begin at a score of zero."""
+        """HiPPO's memory; what attention learns per head starts as the settings say."""
         super().init_weights(shared)
         self.self_attn.ssm.init_weights()
-        sink = self.self_attn.attention.sink
-        if isinstance(sink, nn.Parameter):
-            start(sink, lambda: nn.init.zeros_(sink))
+        start_per_head(self.self_attn.attention)
 
     def optimizer_options(self) -> dict[str, dict[str, Any]]:
         """Those of the state space."""

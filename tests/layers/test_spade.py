@@ -281,3 +281,20 @@ def test_its_training_step_is_one_graph():
     hidden, chunk = torch.randn(2, 70, 32, dtype=torch.float64), Chunk(torch.arange(70)[None])
     compiled = torch.compile(lambda x: layer(x, chunk).hidden, backend="eager", fullgraph=True)
     assert torch.equal(compiled(hidden), layer(hidden, chunk).hidden)
+
+
+def test_what_is_learned_per_head_starts_as_the_settings_say():
+    """After a model was made without memory, as Hugging Face's loading does."""
+    settings = {"learned_slopes": True, "learned_score_bias": True, "score_bias": -2.0, "slopes": "balanced"}
+    made = model(plan(score_function="sigmoid", **settings), slopes="balanced")
+    with torch.device("meta"):
+        later = SwatForCausalLM(made.config)
+    later.to_empty(device="cpu")
+    for tensor in (*later.parameters(), *later.buffers()):
+        tensor.detach().fill_(torch.nan)
+    later.init_weights()
+    want, found = (one.model.layers[0].self_attn.attention for one in (made, later))
+    assert torch.equal(found.slopes.double(), want.slopes)
+    assert torch.equal(found.score_bias.double(), want.score_bias)
+    assert want.slopes.abs().min() > 0
+    assert all(parameter.isfinite().all() for parameter in later.parameters())
