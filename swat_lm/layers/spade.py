@@ -170,7 +170,7 @@ class SpadeLayer(PreNorm):
         )
         super().__init__(
             SpadeMixer(settings, width, attention, shared.norm_eps), feed_forward, width, shared.norm_eps,
-            settings.residual_multiplier, settings.norm_placement, settings.norm,
+            settings.residual_multiplier, settings.norm_placement, settings.norm, settings.layer_scale,
         )  # fmt: skip
 
     @classmethod
