@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from swat_lm.layers.base import InPlace, Past, StateTensor
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.pre_norm import start
+from swat_lm.layers.precise import Precise, precise_dtype
 from swat_lm.ops.long_convolution import long_convolution
 from swat_lm.ops.memory import check_fits
 from swat_lm.ops.precision import sum_dtype
@@ -33,7 +34,7 @@ RATES = {"transition_rate": ("log_decay", "angle", "low_rank"), "entry_rate": ("
 NUMBERS_PER_TAP = 8
 
 
-class StructuredState(nn.Module):
+class StructuredState(Precise):
     """`y = C x + D u` over a state space per channel; in brackets S4's letters."""
 
     log_decay: Tensor
@@ -46,6 +47,8 @@ class StructuredState(nn.Module):
         super().__init__()
         self.settings, self.width = settings, width
         pairs, sides = settings.state_size // 2, 2 if settings.bidirectional else 1
+        # a step of 8 bits would let poles wander by the thousandth, and a memory of a thousand tokens with them
+        precise = precise_dtype()
         shapes: dict[str, tuple[int, ...]] = {
             "log_decay": (width, pairs),  # log(-Re w)
             "angle": (width, pairs),  # Im w
@@ -61,11 +64,11 @@ class StructuredState(nn.Module):
         )
         for name, shape in shapes.items():
             if name in self.frozen:
-                self.register_buffer(name, torch.zeros(shape))
+                self.register_buffer(name, torch.zeros(shape, dtype=precise))
             else:
-                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.exit = nn.Parameter(torch.zeros(sides, width, pairs, 2))  # C
-        self.skip = nn.Parameter(torch.zeros(width))  # D
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=precise)))
+        self.exit = nn.Parameter(torch.zeros(sides, width, pairs, 2, dtype=precise))  # C
+        self.skip = nn.Parameter(torch.zeros(width, dtype=precise))  # D
         self._kept: dict[Any, tuple[Any, Any]] = {}
 
     def state_spec(self) -> tuple[StateTensor, ...]:

@@ -304,8 +304,8 @@ def test_what_it_adds_to_the_stream_may_be_scaled():
     """By the configuration's `layer_scale` or the entry's."""
     for one in (model(layer_scale=0.25), model(plan(layer_scale=0.25))):
         layer = one.model.layers[0]
-        assert (layer.mixer_scale == 0.25).all() and (layer.feedforward_scale == 0.25).all()
-        with torch.no_grad():
-            layer.mixer_scale.zero_(), layer.feedforward_scale.zero_()
+        for scale in (layer.mixer_scale, layer.feedforward_scale):
+            assert (scale == 0.25).all()
+            scale.data.zero_()
         hidden = torch.randn(1, 5, 32, dtype=torch.float64)
         assert torch.equal(layer(hidden, Chunk(torch.arange(5)[None])).hidden, hidden)
