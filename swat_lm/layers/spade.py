@@ -175,8 +175,14 @@ class SpadeLayer(PreNorm):
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
-        """As attention does."""
-        return AttentionLayer.settle(values, given, width)
+        """As attention does; the paper's softmax without slopes beside T5's bias, unless the entry says otherwise."""
+        values = AttentionLayer.settle(values, given, width)
+        own: dict[str, Any] = {}
+        if "score_function" not in given:
+            own |= {"score_function": "softmax", "score_bias": 0.0}
+        if not given & {"slopes", "learned_slopes"}:
+            own |= {"slopes": "none", "learned_slopes": False}
+        return values | {name: value for name, value in own.items() if name not in given}
 
     @staticmethod
     def layer_type(settings: SpadeSettings) -> str:

@@ -353,3 +353,20 @@ def test_what_is_kept_is_bounded(monkeypatch):
         assert torch.equal(want.setdefault(length, found), found)
         assert sum(found[1].nbytes for name, found in kept.items() if name[0] == "taps") <= (256 + 128) * taps
     assert ("taps", 64) in kept
+
+
+def test_alone_it_takes_the_papers_softmax():
+    """Beside T5's bias, whatever the configuration's windows are; what the entry says goes before that."""
+    swat = {"score_function": "sigmoid", "slopes": "balanced", "score_bias": -1.0, "learned_slopes": True}
+
+    def settings(**own):
+        first, second = model([{"kind": "spade", "state_size": 8, **own}, "attention"], **swat).config.plan()
+        assert {name: getattr(second.settings, name) for name in swat} == swat
+        return {name: getattr(first.settings, name) for name in (*swat, "relative_bias")}
+
+    paper = {"score_function": "softmax", "slopes": "none", "score_bias": 0.0, "learned_slopes": False}
+    assert settings() == {**paper, "relative_bias": "shared"}
+    assert settings(slopes="negative")["slopes"] == "negative"
+    said = {"score_function": "sigmoid", "slopes": "balanced", "learned_slopes": True, "relative_bias": "none"}
+    assert settings(**said) == {**said, "score_bias": -1.0}
+    assert settings(learned_slopes=True)["slopes"] == "balanced"
