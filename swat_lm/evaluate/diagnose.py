@@ -202,7 +202,7 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
 def pairs_of(
     batch: int, count: int, window: int | None, both_ways: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The distance of every pair of T tokens, int64 `[B, T, T]`, below 0 for keys after the query; and who sees whom."""
+    """The distance of every pair of tokens, int64 `[B, T, T]`, below 0 for later keys; and who sees whom."""
     distance, visible = distances(batch, count, count, None, None, window, device)
     return distance, visible | visible.transpose(1, 2) if both_ways else visible
 
@@ -270,9 +270,7 @@ class Observer:
             found = torch.stack(((shares > 0).sum(), shares.sum())).cpu()
             self.gates[index] = self.gates.get(index, 0) + found
         if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-2:] == (self.length, self.length):
-            found = weight_sums(
-                weights[0].float(), self.windows[index], kept_by(mixer), looks_both_ways(mixer)
-            )
+            found = weight_sums(weights[0].float(), self.windows[index], kept_by(mixer), looks_both_ways(mixer))
             self.sums[index] = self.sums.get(index, 0) + found
 
     def diagnosis(self, num_streams: int) -> Diagnosis:

@@ -270,11 +270,12 @@ class StructuredState(Precise):
     def _forget_taps(self) -> None:
         """Those of the lengths that were first asked for, as far as all together are more than may be kept."""
         held = {name: found[1].nbytes for name, found in self._kept.items() if name[0] == "taps"}
+        total = sum(held.values())
         for name, size in held.items():
-            if sum(held.values()) <= KEPT_BYTES:
+            if total <= KEPT_BYTES:
                 break
             del self._kept[name]
-            held = {**held, name: 0}
+            total -= size
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}}

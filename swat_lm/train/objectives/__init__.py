@@ -12,7 +12,10 @@ from swat_lm.train.objectives.next_token import NextToken
 from swat_lm.validation import build
 from swat_lm.words import did_you_mean
 
-__all__ = ["OBJECTIVES", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings", "check_layers", "make_objective"]
+__all__ = [
+    "OBJECTIVES", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings", "check_layers",
+    "make_objective",
+]  # fmt: skip
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (NextToken, MaskedNextToken)}
 

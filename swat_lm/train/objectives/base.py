@@ -78,8 +78,8 @@ class Objective(ABC):
         if layer.refuses_past() is None:
             return None
         return (
-            "looks both ways (bidirectional), so that every token sees the one that it is to predict; set bidirectional "
-            "to false, or train it for an objective of your own whose inputs do not show its targets"
+            "looks both ways (bidirectional), so that every token sees the one that it is to predict; set "
+            "bidirectional to false, or train it for an objective of your own whose inputs do not show its targets"
         )
 
     @abstractmethod
