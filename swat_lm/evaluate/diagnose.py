@@ -50,7 +50,7 @@ class LayerWeights:
     near_one: tuple[float, ...]
     """Share of visible weights above 0.99."""
     mean_distance: tuple[float, ...]
-    """Distance in tokens, averaged with the weights."""
+    """Distance in tokens, before or after, averaged with the weights."""
     slopes: tuple[float, ...] | None
     """Slope of each head, where there are slopes."""
 
@@ -161,7 +161,8 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
     """
     settings, count = attention.settings, hidden.shape[1]
     query, key, _ = attention.project(hidden)
-    distance, visible = distances(len(hidden), count, count, None, None, settings.sliding_window, hidden.device)
+    both_ways = settings.bidirectional
+    distance, visible = pairs_of(len(hidden), count, settings.sliding_window, both_ways, hidden.device)
     own = torch.arange(count, device=hidden.device)
     scores = products(attention, query, key, chunk.positions, chunk.positions)
     if settings.sinks:
@@ -184,7 +185,9 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
         scores = scores + slopes.float()[:, None, None] * distance.float()[:, None]
     relative = attention.relative_bias_in(settings.sliding_window, chunk)
     if relative is not None:
-        scores = scores + relative.float()[:, distance.clamp(0, relative.shape[1] - 1)].transpose(0, 1)
+        # both ways they begin with the farthest key after the query
+        place = distance + cast(int, settings.sliding_window) - 1 if both_ways else distance
+        scores = scores + relative.float()[:, place.clamp(0, relative.shape[1] - 1)].transpose(0, 1)
     bias = attention.bias()
     scores = scores + (bias.float()[:, None, None] if isinstance(bias, Tensor) else bias)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
@@ -194,6 +197,14 @@ def attention_weights(attention: WindowAttention, hidden: Tensor, chunk: Chunk) 
         return torch.softmax(scores, dim=-1)
     sink = attention.sink.float()[:, None, None].expand(*scores.shape[:3], 1)
     return torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
+
+
+def pairs_of(
+    batch: int, count: int, window: int | None, both_ways: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The distance of every pair of tokens, int64 `[B, T, T]`, below 0 for later keys; and who sees whom."""
+    distance, visible = distances(batch, count, count, None, None, window, device)
+    return distance, visible | visible.transpose(1, 2) if both_ways else visible
 
 
 def products(attention: WindowAttention, query: Tensor, key: Tensor, *places: Tensor) -> Tensor:
@@ -259,7 +270,7 @@ class Observer:
             found = torch.stack(((shares > 0).sum(), shares.sum())).cpu()
             self.gates[index] = self.gates.get(index, 0) + found
         if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[-2:] == (self.length, self.length):
-            found = weight_sums(weights[0].float(), self.windows[index], kept_by(mixer))
+            found = weight_sums(weights[0].float(), self.windows[index], kept_by(mixer), looks_both_ways(mixer))
             self.sums[index] = self.sums.get(index, 0) + found
 
     def diagnosis(self, num_streams: int) -> Diagnosis:
@@ -287,13 +298,18 @@ def kept_by(mixer: nn.Module) -> int:
     return mixer.settings.sinks if isinstance(mixer, WindowAttention) else 0
 
 
-def weight_sums(weights: Tensor, window: int | None, sinks: int = 0) -> Tensor:
+def looks_both_ways(mixer: nn.Module) -> bool:
+    """Whether its tokens see what comes after them."""
+    return isinstance(mixer, WindowAttention) and mixer.settings.bidirectional
+
+
+def weight_sums(weights: Tensor, window: int | None, sinks: int = 0, both_ways: bool = False) -> Tensor:
     """Of weights `[H, T, T]`: first token, row sums, near 0, near 1, distance times weight; float64 `[5, H]` means.
 
-    Distances are those in the text, of first tokens that are kept beside the window too.
+    Distances are those in the text, of first tokens that are kept beside the window too; of later keys as of earlier.
     """
     count = weights.shape[-1]
-    distance, visible = (matrix[0] for matrix in distances(1, count, count, None, None, window, weights.device))
+    distance, visible = (matrix[0] for matrix in pairs_of(1, count, window, both_ways, weights.device))
     visible[:, :sinks] |= distance[:, :sinks] >= 0
     visible[0] = False
     seeing = visible[:, 0]
@@ -304,7 +320,7 @@ def weight_sums(weights: Tensor, window: int | None, sinks: int = 0) -> Tensor:
         sums / (count - 1),
         ((weights < NEAR) & visible).sum(dim=(1, 2)).double() / pairs,
         ((weights > 1 - NEAR) & visible).sum(dim=(1, 2)).double() / pairs,
-        (rows * distance).sum(dim=(1, 2)) / sums.clamp(min=1e-30),
+        (rows * distance.abs()).sum(dim=(1, 2)) / sums.clamp(min=1e-30),
     )
     return torch.stack(found).cpu()
 
@@ -317,6 +333,9 @@ def layer_weights(means: Tensor, mixer: nn.Module, window: int | None, length: i
     kept = kept_by(mixer)
     most = (window or length) + kept
     seen = [min(keys, most) for keys in range(2, 1 + (length if kept else min(length, most)))]
+    if looks_both_ways(mixer):
+        # and as many keys after it as there are
+        seen = [keys + min(length - keys, most - 1) for keys in seen]
     first, row_sum, near_zero, near_one, distance = (tuple(row) for row in means.tolist())
     return LayerWeights(
         mixer.settings.score_function if ours else "softmax",

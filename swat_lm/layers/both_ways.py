@@ -14,6 +14,7 @@ from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.first_tokens import Heads
 from swat_lm.ops import window_attention
 from swat_lm.ops.flops import attention_flops
+from swat_lm.ops.head_bias import score_dtype
 from swat_lm.ops.rotary import apply_rotary
 from swat_lm.ops.sequences import unpack
 
@@ -35,7 +36,7 @@ def attend_both_ways(attention: "WindowAttention", query: Tensor, key: Tensor, v
         return _attend(attention, query, key, value, chunk.hidden, chunk)
     seen, (batch, num_tokens) = chunk.first <= chunk.places, query.shape[:2]
     documents = chunk._once("documents", lambda: unpack(chunk.segments, seen, batch, num_tokens, query.device))
-    output, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3])
+    output, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=score_dtype(query))
     for group in documents.groups:
         queries, keys, values = (group.take(x.flatten(2)).unflatten(2, x.shape[2:]) for x in (query, key, value))
         blind = ~group.is_token

@@ -18,7 +18,8 @@ from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import NORMS
-from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm, start
+from swat_lm.layers.per_head import start_per_head
+from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm
 from swat_lm.layers.structured_state import RATES, StructuredState
 from swat_lm.layers.window_attention import WindowAttention
 
@@ -169,13 +170,19 @@ class SpadeLayer(PreNorm):
         )
         super().__init__(
             SpadeMixer(settings, width, attention, shared.norm_eps), feed_forward, width, shared.norm_eps,
-            settings.residual_multiplier, settings.norm_placement, settings.norm,
+            settings.residual_multiplier, settings.norm_placement, settings.norm, settings.layer_scale,
         )  # fmt: skip
 
     @classmethod
     def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
-        """As attention does."""
-        return AttentionLayer.settle(values, given, width)
+        """As attention does; the paper's softmax without slopes beside T5's bias, unless the entry says otherwise."""
+        values = AttentionLayer.settle(values, given, width)
+        own: dict[str, Any] = {}
+        if "score_function" not in given:
+            own |= {"score_function": "softmax", "score_bias": 0.0}
+        if not given & {"slopes", "learned_slopes"}:
+            own |= {"slopes": "none", "learned_slopes": False}
+        return values | {name: value for name, value in own.items() if name not in given}
 
     @staticmethod
     def layer_type(settings: SpadeSettings) -> str:
@@ -188,12 +195,10 @@ class SpadeLayer(PreNorm):
         return "a summary"
 
     def init_weights(self, shared: Shared) -> None:
-        """HiPPO's memory; sinks begin at a score of zero."""
+        """HiPPO's memory; what attention learns per head starts as the settings say."""
         super().init_weights(shared)
         self.self_attn.ssm.init_weights()
-        sink = self.self_attn.attention.sink
-        if isinstance(sink, nn.Parameter):
-            start(sink, lambda: nn.init.zeros_(sink))
+        start_per_head(self.self_attn.attention)
 
     def optimizer_options(self) -> dict[str, dict[str, Any]]:
         """Those of the state space."""

@@ -15,6 +15,7 @@ from swat_lm.layers.attention import settle_heads, settle_rotary
 from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
 from swat_lm.layers.chunk import FARTHEST, Chunk, Rotary
 from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm, start_normal
+from swat_lm.layers.precise import PreciseLinear
 from swat_lm.layers.sparsek_settings import SparsekSettings
 from swat_lm.ops import selected_attention as dense
 from swat_lm.ops.capped_simplex import NONE
@@ -41,7 +42,7 @@ class SparsekAttention(Mixer):
         self.v_proj = nn.Linear(width, keys, bias=False)
         self.o_proj = nn.Linear(queries, width, bias=False)
         learns = settings.k > 0 and settings.selection == "learned"
-        self.score_proj = nn.Linear(width, settings.num_key_value_heads, bias=False) if learns else None
+        self.score_proj = PreciseLinear(width, settings.num_key_value_heads, bias=False) if learns else None
 
     def state_spec(self) -> tuple[StateTensor, ...]:
         """Rotated keys, values and scores of the window and of the token that leaves it; what is selected before it."""
@@ -194,10 +195,7 @@ class SparsekAttention(Mixer):
 
     def _learned(self, hidden: Tensor) -> Tensor | None:
         """Learned scores `[B, T, K]`, never of fewer bits than float32."""
-        if self.score_proj is None:
-            return None
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.score_proj(hidden.to(self.score_proj.weight.dtype))
+        return None if self.score_proj is None else self.score_proj(hidden)
 
     def _placed(
         self, query: Tensor, key: Tensor, value: Tensor, score: Tensor | None, chunk: Chunk

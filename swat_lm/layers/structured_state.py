@@ -6,6 +6,7 @@ Legend: B rows, T tokens, M channels, N numbers of a state, n = N / 2 pairs.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from swat_lm.layers.base import InPlace, Past, StateTensor
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.pre_norm import start
+from swat_lm.layers.precise import Precise, precise_dtype
 from swat_lm.ops.long_convolution import long_convolution
 from swat_lm.ops.memory import check_fits
 from swat_lm.ops.precision import sum_dtype
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
 RATES = {"transition_rate": ("log_decay", "angle", "low_rank"), "entry_rate": ("entry",), "step_rate": ("log_step",)}
 # numbers in float64 beside the taps themselves: transforms, blocks of both products, and their gradients
 NUMBERS_PER_TAP = 8
+# of taps that a layer keeps; longer ones are made for every pass, which costs about what their transform does
+KEPT_BYTES = 2**28
 
 
-class StructuredState(nn.Module):
+class StructuredState(Precise):
     """`y = C x + D u` over a state space per channel; in brackets S4's letters."""
 
     log_decay: Tensor
@@ -46,6 +50,8 @@ class StructuredState(nn.Module):
         super().__init__()
         self.settings, self.width = settings, width
         pairs, sides = settings.state_size // 2, 2 if settings.bidirectional else 1
+        # a step of 8 bits would let poles wander by the thousandth, and a memory of a thousand tokens with them
+        precise = precise_dtype()
         shapes: dict[str, tuple[int, ...]] = {
             "log_decay": (width, pairs),  # log(-Re w)
             "angle": (width, pairs),  # Im w
@@ -61,11 +67,11 @@ class StructuredState(nn.Module):
         )
         for name, shape in shapes.items():
             if name in self.frozen:
-                self.register_buffer(name, torch.zeros(shape))
+                self.register_buffer(name, torch.zeros(shape, dtype=precise))
             else:
-                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.exit = nn.Parameter(torch.zeros(sides, width, pairs, 2))  # C
-        self.skip = nn.Parameter(torch.zeros(width))  # D
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=precise)))
+        self.exit = nn.Parameter(torch.zeros(sides, width, pairs, 2, dtype=precise))  # C
+        self.skip = nn.Parameter(torch.zeros(width, dtype=precise))  # D
         self._kept: dict[Any, tuple[Any, Any]] = {}
 
     def state_spec(self) -> tuple[StateTensor, ...]:
@@ -184,7 +190,9 @@ class StructuredState(nn.Module):
                     found.append(taps_by_cauchy(system, row, powers, length))
             return torch.stack(found)
 
-        return self._keep(("taps", length), (*self._fixed(), self.exit), make)
+        found = self._keep(("taps", length), (*self._fixed(), self.exit), make)
+        self._forget_taps()
+        return found
 
     def system(self) -> System:
         """The continuous system in float64."""
@@ -213,7 +221,8 @@ class StructuredState(nn.Module):
     def _spans(self, length: int, dtype: torch.dtype) -> spans.Spans:
         def make() -> spans.Spans:
             discrete, powers = self._discrete(length.bit_length())
-            return spans.make_spans(discrete, reading(self.exit[0].double()), powers, length, dtype)
+            made = spans.make_spans(discrete, reading(self.exit[0].double()), powers, length, dtype)
+            return made._replace(powers=self._shared(made.powers, dtype))
 
         return self._keep(("spans", length, dtype), (*self._fixed(), self.exit), make)
 
@@ -223,7 +232,8 @@ class StructuredState(nn.Module):
         def make() -> tuple[Tensor, Tensor, Tensor]:
             discrete, _ = self._discrete(1)
             found = discrete.matrix, discrete.entry, reading(self.exit[0].double())
-            return found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
+            matrix, entry, row = (tensor.to(dtype) for tensor in found)
+            return self._shared([matrix], dtype)[0], entry, row
 
         return self._keep(("step", dtype), (*self._fixed(), self.exit), make)
 
@@ -232,21 +242,43 @@ class StructuredState(nn.Module):
         held = (self.log_decay, self.angle, self.low_rank, self.entry, self.log_step)
         return tuple(tensor for tensor in held if tensor is not None)
 
-    def _keep(self, name: Any, sources: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-        """What follows from `sources`: kept until one of them is written to, and made anew while they are trained."""
+    def _keeps(self, sources: tuple[Tensor, ...]) -> bool:
         trained = any(isinstance(source, nn.Parameter) for source in sources)
         learns = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        if torch.compiler.is_compiling() or learns or (self.training and trained):
+        return not (torch.compiler.is_compiling() or learns or (self.training and trained))
+
+    def _keep(self, name: Any, sources: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+        """What follows from `sources`: kept until one of them is written to, and made anew while they are trained."""
+        if not self._keeps(sources):
             return make()
-        signature = tuple(
-            (source.data_ptr(), 0 if source.is_inference() else source._version, source.dtype) for source in sources
-        )
         held = self._kept.get(name)
-        if held is None or held[0] != signature:
+        if held is None or not held[0].is_of(sources):
             # outlives the pass, so it is made as what later passes may save for their gradients
             with torch.inference_mode(False), torch.no_grad():
-                held = self._kept[name] = signature, make()
+                held = self._kept[name] = Signature(sources), make()
         return held[1]
+
+    def _shared(self, powers: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The first powers of the matrix; where they are kept, the same memory for spans of all lengths and steps."""
+        sources = self._fixed()
+        if not self._keeps((*sources, self.exit)):
+            return powers
+        held = self._keep(("powers", dtype), sources, list)
+        held.extend(powers[len(held) :])
+        return held[: len(powers)]
+
+    def _forget_taps(self) -> None:
+        """Those of the lengths that were first asked for, as far as all together are more than may be kept."""
+        held = {name: found[1].nbytes for name, found in self._kept.items() if name[0] == "taps"}
+        total = sum(held.values())
+        for name, size in held.items():
+            if total <= KEPT_BYTES:
+                break
+            del self._kept[name]
+            total -= size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
 
     def train(self, mode: bool = True) -> "StructuredState":
         """What was kept is forgotten: weights that are gathered for a pass change without a trace."""
@@ -286,6 +318,38 @@ class StructuredState(nn.Module):
             options = {"weight_decay": 0.0, "learning_rate_factor": getattr(self.settings, rate)}
             found |= {name: options for name in names if isinstance(getattr(self, name), nn.Parameter)}
         return found
+
+
+class Signature:
+    """Of which tensors something was made, and what was in them.
+
+    A write through `.data`, or into memory that is gathered for a pass, leaves no trace on a tensor but its numbers:
+    some of them are looked at again.
+    """
+
+    GLIMPSE = 8
+
+    def __init__(self, sources: tuple[Tensor, ...]) -> None:
+        self.sources, self.traces, self.seen = sources, self.traces_of(sources), self.glimpse(sources)
+
+    def is_of(self, sources: tuple[Tensor, ...]) -> bool:
+        """Whether these are the same tensors with the same numbers, as far as can be seen."""
+        same = len(sources) == len(self.sources) and all(map(operator.is_, sources, self.sources))
+        return same and self.traces_of(sources) == self.traces and self.glimpse(sources) == self.seen
+
+    @staticmethod
+    def traces_of(sources: tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
+        """Where the numbers lie, and how often PyTorch has seen them written to."""
+        return [(one.data_ptr(), 0 if one.is_inference() else one._version, one.dtype) for one in sources]
+
+    @classmethod
+    def glimpse(cls, sources: tuple[Tensor, ...]) -> list[Any]:
+        """Some of the numbers of each; none where looking would stop a device that records its work."""
+        place = sources[0].device.type
+        if place == "meta" or (place == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return []
+        rows = [one.detach().reshape(-1)[:: max(1, one.numel() // cls.GLIMPSE)].to(torch.float64) for one in sources]
+        return torch.cat(rows).tolist()
 
 
 def sequences_of(chunk: Chunk, inputs: Tensor) -> Sequences | None:

@@ -16,7 +16,14 @@ from swat_lm.ops.reference import window_attention_reference
 
 
 def step(call: StepCall) -> tuple[Tensor, Tensor]:
-    """Write the new key and value, attend; `(output [B, 1, H, D], lse [B, 1, H])`, the lse empty for sigmoid."""
+    """Write the new key and value, attend; `(output [B, 1, H, D], lse [B, 1, H])`, the lse empty for sigmoid.
+
+    Autocast would lower products whose place is there already, and rows otherwise by whom they stand with.
+    """
+    device = call.query.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return step(call)
     query, key, value, key_ring, value_ring, slot, position, _, scale, *_ = call
     softmax, softcap = call.softmax, call.softcap
     num_kv_heads, head_dim = key_ring.shape[2:]

@@ -129,7 +129,9 @@ def _forward(*arguments: Any) -> Tensor:
 
 
 def _backward(grad_output: Tensor, *arguments: Any) -> Gradients:
-    return dense.backward(SelectedCall(*arguments), grad_output)
+    # sums are added up in place; a backward pass may stand under autocast
+    with torch.autocast(grad_output.device.type, enabled=False):
+        return dense.backward(SelectedCall(*arguments), grad_output)
 
 
 _op = torch.library.custom_op(

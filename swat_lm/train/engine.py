@@ -36,6 +36,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from swat_lm.data import Batch
+from swat_lm.layers.precise import Precise
 from swat_lm.model.execution.chunks import ReverseChunks
 from swat_lm.recipe import TrainRecipe
 from swat_lm.train.plain_reading import PlainPlanner, PlainReader
@@ -120,6 +121,10 @@ class Engine:
         # autocast rules the arithmetic, as on one process; bf16 here halves what the all-gathers move
         moved = torch.bfloat16 if self.precision == "bf16" else None
         policy = MixedPrecisionPolicy(moved, torch.float32, cast_forward_inputs=False)
+        whole = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+        for module in model.modules():
+            if isinstance(module, Precise):
+                fully_shard(module, mesh=mesh, mp_policy=whole)
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
         execution = getattr(model, "execution", None)

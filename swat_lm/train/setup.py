@@ -39,7 +39,7 @@ from swat_lm.train.initial import (
     without_init,
 )
 from swat_lm.train.metrics import check_loggers
-from swat_lm.train.objectives import Objective, make_objective
+from swat_lm.train.objectives import Objective, check_layers, make_objective
 from swat_lm.train.optimizer import make_optimizer
 from swat_lm.train.ownership import check_export
 from swat_lm.train.run_folder import (
@@ -105,6 +105,7 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     config = configure(recipe, tokenizer, start, initial)
     plain_config = plain_values(config)
     check_execution(recipe.train, config)
+    check_layers(recipe.train.objective, config)
     if start is not None:
         check_model(start, plain_config)
 

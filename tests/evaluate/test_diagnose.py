@@ -30,11 +30,15 @@ def streams(count: int, length: int) -> list[np.ndarray]:
         {"sinks": 3, "score_function": "softmax", "slopes": "none", "learned_sink": True},
         {"sinks": 2, "score_bias": -0.5},
         {"sinks": 3, "score_function": "softmax", "slopes": "none", "sink_positions": "absolute"},
+        {"slopes": "none", "layers": [{"kind": "attention", "bidirectional": True, "relative_bias": "own"}] * 2},
     ],
+    ids=str,
 )
 def test_weights_are_those_of_the_operator(changes: dict):
     model, seen = tiny_swat(**{"window": 5, **changes} if "sliding_window" not in changes else changes), []
     attention = model.model.stack[1].self_attn
+    if attention.relative_bias is not None:
+        torch.nn.init.normal_(attention.relative_bias.table.weight)
     if changes.get("learned_sink"):
         torch.nn.init.normal_(attention.sink)
 
@@ -65,6 +69,26 @@ def test_statistics_are_their_definitions():
     assert rows == pytest.approx((1 + 1 + 1.501) / 3)
     assert (low, high) == pytest.approx((2 / 8, 2 / 8))
     assert distance == pytest.approx((0.995 + 0.4 + 0.3 + 0.002 + 1.0) / 3.501)
+
+
+def test_statistics_count_what_comes_after():
+    """Both ways within a window of 2: distances without a sign, and shares of all that is seen."""
+    weights = torch.tensor([[[0.5, 0.5, 0, 0], [0.2, 0.3, 0.5, 0], [0, 0.995, 0.005, 0.4], [0, 0, 1.0, 0.5]]])
+    first, rows, low, high, distance = weight_sums(weights, 2, both_ways=True)[:, 0].tolist()
+    assert first == pytest.approx(0.2)
+    assert rows == pytest.approx((1 + 1.4 + 1.5) / 3)
+    assert (low, high) == pytest.approx((1 / 8, 2 / 8))
+    assert distance == pytest.approx((0.7 + 1.395 + 1.0) / 3.9)
+    entry = {"kind": "attention", "bidirectional": True, "relative_bias": "own", "sliding_window": 3}
+    model = tiny_swat(slopes="none", score_function="softmax", layers=[entry] * 2)
+    for layer in model.model.stack:
+        torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
+        torch.nn.init.zeros_(layer.self_attn.relative_bias.table.weight)
+    found = diagnose(model, streams(1, 4)).weights[0]
+    assert found.row_sum == pytest.approx([1.0] * len(found.row_sum))
+    # every query weighs all that it sees alike: queries 1 and 2, which see the first token, see all 4
+    assert found.first_token_mass == pytest.approx([0.25] * len(found.row_sum))
+    assert found.first_token_uniform == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma2"])

@@ -7,8 +7,10 @@ import torch
 
 from swat_lm.layers import LAYERS, AttentionLayer, AttentionSettings, WindowAttention
 from swat_lm.layers.base import StateTensor
+from swat_lm.layers.both_ways import attend_both_ways
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.rotary import RotaryFrequencies
+from swat_lm.model.inputs import plan_chunk
 from swat_lm.model.pasts import CarryPast
 from swat_lm.model.slots import Slots
 from swat_lm.ops.rotary import half_angles, inverse_frequencies, rotary_angles, rotate_paired
@@ -220,3 +222,15 @@ def test_a_step_rotates_alike_before_the_operator_and_in_it():
         outputs.append((mixed, *slots.layers[0].values()))
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_what_all_weights_sum_to_is_as_exact_in_packed_rows_both_ways():
+    """The logarithm that a sink's share follows from has the precision of scores in a narrow model too."""
+    made = attention(bidirectional=True, score_function="softmax", slopes="none", learned_sink=True).bfloat16()
+    row, documents = hidden(24, 1).bfloat16(), torch.tensor([[0] * 20 + [1] * 4])
+    with torch.no_grad():
+        alone = attend_both_ways(made, *made.project(row[:, :20]), Chunk(torch.arange(20)[None]))[1]
+        chunk = plan_chunk(1, 24, 0, row.device, document_ids=documents)
+        packed = attend_both_ways(made, *made.project(row), chunk)[1]
+    assert packed.dtype == alone.dtype == torch.float32
+    assert torch.allclose(packed[:, :20], alone, atol=1e-5)

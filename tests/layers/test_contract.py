@@ -24,7 +24,8 @@ SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS] + [
         [
             {"kind": "spade", "state_size": 4, "fusion": "add", "ssm": "s4d", "score_function": "softmax",
              "slopes": "none", "use_rotary": False, "taps": "cauchy", "relative_bias": "own"},
-            {"kind": "spade", "state_size": 6, "fusion": "stack", "taps": "cauchy", "sliding_window": 5},
+            {"kind": "spade", "state_size": 6, "fusion": "stack", "taps": "cauchy", "sliding_window": 5,
+             "score_function": "sigmoid", "slopes": "balanced"},
             {"kind": "attention", "relative_bias": "shared", "sliding_window": 3, "score_function": "softmax"},
         ],
         {"norm": "layer"},

@@ -281,3 +281,92 @@ def test_its_training_step_is_one_graph():
     hidden, chunk = torch.randn(2, 70, 32, dtype=torch.float64), Chunk(torch.arange(70)[None])
     compiled = torch.compile(lambda x: layer(x, chunk).hidden, backend="eager", fullgraph=True)
     assert torch.equal(compiled(hidden), layer(hidden, chunk).hidden)
+
+
+def test_what_is_learned_per_head_starts_as_the_settings_say():
+    """After a model was made without memory, as Hugging Face's loading does."""
+    settings = {"learned_slopes": True, "learned_score_bias": True, "score_bias": -2.0, "slopes": "balanced"}
+    made = model(plan(score_function="sigmoid", **settings), slopes="balanced")
+    with torch.device("meta"):
+        later = SwatForCausalLM(made.config)
+    later.to_empty(device="cpu")
+    for tensor in (*later.parameters(), *later.buffers()):
+        tensor.detach().fill_(torch.nan)
+    later.init_weights()
+    want, found = (one.model.layers[0].self_attn.attention for one in (made, later))
+    assert torch.equal(found.slopes.double(), want.slopes)
+    assert torch.equal(found.score_bias.double(), want.score_bias)
+    assert want.slopes.abs().min() > 0
+    assert all(parameter.isfinite().all() for parameter in later.parameters())
+
+
+def test_what_it_adds_to_the_stream_may_be_scaled():
+    """By the configuration's `layer_scale` or the entry's."""
+    for one in (model(layer_scale=0.25), model(plan(layer_scale=0.25))):
+        layer = one.model.layers[0]
+        for scale in (layer.mixer_scale, layer.feedforward_scale):
+            assert (scale == 0.25).all()
+            scale.data.zero_()
+        hidden = torch.randn(1, 5, 32, dtype=torch.float64)
+        assert torch.equal(layer(hidden, Chunk(torch.arange(5)[None])).hidden, hidden)
+
+
+@torch.no_grad()
+def test_what_is_kept_follows_changes_without_a_trace():
+    """A write through `.data`, which no version counts, and parameters that are put in for one call."""
+    one, ids = model().eval(), tokens(1, 20)
+    state = one.init_state(1)
+    one.prefill(ids, state)
+    name, base = "model.layers.0.self_attn.ssm.exit", ssm_of(one).exit.clone()
+    for factor in (1.0, 2.0, 3.0):
+        found = torch.func.functional_call(one, {name: base * factor}, (ids,), {"use_cache": False}).logits
+        fresh = copy.deepcopy(one)
+        ssm_of(fresh).exit.copy_(base * factor)
+        assert torch.equal(found, one_pass(fresh, ids)), factor
+    first = one_pass(one, ids)
+    for change in (lambda ssm: ssm.exit.data.mul_(2), lambda ssm: ssm.log_step.data.sub_(0.5)):
+        change(ssm_of(one))
+        found, state = one_pass(one, ids), one.init_state(1)
+        assert not torch.equal(found, first)
+        assert torch.equal(found, one_pass(copy.deepcopy(one), ids))
+        close(one.prefill(ids, state)[0], found[:, -1])
+        first = found
+
+
+@torch.no_grad()
+def test_what_is_kept_is_bounded(monkeypatch):
+    """Powers once for spans of all lengths and for steps, and no more taps than may be kept."""
+    one = model().eval()
+    state = one.init_state(1)
+    for length in (64, 1, 2, 3, 7, 20, 40):
+        one.prefill(tokens(1, length), state)
+    one.decode_step(tokens(1, 1), state)
+    kept = ssm_of(one)._kept
+    held = {x.data_ptr() for name, found in kept.items() if name[0] == "spans" for x in found[1].powers}
+    held |= {found[1][0].data_ptr() for name, found in kept.items() if name[0] == "step"}
+    assert len(held) == 7
+    taps = 32 * 8
+    monkeypatch.setattr(structured_state, "KEPT_BYTES", (256 + 128) * taps)
+    want = {}
+    for length in (100, 200, 400, 60, 100, 200, 400, 60):
+        found = one_pass(one, tokens(1, length))
+        assert torch.equal(want.setdefault(length, found), found)
+        assert sum(found[1].nbytes for name, found in kept.items() if name[0] == "taps") <= (256 + 128) * taps
+    assert ("taps", 64) in kept
+
+
+def test_alone_it_takes_the_papers_softmax():
+    """Beside T5's bias, whatever the configuration's windows are; what the entry says goes before that."""
+    swat = {"score_function": "sigmoid", "slopes": "balanced", "score_bias": -1.0, "learned_slopes": True}
+
+    def settings(**own):
+        first, second = model([{"kind": "spade", "state_size": 8, **own}, "attention"], **swat).config.plan()
+        assert {name: getattr(second.settings, name) for name in swat} == swat
+        return {name: getattr(first.settings, name) for name in (*swat, "relative_bias")}
+
+    paper = {"score_function": "softmax", "slopes": "none", "score_bias": 0.0, "learned_slopes": False}
+    assert settings() == {**paper, "relative_bias": "shared"}
+    assert settings(slopes="negative")["slopes"] == "negative"
+    said = {"score_function": "sigmoid", "slopes": "balanced", "learned_slopes": True, "relative_bias": "none"}
+    assert settings(**said) == {**said, "score_bias": -1.0}
+    assert settings(learned_slopes=True)["slopes"] == "balanced"

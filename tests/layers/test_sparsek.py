@@ -127,3 +127,17 @@ def test_what_is_kept_is_bounded():
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         SparsekSettings(**changes)
+
+
+def test_a_backward_pass_may_stand_under_autocast():
+    one, ids = model({"kind": "sparsek", "k": 3, "sliding_window": 4}).float().train(), tokens(2, 12)
+    found = []
+    for inside in (False, True):
+        one.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = one(ids, labels=ids).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        found.append(one.model.layers[0].self_attn.score_proj.weight.grad.clone())
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.01)
+    assert found[0].any()

@@ -103,6 +103,23 @@ def test_half_precision_rings():
         torch.testing.assert_close(output, full[:, now], atol=0.02, rtol=0.01)
 
 
+@pytest.mark.parametrize("positions", [[2, 19, 7], [13, 13, 13]])
+@pytest.mark.parametrize("slots", [[0, 1, 2], [5, 0, 3]])
+@pytest.mark.parametrize("score_function", ["sigmoid", "softmax"])
+def test_autocast_changes_nothing(slots, positions, score_function):
+    """Whatever way the rows are decoded: at one place, at several, in order or not."""
+    query, key, value, slopes = stream(3, 20)
+    found = []
+    for enabled in (False, True):
+        rings = [empty_ring(7, 6, 2, 8, query).fill_(0.3) for _ in range(2)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(window_attention_step(
+                query[:, :1], key[:, :1], value[:, :1], *rings, torch.tensor(slots), torch.tensor(positions),
+                score_function=score_function, slopes=slopes,
+            ))  # fmt: skip
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("backend", ["blocked", "reference"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_rotates_when_asked_to(backend, shared):

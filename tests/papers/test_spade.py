@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from swat_lm import SwatConfig
 from swat_lm.papers import PAPERS
 from swat_lm.papers.reproduction import plan_without_running, reproduce, sources_from_folder
 from swat_lm.papers.spade.losses import CLAIMS
@@ -21,6 +22,10 @@ def test_variants_differ_in_what_is_compared_and_nothing_else():
         assert max(sizes) / min(sizes) < 1.006, name
         variants = SPADE.variants(scale)
         assert {one.partition("@")[0] for claim in CLAIMS for one in claim[2:4]} == variants.keys()
+        for key, function in (("spade", "softmax"), ("swat", "sigmoid"), ("swat-windows", "sigmoid")):
+            plan = SwatConfig(**{**variants[key].model, "sliding_window": 8}).plan()
+            assert {entry.settings.score_function for entry in plan} == {function}
+            assert {entry.settings.slopes for entry in plan} == {"none" if function == "softmax" else "balanced"}
         kinds = {
             key: [entry["kind"] for entry in variant.model["layers"]].count("spade")
             for key, variant in variants.items()

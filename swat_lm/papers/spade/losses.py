@@ -63,6 +63,8 @@ def entries(scale: Scale, base: Mapping[str, Any], spades: int, **own: Any) -> l
     shape, state_size = scale.budgets["analysis"].shape, STATE_SIZES[scale.name]
     width, depth, inner = shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]
     bias = {"relative_bias": "shared" if base is SOFTMAX else "none"}
+    # alone a state space stands beside the paper's softmax
+    beside = {name: base[name] for name in ("score_function", "slopes")}
     # numbers per channel of the model; a unit of a feed-forward has three
     of_one = branch(width, state_size, "concat")
     missing = of_one - spades * branch(width, state_size, own.get("fusion", "concat"))
@@ -73,7 +75,7 @@ def entries(scale: Scale, base: Mapping[str, Any], spades: int, **own: Any) -> l
     layers: list[dict[str, Any]] = []
     for index in range(depth):
         changed = round(wider) if spades <= 1 and index == 0 else round(wider / depth) if spades > 1 else 0
-        kind = {"kind": "spade", "state_size": state_size, **own} if index < spades else {"kind": "attention"}
+        kind = {"kind": "spade", "state_size": state_size, **beside, **own} if index < spades else {"kind": "attention"}
         layers.append({**kind, **bias, "intermediate_size": inner + changed})
     return layers
 

@@ -1,5 +1,9 @@
 """What a training step minimises: one file per objective; `OBJECTIVES` is the table that `train.objective` names."""
 
+from transformers import PreTrainedConfig
+
+from swat_lm.model.building import layers_without_weights
+from swat_lm.model.configuration import SwatConfig
 from swat_lm.recipe import Recipe
 from swat_lm.train.execution import execution_of
 from swat_lm.train.objectives.base import Loss, Objective, ObjectiveSettings
@@ -8,9 +12,22 @@ from swat_lm.train.objectives.next_token import NextToken
 from swat_lm.validation import build
 from swat_lm.words import did_you_mean
 
-__all__ = ["OBJECTIVES", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings", "make_objective"]
+__all__ = [
+    "OBJECTIVES", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings", "check_layers",
+    "make_objective",
+]  # fmt: skip
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (NextToken, MaskedNextToken)}
+
+
+def check_layers(objective: str, config: PreTrainedConfig) -> None:
+    """Raise ValueError, naming the layer, for a model of ours that an objective of `OBJECTIVES` cannot train."""
+    if not isinstance(config, SwatConfig):
+        return
+    for index, layer in enumerate(layers_without_weights(config)):
+        reason = OBJECTIVES[objective].refuses_layer(layer)
+        if reason is not None:
+            raise ValueError(f"train.objective: {objective} cannot train layer {index} ({layer.name}), which {reason}")
 
 
 def make_objective(recipe: Recipe) -> Objective:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swat_lm.data import Batch
 from swat_lm.data.batches import IGNORED
-from swat_lm.layers.base import Auxiliary
+from swat_lm.layers.base import Auxiliary, Layer
 from swat_lm.model.execution.table import run_model
 from swat_lm.recipe import DataRecipe
 from swat_lm.validation import number, settings
@@ -67,6 +67,20 @@ class Objective(ABC):
         give the loss of `labels` alone.
         """
         return None
+
+    @classmethod
+    def refuses_layer(cls, layer: Layer) -> str | None:
+        """Why it cannot train such a layer, as the rest of a sentence that begins with the layer; None where it can.
+
+        By default one whose tokens see what comes after them, their targets among it. An objective whose inputs do not
+        show its targets returns None.
+        """
+        if layer.refuses_past() is None:
+            return None
+        return (
+            "looks both ways (bidirectional), so that every token sees the one that it is to predict; set "
+            "bidirectional to false, or train it for an objective of your own whose inputs do not show its targets"
+        )
 
     @abstractmethod
     def labels(self, batch: Batch) -> Tensor:

@@ -181,3 +181,14 @@ def test_rows_without_an_answer_are_no_perfect_loss(marked_recipe, tmp_path):
     assert not (tmp_path / "held-out" / "recipe.yaml").exists()
     with pytest.raises(ValueError, match=r"step \d: its rows hold nothing for masked_next_token to predict"):
         run(of_long_prompts("steps", evaluate_every=0))
+
+
+def test_layers_that_see_their_targets_are_refused_before_anything_is_written(make_recipe):
+    recipe = make_recipe("run")
+    for number, kind in enumerate(("attention", "spade")):
+        layers = ["attention"] * number + [{"kind": kind, "bidirectional": True, "slopes": "none"}] * (2 - number)
+        changed = replace(recipe, model={**recipe.model, "layers": layers})
+        message = rf"^train.objective: next_token cannot train layer {number} \({kind}\), which looks both ways"
+        with pytest.raises(ValueError, match=message):
+            run(changed)
+        assert not Path(recipe.out).exists()
