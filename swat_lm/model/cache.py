@@ -168,7 +168,7 @@ class SlotCache(Cache):
         """The rows of a chunk that the model is about to process; what padding there is moves tokens, not positions."""
         slots = self.slots
         assert slots is not None
-        if any(layer.keeps_summary for layer in self.layers):
+        if any(layer.beside is not None for layer in self.layers):
             self._check_read(num_tokens, attention_mask, chunk)
         begin = None
         if attention_mask is not None and chunk.first is not None:
