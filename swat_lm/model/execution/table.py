@@ -13,7 +13,7 @@ from swat_lm.words import did_you_mean
 if TYPE_CHECKING:
     from swat_lm.model.modeling import SwatModel
 
-__all__ = ["EXECUTIONS", "Checkpoint", "Executable", "Plain", "make_execution", "run_model"]
+__all__ = ["EXECUTIONS", "Checkpoint", "Checkpointed", "Executable", "Plain", "make_execution", "run_model"]
 
 
 class Plain(Execution):
@@ -72,12 +72,37 @@ class Executable:
         if reason is not None:
             raise ValueError(f"execution: {name} cannot run this model: {reason}")
         self.execution.leave(self.model.stack)
-        if self.execution.recomputes_layers:
+        self.model.execution = Plain()
+        # layers within a chunk may be checkpointed too
+        if self.model.gradient_checkpointing:
             self.activation_checkpointing_disable()
         if execution.recomputes_layers:
             self.activation_checkpointing_enable()
         execution.enter(self.model.stack)
         self.model.execution = execution
+
+
+class Checkpointed:
+    """Mixed into every model: Hugging Face's switch of checkpointing, as `transformers.Trainer` turns it, and the
+    execution say the same."""
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *arguments: Any, **options: Any) -> None:
+        # whichever of the model and its body is asked
+        body: Any = getattr(self, "model", self)
+        if isinstance(body.execution, Blockwise):
+            if not enable:
+                # its layers are not checkpointed, and go on block by block
+                return
+            raise ValueError(
+                "gradient_checkpointing: execution blockwise computes layers again by itself, and checkpointing would "
+                "take its place: leave it off, or choose it by model.set_execution('checkpoint')"
+            )
+        super()._set_gradient_checkpointing(enable, *arguments, **options)  # type: ignore[misc]
+        # chunks stay: layers may be checkpointed within them
+        if enable and isinstance(body.execution, Plain):
+            body.execution = Checkpoint()
+        elif not enable and isinstance(body.execution, Checkpoint):
+            body.execution = Plain()
 
 
 def run_model(model: nn.Module, **inputs: Any) -> Any:
