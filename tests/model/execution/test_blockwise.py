@@ -160,9 +160,7 @@ def test_dropout_is_refused_where_keys_would_be_drawn_twice():
         if not dropout:
             adapted(input_ids=ids, labels=ids).loss.backward()
             continue
-        with pytest.raises(
-            ValueError, match=r"k_proj\.lora_dropout\.default of a layer drops out with p=0\.3.*lora_drop"
-        ):
+        with pytest.raises(ValueError, match=r"k_proj\.lora_dropout\.default of a layer drops out with p=0\.3"):
             adapted(input_ids=ids, labels=ids)
         # nothing is computed twice without gradients
         with torch.no_grad():

@@ -97,9 +97,7 @@ def test_switches_of_checkpointing_and_the_execution_agree(tmp_path):
     runs = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda _, given: runs.append(given[0].shape[1]))
     for switch in (model, model.model):
-        with pytest.raises(
-            ValueError, match=r"blockwise computes layers again by itself.*set_execution\('checkpoint'\)"
-        ):
+        with pytest.raises(ValueError, match="blockwise computes layers again by itself"):
             switch.gradient_checkpointing_enable()
         switch.gradient_checkpointing_disable()
     model(ids, labels=ids)
