@@ -1,5 +1,6 @@
 """The ways to run layers by name, and how a model is told which one."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -35,13 +36,25 @@ EXECUTIONS: dict[str, type[Execution]] = {kind.name: kind for kind in (Plain, Ch
 def make_execution(name: str, values: dict[str, Any], at: str = "execution_settings") -> Execution:
     """The execution of this name with its settings.
 
-    Raises ValueError for an unknown one or an unknown setting (the nearest valid one is named).
+    Raises ValueError for an unknown one or an unknown setting: the nearest valid one is named, or whose setting it is.
     """
     if name not in EXECUTIONS:
         hint = did_you_mean(name, EXECUTIONS, f"; known are {', '.join(EXECUTIONS)}")
         raise ValueError(f"execution: unknown execution {name!r}{hint}")
     kind = EXECUTIONS[name]
+    own = known_settings(kind)
+    for key in values:
+        owners = [other.name for other in EXECUTIONS.values() if key in known_settings(other)]
+        if key not in own and (owners or not own):
+            belongs = f"{key} belongs to {' and '.join(owners)}" if owners else f"got {key}"
+            takes = f"takes {', '.join(own)}" if own else "takes no settings"
+            raise ValueError(f"{at}: {name} {takes}; {belongs}")
     return kind(build(kind.Settings, values, at))
+
+
+def known_settings(kind: type[Execution]) -> list[str]:
+    """What may be set of one."""
+    return [field.name for field in fields(kind.Settings)]
 
 
 class Executable:
