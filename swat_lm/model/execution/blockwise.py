@@ -72,17 +72,19 @@ class Blockwise(Execution):
         return None
 
     def enter(self, layers: Sequence[Layer]) -> None:
-        """Put a scan over blocks in the place of each layer's pass in training."""
+        """Put a scan over blocks in the place of each layer's pass over whole rows."""
         for layer in layers:
             # where Hugging Face's base class asks for it, inside the hooks of whoever shards weights
             layer._gradient_checkpointing_func = partial(run_blocks, layer, self.settings)  # type: ignore[assignment]
             layer.gradient_checkpointing = True
+            # which asks in training alone
+            layer.forward = partial(evaluate_blocks, layer, self.settings)
 
     def leave(self, layers: Sequence[Layer]) -> None:
         """Let layers run as they are."""
         for layer in layers:
             layer.gradient_checkpointing = False
-            del layer._gradient_checkpointing_func
+            del layer._gradient_checkpointing_func, layer.forward
 
 
 def attention_of(layer: Layer) -> WindowAttention:
@@ -140,6 +142,25 @@ def run_blocks(
     if not torch.is_grad_enabled():
         return Output(run.forward(hidden))
     return Output(_Blocked.apply(run, hidden, *run.parameters))
+
+
+def evaluate_blocks(
+    layer: Layer, settings: BlockSettings, hidden: Tensor, chunk: Chunk, past: Past | None = None
+) -> Output:
+    """As `run_blocks` for rows of held-out text; passes in training, with a past or in both directions go on as ever."""
+    forward = partial(type(layer).forward, layer)
+    if (
+        layer.training
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or past is not None
+        or chunk.last is not None
+        or hidden.shape[1] <= settings.block_size
+        # blocks of keys do not take what is learned of scores
+        or (learned_of_scores(attention_of(layer)) and attention_of(layer).window_in(chunk) is None)
+    ):
+        return forward(hidden, chunk, past)
+    return Output(BlockedLayer(layer, settings, forward, hidden, chunk).forward(hidden))
 
 
 class BlockPast:

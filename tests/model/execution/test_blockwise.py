@@ -150,6 +150,30 @@ def test_what_it_cannot_do_is_refused_by_name():
     assert model.train()(ids).logits.shape == (1, 9, 40)
 
 
+@pytest.mark.parametrize("window", [None, 24])
+def test_evaluation_needs_less_than_training(window: int | None):
+    model, ids = wide(window), tokens(1, 2 * TOKENS)
+    model.eval()
+    with torch.no_grad():
+        expected = model(ids, labels=ids, return_logits=False).loss
+    model.set_execution("blockwise", block_size=32, key_block_size=32)
+    peaks = []
+    for training in (True, False):
+        model.train(training)
+        with LiveBytes() as live, torch.set_grad_enabled(training):
+            loss = model(ids, labels=ids, return_logits=False).loss
+            if training:
+                loss.backward()
+        close(loss.detach(), expected, tolerance=1e-5)
+        peaks.append(live.peak)
+    assert peaks[1] < peaks[0]
+    # a cache, and gradients outside of training, are those of whole rows
+    assert model.generate(ids[:, :40], max_new_tokens=2, do_sample=False).shape == (1, 42)
+    model(ids, labels=ids).loss.backward()
+    model.set_execution()
+    assert "forward" not in vars(model.model.layers[0])
+
+
 def test_dropout_is_refused_where_keys_would_be_drawn_twice():
     ids = tokens(1, 20)
     for dropout in (0.0, 0.3):
