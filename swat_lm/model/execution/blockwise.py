@@ -147,7 +147,7 @@ def run_blocks(
 def evaluate_blocks(
     layer: Layer, settings: BlockSettings, hidden: Tensor, chunk: Chunk, past: Past | None = None
 ) -> Output:
-    """As `run_blocks` for rows of held-out text; passes in training, with a past or in both directions go on as ever."""
+    """As `run_blocks` for held-out rows; passes in training, with a past or in both directions go on as ever."""
     forward = partial(type(layer).forward, layer)
     if (
         layer.training
