@@ -72,6 +72,8 @@ def info(
         raise ValueError("--plans: name a recipe, a checkpoint or a preset")
     if not memory and (processes != 1 or available is not None):
         raise ValueError("--processes and --available belong to --memory")
+    if memory and plans:
+        raise ValueError("--memory and --plans are two tables: give one of them")
     if memory:
         if target is None or not is_recipe(target):
             raise ValueError("--memory: name a recipe, whose batch and precision it predicts for")

@@ -255,8 +255,9 @@ class Layer(TokenMixer, GradientCheckpointingLayer):
     """Whether it returns fewer tokens than it gets."""
     draws_noise: bool = False
     """Whether its training draws from `Chunk.seed`."""
-    judges_rows: bool = False
-    """Whether it has an auxiliary loss of each row as a whole, to which those of a row's chunks do not add up."""
+    judges_rows: str | None = None
+    """The weight, by its setting's name, of an auxiliary loss of each row as a whole, to which those of a row's chunks
+    do not add up; None where there is no such loss."""
 
     @classmethod
     def build(cls, settings: Any, width: int, index: int, shared: Shared) -> "Layer":

@@ -131,8 +131,8 @@ def whole_vectors(scores: Tensor) -> Tensor:
 
 
 def all_in_window(span: Tensor, num_tokens: int, window: int) -> bool:
-    """Whether a chunk's tokens see all their first tokens in the window; a device that would be waited for says no."""
-    return span.device.type == "cpu" and bool((span[:, 0] + num_tokens <= window).all())
+    """Whether a chunk's tokens see all first tokens in the window; a device to be waited for and mere shapes say no."""
+    return type(span) is Tensor and span.device.type == "cpu" and bool((span[:, 0] + num_tokens <= window).all())
 
 
 def pick(items: Tensor, source: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Legend: B streams, M model width, H query heads, K key/value heads, D head size,
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,11 +37,13 @@ class Matrix:
     the outputs are cut into as many pieces as there are threads.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.whole = matrix
+    def __init__(self, matrix: Tensor, parameters: Sequence[Tensor] = ()) -> None:
+        """`matrix` is a view of the parameters, in whose joined memory it lies."""
+        self.whole, self.parameters = matrix, parameters
         self._num_pieces = 1
         self._pieces = matrix.unsqueeze(0)
         self._panels: Tensor | None = None
+        self._versions: list[int] = []
         self._left = 0
 
     def cut(self, num_threads: int) -> None:
@@ -54,7 +57,8 @@ class Matrix:
         """Hold the numbers a second time, in panels of a few outputs, each in one piece of memory.
 
         PyTorch's product of a few rows with a wide matrix copies most of the matrix on the way, or strides through it:
-        a batch of products with panels that a cache holds does neither, and takes two thirds of the time.
+        a batch of products with panels that a cache holds does neither, and takes two thirds of the time. Once a
+        parameter is changed in place, as by `load_state_dict` or an optimizer, panels are left alone.
         """
         if not self.panel_bytes:
             return
@@ -62,7 +66,12 @@ class Matrix:
         panels = self.whole[:, : self.whole.shape[1] - left].unflatten(1, (-1, PANEL)).transpose(0, 1)
         # the last outputs as a whole panel: in a narrow product a row's bits depend on its place
         self._panels = torch.cat((panels, self.whole[None, :, -PANEL:])) if left else panels.contiguous()
-        self._left = left
+        self._left, self._versions = left, list(map(version, self.parameters))
+
+    def _panels_for(self, num_rows: int) -> Tensor | None:
+        if self._panels is None or num_rows not in PANEL_ROWS or self._versions != list(map(version, self.parameters)):
+            return None
+        return self._panels
 
     @property
     def panel_bytes(self) -> int:
@@ -72,8 +81,8 @@ class Matrix:
 
     def times(self, rows: Tensor) -> Tensor:
         """`rows [B, inputs]` times the matrix, `[B, outputs]`."""
-        panels = self._panels
-        if panels is not None and rows.shape[0] in PANEL_ROWS:
+        panels = self._panels_for(rows.shape[0])
+        if panels is not None:
             product = torch.bmm(rows.expand(panels.shape[0], *rows.shape), panels)
             outputs = product.transpose(0, 1).reshape(rows.shape[0], -1)
             if self._left:
@@ -88,6 +97,11 @@ class Matrix:
         if self._panels is None and (self._num_pieces == 1 or rows.shape[0] > 1):
             return torch.addmm(residual, rows, self.whole)
         return self.times(rows).add_(residual)
+
+
+def version(parameter: Tensor) -> int:
+    """Counts changes in place; what was made for inference alone has no count, nor a way to be loaded into."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 class Norm:
@@ -138,12 +152,12 @@ class AttentionPlan(LayerPlan):
         assert feed_forward.gate_proj is not None
         self.input_norm = Norm(layer.input_layernorm)
         # [M, (H + 2 K) D]
-        self.query_key_value = Matrix(joined([attention.q_proj, attention.k_proj, attention.v_proj]))
-        self.output = Matrix(attention.o_proj.weight.detach().t())
+        self.query_key_value = of_joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.output = of_one(attention.o_proj)
         self.feed_forward_norm = Norm(layer.post_attention_layernorm)
         # [M, 2 F]
-        self.gate_up = Matrix(joined([feed_forward.gate_proj, feed_forward.up_proj]))
-        self.down = Matrix(feed_forward.down_proj.weight.detach().t())
+        self.gate_up = of_joined([feed_forward.gate_proj, feed_forward.up_proj])
+        self.down = of_one(feed_forward.down_proj)
         # the bias of the ring's places, and with which state of what is learned it was made
         self._table: Tensor | None = None
         self._table_of: tuple[tuple[float, ...], ...] = ()
@@ -265,11 +279,17 @@ def join(modules: list[nn.Linear]) -> None:
         module.weight.data = part.t()
 
 
-def joined(modules: list[nn.Linear]) -> Tensor:
+def of_one(module: nn.Linear) -> Matrix:
+    """The matrix of one linear map."""
+    return Matrix(module.weight.detach().t(), [module.weight])
+
+
+def of_joined(modules: list[nn.Linear]) -> Matrix:
     """The matrix that `join` has made of these weights."""
     first = modules[0].weight.detach()
     width = sum(module.out_features for module in modules)
-    return first.t().as_strided((first.shape[1], width), (width, 1), first.storage_offset())
+    matrix = first.t().as_strided((first.shape[1], width), (width, 1), first.storage_offset())
+    return Matrix(matrix, [module.weight for module in modules])
 
 
 def is_plain(module: nn.Module) -> bool:

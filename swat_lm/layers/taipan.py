@@ -30,7 +30,7 @@ class TaipanLayer(Layer):
         super().__init__()
         self.settings = settings
         self.draws_noise = settings.selection != "all"
-        self.judges_rows = settings.selection == "gate" and settings.budget_weight > 0
+        self.judges_rows = "budget_weight" if settings.selection == "gate" and settings.budget_weight > 0 else None
         self.input_layernorm = RMSNorm(width, shared.norm_eps)
         self.mixer = SelectiveAttention(settings, width, index, shared.norm_eps)
         self.post_attention_layernorm = RMSNorm(width, shared.norm_eps)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from swat_lm.layers.base import InPlace, Layer
 from swat_lm.layers.chunk import Chunk
-from swat_lm.layers.lean import Held, LayerPlan, Matrix, Norm, are_in_place, held_by, is_plain, join
+from swat_lm.layers.lean import Held, LayerPlan, Matrix, Norm, are_in_place, held_by, is_plain, join, of_one
 from swat_lm.layers.norm import RMSNorm
 from swat_lm.model.execution import step_layers
 
@@ -32,7 +32,7 @@ class DecodingPlan:
         self.head: Matrix | None = None
         """`[M, V]`; None where the output embedding is called instead."""
         if is_plain(model.lm_head) and model.lm_head.weight.dtype in (torch.float32, torch.float64):
-            self.head = Matrix(model.lm_head.weight.detach().t())
+            self.head = of_one(model.lm_head)
         self._head_held: Held = [held for held in held_by(model) if held[1] == "lm_head"]
         self._held: Held = [held for plan in self.layers if plan is not None for held in plan.held] + self._norm_held
         self.num_threads = 1

@@ -28,7 +28,7 @@ from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embeddi
 from swat_lm.model.execution import check_chunk, check_goes_on, is_hooked, run_layers, step_layers, stepped_over
 from swat_lm.model.execution.base import Execution
 from swat_lm.model.execution.chunks import ReverseChunks
-from swat_lm.model.execution.table import Executable, Plain
+from swat_lm.model.execution.table import Checkpointed, Executable, Plain
 from swat_lm.model.inputs import documents_from_lengths, draws_noise, plan_carry, plan_chunk, refuse_unknown, row_seeds
 from swat_lm.model.kept import check_kept
 from swat_lm.model.loss import PLAIN_WEIGHTS, chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
@@ -38,7 +38,7 @@ from swat_lm.model.pasts import CachePast, Carry, check_foreign
 from swat_lm.model.streaming import Streaming
 
 
-class SwatPreTrainedModel(PreTrainedModel):
+class SwatPreTrainedModel(Checkpointed, PreTrainedModel):
     """What Hugging Face needs to know of these models."""
 
     config: SwatConfig

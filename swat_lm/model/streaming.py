@@ -71,8 +71,9 @@ class Streaming:
 
         Args:
             panel_bytes: how many bytes a second copy of the weights may take, in an order in which batches of 2 to 48
-                rows are multiplied in two thirds of the time: all matrices have it, or none. It does not follow weights
-                that are changed in place later; call this again then.
+                rows are multiplied in two thirds of the time: all matrices have it, or none. Once a
+                weight is changed in place (`load_state_dict`, an optimizer; not seen: through `.data`), its matrix is
+                multiplied as a whole; call this again then.
 
         Returns:
             The bytes that the second copy takes.

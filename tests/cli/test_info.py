@@ -66,17 +66,42 @@ def test_a_run_that_trained_a_baseline(cli, here: Path):
 def test_memory_is_predicted_for_every_execution_that_runs_the_plan(cli, here: Path):
     plan = "model.layers=[{kind: attention, sliding_window: null, score_function: softmax, slopes: none}]"
     words = ["info", "run.yaml", plan, "model.num_hidden_layers=1", "train.batch_size=4", "--memory", "--length", 64]
-    code, out, _ = cli(*words, "--processes", 2)
+    code, out, refused = cli(*words, "--processes", 2)
     assert code == 0
     assert "2 rows of 64 tokens a pass, 2 processes" in out
     for name in ("plain", "checkpoint", "blockwise"):
-        assert re.search(rf"{name} .*0\.0", out), name
+        assert re.search(rf"{name} .* \d\.\d\d", out), name
+    assert "bytes in MiB" in out
+    assert "0.00" not in out
     # refused by name, on the other stream
     assert "chunks " not in out
+    assert re.search(r"^chunks cannot run this model: layer 0", refused, re.MULTILINE)
     assert cli(*words, "--processes", 3)[2] == "error: --processes: 3 cannot share train.batch_size (4) equally"
     assert "--memory: name a recipe" in cli("info", "runs/ll", "--memory")[2]
     assert "belong to --memory" in cli("info", "run.yaml", "--processes", 2)[2]
     assert "expected a size such as 80GiB or 512M; got 'much'" in cli(*words, "--available", "much")[2]
+    assert "16 bytes hold no training step; write the unit too" in cli(*words, "--available", 16)[2]
+    assert "--memory and --plans are two tables" in cli(*words, "--plans", "--window", 8)[2]
+
+
+def test_memory_of_what_no_shape_can_say_leaves_the_other_rows(cli, here: Path, monkeypatch):
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException
+
+    from swat_lm.model.execution.predicted import Predicted
+
+    simulate = Predicted._simulate
+
+    def some(self, num_tokens: int) -> int:
+        if self.name == "plain":
+            raise DynamicOutputShapeException("aten.nonzero")
+        return simulate(self, num_tokens)
+
+    monkeypatch.setattr(Predicted, "_simulate", some)
+    code, out, refused = cli("info", "run.yaml", "train.batch_size=1", "--memory", "--length", 32)
+    assert code == 0
+    assert "1 row of 32 tokens a pass, 1 process, bytes in MiB" in out
+    assert re.search(r"checkpoint .* \d\.\d\d", out)
+    assert "plain cannot be predicted: what a layer computes depends on numbers" in " ".join(refused.split())
 
 
 def test_the_plan_is_printed_once_per_kind_of_layer(cli, here: Path):

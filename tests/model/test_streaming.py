@@ -201,6 +201,26 @@ def test_panels_are_made_where_all_fit():
     close(torch.stack([model.decode_step(token, state) for token in ids.split(1, dim=1)]), expected)
 
 
+def test_panels_of_weights_that_changed_are_left_alone():
+    model, other, ids = tiny_model(hidden_size=64), tiny_model(hidden_size=64), tokens(2, 6)
+    assert model.arrange_for_decoding(panel_bytes=2**30)
+
+    def decoded() -> torch.Tensor:
+        state = model.init_state(2)
+        return torch.cat([model.decode_step(token, state).view(2, 1, -1) for token in ids.split(1, dim=1)], dim=1)
+
+    for change in ("all", "k_proj", "up_proj", "down_proj", "lm_head"):
+        with torch.no_grad():
+            for name, weight in other.named_parameters():
+                if change == "all" or change in name:
+                    weight.add_(torch.randn_like(weight), alpha=0.3)
+            model.load_state_dict(other.state_dict())
+            close(decoded(), model(ids).logits)
+    # and made anew they serve again
+    assert model.arrange_for_decoding(panel_bytes=2**30)
+    close(decoded(), model(ids).logits)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_plan_serves_every_state(num_threads):
     """Streams that stand apart or together, and a ring that grows: as the layers do it one by one."""

@@ -55,7 +55,9 @@ def test_what_cannot_run_so_is_refused_before_anything_is_written(make_recipe, m
     unknown = replace(recipe.train, execution_settings={"chunk": 7})
     refused(r"unknown key train.execution_settings.chunk; the nearest valid key is .*chunk_size", train=unknown)
     none = replace(recipe.train, execution="plain")
-    refused(r"unknown key train.execution_settings.chunk_size", train=none)
+    refused("train.execution_settings: plain takes no settings; chunk_size belongs to chunks", train=none)
+    other = replace(recipe.train, execution_settings={"block_size": 7})
+    refused("chunks takes chunk_size, carries, folder; block_size belongs to blockwise", train=other)
     library = {"architecture": "llama", **{k: v for k, v in recipe.model.items() if k != "sliding_window"}}
     refused("chunks runs the layers of swat-lm, and a model of a library has its own", model=library)
 

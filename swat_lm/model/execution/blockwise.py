@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.dropout import _DropoutNd
 
 from swat_lm.layers.attention import AttentionLayer
 from swat_lm.layers.base import NOTHING, Layer, Output, Past
 from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.per_head import SETTINGS as PER_HEAD
 from swat_lm.layers.window_attention import WindowAttention
 from swat_lm.model.execution.base import Execution
 from swat_lm.model.execution.recomputing import Randomness, autocast_as_now
@@ -44,34 +46,45 @@ class Blockwise(Execution):
     Settings = BlockSettings
 
     def refuses(self, layers: Sequence[Layer]) -> str | None:
-        """Anything but attention that looks back, first tokens beside a window, and what layers share."""
+        """Anything but attention that looks back, first tokens beside a window, what layers share, and what full
+        attention over blocks of keys has no gradient for."""
         for index, layer in enumerate(layers):
+            where = f"layer {index} ({layer.name})"
             if not isinstance(layer, AttentionLayer) or layer.name != AttentionLayer.name:
-                return f"layer {index} ({layer.name}) is no layer of attention: take chunks or checkpoint"
-            if attention_of(layer).first_tokens is not None:
-                return f"layer {index} ({layer.name}) keeps first tokens beside its window: take chunks or checkpoint"
-            settings = attention_of(layer).settings
+                return f"{where} is no layer of attention: take checkpoint"
+            attention = attention_of(layer)
+            settings = attention.settings
+            if attention.first_tokens is not None:
+                return f"{where} keeps first tokens beside its window: take checkpoint"
             if settings.bidirectional:
-                return f"layer {index} ({layer.name}) looks both ways, and blocks follow one another: take checkpoint"
+                return f"{where} looks both ways, and blocks follow one another: take checkpoint"
             if settings.relative_bias == "shared":
                 return (
-                    f"layer {index} ({layer.name}) shares its relative bias with others, so that its gradient is no "
-                    "layer's own: set relative_bias: own, or take chunks or checkpoint"
+                    f"{where} shares its relative bias with others, so that its gradient is no layer's own: set "
+                    "relative_bias: own, or take checkpoint"
+                )
+            learned = learned_of_scores(attention)
+            if settings.sliding_window is None and learned:
+                return (
+                    f"{where} has {learned} and no window, and full attention over blocks of keys gives them no "
+                    f"gradient: give it a sliding_window, set {learned}: false, or take checkpoint"
                 )
         return None
 
     def enter(self, layers: Sequence[Layer]) -> None:
-        """Put a scan over blocks in the place of each layer's pass in training."""
+        """Put a scan over blocks in the place of each layer's pass over whole rows."""
         for layer in layers:
             # where Hugging Face's base class asks for it, inside the hooks of whoever shards weights
             layer._gradient_checkpointing_func = partial(run_blocks, layer, self.settings)  # type: ignore[assignment]
             layer.gradient_checkpointing = True
+            # which asks in training alone
+            layer.forward = partial(evaluate_blocks, layer, self.settings)
 
     def leave(self, layers: Sequence[Layer]) -> None:
         """Let layers run as they are."""
         for layer in layers:
             layer.gradient_checkpointing = False
-            del layer._gradient_checkpointing_func
+            del layer._gradient_checkpointing_func, layer.forward
 
 
 def attention_of(layer: Layer) -> WindowAttention:
@@ -79,6 +92,34 @@ def attention_of(layer: Layer) -> WindowAttention:
     assert isinstance(layer, AttentionLayer)
     assert isinstance(layer.self_attn, WindowAttention)
     return layer.self_attn
+
+
+def learned_of_scores(attention: WindowAttention) -> str | None:
+    """The setting by which it learns slopes or a bias of its scores; None where it learns neither."""
+    for name in ("slopes", "score_bias"):
+        parameter = getattr(attention, name)
+        if parameter is not None and parameter.requires_grad:
+            return PER_HEAD[name]
+    return None
+
+
+def refuse_in_training(layer: Layer, chunk: Chunk) -> None:
+    """Raise ValueError for what would have no gradient or a wrong one in this pass; the message names it."""
+    # keys and values come again outside of the blocks, where the numbers that a block drew are not known
+    for name, module in layer.named_modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"execution: blockwise computes keys and values twice, and {name} of a layer drops out with p="
+                f"{module.p}, each time otherwise: set it to 0 (lora_dropout of adapters), or model.set_execution("
+                "'checkpoint') or 'chunks', which draw again what they drew"
+            )
+    attention = attention_of(layer)
+    learned = learned_of_scores(attention)
+    if learned and attention.window_in(chunk) is None:
+        raise ValueError(
+            f"execution: blockwise has no gradient for {learned} without a window, and layer {attention.index} has "
+            "none in this step: draw a window for it, or model.set_execution('checkpoint')"
+        )
 
 
 def run_blocks(
@@ -89,16 +130,37 @@ def run_blocks(
     chunk: Chunk,
     past: Past | None = None,
 ) -> Output:
-    """One layer over `[B, T, M]`, in the place of its `forward`. Raises ValueError for a past."""
+    """One layer over `[B, T, M]`, in the place of its `forward`. Raises ValueError for a past, and for dropout."""
     if past is not None:
         raise ValueError(
             "execution: blockwise runs whole rows in training, without a cache or a carry: pass none, or "
             "model.set_execution('plain')"
         )
+    if torch.is_grad_enabled():
+        refuse_in_training(layer, chunk)
     run = BlockedLayer(layer, settings, forward, hidden, chunk)
     if not torch.is_grad_enabled():
         return Output(run.forward(hidden))
     return Output(_Blocked.apply(run, hidden, *run.parameters))
+
+
+def evaluate_blocks(
+    layer: Layer, settings: BlockSettings, hidden: Tensor, chunk: Chunk, past: Past | None = None
+) -> Output:
+    """As `run_blocks` for held-out rows; passes in training, with a past or in both directions go on as ever."""
+    forward = partial(type(layer).forward, layer)
+    if (
+        layer.training
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or past is not None
+        or chunk.last is not None
+        or hidden.shape[1] <= settings.block_size
+        # blocks of keys do not take what is learned of scores
+        or (learned_of_scores(attention_of(layer)) and attention_of(layer).window_in(chunk) is None)
+    ):
+        return forward(hidden, chunk, past)
+    return Output(BlockedLayer(layer, settings, forward, hidden, chunk).forward(hidden))
 
 
 class BlockPast:

@@ -78,7 +78,7 @@ class ReverseChunks(Execution):
             if layer.judges_rows:
                 return (
                     f"layer {index} ({layer.name}) has a loss of each row as a whole, to which chunks do not add up: "
-                    "set its weight to 0, or take checkpoint"
+                    f"set {layer.judges_rows}: 0, or take checkpoint"
                 )
             if layer.refuses_past():
                 return f"layer {index} ({layer.name}): {layer.refuses_past()}"

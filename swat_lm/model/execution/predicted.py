@@ -11,7 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from transformers.initialization import no_init_weights
 
 from swat_lm.model.building import layers_without_weights
 from swat_lm.model.configuration import SwatConfig
@@ -87,7 +92,7 @@ class Predicted:
         size = self.chunk or getattr(chosen, "block_size", None)
         self.is_scanned = size is not None
         """Whether the operations of a pass are as many as there are blocks or chunks."""
-        self.unit = max(size or 1, *windows)
+        self.unit = max([size or 1, *windows])
         self.carry = sum(
             tensor.num_elements() * tensor.dtype_in(torch.bfloat16 if narrow else torch.float32).itemsize
             for layer in layers if self.chunk for tensor in layer.state_spec()
@@ -142,16 +147,26 @@ class Predicted:
         return Line(low - slope * first, slope)
 
     def simulate(self, num_tokens: int) -> int:
-        """Bytes of one pass over rows of this length, by running it on shapes."""
+        """Bytes of one pass over rows of this length, by running it on shapes.
+
+        Raises ValueError for a model whose operations depend on numbers.
+        """
         if num_tokens not in self._simulated:
-            self._simulated[num_tokens] = self._simulate(num_tokens)
+            try:
+                self._simulated[num_tokens] = self._simulate(num_tokens)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise ValueError(
+                    f"execution: {self.name} cannot be predicted: what a layer computes depends on numbers, and shapes "
+                    f"have none ({error}); measure it instead"
+                ) from None
         return self._simulated[num_tokens]
 
     def _simulate(self, num_tokens: int) -> int:
         from swat_lm.model.modeling import SwatForCausalLM
 
         settings = {key: value for key, value in self.settings.items() if key not in ("carries", "folder")}
-        with torch.random.fork_rng([]), FakeTensorMode(allow_non_fake_inputs=True):
+        # no weight is drawn, and some start from numbers that shapes do not have
+        with torch.random.fork_rng([]), FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
             model = SwatForCausalLM(self.config).train()
             model.set_execution(self.name, **settings)
             ids = torch.zeros(self.rows, num_tokens, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.model.execution.live_bytes import LiveBytes
@@ -134,7 +135,7 @@ def test_bfloat16_and_frozen_weights():
 
 def test_what_it_cannot_do_is_refused_by_name():
     mixture = Subject("mixture", ["attention", "mamba2"]).model()
-    with pytest.raises(ValueError, match=r"layer 1 \(mamba2\) is no layer of attention: take chunks or checkpoint"):
+    with pytest.raises(ValueError, match=r"layer 1 \(mamba2\) is no layer of attention: take checkpoint"):
         mixture.set_execution("blockwise")
     first = Subject("first", [{"kind": "attention", "sliding_window": 4, "sinks": 2}]).model()
     with pytest.raises(ValueError, match=r"layer 0 \(attention\) keeps first tokens beside its window"):
@@ -147,3 +148,63 @@ def test_what_it_cannot_do_is_refused_by_name():
         model(ids, labels=ids, carry=model.init_carry())
     assert model.eval()(ids).logits.shape == (1, 9, 40)
     assert model.train()(ids).logits.shape == (1, 9, 40)
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_evaluation_needs_less_than_training(window: int | None):
+    model, ids = wide(window), tokens(1, 2 * TOKENS)
+    model.eval()
+    with torch.no_grad():
+        expected = model(ids, labels=ids, return_logits=False).loss
+    model.set_execution("blockwise", block_size=32, key_block_size=32)
+    peaks = []
+    for training in (True, False):
+        model.train(training)
+        with LiveBytes() as live, torch.set_grad_enabled(training):
+            loss = model(ids, labels=ids, return_logits=False).loss
+            if training:
+                loss.backward()
+        close(loss.detach(), expected, tolerance=1e-5)
+        peaks.append(live.peak)
+    assert peaks[1] < peaks[0]
+    # a cache, and gradients outside of training, are those of whole rows
+    assert model.generate(ids[:, :40], max_new_tokens=2, do_sample=False).shape == (1, 42)
+    model(ids, labels=ids).loss.backward()
+    model.set_execution()
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_dropout_is_refused_where_keys_would_be_drawn_twice():
+    ids = tokens(1, 20)
+    for dropout in (0.0, 0.3):
+        model = SUBJECTS[0].model(torch.float32)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["k_proj"], lora_dropout=dropout)
+        adapted = get_peft_model(model, lora).train()
+        model.set_execution("blockwise", block_size=8)
+        if not dropout:
+            adapted(input_ids=ids, labels=ids).loss.backward()
+            continue
+        with pytest.raises(ValueError, match=r"k_proj\.lora_dropout\.default of a layer drops out with p=0\.3"):
+            adapted(input_ids=ids, labels=ids)
+        # nothing is computed twice without gradients
+        with torch.no_grad():
+            assert adapted(input_ids=ids, labels=ids).loss.isfinite()
+        model.set_execution("checkpoint")
+        adapted(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("setting", ["learned_slopes", "learned_score_bias"])
+def test_what_full_attention_learns_of_scores_is_refused_before_any_work(setting: str):
+    model = Subject("full", ["attention", {"kind": "attention", "sliding_window": None, setting: True}]).model()
+    with pytest.raises(ValueError, match=rf"layer 1 \(attention\) has {setting} and no window.*take checkpoint"):
+        model.set_execution("blockwise")
+    # a window that is drawn away
+    model, ids = Subject("drawn", [{"kind": "attention", setting: True}]).model().train(), tokens(1, 20)
+    model.set_execution("blockwise", block_size=8)
+    model(ids, labels=ids).loss.backward()
+    for layer in model.model.layers:
+        layer.self_attn.window_in = lambda chunk: None
+    with pytest.raises(ValueError, match=f"no gradient for {setting} without a window, and layer 0 has none"):
+        model(ids, labels=ids)
+    model.model.layers.requires_grad_(False)
+    model(ids, labels=ids).loss.backward()

@@ -153,6 +153,9 @@ def test_what_it_cannot_do_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="folder: carries in memory need none"):
         chunked(model, 7, folder=str(tmp_path))
     assert model.execution.name == "plain"
+    budget = Subject("budget", ["mamba2", {"kind": "taipan", "sliding_window": 7}]).model()
+    with pytest.raises(ValueError, match=r"layer 1 \(taipan\) has a loss of each row.*set budget_weight: 0, or take"):
+        chunked(budget)
     chunked(model)
     with pytest.raises(ValueError, match="pass labels and leave return_logits out"):
         model(ids)

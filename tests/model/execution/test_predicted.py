@@ -45,6 +45,9 @@ def measured(config: SwatConfig, name: str, settings: dict, rows: int, length: i
         ("blockwise", [FULL], 1, 400, False),
         ("chunks", ["mamba2"], 1, 500, False),
         ("chunks", None, 2, 500, True),
+        ("chunks", [{"kind": "attention", "sliding_window": 16, "sinks": 2}], 1, 150, False),
+        ("checkpoint", [{"kind": "spade", "sliding_window": 16, "state_size": 8}], 1, 300, False),
+        ("plain", [{"kind": "attention", "bidirectional": True, "slopes": "none"}], 1, 300, False),
     ],
 )
 def test_peaks_are_as_predicted(name: str, layers: list | None, rows: int, length: int, narrow: bool):
@@ -72,3 +75,11 @@ def test_carries_on_disk_are_not_counted_and_the_longest_row_fits(tmp_path, monk
     assert halves.total < whole.total
     with pytest.raises(ValueError, match="keeps the key of all tokens"):
         Predicted(configuration([FULL]), "chunks")
+
+
+def test_what_depends_on_numbers_is_said():
+    sparse = Predicted(configuration(["mamba2", {"kind": "taipan", "sliding_window": 16, "execution": "sparse"}]))
+    with pytest.raises(
+        ValueError, match=r"plain cannot be predicted: what a layer computes depends on numbers.*nonzero"
+    ):
+        sparse.need(64)

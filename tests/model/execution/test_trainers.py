@@ -1,5 +1,6 @@
 """Reverse chunks under what people train with: transformers.Trainer, PEFT and DistributedDataParallel."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -72,3 +73,40 @@ def test_adapters_and_ddp_get_the_gradients_of_plain(tmp_path):
     finally:
         dist.destroy_process_group()
     same(found)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_switches_of_checkpointing_and_the_execution_agree(tmp_path):
+    model, ids = tiny_model().train(), tokens(1, 40)
+    flags = [model.model, *model.model.layers]
+    model.gradient_checkpointing_enable()
+    assert model.execution.name == "checkpoint"
+    model.set_execution("plain")
+    assert not any(module.gradient_checkpointing for module in flags)
+    # by its body, of which classifiers have no other
+    model.model.activation_checkpointing_enable()
+    assert model.execution.name == "checkpoint"
+    model.gradient_checkpointing_disable()
+    assert (model.execution.name, model.is_activation_checkpointing) == ("plain", False)
+
+    model.set_execution("chunks", chunk_size=8)
+    model.gradient_checkpointing_enable()
+    assert (model.execution.name, model.is_activation_checkpointing) == ("chunks", True)
+    model.set_execution("blockwise", block_size=8)
+    assert not model.model.gradient_checkpointing
+    runs = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda _, given: runs.append(given[0].shape[1]))
+    for switch in (model, model.model):
+        with pytest.raises(ValueError, match="blockwise computes layers again by itself"):
+            switch.gradient_checkpointing_enable()
+        switch.gradient_checkpointing_disable()
+    model(ids, labels=ids)
+    assert (model.execution.name, runs) == ("blockwise", [8] * 5)
+    trainer = Trainer(
+        model,
+        TrainingArguments(**arguments(tmp_path, activation_checkpointing=True)),
+        train_dataset=Dataset.from_list([{"input_ids": ids[0].tolist()}]),
+        data_collator=DataCollatorWithFlattening(),
+    )
+    with pytest.raises(ValueError, match="leave it off"):
+        trainer.train()
