@@ -216,6 +216,13 @@ class TokenMixer(nn.Module, ABC):
         The first tokens of its document do not count where they are kept.
         """
 
+    def aligned_to(self) -> int | None:
+        """Tokens of the segments, counted from the document's start, to which what it sees is aligned; None: none.
+
+        Then the last token of a segment alone sees as far as `reach` says, and from the first of one.
+        """
+        return None
+
     def first_kept(self) -> int:
         """First tokens of each document that every later output depends on, however far away."""
         return 0
@@ -261,6 +268,11 @@ class Layer(TokenMixer, GradientCheckpointingLayer):
     def layer_type(settings: Any) -> str:
         """Hugging Face's name for such a layer."""
         return "linear_attention"
+
+    @classmethod
+    def croppable(cls, settings: Any) -> bool:
+        """Whether tokens can be taken back from what it keeps: no summary is among it."""
+        return cls.layer_type(settings) != "linear_attention" and not getattr(settings, "sinks", 0)
 
     def init_weights(self, shared: Shared) -> None:
         """Start the parameters that are neither linear, embedding nor norm weights; others may be started again."""

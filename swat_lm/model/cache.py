@@ -70,7 +70,7 @@ class SlotCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: the layer keeps something else than keys and values.
         """
-        if self.keeps_summary:
+        if self.keeps_summary or not self.keeps_keys:
             kept = "first tokens (sinks) beside keys and values" if self.keeps_keys else "no keys and values"
             raise ValueError(f"layer {self._index} keeps {kept}; its model fills this cache")
         key, value = key_states.transpose(1, 2), value_states.transpose(1, 2)
@@ -116,7 +116,7 @@ class SlotCache(Cache):
             keeps_keys = entry.layer_type != "linear_attention"
             # a window beside something else is that layer's own affair
             window = getattr(entry.settings, "sliding_window", None) if keeps_keys else None
-            keeps_summary = not keeps_keys or getattr(entry.settings, "sinks", 0) > 0
+            keeps_summary = not entry.kind.croppable(entry.settings)
             layers.append(SlotCacheLayer(self, index, window, keeps_keys, keeps_summary))
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.max_length = max_length

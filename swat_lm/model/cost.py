@@ -154,12 +154,17 @@ def decoding_bytes_per_token(
 def reach(config: SwatConfig) -> int | None:
     """Tokens, itself included, that the output at one place depends on: 1 + the sum of reach - 1; None = all.
 
-    The first tokens that layers keep (`first_kept`) are not counted.
+    The first tokens that layers keep (`first_kept`) are not counted. Where layers see aligned segments, the place that
+    sees farthest counts: behind one such layer the next of the same segments begins at the first token of one.
     """
-    reaches = [layer.reach() for layer in layers_without_weights(config)]
-    if None in reaches:
-        return None
-    return 1 + sum(tokens - 1 for tokens in reaches if tokens is not None)
+    total, aligned = 1, None
+    for layer in layers_without_weights(config):
+        tokens, segment = layer.reach(), layer.aligned_to()
+        if tokens is None:
+            return None
+        total += tokens - (segment if segment is not None and segment == aligned else 1)
+        aligned = segment
+    return total
 
 
 def first_kept(config: SwatConfig) -> int:

@@ -7,7 +7,10 @@ from tests.layers.contract import CHECKS, Check, Subject, name_of
 from tests.layers.sharded import launch
 
 # settings with which what a kind does happens within the suite's few tokens
-SMALL = {"sparsek": {"kind": "sparsek", "k": 3, "sliding_window": 4}}
+SMALL = {
+    "sparsek": {"kind": "sparsek", "k": 3, "sliding_window": 4},
+    "ecp": {"kind": "ecp", "segment": 4},
+}
 
 SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS] + [
     Subject(
@@ -19,8 +22,23 @@ SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS] + [
              "use_rotary": False, "position_slope": 0.1},
         ],
     ),
-    Subject("interleaved", ["mamba2", "attention"]),
-    Subject("window and full", ["attention", {"kind": "attention", "sliding_window": None}]),
+    Subject(
+        "interleaved",
+        [
+            "mamba2",
+            {"kind": "ecp", "segment": 5, "look_back": 0, "num_key_value_heads": 4, "feed_forward": "plain"},
+            "attention",
+        ],
+    ),
+    Subject(
+        "window and full",
+        [
+            "attention",
+            {"kind": "ecp", "segment": 3, "tied": False, "rotary_layers": "all", "score_function": "sigmoid",
+             "score_bias": "-log(window)", "look_back": 2, "first_projection": False},
+            {"kind": "attention", "sliding_window": None},
+        ],
+    ),
     Subject(
         "softmax with sink",
         [
