@@ -5,12 +5,13 @@ from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import Layer
 from swat_lm.layers.ecp import EcpLayer
 from swat_lm.layers.mamba2 import Mamba2Layer
+from swat_lm.layers.perceiver import PerceiverLayer
 from swat_lm.layers.sparsek import SparsekLayer
 from swat_lm.layers.taipan import TaipanLayer
 from swat_lm.layers.window_attention import WindowAttention
 
 LAYERS: dict[str, type[Layer]] = {
-    kind.name: kind for kind in (AttentionLayer, Mamba2Layer, TaipanLayer, SparsekLayer, EcpLayer)
+    kind.name: kind for kind in (AttentionLayer, Mamba2Layer, TaipanLayer, SparsekLayer, EcpLayer, PerceiverLayer)
 }
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "EcpLayer",
     "Layer",
     "Mamba2Layer",
+    "PerceiverLayer",
     "SparsekLayer",
     "TaipanLayer",
     "WindowAttention",

@@ -269,6 +269,14 @@ class Layer(TokenMixer, GradientCheckpointingLayer):
         """Hugging Face's name for such a layer."""
         return "linear_attention"
 
+    def num_handed_on(self, num_tokens: int) -> int:
+        """How many of so many tokens it hands on; another number only where it `shortens`."""
+        return num_tokens
+
+    def refuses_past(self) -> str | None:
+        """Why it can keep nothing of a past, so that it serves whole rows alone, in one sentence; None where it can."""
+        return None
+
     @classmethod
     def croppable(cls, settings: Any) -> bool:
         """Whether tokens can be taken back from what it keeps: no summary is among it."""

@@ -67,14 +67,15 @@ class LayerCost(NamedTuple):
 
 def plan_costs(config: SwatConfig, context: int) -> list[LayerCost]:
     """Every layer of a plan, for rows or streams of `context` tokens."""
-    found = []
+    found, num_tokens = [], context
     for index, (layer, entry) in enumerate(zip(layers_without_weights(config), config.plan(), strict=True)):
         words = entry.kind.name
         if words == "attention":
             window = entry.settings.sliding_window
             words = "full attention" if window is None else f"window {window:,}"
             words += f" and the first {entry.settings.sinks:,}" if entry.settings.sinks else ""
-        flops = layer.flops(context) / context
+        flops = layer.flops(num_tokens) / context
+        num_tokens = layer.num_handed_on(num_tokens)
         held = layer_state_bytes(layer, context)
         found.append(LayerCost(index, words, layer_parameters(layer), held, layer.reach(), flops))
     return found
@@ -87,7 +88,10 @@ def grows(config: SwatConfig) -> bool:
 
 def forward_flops(config: SwatConfig, num_tokens: int, num_past: int = 0) -> int:
     """FLOPs of one forward pass over one sequence of T tokens, logits included, after `num_past` tokens of state."""
-    layers = sum(layer.flops(num_tokens, num_past) for layer in layers_without_weights(config))
+    layers = 0
+    for layer in layers_without_weights(config):
+        layers += layer.flops(num_tokens, num_past)
+        num_tokens = layer.num_handed_on(num_tokens)
     return layers + 2 * config.vocab_size * config.hidden_size * num_tokens
 
 

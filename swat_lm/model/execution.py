@@ -10,12 +10,15 @@ from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.lean import LayerPlan
 
 
-def check_chunk(layers: Sequence[Layer], chunk: Chunk) -> None:
-    """Raise ValueError, naming the layer, where one refuses such a chunk: before anything is kept of it."""
+def check_chunk(layers: Sequence[Layer], chunk: Chunk, has_past: bool = False) -> None:
+    """Raise ValueError, naming the layer, where one refuses such a chunk: before anything is kept of it.
+
+    `has_past`: whether the layers are to keep what the next chunk needs.
+    """
     if chunk.windows is not None and len(chunk.windows) != len(layers):
         raise ValueError(f"windows: expected one per layer ({len(layers)}), got {len(chunk.windows)}")
     for index, layer in enumerate(layers):
-        reason = layer.refuses(chunk)
+        reason = (layer.refuses_past() if has_past else None) or layer.refuses(chunk)
         if reason is not None:
             raise ValueError(f"layer {index} ({layer.name}): {reason}")
 
@@ -27,7 +30,7 @@ def run_layers(
 
     A layer that shortens hands fewer tokens on. Raises ValueError for a chunk that a layer refuses.
     """
-    check_chunk(layers, chunk)
+    check_chunk(layers, chunk, pasts is not None)
     after, said = [], []
     for index, layer in enumerate(layers):
         past = None if pasts is None else pasts[index]

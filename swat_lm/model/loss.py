@@ -93,6 +93,23 @@ def default_chunk(vocab_size: int) -> int:
     return max(64, CHUNK_ELEMENTS // vocab_size)
 
 
+def of_those_handed_on(targets: Tensor, count: int, has_divisor: bool) -> Tensor:
+    """The targets `[B, count]` of the last tokens, where layers hand on no others.
+
+    Raises:
+        ValueError: others are targets too, and the sum is to be divided by a number (`has_divisor`) that counts them.
+    """
+    left = targets.shape[1] - count
+    if not left:
+        return targets
+    if has_divisor and not torch.compiler.is_compiling() and bool((targets[:, :left] != IGNORE).any()):
+        raise ValueError(
+            f"labels: the layers hand on the last {count} tokens alone, and others are to be predicted; leave "
+            f"num_items_in_batch out, or train with objective: last_tokens and objective_settings: {{count: {count}}}"
+        )
+    return targets[:, left:]
+
+
 def next_tokens(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
     """Labels `[B, T]` moved one place to the left; -100 at the end and where the next token begins another document."""
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)

@@ -28,7 +28,7 @@ from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embeddi
 from swat_lm.model.execution import check_chunk, is_hooked, run_layers, step_layers, stepped_over
 from swat_lm.model.inputs import documents_from_lengths, plan_carry, plan_chunk, refuse_unknown, row_seeds
 from swat_lm.model.kept import check_kept
-from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
+from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens, of_those_handed_on
 from swat_lm.model.outputs import SwatCausalLMOutput, SwatModelOutput
 from swat_lm.model.paged import PAGED, check_paged, run_paged
 from swat_lm.model.pasts import CachePast, Carry, check_foreign
@@ -138,7 +138,8 @@ class SwatModel(SwatPreTrainedModel):
                 anew where none is given. Chunks of one sequence take the same.
 
         Returns:
-            `last_hidden_state` `[B, T, M]` after the final norm, and `past_key_values` when a cache is used.
+            `last_hidden_state` `[B, T, M]` after the final norm, of the last tokens alone where a layer hands on
+            fewer, and `past_key_values` when a cache is used.
 
         Raises:
             ValueError: inputs that contradict each other; the message names them.
@@ -157,6 +158,7 @@ class SwatModel(SwatPreTrainedModel):
         if use_cache is None:
             # nor does a graph that is compiled make one by itself
             use_cache = self.config.use_cache and not self.training and not torch.compiler.is_compiling()
+            use_cache = use_cache and not any(layer.refuses_past() for layer in self.stack)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if past_key_values is not None:
                 raise ValueError("past_key_values: activation checkpointing would fill the cache twice; pass none")
@@ -235,7 +237,7 @@ class SwatModel(SwatPreTrainedModel):
         self, hidden: Tensor, chunk: Chunk, cache: SlotCache, attention_mask: Tensor | None
     ) -> tuple[Tensor, list[Auxiliary]]:
         # before anything is kept of the chunk
-        check_chunk(self.stack, chunk)
+        check_chunk(self.stack, chunk, has_past=True)
         batch, num_tokens, _ = hidden.shape
         specs = [layer.state_spec() for layer in self.stack]
         slots = cache.prepare(specs, batch, hidden.dtype, hidden.device)
@@ -340,6 +342,7 @@ class SwatForCausalLM(Streaming, SwatPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if targets is not None:
+            targets = of_those_handed_on(targets, hidden.shape[1], num_items_in_batch is not None)
             loss = self.loss(hidden, targets, num_items_in_batch)
         if return_logits or (return_logits is None and not (learning and self.training)):
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))

@@ -308,7 +308,7 @@ class Streaming:
         if input_ids.dim() != 2 or input_ids.shape[0] != num_rows:
             raise ValueError(f"input_ids: expected [{num_rows}, tokens], got {list(input_ids.shape)}")
         self._check_state(state)
-        check_chunk(self.model.stack, Chunk(input_ids))
+        check_chunk(self.model.stack, Chunk(input_ids), has_past=True)
         num_tokens = input_ids.shape[1]
         if slot is not None:
             check_slots(slot, state)

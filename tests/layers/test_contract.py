@@ -12,7 +12,7 @@ SMALL = {
     "ecp": {"kind": "ecp", "segment": 4},
 }
 
-SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS] + [
+SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS if not LAYERS[kind].shortens] + [
     Subject(
         "selected otherwise",
         [
