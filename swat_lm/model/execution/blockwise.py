@@ -47,7 +47,8 @@ class Blockwise(Execution):
         """Anything but attention that looks back, first tokens beside a window, and what layers share."""
         for index, layer in enumerate(layers):
             if not isinstance(layer, AttentionLayer) or layer.name != AttentionLayer.name:
-                return f"layer {index} ({layer.name}) is no layer of attention: take chunks or checkpoint"
+                instead = "checkpoint" if layer.refuses_past() else "chunks or checkpoint"
+                return f"layer {index} ({layer.name}) is no layer of the kind attention: take {instead}"
             if attention_of(layer).first_tokens is not None:
                 return f"layer {index} ({layer.name}) keeps first tokens beside its window: take chunks or checkpoint"
             settings = attention_of(layer).settings

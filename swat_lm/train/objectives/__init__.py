@@ -3,14 +3,24 @@
 from swat_lm.recipe import Recipe
 from swat_lm.train.execution import execution_of
 from swat_lm.train.objectives.base import Loss, Objective, ObjectiveSettings
+from swat_lm.train.objectives.last_tokens import LastTokens
 from swat_lm.train.objectives.masked_next_token import MaskedNextToken
 from swat_lm.train.objectives.next_token import NextToken
 from swat_lm.validation import build
 from swat_lm.words import did_you_mean
 
-__all__ = ["OBJECTIVES", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings", "make_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "LastTokens",
+    "Loss",
+    "MaskedNextToken",
+    "NextToken",
+    "Objective",
+    "ObjectiveSettings",
+    "make_objective",
+]
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (NextToken, MaskedNextToken)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (NextToken, MaskedNextToken, LastTokens)}
 
 
 def make_objective(recipe: Recipe) -> Objective:
