@@ -36,6 +36,8 @@ def test_help(name, monkeypatch, capsys):
 
 def test_copies_at_a_lag(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ecp_copy", "--seeds", "3", "--steps", "1"])
+    monkeypatch.setattr(ecp_copy, "ROWS", 2)
+    monkeypatch.setattr(ecp_copy, "HELD_OUT_ROWS", 48)
     ecp_copy.main()
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(", seed 3: ")[0] for line in said] == [

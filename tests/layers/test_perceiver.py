@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.layers.perceiver_settings import PerceiverSettings
@@ -152,16 +153,18 @@ def test_generation_reads_whole_rows():
 @pytest.mark.parametrize("name", PLANS)
 def test_no_past_is_kept(name, tmp_path):
     one, ids = model(PLANS[name]), tokens(2, LENGTH)
-    state = one.init_state(2)
     refused = r"layer 0 \(perceiver\): its latents are the last tokens of a whole row"
     for call in (
-        lambda: one.prefill(ids, state),
-        lambda: one.decode_step(ids[:, :1], state),
+        lambda: one.init_state(2),
+        lambda: one.init_carry("exact"),
         lambda: one(ids, use_cache=True),
-        lambda: one(ids, carry=one.init_carry("exact")),
+        lambda: one(ids, past_key_values=DynamicCache()),
+        lambda: one.set_execution("chunks"),
     ):
         with pytest.raises(ValueError, match=refused):
             call()
+    with pytest.raises(ValueError, match=r"layer 0 \(perceiver\) is no layer of the kind attention: take checkpoint"):
+        one.set_execution("blockwise")
     assert not may_pack(one)
     assert cost.state_bytes(one.config) == 0
     one.save_pretrained(tmp_path)
