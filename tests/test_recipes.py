@@ -27,7 +27,7 @@ RECIPES = sorted([*OURS.glob("*.yaml"), *(ROOT / "swat_lm" / "papers" / "demo").
 # vocabularies of the tokenizers that recipes name; tests have no network
 VOCABULARIES = {
     "bytes": 259, "NousResearch/Llama-2-7b-hf": 32_000, "openai-community/gpt2": 50_257,
-    "NousResearch/Meta-Llama-3-8B": 128_256,
+    "NousResearch/Meta-Llama-3-8B": 128_256, "google-bert/bert-base-cased": 28_996,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ __all__ = ["reproduce"]
 
 def reproduce(
     experiment: Annotated[
-        str, typer.Argument(help="table1 to table3, figure2, figure3, figure5; spade; taipan, taipan-capacity.")
+        str, typer.Argument(help="table1 to table3, figure2, figure3, figure5; spade; taipan, taipan-capacity; ecp.")
     ],
     scale: Annotated[str, typer.Option(help="tiny (two cores), small (one GPU) or paper (a cluster, by torchrun).")],
     data: Annotated[

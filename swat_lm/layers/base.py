@@ -227,6 +227,13 @@ class TokenMixer(nn.Module, ABC):
         The first tokens of its document do not count where they are kept.
         """
 
+    def aligned_to(self) -> int | None:
+        """Tokens of the segments, counted from the document's start, to which what it sees is aligned; None: none.
+
+        Then the last token of a segment alone sees as far as `reach` says, and from the first of one.
+        """
+        return None
+
     def first_kept(self) -> int:
         """First tokens of each document that every later output depends on, however far away."""
         return 0
@@ -284,6 +291,10 @@ class Layer(TokenMixer, GradientCheckpointingLayer):
     def keeps_beside_keys(cls, settings: Any) -> str | None:
         """What such a layer keeps that is no list of items, in words; None: keys and values alone. As `state_spec`."""
         return "a summary" if cls.layer_type(settings) == "linear_attention" else None
+
+    def num_handed_on(self, num_tokens: int) -> int:
+        """How many of so many tokens it hands on; another number only where it `shortens`."""
+        return num_tokens
 
     def init_weights(self, shared: Shared) -> None:
         """Start the parameters that are neither linear, embedding nor norm weights; others may be started again."""

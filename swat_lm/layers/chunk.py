@@ -59,6 +59,9 @@ class Chunk:
     """Where layers are run block by block: keys that attention without a window takes at once. None: all of them."""
     batch_invariant: bool = False
     """Of a decoding step: a row must come out bit for bit the same whatever the others hold."""
+    before: Tensor | int | None = None
+    """Items of the row, hidden ones too, that stand before the chunk's first token: int64 `[B or 1, 1]`, or a number
+    for all rows. None: as `first` or else `positions` say."""
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -120,6 +123,22 @@ class Chunk:
         return None if begins is None else self._once("segments", lambda: begins.cumsum(dim=1))
 
     @property
+    def document_places(self) -> Tensor:
+        """int64 `[B or 1, T]`: how many tokens of its document stand before each, hidden ones too; below 0 for padding.
+
+        `positions` do not count hidden tokens, and a caller may choose them.
+        """
+        return self._once("document places", self._document_places)
+
+    def _document_places(self) -> Tensor:
+        places = self.places.long()
+        if self.first is None:
+            return self.positions if self.before is None else (places + self.before).view(-1, self.num_tokens)
+        near = places - self.first
+        # a document that began farther away than `first` can say
+        return near if self.before is None else torch.where(self.first > FARTHEST, near, self.before + places)
+
+    @property
     def places(self) -> Tensor:
         """int32 `[T]`: 0, 1, ..."""
         positions = self.positions
@@ -164,6 +183,7 @@ class Chunk:
             past,
             self.windows,
             self.seed,
+            before=None if self.before is None else self.before + start,
         )
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:

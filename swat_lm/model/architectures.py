@@ -23,9 +23,10 @@ from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.conversion import convert_config
 from swat_lm.model.cost import Parameters, count_parameters, state_bytes, training_flops_per_token
 from swat_lm.model.fitting import explain_misfit
-from swat_lm.model.loss import chunked_cross_entropy, next_tokens
+from swat_lm.model.loss import chunked_cross_entropy
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.recipe_fields import config_from_recipe
+from swat_lm.model.targets import next_tokens
 from swat_lm.words import did_you_mean
 
 __all__ = [

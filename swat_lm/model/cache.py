@@ -71,7 +71,7 @@ class SlotCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: the layer keeps something else than keys and values.
         """
-        if self.beside is not None:
+        if self.beside is not None or not self.keeps_keys:
             kept = f"{self.beside} beside keys and values" if self.keeps_keys else "no keys and values"
             raise ValueError(f"layer {self._index} keeps {kept}; its model fills this cache")
         key, value = key_states.transpose(1, 2), value_states.transpose(1, 2)

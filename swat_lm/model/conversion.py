@@ -264,8 +264,8 @@ def _refuse_meaningless(names: Iterable[str], config: SwatConfig, family: Family
         if owners and not kinds & set(owners):
             where = name if setting != name else f"changes: {name}"
             raise ValueError(
-                f"{where} is a setting of {' and '.join(owners)}, of which a {family.title} model has no layer; "
-                "leave it out"
+                # the first is the one that models which are taken over have
+                f"{where} is a setting of {owners[0]}, of which a {family.title} model has no layer; leave it out"
             )
 
 

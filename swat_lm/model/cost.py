@@ -67,14 +67,15 @@ class LayerCost(NamedTuple):
 
 def plan_costs(config: SwatConfig, context: int) -> list[LayerCost]:
     """Every layer of a plan, for rows or streams of `context` tokens."""
-    found = []
+    found, num_tokens = [], context
     for index, (layer, entry) in enumerate(zip(layers_without_weights(config), config.plan(), strict=True)):
         words = entry.kind.name
         if words == "attention":
             window = entry.settings.sliding_window
             words = "full attention" if window is None else f"window {window:,}"
             words += f" and the first {entry.settings.sinks:,}" if entry.settings.sinks else ""
-        flops = layer.flops(context) / context
+        flops = layer.flops(num_tokens) / context
+        num_tokens = layer.num_handed_on(num_tokens)
         held = layer_state_bytes(layer, context)
         found.append(LayerCost(index, words, layer_parameters(layer), held, layer.reach(), flops))
     return found
@@ -87,7 +88,10 @@ def grows(config: SwatConfig) -> bool:
 
 def forward_flops(config: SwatConfig, num_tokens: int, num_past: int = 0) -> int:
     """FLOPs of one forward pass over one sequence of T tokens, logits included, after `num_past` tokens of state."""
-    layers = sum(layer.flops(num_tokens, num_past) for layer in layers_without_weights(config))
+    layers = 0
+    for layer in layers_without_weights(config):
+        layers += layer.flops(num_tokens, num_past)
+        num_tokens = layer.num_handed_on(num_tokens)
     return layers + 2 * config.vocab_size * config.hidden_size * num_tokens
 
 
@@ -154,12 +158,17 @@ def decoding_bytes_per_token(
 def reach(config: SwatConfig) -> int | None:
     """Tokens, itself included, that the output at one place depends on: 1 + the sum of reach - 1; None = all.
 
-    The first tokens that layers keep (`first_kept`) are not counted.
+    The first tokens that layers keep (`first_kept`) are not counted. Where layers see aligned segments, the place that
+    sees farthest counts: behind one such layer the next of the same segments begins at the first token of one.
     """
-    reaches = [layer.reach() for layer in layers_without_weights(config)]
-    if None in reaches:
-        return None
-    return 1 + sum(tokens - 1 for tokens in reaches if tokens is not None)
+    total, aligned = 1, None
+    for layer in layers_without_weights(config):
+        tokens, segment = layer.reach(), layer.aligned_to()
+        if tokens is None:
+            return None
+        total += tokens - (segment if segment is not None and segment == aligned else 1)
+        aligned = segment
+    return total
 
 
 def first_kept(config: SwatConfig) -> int:

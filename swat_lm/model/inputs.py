@@ -54,6 +54,22 @@ def plan_chunk(
             raise ValueError(f"{name}: expected [{batch}, {num_tokens}], got {list(given.shape)}")
     if attention_mask is not None:
         check_mask(attention_mask, batch, num_past + num_tokens)
+    chunk = _plan(batch, num_tokens, num_past, device, attention_mask, position_ids, document_ids, goes_on, ends_hidden)
+    chunk.before = num_past
+    return chunk
+
+
+def _plan(
+    batch: int,
+    num_tokens: int,
+    num_past: int,
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    document_ids: Tensor | None,
+    goes_on: bool,
+    ends_hidden: bool,
+) -> Chunk:
     if document_ids is not None:
         return _plan_documents(document_ids, num_tokens, num_past, attention_mask, position_ids)
     if attention_mask is not None:
@@ -169,7 +185,7 @@ def plan_stream(slots: Slots, rows: Rows, hidden: Tensor | None = None) -> Chunk
     past_hidden = slots.remember_holes(rows, hidden)
     if hidden is not None:
         positions = positions - (hidden.cumsum(1) - hidden.long())
-    chunk = Chunk(positions.clamp(min=0), None, None, hidden, past_hidden)
+    chunk = Chunk(positions.clamp(min=0), None, None, hidden, past_hidden, before=start[:, None])
     if slots.ragged:
         # what stands before a stream's first token is not there; padding has moved that token to the right
         first = (-start).clamp(min=FARTHEST).to(torch.int32)[:, None].expand(-1, num_tokens)
@@ -211,7 +227,7 @@ def plan_carry(input_ids: Tensor, document_ids: Tensor | None, carry: Carry) -> 
         start = torch.where(first[:, 1:] == 0, -length.unsqueeze(1), first[:, 1:].long() - 1)
     positions = (own - start).clamp(min=0)
     after = torch.where(ids[:, -1] < 0, 0, ids.shape[1] - start[:, -1])
-    chunk = Chunk(positions, start.clamp(min=FARTHEST).to(torch.int32))
+    chunk = Chunk(positions, start.clamp(min=FARTHEST).to(torch.int32), before=length.unsqueeze(1))
     return chunk, Carry(carry.mode, (), num_tokens, ids[:, -1], after)
 
 

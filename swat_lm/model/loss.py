@@ -96,15 +96,6 @@ def default_chunk(vocab_size: int) -> int:
     return max(64, CHUNK_ELEMENTS // vocab_size)
 
 
-def next_tokens(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """Labels `[B, T]` moved one place to the left; -100 at the end and where the next token begins another document."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    if document_ids is not None:
-        ends = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (0, 1), value=True)
-        targets = targets.masked_fill(ends.to(targets.device), IGNORE)
-    return targets
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the losses; the gradients wait in the context and are scaled by the incoming gradient."""
 

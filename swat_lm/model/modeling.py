@@ -25,17 +25,18 @@ from swat_lm.model.building import build_layers, shared_by
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embedding
-from swat_lm.model.execution import check_chunk, check_goes_on, is_hooked, run_layers, step_layers, stepped_over
+from swat_lm.model.execution import check_chunk, is_hooked, run_layers, step_layers, stepped_over
 from swat_lm.model.execution.base import Execution
 from swat_lm.model.execution.chunks import ReverseChunks
 from swat_lm.model.execution.table import Checkpointed, Executable, Plain
 from swat_lm.model.inputs import documents_from_lengths, draws_noise, plan_carry, plan_chunk, refuse_unknown, row_seeds
 from swat_lm.model.kept import check_kept
-from swat_lm.model.loss import PLAIN_WEIGHTS, chunked_cross_entropy, chunked_cross_entropy_through, next_tokens
+from swat_lm.model.loss import PLAIN_WEIGHTS, chunked_cross_entropy, chunked_cross_entropy_through
 from swat_lm.model.outputs import SwatCausalLMOutput, SwatModelOutput
 from swat_lm.model.paged import PAGED, check_paged, run_paged
 from swat_lm.model.pasts import CachePast, Carry, check_foreign
 from swat_lm.model.streaming import Streaming
+from swat_lm.model.targets import next_tokens, of_those_handed_on
 
 
 class SwatPreTrainedModel(Checkpointed, PreTrainedModel):
@@ -143,7 +144,7 @@ class SwatModel(SwatPreTrainedModel):
                 anew where none is given. Chunks of one sequence take the same.
 
         Returns:
-            `last_hidden_state` `[B, T, M]` after the final norm, and `past_key_values` when a cache is used.
+            Normed `last_hidden_state` `[B, T, M]`, fewer where a layer shortens; `past_key_values` where a cache is.
 
         Raises:
             ValueError: inputs that contradict each other; the message names them.
@@ -240,8 +241,7 @@ class SwatModel(SwatPreTrainedModel):
         self, hidden: Tensor, chunk: Chunk, cache: SlotCache, attention_mask: Tensor | None
     ) -> tuple[Tensor, list[Auxiliary]]:
         # before anything is kept of the chunk
-        check_chunk(self.stack, chunk)
-        check_goes_on(self.stack)
+        check_chunk(self.stack, chunk, has_past=True)
         batch, num_tokens, _ = hidden.shape
         specs = [layer.state_spec() for layer in self.stack]
         slots = cache.prepare(specs, batch, hidden.dtype, hidden.device)
@@ -342,9 +342,9 @@ class SwatForCausalLM(Streaming, Executable, SwatPreTrainedModel, GenerationMixi
             return execution.loss(self, targets, num_items_in_batch, given)
         use_cache = False if learning and use_cache is None and past_key_values is None else use_cache
         outputs = self.model(use_cache=use_cache, carry=carry, **given)
-        hidden = outputs.last_hidden_state
-        loss = logits = None
+        hidden, loss, logits = outputs.last_hidden_state, None, None
         if targets is not None:
+            targets = of_those_handed_on(targets, hidden.shape[1], num_items_in_batch is not None)
             loss = self.loss(hidden, targets, num_items_in_batch)
         if return_logits or (return_logits is None and not (learning and self.training)):
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))

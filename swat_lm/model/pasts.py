@@ -263,10 +263,14 @@ class CachePast:
         return tuple(tensor for tensor in held if tensor is not None)
 
 
+STOCK = ("key", "value")
+"""What caches of transformers have places for."""
+
+
 def check_foreign(layers: Iterable[Layer]) -> None:
     """Raise ValueError, naming what it keeps, where a layer keeps more than a cache of `transformers` holds."""
     for layer in layers:
-        names = [entry.name for entry in layer.state_spec() if entry.kind == "summary"]
+        names = [entry.name for entry in layer.state_spec() if entry.kind == "summary" or entry.name not in STOCK]
         if names:
             raise _keys_and_values_alone(", ".join(names))
 

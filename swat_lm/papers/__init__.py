@@ -1,6 +1,7 @@
 """Papers' tables and figures run anew and judged, studies, the demo, and pages that compare runs."""
 
 from swat_lm.named_recipes import SUFFIXES
+from swat_lm.papers.ecp import ECP
 from swat_lm.papers.experiment import Experiment
 from swat_lm.papers.spade import SPADE
 from swat_lm.papers.studies import load_study
@@ -8,7 +9,7 @@ from swat_lm.papers.swat import SWAT
 from swat_lm.papers.taipan import TAIPAN
 from swat_lm.words import did_you_mean
 
-PAPERS: dict[str, dict[str, Experiment]] = {"swat": SWAT, "spade": SPADE, "taipan": TAIPAN}
+PAPERS: dict[str, dict[str, Experiment]] = {"swat": SWAT, "spade": SPADE, "taipan": TAIPAN, "ecp": ECP}
 """Tables and figures of each paper, by the names that `swat-lm reproduce` takes."""
 
 __all__ = ["PAPERS", "find_experiment"]

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention_cpu, decode_cpu, hybrids_cpu, measure, models, record, table, taipan_recall, train_cpu
+from benchmarks import (
+    attention_cpu,
+    decode_cpu,
+    ecp_copy,
+    hybrids_cpu,
+    measure,
+    models,
+    record,
+    table,
+    taipan_recall,
+    train_cpu,
+)
 from swat_lm.model.architectures import configure_model, count_model_parameters
 
 WIDTH, VOCABULARY = 64, 97
@@ -21,6 +32,21 @@ def test_help(name, monkeypatch, capsys):
         importlib.import_module(f"benchmarks.{name}").main()
     assert left.value.code == 0
     assert "--" in capsys.readouterr().out
+
+
+def test_copies_at_a_lag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ecp_copy", "--seeds", "3", "--steps", "1"])
+    monkeypatch.setattr(ecp_copy, "ROWS", 2)
+    monkeypatch.setattr(ecp_copy, "HELD_OUT_ROWS", 48)
+    ecp_copy.main()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(", seed 3: ")[0] for line in said] == [
+        "ecp       lag  8",
+        "disjoint  lag  8",
+        "ecp       lag 13",
+    ]
+    # one step learns nothing
+    assert all(0.05 < float(line.split()[-4]) < 0.25 for line in said)
 
 
 def test_rows_of_hybrids(monkeypatch):

@@ -243,7 +243,7 @@ def test_recipes_of_ours_go_by_name(cli, here: Path, monkeypatch):
     assert "window 128" in cli("info", "own-text")[1]
     assert "window 64" in cli("info", "own-text", "model.sliding_window=64")[1]
     listed = cli("info")[1]
-    assert "presets: softmax-window-248m" in listed
+    assert "presets: ecp-130m" in listed
     assert "recipes: deltanet-340m" in listed
     code, out, _ = cli("prepare", "own-text", "data.sources=text", "data.cache=tokens", "data.held_out=0")
     assert code == 0

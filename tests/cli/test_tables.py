@@ -27,7 +27,7 @@ def tables() -> dict[str, Table]:
         within={"0.5": 1234.5, "0.99": 12345.6}, within_error={"0.5": 12.3, "0.99": None}, reach=9
     )
     looked = SimpleNamespace(
-        length=20, output_norm=[[0.001234] * 20] * 2,
+        length=20, output_norm=[[0.001234] * 20] * 2, gates=[None] * 2,
         weights=[None, SimpleNamespace(score_function="softmax", first_token_mass=[0.5], first_token_uniform=0.01,
                                        row_sum=[1.0], near_zero=[0.984], near_one=[0.015])],
     )  # fmt: skip

@@ -91,14 +91,14 @@ def whoever_looks_in_sees_the_layout_of_transformers(subject: Subject, folder: P
         if not {"key", "value"} <= spec.keys():
             assert layer.keys is None
             assert layer.values is None
-            assert not layer.is_croppable
+            assert layer.is_croppable == all(one.kind != "summary" for one in spec.values())
             continue
         heads, size = spec["key"].shape
         held = 11 if spec["key"].items is None else min(11, spec["key"].items)
         assert tuple(layer.keys.shape) == tuple(layer.values.shape) == (2, heads, held, size)
     windows = [spec["key"].items if "key" in spec else None for spec in specs]
     assert cache.max_cache_len == (-1 if None in windows else max(windows))
-    if keeps_summaries(model):
+    if keeps_summaries(model) or any(spec.keys() != {"key", "value"} for spec in specs):
         with pytest.raises(ValueError, match=r"past_key_values: .*a layer here keeps \w+"):
             model(ids, past_key_values=DynamicCache(), use_cache=True)
         return

@@ -7,9 +7,13 @@ from tests.layers.contract import CHECKS, Check, Subject, name_of
 from tests.layers.sharded import launch
 
 # settings with which what a kind does happens within the suite's few tokens, and in little time
-SMALL = {"spade": {"kind": "spade", "state_size": 8}, "sparsek": {"kind": "sparsek", "k": 3, "sliding_window": 4}}
+SMALL = {
+    "spade": {"kind": "spade", "state_size": 8},
+    "sparsek": {"kind": "sparsek", "k": 3, "sliding_window": 4},
+    "ecp": {"kind": "ecp", "segment": 4},
+}
 
-SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS] + [
+SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS if not LAYERS[kind].shortens] + [
     Subject(
         "selected otherwise",
         [

@@ -17,6 +17,8 @@ EXPECTED = {
     "340m": (373_867_520, 341_099_520), "760m": (777_856_512, 728_704_512), "248m": (247_101_696, 208_504_320),
     # tied, so the embedding counts as the output's
     "190m": (187_520_022,) * 2, "450m": (446_068_108,) * 2, "1.3b": (1_295_090_826,) * 2,
+    # ECP and the Perceivers beside it, at the defaults of its code
+    "130m": (129_556_992, 107_288_064), "122m": (122_482_176, 100_213_248), "123m": (123_006_976, 100_738_048),
 }  # fmt: skip
 
 
@@ -42,6 +44,13 @@ def test_presets_are_those_that_are_promised():
         assert [entry.kind.name for entry in plan] == (["mamba2"] * 6 + ["taipan"]) * (len(plan) // 7)
         assert {(entry.settings.sliding_window, entry.settings.capacity, entry.settings.score_function)
                 for entry in plan[6::7]} == {(2048, 0.15, "softmax")}  # fmt: skip
+    segments = config_from_recipe({"preset": "ecp-130m"}).plan()
+    assert {(entry.kind.name, entry.settings.window, entry.settings.tied) for entry in segments} == {("ecp", 512, True)}
+    histories = {"ar-122m": {"drop"}, "v1-122m": {"whole"}, "v2-122m": {"segments"}, "v3-123m": {"compress", "whole"}}
+    for name, expected in histories.items():
+        plan = config_from_recipe({"preset": f"perceiver-{name}"}).plan()
+        assert {entry.settings.history for entry in plan[:-1]} == expected
+        assert plan[-1].settings.history == "drop"
     for name in swat:
         config = config_from_recipe({"preset": name})
         settings = config.attention_settings(0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, next_tokens, token_losses
+from swat_lm.model.loss import chunked_cross_entropy, chunked_cross_entropy_through, token_losses
+from swat_lm.model.targets import next_tokens
 
 from .models import VOCABULARY, close, tiny_model, tokens
 

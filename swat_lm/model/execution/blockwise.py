@@ -51,7 +51,7 @@ class Blockwise(Execution):
         for index, layer in enumerate(layers):
             where = f"layer {index} ({layer.name})"
             if not isinstance(layer, AttentionLayer) or layer.name != AttentionLayer.name:
-                return f"{where} is no layer of attention: take checkpoint"
+                return f"{where} is no layer of the kind attention: take checkpoint"
             attention = attention_of(layer)
             settings = attention.settings
             if attention.first_tokens is not None:

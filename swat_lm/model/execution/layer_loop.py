@@ -10,10 +10,15 @@ from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.lean import LayerPlan
 
 
-def check_chunk(layers: Sequence[Layer], chunk: Chunk) -> None:
-    """Raise ValueError, naming the layer, where one refuses such a chunk: before anything is kept of it."""
+def check_chunk(layers: Sequence[Layer], chunk: Chunk, has_past: bool = False) -> None:
+    """Raise ValueError, naming the layer, where one refuses such a chunk: before anything is kept of it.
+
+    `has_past`: whether the layers go on from a past, or are to keep what the next chunk needs.
+    """
     if chunk.windows is not None and len(chunk.windows) != len(layers):
         raise ValueError(f"windows: expected one per layer ({len(layers)}), got {len(chunk.windows)}")
+    if has_past:
+        check_goes_on(layers)
     for index, layer in enumerate(layers):
         reason = layer.refuses(chunk)
         if reason is not None:
@@ -35,9 +40,7 @@ def run_layers(
 
     A layer that shortens hands fewer tokens on. Raises ValueError for a chunk that a layer refuses.
     """
-    check_chunk(layers, chunk)
-    if pasts is not None:
-        check_goes_on(layers)
+    check_chunk(layers, chunk, has_past=pasts is not None)
     after, said = [], []
     for index, layer in enumerate(layers):
         past = None if pasts is None else pasts[index]

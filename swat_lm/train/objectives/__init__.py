@@ -7,17 +7,18 @@ from swat_lm.model.configuration import SwatConfig
 from swat_lm.recipe import Recipe
 from swat_lm.train.execution import execution_of
 from swat_lm.train.objectives.base import Loss, Objective, ObjectiveSettings
+from swat_lm.train.objectives.last_tokens import LastTokens
 from swat_lm.train.objectives.masked_next_token import MaskedNextToken
 from swat_lm.train.objectives.next_token import NextToken
 from swat_lm.validation import build
 from swat_lm.words import did_you_mean
 
 __all__ = [
-    "OBJECTIVES", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings", "check_layers",
+    "OBJECTIVES", "LastTokens", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings", "check_layers",
     "make_objective",
 ]  # fmt: skip
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (NextToken, MaskedNextToken)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (NextToken, MaskedNextToken, LastTokens)}
 
 
 def check_layers(objective: str, config: PreTrainedConfig) -> None:

@@ -75,7 +75,8 @@ class Objective(ABC):
         By default one whose tokens see what comes after them, their targets among it. An objective whose inputs do not
         show its targets returns None.
         """
-        if layer.refuses_past() is None:
+        # latents of a shortened row look back, and what else they ask for is said where targets are aligned
+        if layer.shortens or layer.refuses_past() is None:
             return None
         return (
             "looks both ways (bidirectional), so that every token sees the one that it is to predict; set "

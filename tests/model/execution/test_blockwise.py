@@ -135,7 +135,7 @@ def test_bfloat16_and_frozen_weights():
 
 def test_what_it_cannot_do_is_refused_by_name():
     mixture = Subject("mixture", ["attention", "mamba2"]).model()
-    with pytest.raises(ValueError, match=r"layer 1 \(mamba2\) is no layer of attention: take checkpoint"):
+    with pytest.raises(ValueError, match=r"layer 1 \(mamba2\) is no layer of the kind attention: take checkpoint"):
         mixture.set_execution("blockwise")
     first = Subject("first", [{"kind": "attention", "sliding_window": 4, "sinks": 2}]).model()
     with pytest.raises(ValueError, match=r"layer 0 \(attention\) keeps first tokens beside its window"):

@@ -13,7 +13,7 @@ from swat_lm.data.batches import Batch
 from swat_lm.recipe import RecipeError
 from swat_lm.train import run
 from swat_lm.train.metrics import read_metrics
-from swat_lm.train.objectives import OBJECTIVES, MaskedNextToken, NextToken, make_objective
+from swat_lm.train.objectives import OBJECTIVES, LastTokens, MaskedNextToken, NextToken, make_objective
 from tests.train.runs import assert_close, assert_same_run, metrics, ready
 
 
@@ -26,7 +26,8 @@ def by_hand(model, batch: Batch, learnt: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_table_names_every_objective():
-    assert {"next_token": NextToken, "masked_next_token": MaskedNextToken} == OBJECTIVES
+    expected = {"next_token": NextToken, "masked_next_token": MaskedNextToken, "last_tokens": LastTokens}
+    assert expected == OBJECTIVES
     assert all(kind.name == name and kind.Settings() for name, kind in OBJECTIVES.items())
 
 
@@ -89,12 +90,36 @@ def test_a_run_learns_answers_resumes_and_is_held_out_on_them(marked_recipe, tmp
 
 def test_a_recall_task_is_the_same_under_both(make_recipe):
     runs = {}
-    for objective in OBJECTIVES:
+    for objective in ("next_token", "masked_next_token"):
         recipe = make_recipe(f"task-{objective}", steps=3, objective=objective)
         data = replace(recipe.data, sources=("synthetic:mqar?pairs=4&keys=16&values=16",))
         run(replace(recipe, data=data))
         runs[objective] = metrics(recipe.out)
     assert runs["next_token"] == runs["masked_next_token"]
+
+
+def test_last_tokens_are_learnt_from_as_latents_are(make_recipe, tmp_path: Path):
+    """A Perceiver's run: the divisor counts what latents predict, in steps and on held-out rows, and all is said."""
+    layers = [{"kind": "perceiver", "latents": 8}]
+    chosen = {"objective": "last_tokens", "objective_settings": {"count": 8}}
+    recipe = make_recipe("latents", steps=3, micro_batch_size=2, **chosen)
+    recipe = replace(recipe, model={**recipe.model, "layers": layers})
+    training = ready(recipe)
+    batch = training.source.batch(0)
+    learnt = batch.labels >= 0
+    learnt[:, :-7] = False
+    assert training.objective.num_targets(batch) == int(learnt.sum()) == 7 * len(learnt)
+    found = training.objective.loss(training.model, batch, num_targets=5.0).loss
+    logits = training.model.eval()(batch.input_ids).logits[:, :-1].log_softmax(-1)
+    expected = -logits.gather(-1, batch.labels[:, -7:, None]).sum() / 5
+    torch.testing.assert_close(found, expected)
+    run(replace(recipe, out=str(tmp_path / "whole")))
+    logged = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert logged[0]["loss"] == pytest.approx(5.6, abs=0.5)
+    wrong = replace(recipe, out=str(tmp_path / "wrong"))
+    wrong = replace(wrong, train=replace(wrong.train, objective="next_token", objective_settings={}))
+    with pytest.raises(ValueError, match=r"labels: the layers hand on the last 8 tokens alone.*objective: last_tokens"):
+        run(wrong)
 
 
 @pytest.mark.parametrize(

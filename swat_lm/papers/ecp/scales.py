@@ -1,0 +1,65 @@
+"""ECP's scales: tiny (two cores), small (one GPU), paper (the official code's defaults). Data only.
+
+W stands for two segments, 512 tokens there, H for one and a half, l for latents, and L for the row, 2,048.
+"""
+
+from swat_lm.papers.scales import Budget, Scale, shape
+
+__all__ = ["SCALES"]
+
+
+def sizes(segment: int) -> dict[str, int]:
+    """Of rows of eight segments, half of them latents."""
+    return {"W": 2 * segment, "H": segment * 3 // 2, "l": 4 * segment, "L": 8 * segment}
+
+
+CODE = {"norm": "layer", "feed_forward": "plain", "hidden_act": "gelu_pytorch_tanh", "mlp_bias": True}
+"""The layer around attention in the official code."""
+
+TINY = Scale(
+    name="tiny",
+    about="1.3M parameters, 1.0M tokens a variant; for two cores",
+    budgets={"analysis": Budget(shape(128, 352, 4, 4), 500, 2048, 2e-3, 50, 2048)},
+    sizes=sizes(32),
+    lengths=(256,),
+    pieces=256,
+    text_bytes=24_000_000,
+)
+
+SMALL = Scale(
+    name="small",
+    about="34M parameters, 302M tokens a variant; for one GPU",
+    budgets={"analysis": Budget(shape(512, 1408, 8, 8), 4600, 65_536, 1e-3, 300, 8192, 32_768)},
+    sizes=sizes(128),
+    lengths=(1024,),
+    pieces=512,
+)
+
+PAPER = Scale(
+    name="paper",
+    about="the official code's defaults: 130M parameters and 16.4B tokens a variant; for a cluster",
+    budgets={
+        "analysis": Budget(
+            {**shape(768, 3072, 12, 6), **CODE}, 500_000, 32_768, 2e-4, 1000, 28_996, 16_384,
+            "hub:Salesforce/wikitext:wikitext-103-raw-v1:train", "google-bert/bert-base-cased",
+        ),
+    },
+    sizes=sizes(256),
+    lengths=(2048,),
+    pieces=512,
+    held_out=0.02,
+)  # fmt: skip
+
+MINIATURE = Scale(
+    name="miniature",
+    about="for tests: everything runs, nothing is learnt",
+    budgets={"analysis": Budget(shape(32, 48, 3, 4), 3, 128, 3e-3, 1, 300)},
+    sizes=sizes(4),
+    lengths=(32,),
+    pieces=4,
+    text_bytes=60_000,
+    held_out=0.2,
+    for_people=False,
+)
+
+SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER, MINIATURE)}
