@@ -139,7 +139,7 @@ class Predicted:
             if abs(guess - second) < second // 100:
                 return guess
             first, second = second, guess
-        return second if self.need(second).total <= available else 0
+        return max((each for each in (first, second) if self.need(each).total <= available), default=0)
 
     def _line(self, first: int, second: int) -> Line:
         low, high = self.simulate(first), self.simulate(second)
