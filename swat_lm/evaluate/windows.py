@@ -11,7 +11,7 @@ from swat_lm.layers import AttentionLayer
 from swat_lm.model.building import layers_without_weights
 from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.conversion import convert_config
-from swat_lm.model.cost import first_kept
+from swat_lm.model.cost import first_kept, reach
 from swat_lm.model.families import FAMILIES, family_of
 from swat_lm.model.modeling import SwatForCausalLM
 from swat_lm.model.plan import LayerEntry
@@ -58,8 +58,10 @@ def kept_first_tokens(config: PreTrainedConfig) -> int:
 def theoretical_reach(model: PreTrainedModel) -> int | None:
     """Tokens, itself included, that a place can depend on: 1 + sum of (window - 1) over layers; None = all.
 
-    Beside the first tokens, where they are kept.
+    Beside the first tokens, where they are kept; less where layers see the same segments.
     """
+    if isinstance(model.config, SwatConfig):
+        return reach(model.config)
     windows = layer_windows(model.config)
     return None if windows is None or None in windows else 1 + sum(window - 1 for window in cast(list[int], windows))
 

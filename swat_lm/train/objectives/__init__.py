@@ -14,8 +14,8 @@ from swat_lm.validation import build
 from swat_lm.words import did_you_mean
 
 __all__ = [
-    "OBJECTIVES", "LastTokens", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings", "check_layers",
-    "make_objective",
+    "OBJECTIVES", "LastTokens", "Loss", "MaskedNextToken", "NextToken", "Objective", "ObjectiveSettings",
+    "check_layers", "make_objective",
 ]  # fmt: skip
 
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (NextToken, MaskedNextToken, LastTokens)}
