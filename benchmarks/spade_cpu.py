@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from benchmarks import measure, record
 from benchmarks.rows import Rows
 from swat_lm import SwatConfig
+from swat_lm.layers.base import Layer
 from swat_lm.layers.chunk import Chunk
 from swat_lm.model.building import build_layers, shared_by
 
@@ -42,7 +44,8 @@ def built(entry: dict[str, Any]) -> nn.Module:
         vocab_size=64, hidden_size=WIDTH, intermediate_size=704, num_hidden_layers=1, num_attention_heads=4,
         sliding_window=WINDOW, score_function="softmax", slopes="none", use_rotary=False, layers=[entry],
     )  # fmt: skip
-    (layer,) = build_layers(config)[0]
+    layer = build_layers(config)[0][0]
+    assert isinstance(layer, Layer)
     layer.init_weights(shared_by(config))
     return layer.train()
 
@@ -138,8 +141,8 @@ def main() -> None:
     lengths, rounds = ((1024,), 2) if arguments.quick else (sorted(arguments.lengths), 3)
     rows = []
     for length in lengths:
-        tasks = {f"T {length}, batch {batch}": lambda b=batch, n=length: compare(b, n, rounds) for batch in BATCHES}
-        tasks[f"taps {length}"] = lambda n=length: making(n, rounds)
+        tasks = {f"T {length}, batch {batch}": partial(compare, batch, length, rounds) for batch in BATCHES}
+        tasks[f"taps {length}"] = partial(making, length, rounds)
         for label, run in tasks.items():
             rows.append(run() if kept is None else kept.measured(label, run))
     goals = judge(rows)
