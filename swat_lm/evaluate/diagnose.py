@@ -111,7 +111,14 @@ def diagnose(
     if limit is not None and length > limit:
         raise ValueError(f"{type(model).__name__} has no position beyond token {limit}: ask for --length {limit}")
     layers = decoder_layers(model)
-    observer = Observer(layers, [mixer_of(layer) for layer in layers], layer_windows(model.config), length)
+    mixers = [mixer_of(layer) for layer in layers]
+    reaches = layer_windows(model.config) or [None] * len(mixers)
+    # both ways a window reaches farther than it is wide
+    windows = [
+        mixer.settings.sliding_window if isinstance(mixer, WindowAttention) else reach
+        for mixer, reach in zip(mixers, reaches, strict=True)
+    ]
+    observer = Observer(layers, mixers, windows, length)
     with evaluating(model), eager_attention(model), observer.watching(), torch.inference_mode():
         for number, stream in enumerate(streams, start=1):
             tokens = torch.from_numpy(np.asarray(stream, dtype=np.int64))[None].to(model.device)

@@ -191,6 +191,8 @@ def test_every_train_key_was_considered():
     decisive = {"batch_size", "learning_rate", "warmup_steps", "schedule", "weight_decay", "betas", "eps", "grad_clip"}
     decisive |= {"objective", "objective_settings"}
     changeable = {key.removeprefix("train.") for key in CHANGEABLE if key.startswith("train.")}
+    # with the execution that they are of
+    changeable |= {"execution_settings"}
     assert {one.name for one in fields(TrainRecipe)} == decisive | changeable
 
 
