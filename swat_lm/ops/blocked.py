@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from swat_lm.ops import full_softmax
 from swat_lm.ops.bands import Band
 from swat_lm.ops.calls import AttentionCall
 from swat_lm.ops.head_bias import HeadBias, score_dtype
@@ -19,6 +20,8 @@ from swat_lm.ops.tile_batches import Scratch, TileBatch, TilesOfHead, key_groups
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Return `(output [B, T, H, D], lse [B, T, H])`; the lse is empty for sigmoid."""
+    if full_softmax.serves(call):
+        return full_softmax.forward(call)
     dtype = score_dtype(call.query)
     q, k, v = call.query.to(dtype), call.key.to(dtype), call.value.to(dtype)
     output = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -47,6 +50,8 @@ def backward(
     dQ = scale * dS K; dK = scale * dS^T Q, where a softcap c has multiplied dS by 1 - tanh(scale * q.k / c)^2.
     """
     dtype, bias, softmax, scale = score_dtype(call.query), call.head_bias(), call.softmax, call.scale
+    if grad_lse is None and full_softmax.serves(call, needs_per_head):
+        return *full_softmax.backward(call, grad_output), HeadBias(*(None if t is None else t * 0.0 for t in bias))  # type: ignore[arg-type]
     q, k, v, d_output = (t.to(dtype) for t in (call.query, call.key, call.value, grad_output))
     d_lse = None if grad_lse is None else grad_lse.to(dtype)
     d_query = torch.empty_like(q, memory_format=torch.contiguous_format)
