@@ -1,8 +1,8 @@
 """Softmax over everything before, on a CPU, by PyTorch's own fused kernel: what the blocked backend hands on.
 
-The kernel (FlashAttention-2, arXiv 2307.08691, in PyTorch's `scaled_dot_product_attention`) knows no windows, sigmoids
-or biases by head, but where a call has none of them it takes a fifth of the time of tiles. Its causal form wants as many
-keys as queries, so earlier keys are a second call without a mask, and the two are joined by their lse.
+The kernel (FlashAttention-2, arXiv 2307.08691, behind `scaled_dot_product_attention`) knows no windows, sigmoids or
+biases by head; where a call has none of them it takes a fifth of the time of tiles. Its causal form wants as many keys
+as queries, so earlier keys are a second call without a mask, and the two are joined by their lse.
 Legend: B sequences, T queries, S keys, P = S - T earlier keys, H query heads, K key/value heads, D head size.
 """
 

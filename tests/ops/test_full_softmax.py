@@ -1,0 +1,78 @@
+"""Full softmax attention on a CPU goes to PyTorch's kernel where the kernel can do it, and is the equation's."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from swat_lm.ops import full_softmax, window_attention
+
+# B, T, S, H, K, D, window
+SHAPES = [(2, 5, 5, 4, 2, 8, None), (2, 7, 19, 6, 2, 16, None), (2, 70, 150, 4, 1, 32, None), (2, 33, 40, 4, 4, 16, 40)]
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-13), (torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_equation(shape: Any, dtype: torch.dtype, within: float, monkeypatch: pytest.MonkeyPatch):
+    batch, count, total, heads, kv_heads, size, window = shape
+    torch.manual_seed(0)
+    query = torch.randn(batch, count, heads, size, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(batch, total, kv_heads, size, dtype=dtype, requires_grad=True) for _ in range(2))
+    incoming, called = torch.randn_like(query), []
+    for name in ("forward", "backward"):
+        own = getattr(full_softmax, name)
+        monkeypatch.setattr(full_softmax, name, lambda *a, own=own, name=name: (called.append(name), own(*a))[1])
+    results = []
+    for backend in ("reference", "blocked"):
+        # nobody is hidden
+        first = torch.zeros(batch, count, dtype=torch.int32)
+        output, lse = window_attention(
+            query, key, value, window=window, score_function="softmax", score_bias=0.3, first_visible=first,
+            return_lse=True, backend=backend,
+        )  # fmt: skip
+        results.append((output, lse, *torch.autograd.grad(output, (query, key, value), incoming)))
+    assert called == ["forward", "backward"]
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).abs().max() <= within
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"window": 4},
+        {"score_function": "sigmoid"},
+        {"slopes": torch.tensor([0.1, -0.1])},
+        {"softcap": 2.0},
+        {"first_visible": torch.tensor([[0, 0, 0, 2, 2]], dtype=torch.int32)},
+        {"hidden": torch.tensor([[True, False, False, False, False]])},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_it_does_not_know_is_left_to_the_tiles(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: Any) -> Any:
+        raise AssertionError("not for this kernel")
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 5, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(full_softmax, name, refused)
+    call = {"window": None, "score_function": "softmax", **asked}
+    results = [
+        torch.autograd.grad(window_attention(query, key, value, backend=name, **call).square().sum(), (query, key))
+        for name in ("reference", "blocked")
+    ]
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_gradient_of_an_lse_comes_by_tiles():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    results = []
+    for backend in ("reference", "blocked"):
+        output, lse = window_attention(
+            query, key, value, window=None, score_function="softmax", return_lse=True, backend=backend
+        )
+        results.append(torch.autograd.grad((output * lse[..., None]).sum(), (query, key, value)))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
