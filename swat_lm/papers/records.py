@@ -1,6 +1,7 @@
-"""What is kept of one run of a study: recipe, identity of the text, losses, as a file that can be committed."""
+"""What is kept of one run of a study: recipe, identity of the text, losses and outcomes, as a file to be committed."""
 
 import json
+import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from swat_lm.model.loading import load_causal_lm
 from swat_lm.papers.experiment import Progress, Run
 from swat_lm.papers.findings import Findings
 from swat_lm.papers.measuring import parsed, read_json
+from swat_lm.papers.outcomes import measure_outcomes
 from swat_lm.papers.page import machine
 from swat_lm.recipe import DataRecipe, TrainRecipe
 from swat_lm.train.metrics import read_metrics
@@ -49,16 +51,21 @@ def identity(run: Run) -> dict[str, Any]:
     return json.loads(json.dumps({**recipe, "text": text, "lengths": run.scale.lengths, "pieces": run.scale.pieces}))
 
 
-def has_record(run: Run) -> bool:
-    """Whether the run's record is there; raises ValueError for that of another run."""
+def has_record(run: Run, outcomes: tuple[str, ...] = ()) -> bool:
+    """Whether the run's record is there, with all these outcomes; raises ValueError for that of another run."""
     path = record_path(run.out, run.recipe.name)
     if not path.exists():
         return False
-    held = parsed(path, lambda text: read_figures(text)["identity"])
+    held, kept = parsed(path, lambda text: read(read_figures(text)))
     other = difference(held, identity(run))
     if other is not None:
         raise ValueError(f"{path} is of another run ({other}): remove it, or name another folder for --out")
-    return True
+    return kept >= set(outcomes)
+
+
+def read(record: Any) -> tuple[Any, set[str]]:
+    """The identity in a record, and which outcomes it has."""
+    return record["identity"], set(record.get("outcomes", {}))
 
 
 def difference(held: Any, wanted: Any, at: str = "") -> str | None:
@@ -71,8 +78,8 @@ def difference(held: Any, wanted: Any, at: str = "") -> str | None:
     return None if held == wanted else f"{at or 'all'} is {held!r} there, {wanted!r} here"
 
 
-def make_record(run: Run, told: Progress) -> None:
-    """Measure a trained run and write its record."""
+def make_record(run: Run, outcomes: tuple[str, ...], told: Progress) -> None:
+    """Measure a trained run, its outcomes of these names too, and write its record."""
     model = load_causal_lm(str(run.folder))
     curve = loss_on_same_text(
         model,
@@ -80,11 +87,15 @@ def make_record(run: Run, told: Progress) -> None:
         run.scale.lengths,
         on_progress=lambda done, total: told("all lengths", done, total),
     )
+    lines = read_metrics(run.folder / "metrics.jsonl")
     record = {
         "identity": identity(run),
         "parameters": count_model_parameters(model.config).total,
         "curve": read_figures(curve.to_json()),
-        "training": [{"tokens": x["tokens"], "loss": x["loss"]} for x in read_metrics(run.folder / "metrics.jsonl")],
+        "training": [{"tokens": x["tokens"], "loss": x["loss"]} for x in lines],
+        # of this machine as busy as it was: to be compared with care
+        "tokens_per_second": statistics.median(x["tokens_per_second"] for x in lines),
+        "outcomes": measure_outcomes(outcomes, model, run, told),
         "machine": machine(torch.get_num_threads()),
     }
     write_text(record_path(run.out, run.recipe.name), write_figures(record) + "\n")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from typing_extensions import override
 
 from swat_lm.papers.experiment import Experiment, Measurement, Run, Section, Variant
+from swat_lm.papers.outcomes import OUTCOMES, shown_outcomes
 from swat_lm.papers.page import with_error
 from swat_lm.papers.scales import Budget, Scale
 from swat_lm.papers.verdicts import Verdict, judge, paired_gap
@@ -27,6 +28,7 @@ __all__ = ["Study", "StudySpec"]
 # what all runs share, or their losses could not be paired
 SHARED = re.compile(r"(name|out|seed|data\.(sources|text_field|tokenizer|add_\w+|held_out|split_seed|cache))=")
 PIECES = 16
+BY_RUN = ("run", "early loss", "final loss", "first token", "output norm", "passkey", "mqar", "tokens/s")
 Count = Annotated[int, number(at_least=0)]
 
 
@@ -50,6 +52,8 @@ class StudySpec:
     """Evaluation lengths in training lengths, rising; each divides the last."""
     seeds: tuple[Count, ...] = (0, 1, 2)
     """Of the paired runs."""
+    outcomes: Several[str] = ()
+    """What is measured of each run beside losses: `attention`, `recall`."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,9 @@ class Study(Experiment):
             raise ValueError(f"{self.path}: lengths: expected rising numbers that divide the last; got {lengths}")
         if not self.spec.seeds or len(set(self.spec.seeds)) < len(self.spec.seeds):
             raise ValueError(f"{self.path}: seeds: expected one or more different numbers; got {list(self.spec.seeds)}")
+        for name in self.spec.outcomes:
+            if name not in OUTCOMES:
+                raise ValueError(f"{self.path}: outcomes: expected some of {', '.join(OUTCOMES)}; got {name!r}")
         if self.spec.baseline not in self.spec.changes or len(self.spec.changes) < 2:
             got = f"{self.spec.baseline!r} of {', '.join(map(str, self.spec.changes))}"
             raise ValueError(f"{self.path}: baseline: expected one of two or more changes; got {got}")
@@ -138,7 +145,8 @@ class Study(Experiment):
     def measure(self, variant: ChangedVariant, run: Run) -> list[Measurement]:
         from swat_lm.papers.records import has_record, make_record
 
-        return [] if has_record(run) else [lambda told: make_record(run, told)]
+        outcomes = tuple(self.spec.outcomes)
+        return [] if has_record(run, outcomes) else [lambda told: make_record(run, outcomes, told)]
 
     @override
     def is_done(self, variant: ChangedVariant, run: Run) -> bool:
@@ -184,15 +192,42 @@ class Study(Experiment):
             if variant.name != self.spec.baseline
         ]  # fmt: skip
         overrides = [[variant.label, " ".join(variant.overrides)] for variant in compared]
+        by_run = self.by_run(found)
         return [
             Section(f"Loss less that of {self.spec.baseline}", headings, gaps,
                     note="Nats per token, paired by piece of the held-out text and by seed, \u00b1 one standard error; "
                     "below zero the variant is the better one."),
             Section("Loss", headings, losses, note="Nats per token of the same text, \u00b1 its standard error over "
                     "pieces and seeds."),
+            Section("What each run came to", BY_RUN, by_run, note="Training loss after a quarter "
+                    "of the steps and after all, the mean of the twentieth before. Mass of the first token: "
+                    "in brackets what it would be if all weighed alike. Norm of the mixers' outputs: at the first and "
+                    "at the last position. Recall: at the least and at the greatest distance. Speed is that of the "
+                    "machine as busy as it was."),
             Section(f"Changes of {self.spec.base}", ("variant", "overrides"), overrides,
                     note=f"Overrides of all: {' '.join(self.shared(found.scale.name)) or 'none'}."),
         ]  # fmt: skip
+
+    def by_run(self, found: "Findings") -> list[list[str]]:
+        """A row for every run that was recorded."""
+        from swat_lm.papers.findings import recent_loss
+        from swat_lm.papers.records import RecordedFindings
+
+        assert isinstance(found, RecordedFindings)
+        rows = []
+        for variant in found.chosen.values():
+            for seed in found.finished(variant):
+                record = found.record(variant, seed)
+                if record is None:
+                    continue
+                lines = record["training"]
+                early = lines[: max(1, len(lines) // 4)]
+                speed = record.get("tokens_per_second")
+                rows.append([
+                    f"{variant.label}, seed {seed}", f"{recent_loss(early):.3f}", f"{recent_loss(lines):.3f}",
+                    *shown_outcomes(record), "-" if speed is None else f"{speed:,.0f}",
+                ])  # fmt: skip
+        return rows
 
     @override
     def pictures(self, found: "Findings", out: Path) -> dict[str, Path]:
