@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,15 @@ History = tuple[tuple[int, bool], ...]
 """Of one sequence: every token, and whether somebody sees it."""
 
 
+class Answer(NamedTuple):
+    """Logits `[V]` that came out after all tokens of a history."""
+
+    logits: Tensor
+    history: History
+    event: int
+    """Which of the events it was."""
+
+
 class Traffic:
     """A pool of slots, what each should hold, and events that change both; whatever comes out is compared."""
 
@@ -31,6 +41,7 @@ class Traffic:
         self.taken: list[tuple[History, dict[str, Tensor]]] = []
         self.longest = 26 if capacity is None else capacity - 6
         self.happened: list[str] = []
+        self.answers: list[Answer] = []
 
     def run(self, events: list[str]) -> None:
         for event in events:
@@ -41,6 +52,7 @@ class Traffic:
                 error.add_note(f"after {self.happened}, {[len(one) for one in self.held]} tokens held")
                 raise
             assert self.state.position.tolist() == [len(one) for one in self.held]
+        self._compare()
 
     def _draw(self, count: int) -> list[int]:
         return [self.random.randrange(40) for _ in range(count)]
@@ -48,16 +60,28 @@ class Traffic:
     def _some(self) -> list[int]:
         return self.random.sample(range(self.num_slots), self.random.randint(1, self.num_slots))
 
-    def _expect(self, histories: list[History]) -> Tensor:
-        """Logits after the last token of each, `[B, V]`, by one pass over all of them."""
+    def _came(self, logits: Tensor, slots: list[int]) -> None:
+        """Logits `[B, V]` after all that these slots hold."""
+        histories = (self.held[slot] for slot in slots)
+        self.answers += map(Answer, logits.detach(), histories, itertools.repeat(len(self.happened)))
+
+    def _compare(self) -> None:
+        """All answers with one pass over the whole of each history, of which most begin another one."""
+        histories = sorted({answer.history for answer in self.answers})
+        longest = [one for one, after in zip(histories, [*histories[1:], ()], strict=True) if after[: len(one)] != one]
         # padding on the right changes nothing, see `padded_is_alone`
-        width = max(len(history) for history in histories)
-        ids, mask = torch.zeros(2, len(histories), width, dtype=torch.long)
-        for row, history in enumerate(histories):
+        width = max(map(len, longest), default=0)
+        ids, mask = torch.zeros(2, len(longest), width, dtype=torch.long)
+        for row, history in enumerate(longest):
             ids[row, : len(history)] = torch.tensor([token for token, _ in history])
             mask[row, : len(history)] = torch.tensor([int(seen) for _, seen in history])
-        last = torch.tensor([len(history) - 1 for history in histories])
-        return one_pass(self.plain, ids, mask)[torch.arange(len(histories)), last]
+        expected = one_pass(self.plain, ids, mask) if longest else None
+        for answer in self.answers:
+            assert expected is not None
+            row = next(row for row, one in enumerate(longest) if one[: len(answer.history)] == answer.history)
+            what = f"the last of {self.happened[: answer.event]}, {len(answer.history)} tokens"
+            close(answer.logits, expected[row, len(answer.history) - 1], what)
+        self.answers = []
 
     def _leave_full(self) -> None:
         for slot, history in enumerate(self.held):
@@ -80,7 +104,7 @@ class Traffic:
             self.held[slot] += tuple((token, True) for token in ids[row, :length].tolist())
         real = [row for row, length in enumerate(lengths) if length]
         if real:
-            close(logits[real], self._expect([self.held[some[row]] for row in real]), "read")
+            self._came(logits[real], [some[row] for row in real])
 
     def read_with_holes(self) -> None:
         """Masks with holes at any place; what stands before a sequence's first token is padding."""
@@ -96,7 +120,7 @@ class Traffic:
                     self.held[slot] += ((token, bool(seen)),)
         real = [row for row in range(len(some)) if mask[row, -1]]
         if real:
-            close(logits[real].detach(), self._expect([self.held[some[row]] for row in real]), "read with holes")
+            self._came(logits[real], [some[row] for row in real])
 
     def read_all(self) -> None:
         """One chunk for all slots, none padded."""
@@ -105,7 +129,7 @@ class Traffic:
         logits, _ = self.model.prefill(ids, self.state, chunk=2)
         for slot in range(self.num_slots):
             self.held[slot] += tuple((token, True) for token in ids[slot].tolist())
-        close(logits, self._expect(self.held), "read all")
+        self._came(logits, list(range(self.num_slots)))
 
     def read_packed(self) -> None:
         """Chunks of any lengths in one row, with tokens between that nobody reads, into some slots in any order."""
@@ -119,8 +143,7 @@ class Traffic:
         hidden = extend_packed(self.model, readings, self.state, places, end + self.random.choice((0, 3)))
         for reading in readings:
             self.held[reading.slot] += tuple((token, True) for token in reading.tokens)
-        last = self.model.lm_head(torch.stack([one[-1] for one in hidden])).detach()
-        close(last, self._expect([self.held[reading.slot] for reading in readings]), "read in one row")
+        self._came(self.model.lm_head(torch.stack([one[-1] for one in hidden])), [each.slot for each in readings])
 
     def step(self) -> None:
         """One token for some slots, in any order."""
@@ -130,7 +153,7 @@ class Traffic:
         logits = self.model.decode_step(ids, self.state, slot=torch.tensor(some))
         for row, slot in enumerate(some):
             self.held[slot] += ((int(ids[row]), True),)
-        close(logits.detach(), self._expect([self.held[slot] for slot in some]), "step of some")
+        self._came(logits, some)
 
     def step_all(self) -> None:
         """One token for every slot."""
@@ -139,7 +162,7 @@ class Traffic:
         logits = self.model.decode_step(ids, self.state)
         for slot in range(self.num_slots):
             self.held[slot] += ((int(ids[slot]), True),)
-        close(logits.detach(), self._expect(self.held), "step of all")
+        self._came(logits, list(range(self.num_slots)))
 
     def leave(self) -> None:
         """Some sequences end."""

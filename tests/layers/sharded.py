@@ -21,8 +21,9 @@ from tests.layers.in_training import IGNORED, LENGTH, loss_by_chunks, packed_row
 from tests.layers.subject import Subject, close, gradients, tokens
 
 CUTS = [5, 1, 10, 6]
-# which tokens are learnt: all, or those of the last chunk alone, whose gradients reach older chunks by the carry only
-BEGINNINGS = (0, LENGTH - CUTS[-1])
+# packed rows or whole ones; which tokens are learnt: all, or those of the last chunk alone, whose gradients reach older
+# chunks by the carry only; activation checkpointing. Every two of them meet in each of their four ways
+WAYS = ((False, 0, False), (False, LENGTH - CUTS[-1], True), (True, 0, True), (True, LENGTH - CUTS[-1], False))
 
 
 def launch(subjects: list[Subject], folder: Path, prepare: str = "") -> dict[str, str]:
@@ -51,25 +52,23 @@ def whole(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def try_one(subject: Subject, rank: int) -> None:
-    """Whole rows and packed ones, plain and with activation checkpointing, against one pass of one process."""
+    """Chunks of whole rows and packed ones, with activation checkpointing or not, against one pass of one process."""
     ids = tokens(2, LENGTH)
-    for documents in (None, packed_rows()[:2]):
-        targets = targets_of(ids, documents)
-        for beginning in BEGINNINGS:
-            learnt = targets.clone()
-            learnt[:, :beginning] = IGNORED
-            model = subject.model().train()
-            loss = model(ids, shift_labels=learnt, num_items_in_batch=2, document_ids=documents).loss
-            expected = gradients(model, loss)
-            own = None if documents is None else documents[rank : rank + 1]
-            for checkpointing in (False, True):
-                model = subject.model().train()
-                if checkpointing:
-                    model.activation_checkpointing_enable()
-                sharded(model)
-                mine = loss_by_chunks(model, ids[rank : rank + 1], learnt[rank : rank + 1], CUTS, "exact", own)
-                for name, gradient in whole(gradients(model, mine)).items():
-                    close(gradient, expected[name], f"{name}, learnt from {beginning}, {checkpointing=}")
+    for packed, beginning, checkpointing in WAYS:
+        documents = packed_rows()[:2] if packed else None
+        learnt = targets_of(ids, documents)
+        learnt[:, :beginning] = IGNORED
+        model = subject.model().train()
+        loss = model(ids, shift_labels=learnt, num_items_in_batch=2, document_ids=documents).loss
+        expected = gradients(model, loss)
+        own = None if documents is None else documents[rank : rank + 1]
+        model = subject.model().train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        sharded(model)
+        mine = loss_by_chunks(model, ids[rank : rank + 1], learnt[rank : rank + 1], CUTS, "exact", own)
+        for name, gradient in whole(gradients(model, mine)).items():
+            close(gradient, expected[name], f"{name}, {packed=}, learnt from {beginning}, {checkpointing=}")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from tests.ops.triton.steps import Step
 
 EXHAUSTIVE = bool(os.environ.get("SWAT_LM_EXHAUSTIVE"))
 exhaustive = pytest.mark.skipif(not EXHAUSTIVE, reason="SWAT_LM_EXHAUSTIVE is not set")
-RANDOM = 4000 if EXHAUSTIVE else 24
+RANDOM = 4000 if EXHAUSTIVE else 16
 # slots, W, H, K, D
 RINGS = [(4, 150, 4, 2, 64), (4, 150, 2, 2, 32), (3, 70, 6, 1, 80), (3, 140, 32, 1, 128), (3, 1, 2, 2, 256)]
 
