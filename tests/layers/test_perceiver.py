@@ -211,7 +211,7 @@ def test_costs_are_those_that_are_counted():
         ({"history": "compress"}, "length: history='compress' learns a map along time"),
         ({"history": "compress", "length": 1024}, "latents: 1024 of rows of 1024 tokens leave no history"),
         ({"history": "compress", "length": 1034, "compressed": 10}, "compressed: expected at least 1 and fewer than"),
-        ({"score_bias": "-log(window)"}, "score_bias: latents see all before them"),
+        ({"score_bias": "-log(window)"}, "score_bias: some tokens see all before them"),
         ({"score_bias": math.nan}, "score_bias: expected a finite number"),
         ({"head_dim": 7}, "head_dim: rotary needs an even head size"),
     ],
