@@ -132,7 +132,7 @@ def test_it_compiles_and_counts_for_ragged_rows():
     scores[..., 12:17] = NONE
     prefixes = torch.ops.swat_lm.capped_simplex_prefixes
     torch.library.opcheck(prefixes, (scores, None, 12, 3, 64), test_utils=("test_schema", "test_faketensor"))
-    tau, _, _, _, chosen, held = prefixes(scores, None, 12, 3, 64)
+    tau, _, full, free, chosen, held = prefixes(scores, None, 12, 3, 64)
     kept = torch.zeros(2, 2, 3, 4)
     call = (
         query,
@@ -144,6 +144,8 @@ def test_it_compiles_and_counts_for_ragged_rows():
         tau,
         chosen,
         held,
+        full,
+        free,
         None,
         None,
         5,
