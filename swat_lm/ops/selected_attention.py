@@ -379,24 +379,24 @@ def _part_backward(
 
 
 def _add(laid: Laid, part: Blocks, total: Tensor, weights: Tensor, rows: Tensor) -> None:
-    """Add `weights^T rows` `[l, g, n, D]` to `[l, k + items, D]`.
-
-    Columns that lie a block apart belong to different items of all blocks.
-    """
-    kept, block = laid.num_kept, laid.call.block
-    size = total.shape[-1]
-    found = torch.bmm(weights.flatten(0, 1).transpose(1, 2), rows.flatten(0, 1)).view(*weights.shape[:2], -1, size)
+    """Add `weights^T rows` `[l, g, n, D]` to `[l, k + items, D]`."""
+    kept, block, size = laid.num_kept, laid.call.block, total.shape[-1]
+    weights, rows = weights.flatten(0, 1).transpose(1, 2), rows.flatten(0, 1)
+    num_lanes, num_blocks = len(total), part.blocks.stop - part.blocks.start
     if kept:
         # lanes lie one after the other
         index = laid.pool[part.lanes, part.blocks] - part.lanes.start * laid.key.shape[1]
-        index = index + block * torch.arange(len(index), device=index.device)[:, None, None]
-        total.view(-1, size).index_add_(0, index.flatten(), found[:, :, :kept].flatten(0, 2))
-    items, found = total[:, kept:], found[:, :, kept:]
-    for at in range(0, found.shape[2], block):
-        some = found[:, :, at : at + block]
-        first = part.blocks.start * block + at
-        into = items[:, first : first + found.shape[1] * block].unflatten(1, (-1, block))
-        into[:, :, : some.shape[2]] += some
+        index = index + block * torch.arange(num_lanes, device=index.device)[:, None, None]
+        total.view(-1, size).index_add_(0, index.flatten(), torch.bmm(weights[:, :kept], rows).flatten(0, 1))
+    for at in range(0, weights.shape[1] - kept, block):
+        # columns that lie a block apart belong to different items of all blocks
+        some = weights[:, kept + at : kept + at + block]
+        first = kept + part.blocks.start * block + at
+        into = total[:, first : first + num_blocks * block].unflatten(1, (-1, block))[:, :, : some.shape[1]]
+        if num_lanes == 1:
+            into.squeeze(0).baddbmm_(some, rows)
+        else:
+            into += torch.bmm(some, rows).view(into.shape)
 
 
 def step(
