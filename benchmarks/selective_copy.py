@@ -59,7 +59,8 @@ def train_and_measure(entry: dict[str, Any], seed: int, steps: int) -> tuple[flo
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     moved = max(
-        (((weight.detach() - was).norm() / was.norm()).item() for weight, was in zip(scores, begun, strict=True)), default=0
+        (((weight.detach() - was).norm() / was.norm()).item() for weight, was in zip(scores, begun, strict=True)),
+        default=0,
     )
     right = []
     with torch.no_grad():

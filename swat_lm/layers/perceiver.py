@@ -183,8 +183,9 @@ def history_ends(chunk: Chunk, num_history: int, segment: int | None = None) -> 
         ends = ends.scatter_reduce(1, segments[:, :num_history], held, "amax")
         end = torch.where(real, ends.gather(1, segments[:, :num_history]), places)
     if segment is not None:
-        own = torch.div(places, segment, rounding_mode="floor") * segment
-        begin, end = torch.maximum(begin, own), torch.minimum(end, own + segment - 1)
+        # counted from the document's start, which is the row's where there is no other; padding stays before it
+        own = begin + torch.div(places - begin, segment, rounding_mode="floor").clamp(min=0) * segment
+        begin, end = own, torch.minimum(end, own + segment - 1)
     return begin, end
 
 

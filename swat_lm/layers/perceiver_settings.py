@@ -20,7 +20,7 @@ class PerceiverSettings(HeadsSettings):
     layer of all). They see each other in both directions: as a "whole" (V1), within "segments" (V2), or as a whole and
     "compress": are handed on as fewer (V3)."""
     segment: int | None = None
-    """Tokens of a segment of the history (s), from the row's start; of "segments" alone."""
+    """Tokens of a segment of the history (s), from the document's start; of "segments" alone."""
     length: int | None = None
     """Tokens of every row (n); of "compress" alone, which learns a map along time."""
     compressed: int | None = None

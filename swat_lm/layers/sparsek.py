@@ -80,7 +80,7 @@ class SparsekAttention(Mixer):
         """Mix one token per row, `[B, 1, M]`, in place over slots."""
         # a step is not told how far back a row reaches
         first = (-past.position).clamp(min=FARTHEST).to(torch.int32)[:, None]
-        chunk, settings = Chunk(chunk.positions, first), self.settings
+        given, chunk, settings = chunk, Chunk(chunk.positions, first), self.settings
         query, new = self._project(hidden, chunk)
         for name, own in new.items():
             past.kept[name][past.slot, past.position % (settings.window + 1)] = own[:, 0].to(past.kept[name].dtype)
@@ -99,6 +99,7 @@ class SparsekAttention(Mixer):
         mixed = dense.step(
             query, key[:, 1:], value[:, 1:], place >= first, top_score, top_key, top_value, scale=self.scale,
             score_bias=settings.bias(), softmax=settings.score_function == "softmax", masking=settings.masking,
+            row_by_row=given.batch_invariant and not query.is_cuda,
         )  # fmt: skip
         return self.o_proj(mixed.flatten(2))
 

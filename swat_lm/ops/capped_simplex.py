@@ -104,7 +104,7 @@ def _runs(segments: Tensor | None, num_blocks: int, block: int, elements: int) -
     if segments is not None:
         changed = (segments.diff(dim=1, prepend=segments.new_zeros(len(segments), 1)) != 0).any(0)
         begins = changed.view(num_blocks, block).any(-1).tolist()
-    most = max(1, ELEMENTS // elements)
+    most = max(1, ELEMENTS // max(1, elements))
     at = 0
     while at < num_blocks:
         end = at + 1

@@ -71,6 +71,8 @@ def selected_attention(
         raise ValueError(f"key: expected at most {window} items before the rows, got {key.shape[1] - num_rows}")
     if num_kept > most:
         raise ValueError(f"scores: expected at least {num_kept} candidates from before, got {most}")
+    if not num_rows:
+        return query
     if num_kept:
         tau, _, full, free, chosen, held = torch.ops.swat_lm.capped_simplex_prefixes(
             scores, segments, most, num_kept, block

@@ -187,8 +187,8 @@ class Laid:
     def steps(self) -> list[tuple[slice, slice]]:
         """Which lanes' blocks are processed together: whole lanes, or blocks of one."""
         columns = self.num_kept + self.call.block + self.call.window
-        size = max(1, ELEMENTS // (self.call.block * self.group * columns))
-        lanes = max(1, size // self.num_blocks)
+        size = max(1, ELEMENTS // max(1, self.call.block * self.group * columns))
+        lanes = max(1, size // max(1, self.num_blocks))
         return [
             (slice(lane, min(lane + lanes, self.num_lanes)), slice(at, min(at + size, self.num_blocks)))
             for lane in range(0, self.num_lanes, lanes)
@@ -412,6 +412,7 @@ def step(
     score_bias: float,
     softmax: bool,
     masking: str,
+    row_by_row: bool = False,
 ) -> Tensor:
     """One row of every sequence, of which no result depends on the others; inference only.
 
@@ -420,10 +421,15 @@ def step(
         key, value: `[B, W, K, D]`, the window's, of which `visible`, bool `[B, W]`, are seen.
         scores: float64 `[B, K, M]`, the candidates', falling, that which enters with the row among them.
         kept_key, kept_value: `[B, K, k, D]`, of the first k.
+        row_by_row: give a row the same to the bit wherever it stands in a batch: vectors of a processor end elsewhere.
 
     Returns:
         `[B, 1, H, D]`.
     """
+    if row_by_row:
+        how = {"scale": scale, "score_bias": score_bias, "softmax": softmax, "masking": masking}
+        each = (x.split(1) for x in (query, key, value, visible, scores, kept_key, kept_value))
+        return torch.cat([step(*row, **how) for row in zip(*each, strict=True)])
     dtype, (batch, _, heads, size), count = score_dtype(query), query.shape, kept_key.shape[2]
     weight = capped_simplex(scores, count)[..., :count].to(dtype) if count else scores[..., :0].to(dtype)
     there = (scores[..., :count] > NONE)[:, :, None]
