@@ -61,7 +61,7 @@ def test_selective_copies(monkeypatch, capsys):
     # scores have a gradient, and two steps learn nothing
     assert sparsek.endswith("of their norm")
     assert "scores" not in window
-    assert all(0 <= float(line.split()[3]) < 0.25 for line in (sparsek, window))
+    assert all(0 <= float(line.split()[3]) < 0.3 for line in (sparsek, window))
 
 
 def test_rows_of_selections(monkeypatch):

@@ -15,8 +15,8 @@ def sizes(window: int, length: int) -> dict[str, int]:
 
 TINY = Scale(
     name="tiny",
-    about="0.9M parameters, 0.5M tokens a variant; a quarter of an hour a seed on two cores",
-    budgets={"analysis": Budget(shape(96, 256, 4, 4), 250, 2048, 2e-3, 40, 2048)},
+    about="0.8M parameters, 0.3M tokens a variant; a quarter of an hour of one core a seed",
+    budgets={"analysis": Budget(shape(96, 256, 4, 4), 160, 2048, 2e-3, 30, 2048)},
     sizes=sizes(32, 256),
     lengths=(256, 1024),
     pieces=32,
