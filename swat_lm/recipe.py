@@ -43,7 +43,7 @@ class DataRecipe:
 
     sources: Several[str]
     """Files or folders of .txt .md .py .jsonl .parquet (also .gz .xz), `hub:NAME[:CONFIG][:SPLIT]`, `python:stdlib`,
-    or one recall task: `synthetic:mqar?pairs=8` (also kv, passkey, copy, flag)."""
+    or one recall task: `synthetic:mqar?pairs=8` (also kv, passkey, copy, flag, selective)."""
     text_field: str = "text"
     """The field of a .jsonl, .parquet or hub row that holds the document's text."""
     format: Literal["text", "prompt_answer", "messages"] = "text"

@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.files import write_text
-from verification import lm_eval_truth, long_document, onnx, packaging, serve_clients, serve_soak, site, torchao
+from verification import (
+    lm_eval_truth,
+    long_document,
+    onnx,
+    packaging,
+    segment_peers,
+    serve_clients,
+    serve_soak,
+    site,
+    torchao,
+)
 from verification.workplace import REPOSITORY, CheckFailedError, Workplace
 
 CHECKS = {
@@ -27,6 +37,7 @@ CHECKS = {
     "onnx": onnx.check,
     "torchao": torchao.check,
     "serve_clients": serve_clients.check,
+    "segment_peers": segment_peers.check,
 }
 ON_REQUEST = {
     "lm_eval_truth": lm_eval_truth.check,

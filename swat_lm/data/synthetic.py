@@ -56,11 +56,14 @@ class SyntheticTask:
     - `passkey`: a mark and a code somewhere in filler, and the mark again at the end (arXiv 2305.16300).
     - `copy`: random values and, after a lag of up to half a row, the same again.
     - `flag`: a mark and a value at the very beginning, filler, and the mark again at the very end.
+    - `selective`: values of which some stand behind a mark each, all of those within the first quarter, and at the end
+      the marks again in their order. The first mark is always the same, and so on: what is worth keeping can be told
+      when it is read, by the mark before it alone.
     """
 
     name: str
     pairs: int = 8
-    """Pairs of `mqar`."""
+    """Pairs of `mqar`, marked values of `selective`."""
     keys: int = 64
     """Different keys."""
     values: int = 64
@@ -82,6 +85,8 @@ class SyntheticTask:
         self.check_length(length)
         if self.name == "mqar":
             return self.scattered(random, length)
+        if self.name == "selective":
+            return self.marked(random, length)
         if self.name == "flag":
             return self.row_at(random, length - 3)
         longest = {"kv": length - 3, "passkey": length - self.digits - 2, "copy": length // 2 - 1}[self.name]
@@ -96,13 +101,14 @@ class SyntheticTask:
 
     def row_at(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The shortest row whose answers have exactly this distance; raises DataError if the task cannot have it."""
-        low = {"mqar": 2 * self.pairs - 1, "passkey": self.digits}.get(self.name, 1)
+        together = 2 * self.pairs - 1
+        low = {"mqar": together, "selective": together, "passkey": self.digits}.get(self.name, 1)
         if distance < low or (self.name == "kv" and distance % 2 == 0):
             which = "an odd number" if self.name == "kv" else "a number"
             raise DataError(f"{self}: expected {which} of at least {low} as distance, got {distance}")
         if self.name == "kv":
             return self.kv(random, distance)
-        if self.name == "mqar":
+        if self.name in ("mqar", "selective"):
             return self.gathered(random, distance)
         # the mark stands before both, so a copy lags by one more than the segment is long
         size = {"passkey": self.digits, "flag": 1}.get(self.name, distance)
@@ -122,7 +128,7 @@ class SyntheticTask:
     def gathered(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The pairs, filler, and the pairs again, so that all have the same distance."""
         pairs = self.draw_pairs(random)
-        tokens = np.concatenate([pairs, self.fillers(random, distance + 1 - len(pairs)), pairs])
+        tokens = np.concatenate([pairs, self.filling(random, distance + 1 - len(pairs)), pairs])
         first = distance + 2
         return SyntheticRow(
             tokens, tuple(Answer(first + 2 * i, first + 2 * i + 1, distance) for i in range(self.pairs))
@@ -140,8 +146,22 @@ class SyntheticTask:
             answers.append(Answer(place + 1, place + 2, place - (2 * which + 1)))
         return SyntheticRow(tokens, tuple(answers))
 
+    def marked(self, random: np.random.Generator, length: int) -> SyntheticRow:
+        """Marked values anywhere in the first quarter, unmarked ones, and the marked ones again at the end."""
+        pairs = self.draw_pairs(random)
+        tokens = np.concatenate([self.filling(random, length - len(pairs)), pairs])
+        places = np.sort(random.choice(length // 8, self.pairs, replace=False)) * 2
+        answers = []
+        for which, place in enumerate(places.tolist()):
+            asked = length - len(pairs) + 2 * which
+            tokens[place : place + 2] = pairs[2 * which : 2 * which + 2]
+            answers.append(Answer(asked + 1, asked + 2, asked - (place + 1)))
+        return SyntheticRow(tokens, tuple(answers))
+
     def draw_pairs(self, random: np.random.Generator) -> np.ndarray:
-        """Different keys, each followed by a value."""
+        """Different keys, each followed by a value; the first keys in order where they are marks."""
+        if self.name == "selective":
+            return self.with_values(random, np.arange(self.pairs))
         return self.with_values(random, random.choice(self.keys, self.pairs, replace=False))
 
     def with_values(self, random: np.random.Generator, keys: np.ndarray) -> np.ndarray:
@@ -157,7 +177,9 @@ class SyntheticTask:
         return random.integers(0, FILLERS, count)
 
     def filling(self, random: np.random.Generator, count: int) -> np.ndarray:
-        """What stands before the part of a row that matters: more of the same, which is of no use."""
+        """What stands around the part of a row that matters: of no use, where that can be more of the same."""
+        if self.name == "selective":
+            return self.draw_values(random, count)
         if self.name != "kv":
             return self.fillers(random, count)
         found = self.with_values(random, random.integers(0, self.keys, -(-count // 2)))
@@ -165,7 +187,10 @@ class SyntheticTask:
 
     def check_length(self, length: int) -> None:
         """Raise DataError for rows that are too short for the task."""
-        least = {"kv": 6, "mqar": 4 * self.pairs, "passkey": 2 * self.digits + 3, "copy": 6, "flag": 4}[self.name]
+        least = {
+            "kv": 6, "mqar": 4 * self.pairs, "passkey": 2 * self.digits + 3, "copy": 6, "flag": 4,
+            "selective": 8 * self.pairs,
+        }[self.name]  # fmt: skip
         if length < least:
             raise DataError(f"{self}: needs data.sequence_length of at least {least}, got {length}")
 
@@ -177,6 +202,7 @@ SETTINGS = {
     "passkey": ("digits", "values"),
     "copy": ("values",),
     "flag": ("values",),
+    "selective": ("pairs", "keys", "values"),
 }
 
 
@@ -194,7 +220,7 @@ def synthetic_task(name: str) -> SyntheticTask:
     if kind not in SETTINGS:
         raise DataError(f"{name}: no task of that name; known: {', '.join(PREFIX + task for task in SETTINGS)}")
     task = replace(SyntheticTask(kind), **settings_of(name, settings, SETTINGS[kind]))
-    if kind == "mqar" and task.pairs > task.keys:
+    if "pairs" in SETTINGS[kind] and task.pairs > task.keys:
         raise DataError(f"{name}: {task.pairs} pairs need as many keys; got {task.keys}")
     return task
 

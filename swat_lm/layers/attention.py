@@ -1,18 +1,19 @@
-"""The kind `attention`: Llama's layer around windowed attention, with its settings.
+"""The kind `attention`: Llama's layer around windowed attention, with its settings; and around a paper's own.
 
 Parameter names and shapes are Llama's; what attends is in window_attention.py.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import Shared
-from swat_lm.layers.chunk import Chunk
+from swat_lm.layers.chunk import Chunk, Rotary
+from swat_lm.layers.heads_settings import HeadsSettings
 from swat_lm.layers.lean import AttentionPlan, plan_attention
 from swat_lm.layers.per_head import start_per_head
-from swat_lm.layers.pre_norm import FeedForward, PreNorm
+from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm
 from swat_lm.layers.window_attention import WindowAttention
 
 
@@ -25,16 +26,10 @@ class AttentionLayer(PreNorm):
     self_attn: WindowAttention
 
     def __init__(self, settings: AttentionSettings, width: int, index: int, shared: Shared) -> None:
-        rotary = None
-        if settings.use_rotary and shared.rotary is not None:
-            rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
-        mixer = WindowAttention(settings, width, rotary, index, shared.norm_eps, shared)
-        feed_forward = FeedForward(
-            width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
-        )
+        mixer = WindowAttention(settings, width, own_rotary(settings, shared), index, shared.norm_eps, shared)
         super().__init__(
-            mixer, feed_forward, width, shared.norm_eps, settings.residual_multiplier, settings.norm_placement,
-            settings.norm, settings.layer_scale,
+            mixer, own_feed_forward(settings, width), width, shared.norm_eps, settings.residual_multiplier,
+            settings.norm_placement, settings.norm, settings.layer_scale,
         )  # fmt: skip
 
     @classmethod
@@ -68,6 +63,38 @@ class AttentionLayer(PreNorm):
     def decoding_plan(self) -> AttentionPlan | None:
         """The joined matrices of the layer; None where it has what they do not cover."""
         return plan_attention(self)
+
+
+class HeadsLayer(PreNorm):
+    """A paper's own attention in Llama's layer."""
+
+    rotates_as: ClassVar[str] = "sliding_attention"
+    """Hugging Face's name of layers that rotate alike, where a model's layers do not all."""
+
+    def __init__(self, mixer: Mixer, settings: HeadsSettings, width: int, shared: Shared) -> None:
+        super().__init__(
+            mixer, own_feed_forward(settings, width), width, shared.norm_eps, settings.residual_multiplier,
+            settings.norm_placement, settings.norm,
+        )  # fmt: skip
+
+    @classmethod
+    def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
+        """Sizes that follow from the number of heads, the base of rotary; the paper's softmax unless the entry says."""
+        values = settle_rotary(settle_heads(values, given, width), cls.rotates_as)
+        own = {"score_function": "softmax", "score_bias": 0.0}
+        return values | {name: value for name, value in own.items() if name not in given}
+
+
+def own_rotary(settings: HeadsSettings, shared: Shared) -> Rotary | None:
+    """Rotary of a layer's head size and base; None where the layer or the model has none."""
+    if not settings.use_rotary or shared.rotary is None:
+        return None
+    return shared.rotary(settings.head_dim, settings.rope_parameters or {})
+
+
+def own_feed_forward(settings: HeadsSettings, width: int) -> FeedForward:
+    """The feed-forward that a layer's settings ask for."""
+    return FeedForward(width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward)
 
 
 def layer_type(window: int | None) -> str:

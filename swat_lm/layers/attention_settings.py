@@ -2,18 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from swat_lm.layers.first_tokens import SINK_POSITIONS
-from swat_lm.layers.norm import NORMS
-from swat_lm.layers.pre_norm import ACTIVATIONS, FEED_FORWARDS, NORM_PLACEMENTS
+from swat_lm.layers.heads_settings import INVERSE_WINDOW, HeadsSettings
 from swat_lm.layers.relative_bias import RELATIVE_BIASES
 from swat_lm.ops.checks import BACKENDS
 from swat_lm.ops.slopes import DEFAULT_SPAN, checked_span, slopes_for
 
-INVERSE_WINDOW = "-log(window)"
 QK_NORMS = ("head", "layer")
 # kernels count positions in 32 bits, and differences of two of them must fit as well
 LARGEST_WINDOW = 2**30
@@ -22,14 +19,10 @@ MOST_SINKS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionSettings:
+class AttentionSettings(HeadsSettings):
     """What may be set of a layer of windowed attention; the fields of SwatConfig of the same names explain them."""
 
     sliding_window: int | None = 1024
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 16
-    head_dim: int = 64
-    intermediate_size: int = 2816
     score_function: str = "sigmoid"
     slopes: str = "balanced"
     slope_schedule: str = "swat"
@@ -37,7 +30,6 @@ class AttentionSettings:
     """Of the schedule "window": what the steepest slope, or the first and the last, come to over the window."""
     learned_slopes: bool = False
     """Slopes are parameters that start so."""
-    score_bias: float | str = 0.0
     learned_score_bias: bool = False
     """The bias is a parameter per head that starts so."""
     qk_norm: bool = False
@@ -60,41 +52,21 @@ class AttentionSettings:
     attention_bias: bool = False
     output_bias: bool | None = None
     """Of `o_proj`; None: as `attention_bias` says."""
-    mlp_bias: bool = False
     attention_multiplier: float | None = None
     attn_logit_softcapping: float | None = None
-    residual_multiplier: float = 1.0
-    norm: str = "rms"
-    norm_placement: str = "pre"
-    feed_forward: str = "gated"
-    hidden_act: str = "silu"
-    use_rotary: bool = True
-    rope_theta: float | None = None
-    """Rotary base; None: that of `rope_parameters`."""
-    rope_parameters: dict[str, Any] | None = None
     attention_backend: str = "auto"
 
-    def __post_init__(self) -> None:
-        """Hold every setting to its range. Raises ValueError, which begins with the setting's name."""
-        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        heads, kv_heads, window = self.num_attention_heads, self.num_key_value_heads, self.sliding_window
-        if heads % kv_heads:
-            raise ValueError(
-                f"num_key_value_heads: expected a divisor of num_attention_heads ({heads}), got {kv_heads}"
-            )
+    def check_own(self) -> None:
+        """Hold the kind's own settings to their ranges. Raises ValueError, which begins with the setting's name."""
+        window = self.sliding_window
         if window is not None and not 1 <= window <= LARGEST_WINDOW:
             limit = f"at most {LARGEST_WINDOW}" if window > LARGEST_WINDOW else "at least 1 (a query counts itself)"
             raise ValueError(f"sliding_window: expected {limit} or None for full attention, got {window}")
         self._check_sinks()
-        if self.score_function not in ("sigmoid", "softmax"):
-            raise ValueError(f"score_function: expected 'sigmoid' or 'softmax', got {self.score_function!r}")
         self.first_slopes()
         checked_span(self.slope_span)
         if self.learned_slopes and self.slopes == "none":
             raise ValueError("learned_slopes: slopes is 'none', so there are none to learn; say with which they start")
-        self.bias()
         if self.learned_score_bias and self.score_function == "softmax" and not self.learned_sink:
             raise ValueError(
                 "learned_score_bias: softmax is the same whatever is added to all scores of a row, so there is nothing "
@@ -102,20 +74,8 @@ class AttentionSettings:
             )
         if self.learned_sink and self.score_function != "softmax":
             raise ValueError("learned_sink: only softmax has a normaliser that a sink can join; use softmax or drop it")
-        if self.use_rotary and self.head_dim % 2:
-            raise ValueError(f"head_dim: rotary needs an even head size, got {self.head_dim}; or set use_rotary=False")
-        for name, words in (
-            ("qk_norm_over", QK_NORMS),
-            ("sink_positions", SINK_POSITIONS),
-            ("relative_bias", RELATIVE_BIASES),
-            ("norm", tuple(NORMS)),
-            ("norm_placement", NORM_PLACEMENTS),
-            ("feed_forward", FEED_FORWARDS),
-            ("hidden_act", ACTIVATIONS),
-        ):
-            if getattr(self, name) not in words:
-                raise ValueError(f"{name}: expected {' or '.join(map(repr, words))}, got {getattr(self, name)!r}")
-        for name in ("attention_multiplier", "attn_logit_softcapping", "residual_multiplier", "layer_scale"):
+        self.check_words({"qk_norm_over": QK_NORMS, "sink_positions": SINK_POSITIONS, "relative_bias": RELATIVE_BIASES})
+        for name in ("attention_multiplier", "attn_logit_softcapping", "layer_scale"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -158,18 +118,16 @@ class AttentionSettings:
             self.num_attention_heads, self.slopes, self.slope_schedule, self.sliding_window, self.slope_span
         )
 
+    @property
+    def most_seen(self) -> int | None:
+        """The window."""
+        return self.sliding_window
+
     def bias(self) -> float:
         """The number that is added to every score. Raises ValueError where there is none."""
-        bias = self.score_bias
-        if isinstance(bias, str):
-            if bias != INVERSE_WINDOW:
-                raise ValueError(f"score_bias: expected a number or {INVERSE_WINDOW!r}, got {bias!r}")
-            if self.sliding_window is None:
-                raise ValueError(
-                    f"score_bias: the layer has no window, so {INVERSE_WINDOW!r} has no meaning; "
-                    "set score_bias=0 or another number, or a list with one entry per layer"
-                )
-            return -math.log(self.sliding_window)
-        if not math.isfinite(bias):
-            raise ValueError(f"score_bias: expected a finite number, got {bias}")
-        return float(bias)
+        if self.score_bias == INVERSE_WINDOW and self.sliding_window is None:
+            raise ValueError(
+                f"score_bias: the layer has no window, so {INVERSE_WINDOW!r} has no meaning; "
+                "set score_bias=0 or another number, or a list with one entry per layer"
+            )
+        return super().bias()

@@ -133,7 +133,7 @@ class Chunk:
     def _document_places(self) -> Tensor:
         places = self.places.long()
         if self.first is None:
-            return self.positions if self.before is None else (places + self.before).view(-1, self.num_tokens)
+            return self.positions if self.before is None else torch.atleast_2d(places + self.before)
         near = places - self.first
         # a document that began farther away than `first` can say
         return near if self.before is None else torch.where(self.first > FARTHEST, near, self.before + places)

@@ -5,16 +5,14 @@ a window's. Segments count from the document's start. Two integers per row say a
 Legend: B rows, T tokens, P kept tokens, M width, m segment, H query heads, K key/value heads, D head size.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from swat_lm.layers.attention import settle_heads, settle_rotary
+from swat_lm.layers.attention import HeadsLayer, own_rotary
 from swat_lm.layers.base import InPlace, Output, Past, Shared, StateTensor
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.ecp_settings import EcpSettings
-from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm, start_normal
+from swat_lm.layers.pre_norm import Mixer, start_normal
 from swat_lm.ops import window_attention
 from swat_lm.ops.flops import attention_flops
 from swat_lm.ops.hiding import hide_keys
@@ -155,7 +153,7 @@ def first_places(chunk: Chunk, settings: EcpSettings) -> Tensor:
     return chunk._once(key, lambda: (chunk.places - seen_back(chunk.document_places, settings)).to(torch.int32))
 
 
-class EcpLayer(PreNorm):
+class EcpLayer(HeadsLayer):
     """ECP in Llama's layer."""
 
     name = "ecp"
@@ -164,23 +162,8 @@ class EcpLayer(PreNorm):
     self_attn: EcpAttention
 
     def __init__(self, settings: EcpSettings, width: int, index: int, shared: Shared) -> None:
-        rotary = None
-        if settings.use_rotary and shared.rotary is not None and (settings.rotary_layers == "all" or index == 0):
-            rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
-        feed_forward = FeedForward(
-            width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
-        )
-        super().__init__(
-            EcpAttention(settings, width, index, rotary), feed_forward, width, shared.norm_eps,
-            settings.residual_multiplier, settings.norm_placement, settings.norm,
-        )  # fmt: skip
-
-    @classmethod
-    def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
-        """Sizes that follow from the number of heads, the base of rotary; the paper's softmax unless the entry says."""
-        values = settle_rotary(settle_heads(values, given, width), "sliding_attention")
-        own = {"score_function": "softmax", "score_bias": 0.0}
-        return values | {name: value for name, value in own.items() if name not in given}
+        rotary = own_rotary(settings, shared) if settings.rotary_layers == "all" or index == 0 else None
+        super().__init__(EcpAttention(settings, width, index, rotary), settings, width, shared)
 
     @staticmethod
     def layer_type(settings: EcpSettings) -> str:

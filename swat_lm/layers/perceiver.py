@@ -5,17 +5,15 @@ before them do is `history`. Whole rows only: latents are others with every toke
 Legend: B rows, T tokens, l latents, h history, p compressed history, M width, H query heads, K key/value heads, D size.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from swat_lm.layers.attention import settle_heads, settle_rotary
+from swat_lm.layers.attention import HeadsLayer, own_rotary
 from swat_lm.layers.base import InPlace, Output, Past, Shared, StateTensor
 from swat_lm.layers.chunk import Chunk, Rotary
 from swat_lm.layers.norm import LayerNorm
 from swat_lm.layers.perceiver_settings import PerceiverSettings
-from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm
+from swat_lm.layers.pre_norm import Mixer
 from swat_lm.ops import window_attention
 from swat_lm.ops.flops import attention_flops
 from swat_lm.ops.hiding import hide_keys
@@ -185,42 +183,29 @@ def history_ends(chunk: Chunk, num_history: int, segment: int | None = None) -> 
         ends = ends.scatter_reduce(1, segments[:, :num_history], held, "amax")
         end = torch.where(real, ends.gather(1, segments[:, :num_history]), places)
     if segment is not None:
-        own = torch.div(places, segment, rounding_mode="floor") * segment
-        begin, end = torch.maximum(begin, own), torch.minimum(end, own + segment - 1)
+        # counted from the document's start, which is the row's where there is no other; padding stays before it
+        own = begin + torch.div(places - begin, segment, rounding_mode="floor").clamp(min=0) * segment
+        begin, end = own, torch.minimum(end, own + segment - 1)
     return begin, end
 
 
-class PerceiverLayer(PreNorm):
+class PerceiverLayer(HeadsLayer):
     """A Perceiver's attention in Llama's layer, which hands on latents, or a history beside them."""
 
     name = "perceiver"
     Settings = PerceiverSettings
     shortens = True
+    rotates_as = "full_attention"
 
     self_attn: PerceiverAttention
 
     def __init__(self, settings: PerceiverSettings, width: int, index: int, shared: Shared) -> None:
-        rotary = None
-        if settings.use_rotary and shared.rotary is not None and (settings.rotary_layers == "all" or index == 0):
-            rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
-        feed_forward = FeedForward(
-            width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
-        )
-        super().__init__(
-            PerceiverAttention(settings, width, index, rotary, shared.norm_eps), feed_forward, width, shared.norm_eps,
-            settings.residual_multiplier, settings.norm_placement, settings.norm,
-        )  # fmt: skip
+        rotary = own_rotary(settings, shared) if settings.rotary_layers == "all" or index == 0 else None
+        super().__init__(PerceiverAttention(settings, width, index, rotary, shared.norm_eps), settings, width, shared)
         self.settings = settings
         self.compress = None
         if settings.history == "compress":
             self.compress = nn.Linear(settings.num_history, settings.num_compressed)
-
-    @classmethod
-    def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
-        """Sizes that follow from the number of heads, the base of rotary; the paper's softmax unless the entry says."""
-        values = settle_rotary(settle_heads(values, given, width), "full_attention")
-        own = {"score_function": "softmax", "score_bias": 0.0}
-        return values | {name: value for name, value in own.items() if name not in given}
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
         """Process whole rows `[B, T, M]`; `[B, l, M]` where the history is dropped, `[B, p + l, M]` compressed."""

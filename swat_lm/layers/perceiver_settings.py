@@ -1,18 +1,16 @@
 """What may be set of a layer of the kind `perceiver`, and what of it cannot be."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
-from swat_lm.layers.attention_settings import INVERSE_WINDOW
-from swat_lm.layers.ecp_settings import ROTARY_LAYERS, check_sizes, check_words
+from swat_lm.layers.ecp_settings import ROTARY_LAYERS
+from swat_lm.layers.heads_settings import HeadsSettings
 from swat_lm.ops.checks import BACKENDS
 
 HISTORIES = ("drop", "whole", "segments", "compress")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerceiverSettings:
+class PerceiverSettings(HeadsSettings):
     """What may be set of a Perceiver's layer (arXiv 2202.07765, 2412.06106); in brackets the papers' letters."""
 
     latents: int = 1024
@@ -22,7 +20,7 @@ class PerceiverSettings:
     layer of all). They see each other in both directions: as a "whole" (V1), within "segments" (V2), or as a whole and
     "compress": are handed on as fewer (V3)."""
     segment: int | None = None
-    """Tokens of a segment of the history (s), from the row's start; of "segments" alone."""
+    """Tokens of a segment of the history (s), from the document's start; of "segments" alone."""
     length: int | None = None
     """Tokens of every row (n); of "compress" alone, which learns a map along time."""
     compressed: int | None = None
@@ -33,39 +31,15 @@ class PerceiverSettings:
     """LayerNorm over each head of what serves as keys and values, before rotary."""
     rotary_layers: str = "first"
     """Rotary in the model's "first" layer alone, or in "all"."""
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 16
-    head_dim: int = 64
-    intermediate_size: int = 2816
-    score_function: str = "softmax"
-    """The paper's; the configuration's field of the same name does not change it, an entry of the plan does."""
-    score_bias: float | str = 0.0
-    """Added to products: a number, since there is no window."""
-    use_rotary: bool = True
-    rope_theta: float | None = None
-    """Rotary base; None: that of `rope_parameters`."""
-    rope_parameters: dict[str, Any] | None = None
-    mlp_bias: bool = False
-    residual_multiplier: float = 1.0
-    norm: str = "rms"
-    norm_placement: str = "pre"
-    feed_forward: str = "gated"
-    hidden_act: str = "silu"
     attention_backend: str = "auto"
 
-    def __post_init__(self) -> None:
-        """Hold every setting to its range. Raises ValueError, which begins with the setting's name."""
-        check_sizes(self)
-        check_words(self, history=HISTORIES, rotary_layers=ROTARY_LAYERS, attention_backend=BACKENDS)
+    def check_own(self) -> None:
+        """Hold the kind's own settings to their ranges. Raises ValueError, which begins with the setting's name."""
+        self.check_words({"history": HISTORIES, "rotary_layers": ROTARY_LAYERS, "attention_backend": BACKENDS})
         if self.latents < 1:
             raise ValueError(f"latents: expected at least 1 token, got {self.latents}")
         self._check_segments()
         self._check_compression()
-        if self.score_bias == INVERSE_WINDOW:
-            raise ValueError(
-                f"score_bias: latents see all before them, so {INVERSE_WINDOW!r} has no meaning; give a number"
-            )
-        self.bias()
 
     def _check_segments(self) -> None:
         if self.history != "segments":
@@ -107,8 +81,7 @@ class PerceiverSettings:
         assert self.length is not None
         return self.length // 4 if self.compressed is None else self.compressed
 
-    def bias(self) -> float:
-        """The number that is added to every product. Raises ValueError where there is none."""
-        if isinstance(self.score_bias, str) or not math.isfinite(self.score_bias):
-            raise ValueError(f"score_bias: expected a finite number, got {self.score_bias!r}")
-        return float(self.score_bias)
+    @property
+    def most_seen(self) -> None:
+        """All before a latent."""
+        return None

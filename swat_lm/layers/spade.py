@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swat_lm.layers.attention import AttentionLayer, layer_type
+from swat_lm.layers.attention import AttentionLayer, layer_type, own_feed_forward, own_rotary
 from swat_lm.layers.attention_settings import AttentionSettings
 from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import NORMS
 from swat_lm.layers.per_head import start_per_head
-from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm
+from swat_lm.layers.pre_norm import Mixer, PreNorm
 from swat_lm.layers.structured_state import RATES, StructuredState
 from swat_lm.layers.window_attention import WindowAttention
 
@@ -161,16 +161,12 @@ class SpadeLayer(PreNorm):
     self_attn: SpadeMixer
 
     def __init__(self, settings: SpadeSettings, width: int, index: int, shared: Shared) -> None:
-        rotary = None
-        if settings.use_rotary and shared.rotary is not None:
-            rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
+        rotary = own_rotary(settings, shared)
         attention = WindowAttention(settings, width, rotary, index, shared.norm_eps, shared)
-        feed_forward = FeedForward(
-            width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
-        )
+        mixer = SpadeMixer(settings, width, attention, shared.norm_eps)
         super().__init__(
-            SpadeMixer(settings, width, attention, shared.norm_eps), feed_forward, width, shared.norm_eps,
-            settings.residual_multiplier, settings.norm_placement, settings.norm, settings.layer_scale,
+            mixer, own_feed_forward(settings, width), width, shared.norm_eps, settings.residual_multiplier,
+            settings.norm_placement, settings.norm, settings.layer_scale,
         )  # fmt: skip
 
     @classmethod

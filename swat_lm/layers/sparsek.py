@@ -6,15 +6,14 @@ Legend: B rows, T tokens, P kept tokens, M width, W window, H query heads, K key
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swat_lm.layers.attention import settle_heads, settle_rotary
+from swat_lm.layers.attention import HeadsLayer, own_rotary
 from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
 from swat_lm.layers.chunk import FARTHEST, Chunk, Rotary
-from swat_lm.layers.pre_norm import FeedForward, Mixer, PreNorm, start_normal
+from swat_lm.layers.pre_norm import Mixer, start_normal
 from swat_lm.layers.precise import PreciseLinear
 from swat_lm.layers.sparsek_settings import SparsekSettings
 from swat_lm.ops import selected_attention as dense
@@ -81,7 +80,7 @@ class SparsekAttention(Mixer):
         """Mix one token per row, `[B, 1, M]`, in place over slots."""
         # a step is not told how far back a row reaches
         first = (-past.position).clamp(min=FARTHEST).to(torch.int32)[:, None]
-        chunk, settings = Chunk(chunk.positions, first), self.settings
+        given, chunk, settings = chunk, Chunk(chunk.positions, first), self.settings
         query, new = self._project(hidden, chunk)
         for name, own in new.items():
             past.kept[name][past.slot, past.position % (settings.window + 1)] = own[:, 0].to(past.kept[name].dtype)
@@ -100,6 +99,7 @@ class SparsekAttention(Mixer):
         mixed = dense.step(
             query, key[:, 1:], value[:, 1:], place >= first, top_score, top_key, top_value, scale=self.scale,
             score_bias=settings.bias(), softmax=settings.score_function == "softmax", masking=settings.masking,
+            row_by_row=given.batch_invariant and not query.is_cuda,
         )  # fmt: skip
         return self.o_proj(mixed.flatten(2))
 
@@ -243,7 +243,7 @@ class SparsekAttention(Mixer):
         return None
 
 
-class SparsekLayer(PreNorm):
+class SparsekLayer(HeadsLayer):
     """SPARSEK in Llama's layer."""
 
     name = "sparsek"
@@ -252,23 +252,8 @@ class SparsekLayer(PreNorm):
     self_attn: SparsekAttention
 
     def __init__(self, settings: SparsekSettings, width: int, index: int, shared: Shared) -> None:
-        rotary = None
-        if settings.use_rotary and shared.rotary is not None:
-            rotary = shared.rotary(settings.head_dim, settings.rope_parameters or {})
-        feed_forward = FeedForward(
-            width, settings.intermediate_size, settings.mlp_bias, settings.hidden_act, settings.feed_forward
-        )
-        super().__init__(
-            SparsekAttention(settings, width, index, rotary), feed_forward, width, shared.norm_eps,
-            settings.residual_multiplier, settings.norm_placement, settings.norm,
-        )  # fmt: skip
-
-    @classmethod
-    def settle(cls, values: dict[str, Any], given: frozenset[str], width: int) -> dict[str, Any]:
-        """Sizes that follow from the number of heads, the base of rotary; the paper's softmax unless the entry says."""
-        values = settle_rotary(settle_heads(values, given, width), "sliding_attention")
-        own = {"score_function": "softmax", "score_bias": 0.0}
-        return values | {name: value for name, value in own.items() if name not in given}
+        mixer = SparsekAttention(settings, width, index, own_rotary(settings, shared))
+        super().__init__(mixer, settings, width, shared)
 
     def init_weights(self, shared: Shared) -> None:
         """Scores of normed tokens begin with the standard deviation that is asked for."""

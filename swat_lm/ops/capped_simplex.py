@@ -104,7 +104,7 @@ def _runs(segments: Tensor | None, num_blocks: int, block: int, elements: int) -
     if segments is not None:
         changed = (segments.diff(dim=1, prepend=segments.new_zeros(len(segments), 1)) != 0).any(0)
         begins = changed.view(num_blocks, block).any(-1).tolist()
-    most = max(1, ELEMENTS // elements)
+    most = max(1, ELEMENTS // max(1, elements))
     at = 0
     while at < num_blocks:
         end = at + 1
@@ -226,6 +226,14 @@ def _fill_by_places(
         into.scatter_add_(-1, order.flatten(2), number.flatten(2))
 
 
+def running_sums(numbers: Tensor) -> Tensor:
+    """Sums of the first numbers, from none to all: `[..., n + 1]`."""
+    found = numbers.new_empty(*numbers.shape[:-1], numbers.shape[-1] + 1)
+    found[..., 0] = 0
+    torch.cumsum(numbers, dim=-1, out=found[..., 1:])
+    return found
+
+
 class Merged:
     """Scores in falling order `[..., n]`, of which some enter row by row: sums over a row's own up to any place.
 
@@ -249,9 +257,11 @@ class Merged:
         # the new ones in falling order, and which of them each row has
         place = (~is_new).to(torch.int8).sort(dim=-1, stable=True).indices[..., :num_new]
         rows = torch.arange(num_rows, device=falling.device)[:, None]
-        has = (entered.gather(-1, place)[..., None, :] <= rows) & real.gather(-1, place)[..., None, :]
-        self.new_count = F.pad(has.cumsum(-1, dtype=falling.dtype), (1, 0))
-        self.new_sums = F.pad((numbers.gather(-1, place)[..., None, :] * has).cumsum(-1), (1, 0))
+        # after all rows where there is none
+        since = entered.gather(-1, place).masked_fill_(~real.gather(-1, place), num_rows)
+        has = (since[..., None, :] <= rows).to(falling.dtype)
+        self.new_count = running_sums(has)
+        self.new_sums = running_sums(has.mul_(numbers.gather(-1, place)[..., None, :]))
         self.shape = (*falling.shape[:-1], num_rows)
 
     def count_at(self, place: Tensor) -> Tensor:

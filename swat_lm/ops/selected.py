@@ -71,15 +71,19 @@ def selected_attention(
         raise ValueError(f"key: expected at most {window} items before the rows, got {key.shape[1] - num_rows}")
     if num_kept > most:
         raise ValueError(f"scores: expected at least {num_kept} candidates from before, got {most}")
+    if not num_rows:
+        return query
     if num_kept:
-        tau, _, _, _, chosen, held = torch.ops.swat_lm.capped_simplex_prefixes(scores, segments, most, num_kept, block)
+        tau, _, full, free, chosen, held = torch.ops.swat_lm.capped_simplex_prefixes(
+            scores, segments, most, num_kept, block
+        )
     else:
         tau = scores.new_full(scores[..., most:].shape, NONE)
-        chosen = torch.zeros_like(scores, dtype=torch.int64)
+        full, free, chosen = (torch.zeros_like(scores, dtype=torch.int64) for _ in range(3))
         held = chosen.new_zeros(*scores.shape[:2], -(-num_rows // block), 0)
     call = SelectedCall(
-        query, key, value, kept_key, kept_value, scores, tau, chosen, held, first_visible, hidden, window, block,
-        float(scale), float(score_bias), score_function == "softmax", masking,
+        query, key, value, kept_key, kept_value, scores, tau, chosen, held, full, free, first_visible, hidden, window,
+        block, float(scale), float(score_bias), score_function == "softmax", masking,
     )  # fmt: skip
     return torch.ops.swat_lm.selected_attention(*call)
 
@@ -125,7 +129,10 @@ _prefixes.register_autograd(_prefixes_backward, setup_context=_save_prefixes)
 
 
 def _forward(*arguments: Any) -> Tensor:
-    return dense.forward(SelectedCall(*arguments))
+    call = SelectedCall(*arguments)
+    # products are written in place, in the dtype of scores
+    with torch.autocast(call.query.device.type, enabled=False):
+        return dense.forward(call)
 
 
 def _backward(grad_output: Tensor, *arguments: Any) -> Gradients:

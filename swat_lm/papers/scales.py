@@ -6,7 +6,10 @@ from typing import Any
 
 from swat_lm.words import did_you_mean
 
-__all__ = ["Budget", "Scale", "find_scale", "shape"]
+__all__ = ["TEXT_BYTES", "Budget", "Scale", "find_scale", "miniature", "shape", "small_budget", "tiny_budget"]
+
+TEXT_BYTES = 24_000_000
+"""Of training text, for tiny budgets."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,39 @@ def shape(width: int, feed_forward: int, layers: int, heads: int) -> dict[str, A
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
     }
+
+
+def tiny_budget(model: Mapping[str, Any]) -> Budget:
+    """What two cores train in minutes: 1.0M tokens."""
+    return Budget(model, 500, 2048, 2e-3, 50, 2048)
+
+
+def small_budget(model: Mapping[str, Any]) -> Budget:
+    """What one GPU trains in an hour or so: 302M tokens."""
+    return Budget(model, 4600, 65_536, 1e-3, 300, 8192, 32_768)
+
+
+def miniature(
+    model: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    lengths: tuple[int, ...],
+    *,
+    steps: int = 3,
+    pieces: int = 2,
+    text_bytes: int = 60_000,
+) -> Scale:
+    """A scale that no command offers."""
+    return Scale(
+        name="miniature",
+        about="for tests: everything runs, nothing is learnt",
+        budgets={"analysis": Budget(model, steps, 128, 3e-3, 1, 300)},
+        sizes=sizes,
+        lengths=lengths,
+        pieces=pieces,
+        text_bytes=text_bytes,
+        held_out=0.2,
+        for_people=False,
+    )
 
 
 def find_scale(name: str, scales: Mapping[str, Scale]) -> Scale:

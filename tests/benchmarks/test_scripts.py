@@ -16,6 +16,8 @@ from benchmarks import (
     measure,
     models,
     record,
+    selection_cpu,
+    selective_copy,
     table,
     taipan_recall,
     train_cpu,
@@ -47,6 +49,28 @@ def test_copies_at_a_lag(monkeypatch, capsys):
     ]
     # one step learns nothing
     assert all(0.05 < float(line.split()[-4]) < 0.25 for line in said)
+
+
+def test_selective_copies(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["selective_copy", "--seeds", "3", "--steps", "2", "--models", "sparsek,window"])
+    monkeypatch.setattr(selective_copy, "ROWS", 4)
+    monkeypatch.setattr(selective_copy, "HELD_OUT_BATCHES", 8)
+    selective_copy.main()
+    sparsek, window = capsys.readouterr().out.splitlines()
+    assert sparsek.startswith("sparsek           seed 3: 0.")
+    # scores have a gradient, and two steps learn nothing
+    assert sparsek.endswith("of their norm")
+    assert "scores" not in window
+    assert all(0 <= float(line.split()[3]) < 0.3 for line in (sparsek, window))
+
+
+def test_rows_of_selections(monkeypatch):
+    monkeypatch.setattr(selection_cpu, "peak", lambda name, length: length * 2**20)
+    rows = [selection_cpu.compare(length, 1) for length in (64, 128)]
+    goals = selection_cpu.judge(rows)
+    assert len(goals) == 2 * len(selection_cpu.MOST) + 2 * len(selection_cpu.MOST)
+    assert goals[0]["measured"] == pytest.approx(rows[0]["window s"] / rows[0]["sparsek 64 s"], abs=1e-3)
+    assert goals[-1]["measured"] == pytest.approx(1)
 
 
 def test_rows_of_hybrids(monkeypatch):

@@ -10,7 +10,7 @@ from swat_lm.data.synthetic import FIRST_KEY, MARK, SyntheticRow, SyntheticSourc
 
 NAMES = [
     "synthetic:kv", "synthetic:mqar?pairs=4", "synthetic:passkey?digits=3", "synthetic:copy?values=16",
-    "synthetic:flag?values=2",
+    "synthetic:flag?values=2", "synthetic:selective?pairs=2",
 ]  # fmt: skip
 
 
@@ -38,8 +38,13 @@ def test_rows_for_training(name: str, length: int):
         assert len(row.tokens) == length
         check_row(name, row)
         seen |= {answer.distance for answer in row.answers}
-    # distances are spread, but for the one that is the row's length
-    assert seen == {length - 3} if "flag" in name else max(seen) > 3 * min(seen)
+    # distances are spread, but for those that are most of the row's length
+    if "flag" in name:
+        assert seen == {length - 3}
+    elif "selective" in name:
+        assert min(seen) > length / 2
+    else:
+        assert max(seen) > 3 * min(seen)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,6 +53,19 @@ def test_rows_at_a_distance(name: str, distance: int):
     row = synthetic_task(name).row_at(np.random.default_rng(0), distance)
     check_row(name, row)
     assert {answer.distance for answer in row.answers} == {distance}
+
+
+def test_what_is_worth_keeping_is_told_by_its_mark():
+    task = synthetic_task("synthetic:selective?pairs=3&keys=5")
+    row = task.row(np.random.default_rng(0), 48)
+    marks = np.flatnonzero(row.tokens < FIRST_KEY + task.keys)
+    # each mark twice, in its order: early, and at the end
+    assert (row.tokens[marks] == FIRST_KEY + np.tile(np.arange(3), 2)).all()
+    assert marks[2] < 12
+    assert list(marks[3:]) == [42, 44, 46]
+    # all others are values, and of the marked ones alone is asked
+    assert [answer.start for answer in row.answers] == [43, 45, 47]
+    assert [int(row.tokens[place + 1]) for place in marks[:3]] == [int(row.tokens[place + 1]) for place in marks[3:]]
 
 
 def test_batches_are_a_pure_function_of_seed_and_step():
@@ -82,6 +100,7 @@ def test_batches_are_a_pure_function_of_seed_and_step():
         ("synthetic:mqar?pairs=0", "pairs must be a whole number of at least 1; got '0'"),
         ("synthetic:mqar?keys=1", "at least 2"),
         ("synthetic:mqar?pairs=9&keys=8", "9 pairs need as many keys; got 8"),
+        ("synthetic:selective?pairs=9&keys=8", "9 pairs need as many keys; got 8"),
     ],
 )
 def test_bad_names(name: str, message: str):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from swat_lm.ops import selected_attention as dense
 from swat_lm.ops.capped_simplex import NONE, capped_simplex
 from swat_lm.ops.selected import selected_attention
 from swat_lm.ops.selected_attention import MASKINGS
@@ -132,7 +133,7 @@ def test_it_compiles_and_counts_for_ragged_rows():
     scores[..., 12:17] = NONE
     prefixes = torch.ops.swat_lm.capped_simplex_prefixes
     torch.library.opcheck(prefixes, (scores, None, 12, 3, 64), test_utils=("test_schema", "test_faketensor"))
-    tau, _, _, _, chosen, held = prefixes(scores, None, 12, 3, 64)
+    tau, _, full, free, chosen, held = prefixes(scores, None, 12, 3, 64)
     kept = torch.zeros(2, 2, 3, 4)
     call = (
         query,
@@ -144,6 +145,8 @@ def test_it_compiles_and_counts_for_ragged_rows():
         tau,
         chosen,
         held,
+        full,
+        free,
         None,
         None,
         5,
@@ -158,6 +161,44 @@ def test_it_compiles_and_counts_for_ragged_rows():
         call,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_a_step_is_the_same_wherever_a_row_stands(softmax):
+    torch.manual_seed(0)
+    rows = 5
+    window = [torch.randn(rows, *size) for size in ((1, 4, 8), (4, 2, 8), (4, 2, 8))]
+    scores = torch.randn(rows, 2, 12).double().sort(descending=True).values
+    given = [*window, torch.ones(rows, 4).bool(), scores, torch.randn(rows, 2, 3, 8), torch.randn(rows, 2, 3, 8)]
+    how = {"scale": 0.3, "score_bias": 0.0, "softmax": softmax, "masking": "value"}
+    found = dense.step(*given, **how, row_by_row=True)
+    assert torch.equal(dense.step(*(x.flip(0) for x in given), **how, row_by_row=True).flip(0), found)
+    torch.testing.assert_close(dense.step(*given, **how), found)
+
+
+def test_nothing_of_nothing():
+    key, kept = torch.zeros(2, 3, 2, 4), torch.zeros(2, 2, 2, 4)
+    scores = torch.full((2, 2, 5), NONE).double()
+    assert selected_attention(key[:, :0, :], key, key, scores, kept, kept, window=3, scale=1.0).shape == (2, 0, 2, 4)
+    empty = [x[:0] for x in (key, key, key, torch.full((2, 2, 8), NONE).double(), kept, kept)]
+    assert selected_attention(*empty, window=3, scale=1.0).shape == (0, 3, 2, 4)
+
+
+def test_under_autocast_products_keep_the_dtype_of_scores():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 20, 2, 4, requires_grad=True) for _ in range(3))
+    scores = torch.cat((torch.full((1, 2, 12), NONE), torch.randn(1, 2, 20)), dim=-1).double()
+    kept = torch.zeros(1, 2, 3, 4)
+
+    def read() -> torch.Tensor:
+        return selected_attention(query, key, value, scores, kept, kept, window=5, scale=0.5)
+
+    expected = read()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = read()
+        gradients = torch.autograd.grad(found.sum(), (query, key, value))
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(expected.sum(), (query, key, value))))
 
 
 def test_far_into_a_stream_only_differences_count():

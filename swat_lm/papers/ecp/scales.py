@@ -3,7 +3,7 @@
 W stands for two segments, 512 tokens there, H for one and a half, l for latents, and L for the row, 2,048.
 """
 
-from swat_lm.papers.scales import Budget, Scale, shape
+from swat_lm.papers.scales import TEXT_BYTES, Budget, Scale, miniature, shape, small_budget, tiny_budget
 
 __all__ = ["SCALES"]
 
@@ -19,17 +19,17 @@ CODE = {"norm": "layer", "feed_forward": "plain", "hidden_act": "gelu_pytorch_ta
 TINY = Scale(
     name="tiny",
     about="1.3M parameters, 1.0M tokens a variant; for two cores",
-    budgets={"analysis": Budget(shape(128, 352, 4, 4), 500, 2048, 2e-3, 50, 2048)},
+    budgets={"analysis": tiny_budget(shape(128, 352, 4, 4))},
     sizes=sizes(32),
     lengths=(256,),
     pieces=256,
-    text_bytes=24_000_000,
+    text_bytes=TEXT_BYTES,
 )
 
 SMALL = Scale(
     name="small",
     about="34M parameters, 302M tokens a variant; for one GPU",
-    budgets={"analysis": Budget(shape(512, 1408, 8, 8), 4600, 65_536, 1e-3, 300, 8192, 32_768)},
+    budgets={"analysis": small_budget(shape(512, 1408, 8, 8))},
     sizes=sizes(128),
     lengths=(1024,),
     pieces=512,
@@ -50,16 +50,6 @@ PAPER = Scale(
     held_out=0.02,
 )  # fmt: skip
 
-MINIATURE = Scale(
-    name="miniature",
-    about="for tests: everything runs, nothing is learnt",
-    budgets={"analysis": Budget(shape(32, 48, 3, 4), 3, 128, 3e-3, 1, 300)},
-    sizes=sizes(4),
-    lengths=(32,),
-    pieces=4,
-    text_bytes=60_000,
-    held_out=0.2,
-    for_people=False,
-)
+MINIATURE = miniature(shape(32, 48, 3, 4), sizes(4), (32,), pieces=4)
 
 SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER, MINIATURE)}

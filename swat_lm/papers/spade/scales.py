@@ -4,24 +4,24 @@ W and L are the paper's window and training length, 512 and 3,072. Of the paper'
 number of updates are its script's; optimiser, tokenizer and the number of processes are ours.
 """
 
-from swat_lm.papers.scales import Budget, Scale, shape
+from swat_lm.papers.scales import TEXT_BYTES, Budget, Scale, miniature, shape, small_budget, tiny_budget
 
 __all__ = ["SCALES", "STATE_SIZES"]
 
 TINY = Scale(
     name="tiny",
     about="2M parameters, 1.0M tokens a variant; about 45 minutes a seed on two cores",
-    budgets={"analysis": Budget(shape(144, 384, 4, 12), 500, 2048, 2e-3, 50, 2048)},
+    budgets={"analysis": tiny_budget(shape(144, 384, 4, 12))},
     sizes={"W": 32, "L": 256},
     lengths=(32, 256, 1024, 4096),
     pieces=16,
-    text_bytes=24_000_000,
+    text_bytes=TEXT_BYTES,
 )
 
 SMALL = Scale(
     name="small",
     about="41M parameters, 302M tokens a variant; for one GPU",
-    budgets={"analysis": Budget(shape(576, 1536, 8, 12), 4600, 65_536, 1e-3, 300, 8192, 32_768)},
+    budgets={"analysis": small_budget(shape(576, 1536, 8, 12))},
     sizes={"W": 128, "L": 1024},
     lengths=(128, 1024, 4096, 16_384),
     pieces=16,
@@ -42,17 +42,7 @@ PAPER = Scale(
     held_out=0.005,
 )  # fmt: skip
 
-MINIATURE = Scale(
-    name="miniature",
-    about="for tests: everything runs, nothing is learnt",
-    budgets={"analysis": Budget(shape(24, 32, 2, 4), 2, 128, 3e-3, 1, 300)},
-    sizes={"W": 8, "L": 32},
-    lengths=(8, 32, 64),
-    pieces=2,
-    text_bytes=40_000,
-    held_out=0.2,
-    for_people=False,
-)
+MINIATURE = miniature(shape(24, 32, 2, 4), {"W": 8, "L": 32}, (8, 32, 64), steps=2, text_bytes=40_000)
 
 SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER, MINIATURE)}
 STATE_SIZES = {"tiny": 16, "small": 64, "paper": 64, "miniature": 4}

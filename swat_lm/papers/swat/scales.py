@@ -7,7 +7,7 @@ Table 1's window and training length.
 from collections.abc import Mapping
 from typing import Any
 
-from swat_lm.papers.scales import Budget, Scale, shape
+from swat_lm.papers.scales import TEXT_BYTES, Budget, Scale, shape, small_budget, tiny_budget
 
 __all__ = ["SCALES", "TABLE1"]
 
@@ -44,7 +44,7 @@ SWAT: dict[str, Mapping[str, Any]] = {
     "swat-balanced": {"slopes": "balanced", "sliding_window": "BW"},
 }
 
-TINY_BUDGET = Budget(shape(144, 384, 4, 12), 500, 2048, 2e-3, 50, 2048)
+TINY_BUDGET = tiny_budget(shape(144, 384, 4, 12))
 TINY = Scale(
     name="tiny",
     about="2M parameters, 1.0M tokens a variant; about 40 minutes a seed on two cores for everything but Table 1",
@@ -52,11 +52,11 @@ TINY = Scale(
     sizes={"W": 32, "4W": 128, "L": 256, "XL": 1024, "BW": 64, "BL": 256},
     lengths=(32, 256, 1024, 4096),
     pieces=16,
-    text_bytes=24_000_000,
+    text_bytes=TEXT_BYTES,
     task_limit=200,
 )
 
-SMALL_BUDGET = Budget(shape(576, 1536, 8, 12), 4600, 65_536, 1e-3, 300, 8192, 32_768)
+SMALL_BUDGET = small_budget(shape(576, 1536, 8, 12))
 SMALL = Scale(
     name="small",
     about="41M parameters, 302M tokens a variant; for one GPU",

@@ -2,19 +2,14 @@
 
 from collections.abc import Mapping
 
-from swat_lm.papers.loss_claims import Claim, Loss
+from swat_lm.papers.by_length import lower
+from swat_lm.papers.loss_claims import Claim
 
 __all__ = ["CLAIMS", "DOUBTFUL"]
 
-TEXT, NONE = "text", "not in the paper: a control that its reviewers asked for"
+NONE = "not in the paper: a control that its reviewers asked for"
 OURS = "not in the paper: windows of this project in the place of its own"
 FIGURE1 = "Figure 1, curves from 1K to 1M tokens without numbers"
-
-
-def lower(says: str, paper: str, worse: str, better: str, length: str = "last") -> Claim:
-    """That one model has a lower loss on held-out text than another."""
-    return Claim(says, paper, Loss(worse, TEXT, length), Loss(better, TEXT, length))
-
 
 CLAIMS: Mapping[str, tuple[Claim, ...]] = {
     "taipan": (

@@ -5,7 +5,7 @@ W and L stand for the paper's window and training length, 2,048 and 4,096; small
 
 from dataclasses import dataclass
 
-from swat_lm.papers.scales import Budget, Scale, shape
+from swat_lm.papers.scales import TEXT_BYTES, Budget, Scale, miniature, shape, small_budget, tiny_budget
 
 __all__ = ["DIMENSIONS", "SCALES", "Dimensions"]
 
@@ -27,17 +27,17 @@ class Dimensions:
 TINY = Scale(
     name="tiny",
     about="1.4M parameters, 1.0M tokens a variant; for two cores",
-    budgets={"analysis": Budget(shape(128, 352, 7, 4), 500, 2048, 2e-3, 50, 2048)},
+    budgets={"analysis": tiny_budget(shape(128, 352, 7, 4))},
     sizes={"W": 128, "L": 256},
     lengths=(128, 256, 1024, 4096),
     pieces=16,
-    text_bytes=24_000_000,
+    text_bytes=TEXT_BYTES,
 )
 
 SMALL = Scale(
     name="small",
     about="35M parameters, 302M tokens a variant; for one GPU",
-    budgets={"analysis": Budget(shape(512, 1408, 14, 8), 4600, 65_536, 1e-3, 300, 8192, 32_768)},
+    budgets={"analysis": small_budget(shape(512, 1408, 14, 8))},
     sizes={"W": 512, "L": 1024},
     lengths=(512, 1024, 4096, 16_384, 65_536),
     pieces=16,
@@ -58,17 +58,7 @@ PAPER = Scale(
     held_out=0.0005,
 )  # fmt: skip
 
-MINIATURE = Scale(
-    name="miniature",
-    about="for tests: everything runs, nothing is learnt",
-    budgets={"analysis": Budget(shape(32, 48, 7, 4), 3, 128, 3e-3, 1, 300)},
-    sizes={"W": 16, "L": 32},
-    lengths=(16, 32, 64),
-    pieces=2,
-    text_bytes=60_000,
-    held_out=0.2,
-    for_people=False,
-)
+MINIATURE = miniature(shape(32, 48, 7, 4), {"W": 16, "L": 32}, (16, 32, 64))
 
 SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER, MINIATURE)}
 DIMENSIONS = {
