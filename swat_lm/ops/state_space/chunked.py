@@ -32,6 +32,8 @@ def forward(scan: Scan, initial_state: Tensor | None, chunk_size: int) -> tuple[
             inside = torch.bmm(weights.flatten(0, 2), part.per_head(part.value, part.step_size))
             result = part.per_token(inside)
             result.addcmul_(part.apart(from_past), decays.into.transpose(2, 3)[..., None])
+            if scan.skip is not None:
+                result.addcmul_(part.value, scan.skip.to(result.dtype)[:, None])
             span.chunks(output).copy_(result)
             state = states[-1]
         final_state[rows] = state
@@ -40,27 +42,36 @@ def forward(scan: Scan, initial_state: Tensor | None, chunk_size: int) -> tuple[
 
 def backward(
     grad_output: Tensor, grad_final_state: Tensor | None, scan: Scan, span_states: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of the scan's five inputs, in their dtypes, and of the initial state; last span first."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the scan's five inputs, in their dtypes, of the initial state, and of the skip connection.
+
+    The last is `[H]`, zeros where there is none. The last span goes first.
+    """
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in scan[:5]]
+    d_skip = span_states.new_zeros(scan.value.shape[2])
     d_initial = torch.zeros_like(span_states[0])
     if grad_final_state is not None:
         d_initial.copy_(grad_final_state)
     for rows in scan.row_groups(chunk_size):
         d_state = d_initial[rows]
         for span in reversed(scan.spans(rows, chunk_size)):
-            gradients, d_state = _span_backward(scan, span, grad_output, d_state, span_states[span.number, rows])
+            gradients, d_state = _span_backward(
+                scan, span, grad_output, d_state, span_states[span.number, rows], d_skip
+            )
             for result, gradient in zip(results, gradients, strict=True):
                 span.chunks(result).copy_(gradient)
         d_initial[rows] = d_state
     d_query, d_key, d_value, d_log_decay, d_step_size = results
-    return d_query, d_key, d_value, d_log_decay, d_step_size, d_initial
+    d_skip = d_skip if scan.skip is None else d_skip.to(scan.skip.dtype)
+    return d_query, d_key, d_value, d_log_decay, d_step_size, d_initial, d_skip
 
 
 def _span_backward(
-    scan: Scan, span: Span, grad_output: Tensor, d_state: Tensor, state: Tensor
+    scan: Scan, span: Span, grad_output: Tensor, d_state: Tensor, state: Tensor, d_skip: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return the gradients of query, key, value, log_decay and step_size, and that of the state before the span.
+
+    That of the skip connection is added to `d_skip`.
 
     With weights M[t, s] = (q[t] . k[s]) within[t, s] and u[s] = step_size[s] value[s]; S and dS' are the state before
     the chunk and the gradient of the one after it:
@@ -109,6 +120,9 @@ def _span_backward(
         d_logs = d_logs.masked_fill(~span.chunks(scan.real)[..., None], 0.0)
     d_step_size = (d_input * part.value).sum(-1)
     d_value = d_input.mul_(part.step_size[..., None])
+    if scan.skip is not None:
+        d_value.addcmul_(d_output, scan.skip.to(d_value.dtype)[:, None])
+        d_skip += (d_output * part.value).sum((0, 1, 2, 4))
     d_query, d_key = (x.view(*part.shape[:2], part.groups, span.length, -1).transpose(2, 3) for x in (d_query, d_key))
     return (d_query, d_key, d_value, d_logs, d_step_size), d_states[0]
 

@@ -49,6 +49,7 @@ class Scan(NamedTuple):
     step_size: Tensor
     documents: Tensor | None
     real: Tensor | None
+    skip: Tensor | None
 
     def row_groups(self, chunk_size: int) -> Iterator[slice]:
         """Yield the rows of the batch that go through the chunks together."""
