@@ -1,10 +1,11 @@
-"""Layers of hybrids, forward and backward: Taipan's two executions, and Mamba-2 beside the torch path of transformers.
+"""Layers of hybrids, forward and backward: Taipan's two executions, and Mamba-2 beside the torch paths of transformers.
 
     python -m benchmarks.hybrids_cpu [--quick] [--record]
 
 One layer of width 256 in fp32, batch 1, on one thread. Taipan's chosen tokens are drawn by chance, so that their share
-is what is asked for. transformers' path is taken at each chunk size that fits its memory, and the best counts. Growth
-is the exponent between the two lengths: of seconds, or bytes, that go as T to the power of it.
+is what is asked for. Of Mamba-2 transformers' path is taken at each chunk size that fits its memory, and the best
+counts; the mixers of its hybrids stand beside ours in `benchmarks/hybrid_peers.py`. Growth is the exponent between the
+two lengths: of seconds, or bytes, that go as T to the power of it.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
 from benchmarks import measure, record
+from benchmarks.hybrid_peers import PEERS, compare_peer
 from swat_lm.layers import Layer
 from swat_lm.layers.base import Shared
 from swat_lm.layers.chunk import Chunk
@@ -135,6 +137,8 @@ def compare_recurrences(lengths: tuple[int, ...], rounds: int) -> list[dict[str,
 def judge(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The goals of one row."""
     where = f"T {row['length']}"
+    if "peer" in row:
+        return []
     if row["layer"] == "mamba2":
         return [measure.goal(f"Mamba-2, {where}: times transformers' torch path", 3.0, row["times transformers"])]
     if row["share"] > 0.25:
@@ -153,12 +157,15 @@ def main() -> None:
         parser.error("--record goes without --quick, whose results are not saved")
     torch.set_num_threads(1)
     measure.require_green_tests(
-        "tests/layers/test_taipan.py", "tests/ops/test_state_space.py", "tests/ops/test_mamba2.py"
-    )
+        "tests/layers/test_taipan.py", "tests/layers/test_mamba2_peers.py", "tests/ops/test_state_space.py",
+        "tests/ops/test_mamba2.py",
+    )  # fmt: skip
     lengths, rounds = (LENGTHS[:1], 3) if arguments.quick else (LENGTHS, 5)
     tasks = [partial(compare_executions, share, lengths, rounds) for share in SHARES]
     rows: list[dict[str, Any]] = []
-    for task in [*tasks, partial(compare_recurrences, lengths, rounds)]:
+    steps = 10 if arguments.quick else 60
+    peers = [lambda name=name: [compare_peer(name, WIDTH, lengths[0], rounds, steps)] for name in PEERS]
+    for task in [*tasks, partial(compare_recurrences, lengths, rounds), *peers]:
         for row in task():
             rows.append(row)
             sys.stdout.write(

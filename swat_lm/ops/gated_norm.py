@@ -69,7 +69,7 @@ def _blocks(x: Tensor) -> Iterator[slice]:
 
 
 def _normed(gated: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
-    """Normalise `[r, C]` in place; return it as `[r, groups, size]`, and what it was multiplied with, `[r, groups, 1]`."""
+    """Normalise `[r, C]` in place; return it as `[r, groups, size]`, and the factor of each group, `[r, groups, 1]`."""
     groups = gated.view(len(gated), -1, group_size)
     factor = torch.linalg.vector_norm(groups, dim=-1, keepdim=True).square_().div_(group_size).add_(eps).rsqrt_()
     return groups.mul_(factor), factor

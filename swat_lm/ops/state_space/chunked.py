@@ -43,7 +43,7 @@ def forward(scan: Scan, initial_state: Tensor | None, chunk_size: int) -> tuple[
 def backward(
     grad_output: Tensor, grad_final_state: Tensor | None, scan: Scan, span_states: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of the scan's five inputs, in their dtypes, of the initial state, and of the skip connection.
+    """Return the gradients of the scan's five inputs, in their dtypes, of the initial state and of the skip connection.
 
     The last is `[H]`, zeros where there is none. The last span goes first.
     """
