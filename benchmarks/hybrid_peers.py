@@ -1,8 +1,8 @@
 """Mamba-2's mixer beside those of transformers' hybrids, for what they share: for `benchmarks/hybrids_cpu.py`.
 
 Bamba's and Zamba2's mixers are Mamba-2's, so ours takes their weights over and both learn the same. Jamba's is that of
-Mamba-1: with it only the width, the convolution and the task are shared. The losses are those of two mixers, each behind
-a norm and added to the stream, on rows that repeat themselves.
+Mamba-1: with it only the width, the convolution and the task are shared. The losses are those of two mixers, each
+behind a norm and added to the stream, on rows that repeat themselves.
 """
 
 from collections.abc import Callable
