@@ -179,7 +179,9 @@ def _filters(columns: Tensor) -> Tensor:
 def _short_convolution(
     x: Tensor, past: Tensor, documents: Tensor | None, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> Tensor:
-    return forward(Rows(x, past, documents), weight, bias, silu)
+    # PyTorch's convolution is one of the products that autocast narrows
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(Rows(x, past, documents), weight, bias, silu)
 
 
 @_short_convolution.register_fake
@@ -197,7 +199,8 @@ def _short_convolution_backward(
     bias: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backward(grad_output, Rows(x, past, documents), weight, bias, silu)
+    with torch.autocast(x.device.type, enabled=False):
+        return backward(grad_output, Rows(x, past, documents), weight, bias, silu)
 
 
 @_short_convolution_backward.register_fake

@@ -180,10 +180,12 @@ def test_library_and_compiler():
     tensors = (x, weight, bias, past)
     for ours, expected in zip(*(torch.autograd.grad(f(*tensors), tensors) for f in (compiled, loss)), strict=True):
         torch.testing.assert_close(ours, expected)
+    expected = op(x, torch.zeros_like(past), None, weight, bias, True)
+    gradient = torch.autograd.grad(expected.sin().sum(), x)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(
-            short_convolution(x, weight, bias)[0], op(x, torch.zeros_like(past), None, weight, bias, True)
-        )
+        output = short_convolution(x, weight, bias)[0]
+        assert torch.equal(output, expected)
+        assert torch.equal(torch.autograd.grad(output.sin().sum(), x)[0], gradient)
 
 
 BAD = [
