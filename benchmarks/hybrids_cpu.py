@@ -1,11 +1,11 @@
 """Layers of hybrids, forward and backward: Taipan's two executions, and Mamba-2 beside the torch paths of transformers.
 
-    python -m benchmarks.hybrids_cpu [--quick] [--record]
+    python -m benchmarks.hybrids_cpu [--quick] [--lengths 2048] [--record]
 
-One layer of width 256 in fp32, batch 1, on one thread. Taipan's chosen tokens are drawn by chance, so that their share
-is what is asked for. Of Mamba-2 transformers' path is taken at each chunk size that fits its memory, and the best
-counts; the mixers of its hybrids stand beside ours in `benchmarks/hybrid_peers.py`. Growth is the exponent between the
-two lengths: of seconds, or bytes, that go as T to the power of it.
+One layer of width 256 in fp32, batch 1, on one thread and by its processor's seconds. Taipan's chosen tokens are drawn by
+chance, so that their share is what is asked for. Of Mamba-2 transformers' path is taken at each chunk size that fits its
+memory, and the best counts; the mixers of its hybrids stand beside ours in `benchmarks/hybrid_peers.py`. Growth is the
+exponent between the two lengths: of seconds, or bytes, that go as T to the power of it.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def compare_executions(share: float, lengths: tuple[int, ...], rounds: int) -> l
     rows, seconds, bytes_ = [], {}, {}
     for length in lengths:
         steps: dict[str, Callable[[], None]] = {name: Step(taipan(name, share), length) for name in ("dense", "sparse")}
-        timings = measure.take_turns(steps, rounds)
+        timings = measure.take_turns(steps, rounds, clock=measure.processor_clock)
         seconds[length] = timings["sparse"].median
         bytes_[length] = peak("sparse", share, length)
         ratio = timings["sparse"].times_faster_than(timings["dense"])
@@ -120,7 +120,7 @@ def compare_recurrences(lengths: tuple[int, ...], rounds: int) -> list[dict[str,
         fitting = [chunk for chunk in CHUNKS if 4 * length * chunk * heads * STATE <= LARGEST]
         steps: dict[str, Callable[[], None]] = {"ours": Step(layer({"kind": "mamba2", "state_size": STATE}), length)}
         steps |= {f"chunk {chunk}": Step(theirs(chunk), length) for chunk in fitting}
-        timings = measure.take_turns(steps, rounds)
+        timings = measure.take_turns(steps, rounds, clock=measure.processor_clock)
         best = min((name for name in timings if name != "ours"), key=lambda name: timings[name].median)
         seconds[length] = timings["ours"].median
         rows.append(
@@ -151,6 +151,7 @@ def main() -> None:
     """Measure, judge the goals, save and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the short length alone, fewer rounds; nothing is saved")
+    parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=LENGTHS, help="leave others out")
     parser.add_argument("--record", action="store_true", help=record.HELP)
     arguments = parser.parse_args()
     if arguments.quick and arguments.record:
@@ -160,10 +161,10 @@ def main() -> None:
         "tests/layers/test_taipan.py", "tests/layers/test_mamba2_peers.py", "tests/ops/test_state_space.py",
         "tests/ops/test_mamba2.py",
     )  # fmt: skip
-    lengths, rounds = (LENGTHS[:1], 3) if arguments.quick else (LENGTHS, 5)
+    lengths, rounds = (LENGTHS[:1], 3) if arguments.quick else (tuple(sorted(set(arguments.lengths))), 5)
     tasks = [partial(compare_executions, share, lengths, rounds) for share in SHARES]
     rows: list[dict[str, Any]] = []
-    steps = 10 if arguments.quick else 60
+    steps = 10 if arguments.quick else 40
     peers = [lambda name=name: [compare_peer(name, WIDTH, lengths[0], rounds, steps)] for name in PEERS]
     for task in [*tasks, partial(compare_recurrences, lengths, rounds), *peers]:
         for row in task():
@@ -180,7 +181,7 @@ def main() -> None:
     if not arguments.quick:
         settings = {
             "width": WIDTH, "heads": HEADS, "window": WINDOW, "state size": STATE, "batch": 1, "dtype": "float32",
-            "step": "forward, backward",
+            "step": "forward, backward", "seconds": "of one processor",
         }  # fmt: skip
         sys.stdout.write(record.finish(record.save("hybrids_cpu", rows, goals, settings), arguments.record))
 
