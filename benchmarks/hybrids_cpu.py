@@ -2,10 +2,10 @@
 
     python -m benchmarks.hybrids_cpu [--quick] [--lengths 2048] [--record]
 
-One layer of width 256 in fp32, batch 1, on one thread and by its processor's seconds. Taipan's chosen tokens are drawn by
-chance, so that their share is what is asked for. Of Mamba-2 transformers' path is taken at each chunk size that fits its
-memory, and the best counts; the mixers of its hybrids stand beside ours in `benchmarks/hybrid_peers.py`. Growth is the
-exponent between the two lengths: of seconds, or bytes, that go as T to the power of it.
+One layer of width 256 in fp32, batch 1, on one thread and by its processor's seconds. Taipan's chosen tokens are drawn
+by chance, so that their share is what is asked for. Of Mamba-2 transformers' path is taken at each chunk size that fits
+its memory, and the best counts; the mixers of its hybrids stand beside ours in `benchmarks/hybrid_peers.py`. Growth is
+the exponent between the two lengths: of seconds, or bytes, that go as T to the power of it.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m benchmarks.spade_cpu [--quick] [--lengths 2048] [--record]
 
-Width 256, one thread and its processor's seconds, fp32, a softmax window of 512 with a relative bias in both. "kept": A,
-B and dt are frozen, so what follows from them is kept from step to step; "anew": they are trained, so all is made in
+Width 256, one thread and its processor's seconds, fp32, a softmax window of 512 with a relative bias in both. "kept":
+A, B and dt are frozen, so what follows from them is kept from step to step; "anew": they are trained, so all is made in
 every step. Making the taps alone, forward and backward, stands apart, by powers of the discrete matrix and by Cauchy
 sums.
 """
