@@ -5,7 +5,7 @@ Mamba-1: with it only the width, the convolution and the task are shared. The lo
 behind a norm and added to the stream, on rows that repeat themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def bamba(width: int) -> nn.Module:
 def zamba2(width: int) -> nn.Module:
     """Its mixer."""
     config = Zamba2Config(
-        hidden_size=width, num_hidden_layers=1, n_mamba_heads=2 * width // HEAD, mamba_headdim=HEAD,
+        hidden_size=width, num_hidden_layers=1, n_mamba_heads=2 * width // HEAD,
         mamba_d_state=STATE, mamba_ngroups=1, chunk_size=CHUNK, layers_block_type=["mamba"],
     )  # fmt: skip
     return Zamba2MambaMixer(config, 0)
@@ -72,7 +72,7 @@ def mixed(mixer: nn.Module, hidden: Tensor) -> Tensor:
 class Stack(nn.Module):
     """Two mixers as a language model; equal seeds give equal embeddings."""
 
-    def __init__(self, mixers: list[nn.Module], width: int) -> None:
+    def __init__(self, mixers: Sequence[nn.Module], width: int) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.embedding, self.head = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY, bias=False)

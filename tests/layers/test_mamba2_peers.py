@@ -26,7 +26,7 @@ def bamba() -> nn.Module:
 
 def zamba2() -> nn.Module:
     config = Zamba2Config(
-        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, n_mamba_heads=HEADS, mamba_headdim=HEAD_DIM,
+        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=4, n_mamba_heads=HEADS,
         mamba_d_state=STATE, mamba_ngroups=GROUPS, mamba_expand=2, chunk_size=16, layers_block_type=["mamba"],
     )  # fmt: skip
     return Zamba2MambaMixer(config, 0)
