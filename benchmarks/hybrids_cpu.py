@@ -1,10 +1,11 @@
-"""Layers of hybrids, forward and backward: Taipan's two executions, and Mamba-2 beside the torch path of transformers.
+"""Layers of hybrids, forward and backward: Taipan's two executions, and Mamba-2 beside the torch paths of transformers.
 
-    python -m benchmarks.hybrids_cpu [--quick] [--record]
+    python -m benchmarks.hybrids_cpu [--quick] [--lengths 2048] [--record]
 
-One layer of width 256 in fp32, batch 1, on one thread. Taipan's chosen tokens are drawn by chance, so that their share
-is what is asked for. transformers' path is taken at each chunk size that fits its memory, and the best counts. Growth
-is the exponent between the two lengths: of seconds, or bytes, that go as T to the power of it.
+One layer of width 256 in fp32, batch 1, on one thread and by its processor's seconds. Taipan's chosen tokens are drawn
+by chance, so that their share is what is asked for. Of Mamba-2 transformers' path is taken at each chunk size that fits
+its memory, and the best counts; the mixers of its hybrids stand beside ours in `benchmarks/hybrid_peers.py`. Growth is
+the exponent between the two lengths: of seconds, or bytes, that go as T to the power of it.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
 from benchmarks import measure, record
+from benchmarks.hybrid_peers import PEERS, compare_peer
 from swat_lm.layers import Layer
 from swat_lm.layers.base import Shared
 from swat_lm.layers.chunk import Chunk
@@ -94,7 +96,7 @@ def compare_executions(share: float, lengths: tuple[int, ...], rounds: int) -> l
     rows, seconds, bytes_ = [], {}, {}
     for length in lengths:
         steps: dict[str, Callable[[], None]] = {name: Step(taipan(name, share), length) for name in ("dense", "sparse")}
-        timings = measure.take_turns(steps, rounds)
+        timings = measure.take_turns(steps, rounds, clock=measure.processor_clock)
         seconds[length] = timings["sparse"].median
         bytes_[length] = peak("sparse", share, length)
         ratio = timings["sparse"].times_faster_than(timings["dense"])
@@ -118,7 +120,7 @@ def compare_recurrences(lengths: tuple[int, ...], rounds: int) -> list[dict[str,
         fitting = [chunk for chunk in CHUNKS if 4 * length * chunk * heads * STATE <= LARGEST]
         steps: dict[str, Callable[[], None]] = {"ours": Step(layer({"kind": "mamba2", "state_size": STATE}), length)}
         steps |= {f"chunk {chunk}": Step(theirs(chunk), length) for chunk in fitting}
-        timings = measure.take_turns(steps, rounds)
+        timings = measure.take_turns(steps, rounds, clock=measure.processor_clock)
         best = min((name for name in timings if name != "ours"), key=lambda name: timings[name].median)
         seconds[length] = timings["ours"].median
         rows.append(
@@ -135,6 +137,8 @@ def compare_recurrences(lengths: tuple[int, ...], rounds: int) -> list[dict[str,
 def judge(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The goals of one row."""
     where = f"T {row['length']}"
+    if "peer" in row:
+        return []
     if row["layer"] == "mamba2":
         return [measure.goal(f"Mamba-2, {where}: times transformers' torch path", 3.0, row["times transformers"])]
     if row["share"] > 0.25:
@@ -147,18 +151,22 @@ def main() -> None:
     """Measure, judge the goals, save and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the short length alone, fewer rounds; nothing is saved")
+    parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=LENGTHS, help="leave others out")
     parser.add_argument("--record", action="store_true", help=record.HELP)
     arguments = parser.parse_args()
     if arguments.quick and arguments.record:
         parser.error("--record goes without --quick, whose results are not saved")
     torch.set_num_threads(1)
     measure.require_green_tests(
-        "tests/layers/test_taipan.py", "tests/ops/test_state_space.py", "tests/ops/test_mamba2.py"
-    )
-    lengths, rounds = (LENGTHS[:1], 3) if arguments.quick else (LENGTHS, 5)
+        "tests/layers/test_taipan.py", "tests/layers/test_mamba2_peers.py", "tests/ops/test_state_space.py",
+        "tests/ops/test_mamba2.py",
+    )  # fmt: skip
+    lengths, rounds = (LENGTHS[:1], 3) if arguments.quick else (tuple(sorted(set(arguments.lengths))), 5)
     tasks = [partial(compare_executions, share, lengths, rounds) for share in SHARES]
     rows: list[dict[str, Any]] = []
-    for task in [*tasks, partial(compare_recurrences, lengths, rounds)]:
+    steps = 10 if arguments.quick else 40
+    peers = [lambda name=name: [compare_peer(name, WIDTH, lengths[0], rounds, steps)] for name in PEERS]
+    for task in [*tasks, partial(compare_recurrences, lengths, rounds), *peers]:
         for row in task():
             rows.append(row)
             sys.stdout.write(
@@ -173,7 +181,7 @@ def main() -> None:
     if not arguments.quick:
         settings = {
             "width": WIDTH, "heads": HEADS, "window": WINDOW, "state size": STATE, "batch": 1, "dtype": "float32",
-            "step": "forward, backward",
+            "step": "forward, backward", "seconds": "of one processor",
         }  # fmt: skip
         sys.stdout.write(record.finish(record.save("hybrids_cpu", rows, goals, settings), arguments.record))
 

@@ -77,7 +77,10 @@ def wall_clock(run: Callable[[], Any]) -> float:
 
 
 def processor_clock(run: Callable[[], Any]) -> float:
-    """Seconds of one run on this process's cores: what waiting for them on a busy machine does not add to."""
+    """Seconds that processors worked on one run, all threads together: what waits for a busy machine does not count.
+
+    On a machine that others use, caches that they empty still cost time, but not their turns on its cores.
+    """
     begin = time.process_time()
     run()
     return time.process_time() - begin

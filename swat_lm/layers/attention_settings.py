@@ -92,6 +92,17 @@ class AttentionSettings(HeadsSettings):
                 "relative_bias: holds a number for every distance in a window; give the layer a sliding_window and no "
                 "sinks, or relative_bias: none"
             )
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        if self.attention_backend != "triton":
+            return
+        for name, nothing in (("relative_bias", "none"), ("attn_logit_softcapping", None)):
+            if getattr(self, name) != nothing:
+                raise ValueError(
+                    f"attention_backend: the kernels of 'triton' have no {name}, which is {getattr(self, name)!r}; "
+                    f"use 'auto' or 'blocked', or set {name} to {'none' if nothing else 'null'}"
+                )
 
     def _check_sinks(self) -> None:
         if self.sinks < 0:

@@ -124,17 +124,16 @@ class Mamba2Mixer(nn.Module):
             # not even NaN passes from a token that does not count, nor does its gradient
             hidden = hidden.masked_fill(~real[..., None], 0.0)
         gate, inputs, steps = self._project(hidden)
-        return self._finish(*self._mix(inputs, steps, chunk, past), gate)
+        return self._finish(self._mix(inputs, steps, chunk, past), gate)
 
     def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
         """Mix parts of a normed row `[1, T, M]`: projections and norm for all at once."""
         gate, inputs, steps = self._project(hidden)
         mixed = [self._mix(inputs[:, part.tokens], steps[:, part.tokens], part.chunk, part.past) for part in parts]
-        output, value = (lay_out(parts, each, hidden.shape[1]) for each in zip(*mixed, strict=True))
-        return self._finish(output, value, gate)
+        return self._finish(lay_out(parts, mixed, hidden.shape[1]), gate)
 
-    def _mix(self, inputs: Tensor, steps: Tensor, chunk: Chunk, past: Past | None) -> tuple[Tensor, Tensor]:
-        """Convolution and scan of what was projected: their output and its values, both `[B, T, H, P]`."""
+    def _mix(self, inputs: Tensor, steps: Tensor, chunk: Chunk, past: Past | None) -> Tensor:
+        """Convolution and scan of what was projected, `[B, T, H, P]`."""
         segments, real = chunk.segments, chunk.real
         tail = None
         if past is not None:
@@ -153,10 +152,10 @@ class Mamba2Mixer(nn.Module):
             decay, added = state_space_summary(key, value, log_decay, step_size, segments=segments, real=real)
             state = past.fold("ssm", decay, added).to(added.dtype)
         output, _ = state_space_scan(
-            query, key, value, log_decay, step_size, initial_state=state, segments=segments, real=real,
+            query, key, value, log_decay, step_size, initial_state=state, segments=segments, real=real, skip=self.D,
             chunk_size=self.settings.chunk_size,
         )  # fmt: skip
-        return output, value
+        return output
 
     def step(self, hidden: Tensor, past: InPlace) -> Tensor:
         """Mix one normed token per row, `[B, 1, M]`, in place over slots."""
@@ -166,9 +165,8 @@ class Mamba2Mixer(nn.Module):
             inputs.to(tail.dtype), self.conv1d.weight[:, 0], self.conv1d.bias, tail, past.slot
         ).to(inputs.dtype)
         query, key, value, log_decay, step_size = self._scanned(mixed, steps)
-        return self._finish(
-            state_space_step(query, key, value, log_decay, step_size, past.kept["ssm"], past.slot), value, gate
-        )
+        output = state_space_step(query, key, value, log_decay, step_size, past.kept["ssm"], past.slot)
+        return self._finish(output + value * self.D.to(value.dtype)[:, None], gate)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Gate `[B, T, inner]`, inputs of the convolution `[B, T, C]` and steps before softplus `[B, T, H]`."""
@@ -190,10 +188,9 @@ class Mamba2Mixer(nn.Module):
         log_decay = -step_size * self.A_log.to(precise).exp()
         return query, key, value.unflatten(-1, (self.num_heads, -1)), log_decay, step_size
 
-    def _finish(self, output: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-        """Skip connection, gated norm and output projection."""
-        output = (output + value * self.D.to(value.dtype)[:, None]).flatten(2)
-        return self.out_proj(self.norm(output, gate))
+    def _finish(self, output: Tensor, gate: Tensor) -> Tensor:
+        """Gated norm and output projection."""
+        return self.out_proj(self.norm(output.flatten(2), gate))
 
 
 class Mamba2Layer(Layer):

@@ -12,6 +12,7 @@ from benchmarks import (
     attention_cpu,
     decode_cpu,
     ecp_copy,
+    hybrid_peers,
     hybrids_cpu,
     measure,
     models,
@@ -84,6 +85,19 @@ def test_rows_of_hybrids(monkeypatch):
     goals = [line for row in rows for line in hybrids_cpu.judge(row)]
     assert [line["wanted"] for line in goals] == [1.0, 1.0, 3.0, 3.0]
     assert all(line["measured"] > 0 for line in goals)
+
+
+@pytest.mark.parametrize("name", hybrid_peers.PEERS)
+def test_rows_of_peers(monkeypatch, name):
+    monkeypatch.setattr(hybrid_peers, "ROW", 16)
+    row = hybrid_peers.compare_peer(name, 64, 32, 1, 1)
+    assert row["length"] == 32
+    if name == "jamba":
+        assert row["largest difference"] == "another mixer"
+        return
+    assert row["largest difference"] < 1e-4
+    assert row["loss, ours"] == pytest.approx(row["loss, theirs"], abs=1e-4)
+    assert hybrids_cpu.judge(row) == []
 
 
 def test_the_recall_measurement_knows_queries_from_others(tmp_path: Path, monkeypatch):

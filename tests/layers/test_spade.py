@@ -267,6 +267,7 @@ def test_both_ways(changes):
         ({"step_rate": -1.0}, "step_rate: expected a number of at least 0, got -1.0"),
         ({"relative_bias": "all"}, "relative_bias: expected 'none' or 'own' or 'shared', got 'all'"),
         ({"sliding_window": None}, "relative_bias: holds a number for every distance in a window"),
+        ({"attention_backend": "triton"}, "attention_backend: the kernels of 'triton' have no relative_bias, which is"),
         ({"bidirectional": True, "slopes": "balanced"}, "bidirectional: slopes and first tokens count back"),
     ],
 )

@@ -199,6 +199,21 @@ def test_noise_is_of_the_row_the_layer_and_the_position():
     assert torch.equal(one_pass(model.eval(), ids, noise_seed=3), one_pass(model, ids, noise_seed=None))
 
 
+def test_documents_of_a_row_draw_what_each_draws_alone():
+    """A position is counted from the document's start, so packing changes no choice: outputs, and how many."""
+    model, ids = subject(execution="sparse").model().train(), tokens(1, LENGTH)
+    sizes = [9, 1, 14]
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))[None]
+    seed = torch.tensor([17])
+    parts = [model(part, use_cache=False, noise_seed=seed) for part in ids.split(sizes, dim=1)]
+    packed = model(ids, document_ids=documents, use_cache=False, noise_seed=seed)
+    close(packed.logits, torch.cat([part.logits for part in parts], dim=1), tolerance=1e-12)
+    taken = sum(size * part.auxiliary[0].metrics["selected"].item() for size, part in zip(sizes, parts, strict=True))
+    assert packed.auxiliary[0].metrics["selected"].item() * LENGTH == pytest.approx(taken)
+    quiet = model.eval()(ids, document_ids=documents, use_cache=False).logits
+    assert not torch.allclose(packed.logits, quiet)
+
+
 def test_recomputation_draws_what_the_pass_drew():
     model, ids = subject(execution="sparse").model().train(), tokens(2, LENGTH)
     found = []

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, MambaRMSNormGated
 
+from swat_lm.ops import gated_norm
 from swat_lm.ops.gated_norm import gated_rms_norm
 from swat_lm.ops.short_convolution import short_convolution, short_convolution_step
 from swat_lm.ops.state_space import state_space_scan, state_space_step
@@ -121,6 +122,25 @@ def test_the_gated_norm(dtype, group_size):
         results[before] = (ours.detach(), exact)
     assert_as_exact_as_pytorch(results[False][0], theirs(x.to(dtype), gate.to(dtype)).detach(), results[False][1])
     torch.testing.assert_close(results[True][0], results[True][1].to(dtype))
+
+
+@pytest.mark.parametrize("group_size", [4, 12])
+def test_gradients_of_the_gated_norm(monkeypatch, group_size):
+    """Those of its definition, over rows that fill no block, also of a gate that is part of a wider row; one op."""
+    monkeypatch.setattr(gated_norm, "BLOCK_BUDGET", 50)
+    wide, x, weight = (torch.randn(*size, dtype=torch.float64) for size in ((2, 7, 30), (2, 7, 12), (12,)))
+    gate = wide[..., 3:15]
+    leaves = [tensor.requires_grad_() for tensor in (x, gate, weight)]
+    groups = (x * F.silu(gate)).unflatten(-1, (-1, group_size))
+    exact = (groups / (groups.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * weight
+    ours = gated_rms_norm(x, gate, weight, eps=1e-5, group_size=group_size)
+    torch.testing.assert_close(ours, exact, atol=1e-13, rtol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(gated_rms_norm(x, gate, weight, eps=1e-5, group_size=group_size), ours)
+    pairs = zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (ours, exact)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+    torch.library.opcheck(torch.ops.swat_lm.gated_rms_norm, (x, gate, weight, 1e-5, group_size))
 
 
 BAD = [

@@ -92,6 +92,25 @@ def test_as_exact_as_pytorchs_convolution(dtype):
         assert_as_exact_as_pytorch(*three, name, summed)
 
 
+@pytest.mark.parametrize("kernel", [1, 2, 4])
+@pytest.mark.parametrize("budget", [1, 60, 2**16])
+def test_blocks_in_float32(monkeypatch, kernel, budget):
+    """Those of one document go through PyTorch's convolution, the others do not: the same numbers, and apart."""
+    monkeypatch.setattr(taps, "BLOCK_BUDGET", budget)
+    inputs = make_inputs(num_tokens=57, kernel=kernel)
+    segments = torch.tensor([0] * 9 + [1] * 2 + [2] * 30 + [3] * 16).expand(2, -1)
+    for documents in (None, segments):
+        expected = results(plainly, inputs, segments=documents)
+        ours = results(short_convolution, [x.float() for x in inputs], segments=documents)
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one.double(), other, atol=1e-4, rtol=1e-5)
+    x = inputs[0].float().requires_grad_()
+    output, _ = short_convolution(x, *(y.float() for y in inputs[1:3]), segments=segments)
+    (d_x,) = torch.autograd.grad(output[:, 9:41].sum(), x)
+    assert torch.count_nonzero(d_x[:, :9]) == torch.count_nonzero(d_x[:, 41:]) == 0
+    assert d_x[:, 9:41].all()
+
+
 def test_parts_of_a_stream_are_one_pass_and_so_are_steps():
     x, weight, bias, past = make_inputs(batch=3)
     segments = torch.tensor([0] * 9 + [1] * 2 + [2] * 12).expand(3, -1)
@@ -161,10 +180,12 @@ def test_library_and_compiler():
     tensors = (x, weight, bias, past)
     for ours, expected in zip(*(torch.autograd.grad(f(*tensors), tensors) for f in (compiled, loss)), strict=True):
         torch.testing.assert_close(ours, expected)
+    expected = op(x, torch.zeros_like(past), None, weight, bias, True)
+    gradient = torch.autograd.grad(expected.sin().sum(), x)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(
-            short_convolution(x, weight, bias)[0], op(x, torch.zeros_like(past), None, weight, bias, True)
-        )
+        output = short_convolution(x, weight, bias)[0]
+        assert torch.equal(output, expected)
+        assert torch.equal(torch.autograd.grad(output.sin().sum(), x)[0], gradient)
 
 
 BAD = [

@@ -52,12 +52,15 @@ def make_rows(shape, seed=0):
 def outputs_and_gradients(inputs, dtype, backend, chunk_size=64, segments=None, real=None):
     wide = torch.promote_types(dtype, torch.float32)
     tensors = [x.to(dtype if i < 3 else wide).requires_grad_() for i, x in enumerate(inputs)]
+    skip = torch.linspace(-1, 1, inputs[2].shape[2], dtype=wide, requires_grad=True)
     output, final_state = state_space_scan(
-        *tensors[:5], initial_state=tensors[5], segments=segments, real=real, chunk_size=chunk_size, backend=backend
-    )
+        *tensors[:5], initial_state=tensors[5], segments=segments, real=real, skip=skip, chunk_size=chunk_size,
+        backend=backend,
+    )  # fmt: skip
     loss = output.double().sin().sum() + final_state.double().cos().sum()
-    gradients = torch.autograd.grad(loss, tensors)
-    results = {"output": output, "final_state": final_state, **dict(zip(NAMES, gradients, strict=True))}
+    gradients = torch.autograd.grad(loss, [*tensors, skip])
+    names = (*NAMES, "skip")
+    results = {"output": output, "final_state": final_state, **dict(zip(names, gradients, strict=True))}
     return {name: tensor.detach() for name, tensor in results.items()}
 
 

@@ -42,6 +42,8 @@ BAD = [
     ({"segments": torch.zeros(2, 10)}, r"^segments: expected int32 or int64 numbers of documents, got torch.float32"),
     ({"real": torch.ones(2, 10)}, r"^real: expected bool .* got torch.float32; pass `mask != 0`"),
     ({"real": torch.ones(10, dtype=torch.bool)}, r"^real: expected \[batch, tokens\]"),
+    ({"skip": torch.zeros(3)}, r"^skip: expected one number per head, \[4\] on cpu, got \[3\] on cpu"),
+    ({"skip": torch.zeros(4, dtype=torch.int64)}, r"^skip: expected a tensor of float32"),
     ({"chunk_size": 0}, r"^chunk_size: expected a whole number of tokens, at least 1, got 0"),
     ({"chunk_size": 2.0}, r"^chunk_size: expected a whole number"),
     ({"chunk_size": True}, r"^chunk_size: expected a whole number"),
@@ -118,14 +120,15 @@ def test_one_result_alone_has_gradients(loss):
 
 def arguments_of_the_op(**extra):
     inputs = [x.requires_grad_() for x in tensors().values()]
-    return (*inputs, extra.get("state"), extra.get("documents"), extra.get("real"), 4)
+    return (*inputs, *(extra.get(name) for name in ("state", "documents", "real", "skip")), 4)
 
 
 def test_opcheck():
     state = torch.randn(2, 4, 3, 5, requires_grad=True)
     documents, real = torch.tensor([[0] * 4 + [1] * 6, [1] * 10]), torch.rand(2, 10) < 0.5
     op, shapes = torch.ops.swat_lm.state_space_scan, ("test_schema", "test_faketensor")
-    torch.library.opcheck(op, arguments_of_the_op(state=state, documents=documents, real=real))
+    skip = torch.randn(4, requires_grad=True)
+    torch.library.opcheck(op, arguments_of_the_op(state=state, documents=documents, real=real, skip=skip))
     torch.library.opcheck(op, arguments_of_the_op(), test_utils=shapes)
     step = (*(x[:, :1].detach() for x in tensors().values()), torch.zeros(4, 4, 3, 5), torch.tensor([2, 0]))
     torch.library.opcheck(torch.ops.swat_lm.state_space_step, step, test_utils=shapes)
@@ -134,9 +137,9 @@ def test_opcheck():
 def test_results_have_the_strides_the_fake_kernels_promise():
     """Inductor asserts them; opcheck compares shapes only."""
     inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors().values()]
-    results = torch.ops.swat_lm.state_space_scan(*inputs, None, None, None, 4)
+    results = torch.ops.swat_lm.state_space_scan(*inputs, None, None, None, None, 4)
     gradients = torch.ops.swat_lm.state_space_scan_backward(
-        torch.ones_like(inputs[2]), None, *inputs, None, None, results[2], 4
+        torch.ones_like(inputs[2]), None, *inputs, None, None, None, results[2], 4
     )
     assert all(x.is_contiguous() for x in (*results, *gradients))
 

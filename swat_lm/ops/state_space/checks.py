@@ -43,12 +43,21 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, s
             raise ValueError(f"{name}: expected the value's device {value.device}, got {tensor.device}")
 
 
-def check_scan(value: Tensor, key: Tensor, initial_state: Tensor | None, chunk_size: int, backend: str) -> None:
-    """Refuse an initial state that does not fit, and choices that there are not."""
+def check_scan(
+    value: Tensor, key: Tensor, initial_state: Tensor | None, skip: Tensor | None, chunk_size: int, backend: str
+) -> None:
+    """Refuse an initial state or a skip connection that does not fit, and choices that there are not."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected a whole number of tokens, at least 1, got {chunk_size!r}")
+    if skip is not None:
+        check_dtype("skip", skip)
+        if tuple(skip.shape) != (value.shape[2],) or skip.device != value.device:
+            raise ValueError(
+                f"skip: expected one number per head, [{value.shape[2]}] on {value.device}, got {list(skip.shape)} on "
+                f"{skip.device}"
+            )
     if initial_state is not None:
         _check_state("initial_state", initial_state, value, key, "batch", value.shape[0])
 

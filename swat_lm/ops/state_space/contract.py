@@ -24,6 +24,7 @@ def state_space_scan(
     initial_state: Tensor | None = None,
     segments: Tensor | None = None,
     real: Tensor | None = None,
+    skip: Tensor | None = None,
     chunk_size: int = 64,
     backend: str = "chunked",
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +41,7 @@ def state_space_scan(
 
         y[t] = sum over s <= t of  exp(log_decay[s+1] + ... + log_decay[t]) (query[t] . key[s]) step_size[s] value[s]
 
-    The skip connection `D * value`, softplus, gates, norms and the convolution before are the caller's.
+    Softplus, gates, norms and the convolution before are the caller's.
 
     Args:
         query, key: `[B, T, G, N]`: N is the state size; head h reads group `h // (H / G)`, H is a multiple of G.
@@ -54,6 +55,8 @@ def state_space_scan(
             outputs are those of separate calls, gradients from one to another exactly 0.
         real: bool `[B, T]`. A token that is not real (padding on either side, a hole) is skipped: the state passes it
             unchanged, its output and its gradients are exactly 0, whatever it holds and whatever its segment is.
+        skip: `[H]`, the weights of a connection past the state (D): `skip * value[t]` is added to y[t]; any floating
+            dtype. None: there is none.
         chunk_size: tokens of a chunk. Time and memory are linear in T with any; the result is the same up to rounding.
         backend: "chunked" (products of matrices, a backward that keeps the inputs and one state per 8 chunks) or
             "reference" (token by token, the definition).
@@ -66,16 +69,16 @@ def state_space_scan(
         ValueError: an argument of the wrong shape, dtype, device or range; the message names it.
     """
     check_inputs(query, key, value, log_decay, step_size)
-    check_scan(value, key, initial_state, chunk_size, backend)
+    check_scan(value, key, initial_state, skip, chunk_size, backend)
     check_rows(segments, real, value.shape[0], value.shape[1], value.device)
     documents = documents_of(segments, real)
     if backend == "reference":
         with torch.autocast(value.device.type, enabled=False):
             return state_space_scan_reference(
-                query, key, value, log_decay, step_size, initial_state, documents, real
+                query, key, value, log_decay, step_size, initial_state, documents, real, skip
             )  # fmt: skip
     output, final_state, _ = torch.ops.swat_lm.state_space_scan(
-        query, key, value, log_decay, step_size, initial_state, documents, real, chunk_size
+        query, key, value, log_decay, step_size, initial_state, documents, real, skip, chunk_size
     )
     return output, final_state
 

@@ -18,6 +18,7 @@ def state_space_scan_reference(
     initial_state: Tensor | None,
     documents: Tensor | None,
     real: Tensor | None,
+    skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(output [B, T, H, P], final_state [B, H, P, N])`; arguments as in the contract.
 
@@ -46,4 +47,7 @@ def state_space_scan_reference(
             document = documents[:, t]
         state = decays[:, t, :, None, None] * state + values[:, t, :, :, None] * keys[:, t, :, None, :]
         outputs.append((state @ queries[:, t, :, :, None]).squeeze(-1))
-    return torch.stack(outputs, dim=1).to(value.dtype), state
+    output = torch.stack(outputs, dim=1)
+    if skip is not None:
+        output = output + skip.to(dtype)[:, None] * value.to(dtype)
+    return output.to(value.dtype), state

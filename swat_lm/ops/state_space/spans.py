@@ -35,8 +35,8 @@ class Span(NamedTuple):
         return slice(self.start, self.start + self.num_chunks * self.length)
 
     def chunks(self, x: Tensor) -> Tensor:
-        """`[B, T, ...]` -> `[b, n, L, ...]`, a view."""
-        return x[self.rows, self.tokens].unflatten(1, (self.num_chunks, self.length))
+        """`[B, T, ...]` -> `[n, b, L, ...]`, a view: chunks first, so that states follow each other in memory."""
+        return x[self.rows, self.tokens].unflatten(1, (self.num_chunks, self.length)).transpose(0, 1)
 
 
 class Scan(NamedTuple):
@@ -49,6 +49,7 @@ class Scan(NamedTuple):
     step_size: Tensor
     documents: Tensor | None
     real: Tensor | None
+    skip: Tensor | None
 
     def row_groups(self, chunk_size: int) -> Iterator[slice]:
         """Yield the rows of the batch that go through the chunks together."""
@@ -82,31 +83,31 @@ class Decays(NamedTuple):
     """What is left of one token's input at another place; exactly 0 across documents."""
 
     within: Tensor
-    """`[b, n, H, L, L]`: at token t of what entered at token s <= t."""
+    """`[n, b, H, L, L]`: at token t of what entered at token s <= t."""
     into: Tensor
-    """`[b, n, H, L]`: at token t of the state before the chunk."""
+    """`[n, b, H, L]`: at token t of the state before the chunk."""
     out: Tensor
-    """`[b, n, H, L]`: after the chunk of what entered at token s."""
+    """`[n, b, H, L]`: after the chunk of what entered at token s."""
     whole: Tensor
-    """`[b, n, H]`: after the chunk of the state before it."""
+    """`[n, b, H]`: after the chunk of the state before it."""
 
 
-class Part(NamedTuple):
-    """A span's inputs in the precision of the state; tokens that are not real hold zeros."""
+class Part:
+    """A span's inputs in the precision of the state; tokens that are not real hold zeros.
+
+    Products with keys and queries take the heads of a group together, "jointly": `[n b G, L, R P]` for R heads.
+    """
 
     query: Tensor
-    """`[b n, G, L, N]`"""
-    key: Tensor
-    """`[b n, G, L, N]`"""
+    """`[n b G, L, N]`, and the key alike."""
     value: Tensor
-    """`[b, n, L, H, P]`"""
+    """`[n, b, L, H, P]`"""
     step_size: Tensor
-    """`[b, n, L, H]`"""
-    decays: Decays
+    """`[n, b, L, H]`"""
+    stored: Tensor
+    """What is left of the inputs after the chunk, jointly."""
 
-    @classmethod
-    def of(cls, scan: Scan, span: Span) -> "Part":
-        """Load a span's part of the inputs."""
+    def __init__(self, scan: Scan, span: Span) -> None:
         dtype = sum_dtype(scan.value)
         query, key, value, log_decay, step_size = (span.chunks(x).to(dtype) for x in scan[:5])
         if scan.real is not None:
@@ -114,12 +115,77 @@ class Part(NamedTuple):
             # all of them, so that not even NaN passes from a token that does not count
             query, key, value = (x.masked_fill(skipped[..., None, None], 0.0) for x in (query, key, value))
             log_decay, step_size = (x.masked_fill(skipped[..., None], 0.0) for x in (log_decay, step_size))
-        query, key = (x.flatten(0, 1).transpose(1, 2).contiguous() for x in (query, key))
-        return cls(query, key, value, step_size, _decays(log_decay, scan.documents, span))
+        self.shape = value.shape
+        self.groups, self.state_size = key.shape[3:]
+        self.repeats = value.shape[3] // self.groups
+        self.query, self.key = (x.transpose(2, 3).flatten(0, 2) for x in (query, key))
+        self.value, self.step_size = value, step_size
+        self.decays = _decays(log_decay, scan.documents, span)
+        self.stored = self.jointly(value, step_size * self.decays.out.transpose(2, 3))
+
+    def jointly(self, x: Tensor, weights: Tensor) -> Tensor:
+        """`[n, b, L, H, P]` times `[n, b, L, H]` -> `[n b G, L, R P]`, contiguous."""
+        n, b, length, _, head_dim = x.shape
+        result = weights.new_empty(n, b, self.groups, length, self.repeats, head_dim)
+        split = (self.groups, self.repeats)
+        torch.mul(
+            x.unflatten(3, split).transpose(2, 3), weights.unflatten(3, split).transpose(2, 3)[..., None], out=result
+        )
+        return result.view(-1, length, self.repeats * head_dim)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """`[n b G, L, R P]` -> `[n, b, L, H, P]`, a view where there is one group."""
+        n, b, length, _, head_dim = self.shape
+        return x.view(n, b, self.groups, length, self.repeats, head_dim).transpose(2, 3).flatten(3, 4)
+
+    def per_head(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """`[n, b, L, H, P]`, times `[n, b, L, H]` -> `[n b H, L, P]`, contiguous."""
+        n, b, length, num_heads, head_dim = x.shape
+        result = x.new_empty(n, b, num_heads, length, head_dim)
+        x = x.transpose(2, 3)
+        if weights is None:
+            result.copy_(x)
+        else:
+            torch.mul(x, weights.transpose(2, 3)[..., None], out=result)
+        return result.view(-1, length, head_dim)
+
+    def per_token(self, x: Tensor) -> Tensor:
+        """`[n b H, L, P]` -> `[n, b, L, H, P]`, a view."""
+        n, b, length, num_heads, head_dim = self.shape
+        return x.view(n, b, num_heads, length, head_dim).transpose(2, 3)
+
+    def per_group(self, x: Tensor) -> Tensor:
+        """Pairs of every head as `[n b, G, R, L, L]`, a view."""
+        length = self.shape[2]
+        return x.view(-1, self.groups, self.repeats, length, length)
+
+    def states(self, before: Tensor) -> Tensor:
+        """The state before every chunk, and the one after the last: `[n + 1, b, H, P, N]`."""
+        return self._passed_on(before, self.stored, self.key, backwards=False)
+
+    def d_states(self, after: Tensor, d_read: Tensor) -> Tensor:
+        """Their gradients, from that of the last and what reading gives to those of every chunk, jointly."""
+        return self._passed_on(after, d_read, self.query, backwards=True)
+
+    def _passed_on(self, begin: Tensor, left: Tensor, right: Tensor, backwards: bool) -> Tensor:
+        n, b, _, num_heads, head_dim = self.shape
+        found = begin.new_empty(n + 1, b, num_heads, head_dim, self.state_size)
+        found[-1 if backwards else 0] = begin
+        # added where they go to, over which the others are passed on in place
+        torch.bmm(left.transpose(1, 2), right, out=self.joint(found[:-1] if backwards else found[1:]))
+        whole = self.decays.whole[..., None, None]
+        for chunk in reversed(range(n)) if backwards else range(n):
+            to, of = (chunk, chunk + 1) if backwards else (chunk + 1, chunk)
+            found[to].addcmul_(found[of], whole[chunk])
+        return found
+
+    def joint(self, states: Tensor) -> Tensor:
+        """`[n, b, H, P, N]` -> `[n b G, R P, N]`, a view."""
+        return states.view(-1, self.repeats * self.shape[4], self.state_size)
 
 
 def _decays(log_decay: Tensor, documents: Tensor | None, span: Span) -> Decays:
-    """Return the decays of `[b, n, L, H]` logarithms."""
+    """Return the decays of `[n, b, L, H]` logarithms."""
     logs = log_decay.transpose(2, 3).contiguous()
     length = span.length
     # column s holds the logarithms after s; their running sum over rows is the decay from s to t
@@ -128,7 +194,8 @@ def _decays(log_decay: Tensor, documents: Tensor | None, span: Span) -> Decays:
     into = logs.cumsum(dim=-1).exp_()
     if documents is not None:
         own = span.chunks(documents)
-        before = F.pad(documents[span.rows], (1, 0))[:, span.start : span.tokens.stop : length]
-        within *= (own[:, :, :, None] == own[:, :, None, :])[:, :, None]
+        before = F.pad(documents[span.rows], (1, 0))[:, span.start : span.tokens.stop : length].t()
+        within *= (own[..., :, None] == own[..., None, :])[:, :, None]
         into *= (own == before[..., None])[:, :, None]
-    return Decays(within, into, within[..., -1, :], into[..., -1])
+    # a copy: pairs are multiplied in place later
+    return Decays(within, into, within[..., -1, :].clone(), into[..., -1])
