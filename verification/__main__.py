@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from swat_lm.files import write_text
-from verification import lm_eval_truth, long_document, onnx, packaging, serve_clients, serve_soak, site, torchao
+from verification import (
+    execution_runs,
+    lm_eval_truth,
+    long_document,
+    memory_slopes,
+    onnx,
+    packaging,
+    serve_clients,
+    serve_soak,
+    site,
+    torchao,
+)
 from verification.workplace import REPOSITORY, CheckFailedError, Workplace
 
 CHECKS = {
@@ -27,6 +38,8 @@ CHECKS = {
     "onnx": onnx.check,
     "torchao": torchao.check,
     "serve_clients": serve_clients.check,
+    "execution_runs": execution_runs.check,
+    "memory_slopes": memory_slopes.check,
 }
 ON_REQUEST = {
     "lm_eval_truth": lm_eval_truth.check,
