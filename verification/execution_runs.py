@@ -1,7 +1,7 @@
 """Training runs are the same however layers are run: 200 steps from one seed, and killed in the middle, bit for bit.
 
-The text is the sections of the repository's documents, packed into rows that keep them apart; gradients are accumulated.
-Losses are compared with those of `plain`, a killed run with one that was never disturbed.
+The text is the sections of the repository's documents, packed into rows that keep them apart; gradients are
+accumulated. Losses are compared with those of `plain`, a killed run with one that was never disturbed.
 """
 
 import random

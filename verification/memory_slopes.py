@@ -14,10 +14,10 @@ from swat_lm.model.execution.predicted import Predicted
 from verification.workplace import Workplace, require
 
 LENGTHS = (4096, 16_384, 65_536, 262_144)
-WIDTH, LAYERS, WITHIN, MOST_BYTES = 64, 2, 0.2, 7 * 2**30
+WIDTH, LAYERS, WITHIN, MOST_BYTES = 32, 2, 0.2, 7 * 2**30
 MODEL = {
     "vocab_size": 1024, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 1,
-    "intermediate_size": 176, "sliding_window": 128,
+    "intermediate_size": 88, "sliding_window": 128,
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def scale(name: str, about: str, for_people: bool = True, **sizes: int) -> Scale
 SCALES = {
     one.name: one
     for one in (
-        scale("tiny", "width 64, 4 layers, 96 MiB for everything; for two cores",
+        scale("tiny", "width 32, 4 layers, 80 MiB for everything; for two cores",
               block=256, keys=1024, window=128, chunk=512),
         scale("small", "width 512, 8 layers, 16 GiB; longer rows than 16,384 are predicted",
               block=1024, keys=2048, window=512, chunk=2048),
@@ -65,7 +65,7 @@ SCALES = {
 }  # fmt: skip
 MEASURES: Mapping[str, Measure] = {
     "tiny": Measure(
-        (Size("tiny", 64, 4, 4, 1024, 96 * MIB),), 24_576, (512, 1024, 2048, 4096, 8192, 16_384), 700
+        (Size("tiny", 32, 4, 4, 1024, 80 * MIB),), 24_576, (512, 1024, 2048, 4096, 8192, 16_384), 700
     ),
     "small": Measure(
         (Size("small", 512, 8, 8, 8192, 16 * GIB),), 16_384, (1024, 2048, 4096, 8192, 16_384), 1500
