@@ -55,7 +55,7 @@ SCALES = {
     one.name: one
     for one in (
         scale("tiny", "width 32, 4 layers, 80 MiB for everything; for two cores",
-              block=256, keys=1024, window=128, chunk=512),
+              block=512, keys=1024, window=128, chunk=512),
         scale("small", "width 512, 8 layers, 16 GiB; longer rows than 16,384 are predicted",
               block=1024, keys=2048, window=512, chunk=2048),
         scale("paper", "3B, 7B and 13B in bfloat16, a share of eight A100 of 80 GB; all predicted",
