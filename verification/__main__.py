@@ -19,8 +19,10 @@ from typing import Any
 
 from swat_lm.files import write_text
 from verification import (
+    execution_runs,
     lm_eval_truth,
     long_document,
+    memory_slopes,
     onnx,
     packaging,
     segment_peers,
@@ -38,6 +40,8 @@ CHECKS = {
     "torchao": torchao.check,
     "serve_clients": serve_clients.check,
     "segment_peers": segment_peers.check,
+    "execution_runs": execution_runs.check,
+    "memory_slopes": memory_slopes.check,
 }
 ON_REQUEST = {
     "lm_eval_truth": lm_eval_truth.check,

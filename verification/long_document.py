@@ -1,12 +1,14 @@
 """One document of 1,000,000 tokens gives its exact gradient by reverse chunks, in nearly the memory of 16,384.
 
 Counted are the bytes of live tensors beside weights and optimizer, gradients included; the process's size stands
-beside. That the gradient is the one of a pass as a whole is checked where that fits.
+beside. That the gradient is the one of a pass as a whole is checked where that fits. How far a step is, is said every
+half minute: one of 1,000,000 tokens takes a good part of an hour on one core.
 """
 
 import argparse
 import resource
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ MODEL = {
     "sliding_window": 128,
 }  # fmt: skip
 CHUNK, SHORT, MOST = 2048, 16_384, 1.3
+EVERY = 30
+"""Seconds between two lines that say how far a step is."""
 
 
 class Step(NamedTuple):
@@ -53,7 +57,7 @@ def check(place: Workplace, options: argparse.Namespace) -> dict[str, str]:
     step(model, optimizer, tokens[:, :CHUNK])
     steps = {}
     for name, document in (("short", short), ("long", tokens)):
-        steps[name] = found = step(model, optimizer, document)
+        steps[name] = found = step(model, optimizer, document, place.report)
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         place.done(
             f"{document.shape[1]} tokens: peak {found.peak / 2**20:.1f} MiB of tensors beside weights and optimizer, "
@@ -76,12 +80,39 @@ def compare(model: SwatForCausalLM, tokens: Tensor, settings: dict[str, Any]) ->
     return float((found[1] - found[0]).norm() / found[0].norm())
 
 
-def step(model: SwatForCausalLM, optimizer: torch.optim.Optimizer, tokens: Tensor) -> Step:
-    """One step, counted."""
+def step(
+    model: SwatForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    say: Callable[[str], None] = lambda line: None,
+) -> Step:
+    """One step, counted; `say` hears every half minute how far it is."""
     began = time.perf_counter()
     with LiveBytes() as live:
+        progress = Progress(-(-tokens.shape[1] // CHUNK), live, say)
+        # the pass itself, then its chunks forward, then backward
+        watching = model.register_forward_pre_hook(lambda module, given: progress.next())
         loss = model(tokens, labels=tokens).loss
         loss.backward()
+        watching.remove()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return Step(live.peak, loss.item(), time.perf_counter() - began)
+
+
+class Progress:
+    """How many chunks of a step have begun, and what lived at most so far."""
+
+    def __init__(self, num_chunks: int, live: LiveBytes, say: Callable[[str], None]) -> None:
+        self.num_chunks, self.live, self.say = num_chunks, live, say
+        self.passes, self.said = -1, time.monotonic()
+
+    def next(self) -> None:
+        """One more pass of the model begins."""
+        self.passes += 1
+        if time.monotonic() - self.said < EVERY:
+            return
+        self.said = time.monotonic()
+        back = self.passes - self.num_chunks
+        at = f"{back} of {self.num_chunks} backward" if back > 0 else f"{self.passes} of {self.num_chunks} forward"
+        self.say(f"chunk {at}, peak so far {self.live.peak / 2**20:.1f} MiB")

@@ -21,7 +21,8 @@ def reproduce(
     experiment: Annotated[
         str,
         typer.Argument(
-            help="table1 to table3, figure2, figure3, figure5; spade; taipan, taipan-capacity; ecp; sparsek."
+            help="table1 to table3, figure2, figure3, figure5; spade; taipan, taipan-capacity; ecp; sparsek; "
+            "longvq; blockwise."
         ),
     ],
     scale: Annotated[str, typer.Option(help="tiny (two cores), small (one GPU) or paper (a cluster, by torchrun).")],
@@ -46,18 +47,25 @@ def reproduce(
 
     Runs that are finished are not run again, and a variant that two experiments need is trained once, so the same
     command continues after an interruption. Writes one page, NAME.html, and NAME.json beside it, with our numbers
-    beside the paper's and a verdict for each of its claims.
+    beside the paper's and a verdict for each of its claims. blockwise measures memory: it trains nothing, and takes
+    --scale and --out alone.
 
     \b
     Examples:
       swat-lm reproduce table3 --scale tiny --data data/ --out tiny --seeds 0,1
       swat-lm reproduce table2 --scale paper --dry-run
       swat-lm reproduce taipan --scale tiny --data data/ --out taipan --seeds 0,1
+      swat-lm reproduce blockwise --scale tiny --out blockwise
       torchrun --nproc-per-node 8 -m swat_lm.cli reproduce table3 --scale paper --books books/ --out paper
     """
-    from swat_lm.papers import find_experiment
+    from swat_lm.papers import MEASURED, find_experiment
     from swat_lm.papers.scales import find_scale
 
+    if experiment in MEASURED:
+        given = {"--data": data, "--text": text, "--books": books, "--tasks": tasks, "--tokenizer": tokenizer}
+        given["--seeds"] = None if seeds == "0" else seeds
+        measure(experiment, scale, out, [name for name, value in given.items() if value], dry_run)
+        return
     chosen = find_experiment(experiment)
     size = find_scale(scale, chosen.scales)
     numbers = parse_seeds(seeds)
@@ -89,6 +97,31 @@ def reproduce(
     )
     with watching() as watcher:
         outcome = run_experiment(experiment, scale, sources, out, numbers, watcher)
+    show_outcome(outcome, out)
+
+
+def measure(experiment: str, scale: str, out: Path | None, needless: list[str], dry_run: bool) -> None:
+    """Measure, or say what would be, where nothing is trained. Raises ValueError for options that training has."""
+    from swat_lm.papers import find_measured
+    from swat_lm.papers.scales import find_scale
+
+    if needless:
+        raise ValueError(f"{needless[0]}: {experiment} trains nothing and reads no text; leave it out")
+    if out is not None:
+        check_folder(out, "--out")
+    results().print("importing torch and transformers ...", style="dim")
+    found = find_measured(experiment)
+    size = find_scale(scale, found.scales)
+    if dry_run:
+        for words in found.jobs(size).values():
+            results().print(words, markup=False)
+        return
+    if out is None:
+        raise ValueError("--out: name the folder for results")
+    from swat_lm.papers.measured import reproduce_measured
+
+    with watching() as watcher:
+        outcome = reproduce_measured(found, scale, out, watcher)
     show_outcome(outcome, out)
 
 
@@ -146,5 +179,6 @@ def show_outcome(outcome: dict[str, Any], out: Path) -> None:
         error = "" if claim["error"] is None else f" +- {claim['error']:.3f}"
         numbers = "" if claim["gap"] is None else f" (gap {claim['gap']:+.3f}{error})"
         colour = colours.get(claim["outcome"], "yellow")
-        console.print(f"[{colour}]{claim['outcome']}[/{colour}]: {claim['says']}{numbers}", highlight=False)
+        said = f"{claim['says']}{numbers}" + ("" if numbers else f" {claim['remark']}".rstrip())
+        console.print(f"[{colour}]{claim['outcome']}[/{colour}]: {said}", highlight=False)
     console.print(f"\npage: {(out / outcome['experiment']).with_suffix('.html').resolve()}", markup=False)

@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from swat_lm.files import write_bytes
 
-__all__ = ["Series", "plot_loss_by_length", "plot_state_bytes", "plot_training", "write_picture"]
+__all__ = ["Series", "plot_loss_by_length", "plot_memory", "plot_state_bytes", "plot_training", "write_picture"]
 
 # the colour-blind safe palette of Okabe and Ito, most distinct first; markers tell the lines apart without colour
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -122,6 +122,24 @@ def plot_state_bytes(series: Sequence[Series], path: Path, *, title: str | None 
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: short_bytes(value))
     axes.set(xlabel="tokens read", ylabel="state of one stream")
+    finish(figure, path, title)
+
+
+def plot_memory(series: Sequence[Series], path: Path, *, available: float, title: str | None = None) -> None:
+    """Bytes that a training step needs against the tokens of its row, both axes doubling; `available` is marked.
+
+    Raises ValueError without any line.
+    """
+    check_series(series)
+    figure, axes = new_figure()
+    for style, line in styled(series):
+        axes.plot(line.x, line.y, label=line.name, **line_style(style))
+    doubling_axis(axes.xaxis, sorted({x for line in series for x in line.x}))
+    axes.axhline(available, color="#666666", linestyle=":", linewidth=1.5)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: short_bytes(value))
+    axes.set(xlabel="tokens of the row", ylabel="peak of a training step")
     finish(figure, path, title)
 
 

@@ -129,7 +129,7 @@ class Auxiliary:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """Sums over the chunk that `Layer.absorb` takes in after the optimizer's step."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Numbers to show."""
+    """Numbers to show: means over the chunk's tokens, padding left out, so that chunks add up to rows."""
 
 
 # so that whoever looks for tensors in outputs finds these: FSDP gathers weights before the first gradient comes

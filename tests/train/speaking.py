@@ -29,10 +29,11 @@ class SpeakingLayer(AttentionLayer):
         hidden, past, _ = super().forward(hidden, chunk, past)
         scores = self.router(hidden).float().squeeze(-1)
         counted = (chunk.positions % 3 == 0).expand_as(scores)
+        real = torch.ones_like(counted) if chunk.real is None else chunk.real.expand_as(counted)
         auxiliary = Auxiliary(
             losses={"balance": (((scores - 0.5).square() * counted).sum(), counted.sum())},
             statistics={"seen": counted.sum()},
-            metrics={"score": scores.mean()},
+            metrics={"score": (scores * real).sum() / real.sum().clamp(min=1)},
         )
         return Output(hidden * self.gain, past, auxiliary)
 

@@ -101,7 +101,8 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
     # begun by one process, to be finished by two
     begun = other("begun", steps=4)
     run(replace(begun, train=replace(begun.train, steps=4, schedule="constant")))
-    begun = replace(begun, train=replace(begun.train, steps=8, schedule="constant"))
+    # layers block by block over weights that are sharded
+    begun = replace(begun, train=replace(begun.train, steps=8, schedule="constant", micro_batch_size=1, **BLOCKS))
     straight = other("straight", schedule="constant")
     run(straight)
     llama = baseline(make_recipe, "llama-single", "llama")

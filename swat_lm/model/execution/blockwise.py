@@ -1,13 +1,13 @@
 """Blockwise parallel layers (arXiv 2305.19370): a layer goes over its rows block by block, attention, residual
 connections, norms and feed-forward of a block before the next begins.
 
-Of a layer its input alone is held. Backward, its keys and values come again, then block by block from the last to the
-first everything else, once; a block's gradient of older keys and values waits until their own block is reached.
+Of a layer its input alone is held. Backward, from the last block to the first, a block's older keys and values come
+again, then everything else of it, once; its gradient of the older ones waits until their own block is reached.
 Nothing as long as the rows is ever as wide as the feed-forward, nor are there scores of all pairs.
 Legend: B rows, T tokens, M width, K key/value heads, D head size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,9 @@ from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.per_head import SETTINGS as PER_HEAD
 from swat_lm.layers.window_attention import WindowAttention
 from swat_lm.model.execution.base import Execution
+from swat_lm.model.execution.older import Older
 from swat_lm.model.execution.recomputing import Randomness, autocast_as_now
-from swat_lm.ops.head_bias import score_dtype
+from swat_lm.model.execution.unread import unread
 from swat_lm.validation import number, settings
 
 __all__ = ["BlockSettings", "Blockwise"]
@@ -170,14 +171,17 @@ class BlockPast:
         """`before`: keys and values `[B, P, K, D]`; empty in the first block."""
         self.before = before
         self.own: dict[str, Tensor] = {}
+        self.seen: dict[str, Tensor] = {}
+        """Those before and its own."""
 
     def extend(self, **new: Tensor) -> tuple[dict[str, Tensor], int]:
         """Those before and the block's own."""
-        self.own = new
+        self.own = self.seen = new
         if not self.before:
             return new, 0
-        items = {name: torch.cat((self.before[name], tensor), dim=1) for name, tensor in new.items()}
-        return items, self.before["key"].shape[1]
+        before, self.before = self.before, {}
+        self.seen = {name: torch.cat((before[name], tensor), dim=1) for name, tensor in new.items()}
+        return self.seen, before["key"].shape[1]
 
     def after(self) -> "BlockPast":
         """Itself: the scan knows what comes next."""
@@ -205,6 +209,7 @@ class BlockedLayer:
         if chunk.last is not None:
             raise ValueError("execution: blockwise reads rows in one direction: model.set_execution('checkpoint')")
         self.layer, self.run_layer = layer, forward
+        self.chunk, self.size = chunk, settings.block_size
         num_tokens, size = hidden.shape[1], settings.block_size
         self.spans = [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
         # one for all layers, which share what is formed of positions
@@ -220,18 +225,18 @@ class BlockedLayer:
             part.key_block = settings.key_block_size
         return parts
 
-    def before(self, items: Mapping[str, Tensor], span: slice) -> dict[str, Tensor]:
-        """Of keys and values, or their gradients, of whole rows, those that a block may see before it."""
-        first = 0 if self.window is None else max(0, span.start - self.window + 1)
-        return {name: tensor[:, first : span.start] for name, tensor in items.items()}
+    def first_before(self, span: slice) -> int:
+        """The first token before a block whose keys and values it may see."""
+        return 0 if self.window is None else max(0, span.start - self.window + 1)
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
         """The layer's output `[B, T, M]`."""
-        result, items = None, Items(hidden.shape[1])
+        result, before, first = None, {}, 0
         for index, span in enumerate(self.spans):
             self.randomness.note()
-            past = BlockPast(self.before(items.held, span))
+            # nobody else holds them while the feed-forward runs
+            past, before = BlockPast(before), {}
             with self.autocast():
                 block, _, said = self.run_layer(hidden[:, span], self.parts[index], past)
             assert said is NOTHING, "a layer of attention says nothing beside its output"
@@ -239,59 +244,48 @@ class BlockedLayer:
                 result = block.new_empty(*hidden.shape[:2], block.shape[-1])
             result[:, span] = block
             if index < len(self.spans) - 1:
-                items.write(span, past.own)
+                # what the next block may see
+                begin, first = first, self.first_before(self.spans[index + 1])
+                seen = past.seen if first < span.stop else {}
+                before = {name: tensor[:, first - begin :] for name, tensor in seen.items()}
         assert result is not None, "a row has tokens"
         return result
 
-    def backward(self, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    def kept_again(self, hidden: Tensor, start: int, stop: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Keys and values of these tokens, in pieces of at most a block."""
+        for begin in range(start, stop, self.size):
+            end = min(begin + self.size, stop)
+            part = self.chunk._once(("part", begin, end), partial(self.chunk.part, begin, end))
+            with torch.no_grad(), self.autocast():
+                yield slice(begin, end), self.layer.kept_items(hidden[:, begin:end], part)  # type: ignore[operator]
+
+    def backward(self, hidden: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """From the gradient of the output to those of `hidden` and of `parameters`, in order."""
-        items = Items(hidden.shape[1])
-        with torch.no_grad(), self.autocast():
-            for span, part in zip(self.spans[:-1], self.parts, strict=False):
-                items.write(span, self.layer.kept_items(hidden[:, span], part))  # type: ignore[operator]
-        # summed over all later blocks, so never in less than the precision of scores
-        waiting = {
-            name: torch.zeros(tensor.shape, dtype=score_dtype(tensor), device=tensor.device)
-            for name, tensor in items.held.items()
-        }
-        of_hidden, totals = torch.empty_like(hidden), [torch.zeros_like(each) for each in self.parameters]
+        older = Older(partial(self.kept_again, hidden), hidden.shape[1])
+        of_hidden = torch.empty_like(hidden)
+        totals: list[Tensor | None] = [None] * len(self.parameters)
         for index in reversed(range(len(self.spans))):
             span = self.spans[index]
             own = hidden[:, span].detach().requires_grad_()
-            before = {name: each.detach().requires_grad_() for name, each in self.before(items.held, span).items()}
-            past = BlockPast(before if index else {})
-            with self.randomness.again(index), torch.enable_grad(), self.autocast():
+            of_own = older.pass_by(span.start, self.first_before(span))
+            before = {name: each.detach().requires_grad_() for name, each in older.held.items()}
+            past = BlockPast(before)
+            with self.randomness.again(index), torch.enable_grad(), self.autocast(), unread(self.layer):
                 block = self.run_layer(own, self.parts[index], past).hidden
             roots, given = [block], [gradient[:, span]]
-            if index < len(self.spans) - 1:
-                roots += past.own.values()
-                given += [waiting[name][:, span].to(each.dtype) for name, each in past.own.items()]
-            leaves = [own, *(before.values() if index else ()), *self.parameters]
+            for name, waited in of_own.items():
+                roots.append(past.own[name])
+                given.append(waited.to(past.own[name].dtype))
+            leaves = [own, *before.values(), *self.parameters]
             of_hidden[:, span], *found = torch.autograd.grad(roots, leaves, given, allow_unused=True)
-            if index:
-                for total, part in zip(self.before(waiting, span).values(), found, strict=False):
-                    total += part
-                found = found[len(before) :]
-            for total, part in zip(totals, found, strict=True):
+            older.add(found[: len(before)])
+            # as long as rows are, so not to be held until the next are there
+            found = found[len(before) :]
+            for place, part in enumerate(found):
                 if part is not None:
-                    total += part
+                    total = totals[place]
+                    totals[place] = part if total is None else total.add_(part)
         return of_hidden, *totals
-
-
-class Items:
-    """Keys and values of whole rows, `[B, T, K, D]` by name, filled block by block."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
-        self.held: dict[str, Tensor] = {}
-
-    def write(self, span: slice, new: Mapping[str, Tensor]) -> None:
-        """Those of one block."""
-        for name, tensor in new.items():
-            if name not in self.held:
-                shape = tensor.shape[0], self.num_tokens, *tensor.shape[2:]
-                self.held[name] = tensor.new_empty(shape)
-            self.held[name][:, span] = tensor.detach()
 
 
 class _Blocked(torch.autograd.Function):

@@ -181,12 +181,19 @@ class ChunkedPass:
                 self.randomness.note()
             outputs = self.pass_over(self.model, span, pasts)
             total = outputs.loss if total is None else total + outputs.loss
-            self.said.add(outputs.auxiliary, (span.stop - span.start) / self.targets.shape[1])
+            self.said.add(outputs.auxiliary, lambda span=span: self.share_of(span))
             pasts = outputs.carry.pasts
             if self.carries is not None and index < len(self.spans) - 1:
                 self.carries.put([past.kept for past in pasts])
         assert total is not None
         return total, *self.said.sums()
+
+    def share_of(self, span: slice) -> Tensor | float:
+        """The part of all tokens that are no padding which stands in a chunk."""
+        real = self.chunk.real
+        if real is None:
+            return (span.stop - span.start) / self.targets.shape[1]
+        return real[:, span].sum() / real.sum().clamp(min=1)
 
     def backward(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """From the gradients of what `forward` gave to those of embedded inputs and of `parameters`, in order."""

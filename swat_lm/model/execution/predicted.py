@@ -104,17 +104,23 @@ class Predicted:
         return count_parameters(self.config).total
 
     @cached_property
-    def line(self) -> Line:
-        """Of rows of many blocks or chunks, and longer than the loss is formed at once."""
+    def first(self) -> int:
+        """Tokens of a row from which a pass grows by the same for each: of many blocks or chunks, and over two parts
+        of the loss, which live together."""
         first = MANY * self.unit
         if not self.chunk:
-            first = max(first, -(-default_chunk(self.config.vocab_size) // (self.rows * self.unit)) * self.unit)
-        return self._line(first, first + max(1, MANY // 2) * self.unit)
+            first = max(first, -(-2 * default_chunk(self.config.vocab_size) // (self.rows * self.unit)) * self.unit)
+        return first
+
+    @cached_property
+    def line(self) -> Line:
+        """Of longer rows."""
+        return self._line(self.first, self.first + max(1, MANY // 2) * self.unit)
 
     def need(self, num_tokens: int) -> MemoryNeed:
         """For rows of this length; with gradients that are reduced to shards counted as such, but for chunks, which
         gather them first."""
-        is_short = not self.is_scanned or num_tokens <= MANY * self.unit
+        is_short = not self.is_scanned or num_tokens <= self.first
         peak = self.simulate(num_tokens) if is_short else self.line.at(num_tokens)
         whole = self.parameters * FLOAT
         if self.shards > 1 and not self.chunk:
@@ -127,7 +133,7 @@ class Predicted:
         `near` is a length to begin with. Each guess is where the line through the two before meets the size.
         """
         if self.is_scanned:
-            near = max(near, MANY * self.unit + 1)
+            near = max(near, self.first + 1)
         first, second = near, 2 * near
         for _ in range(3):
             low, high = self.need(first).total, self.need(second).total

@@ -1,6 +1,6 @@
 """What layers say beside their outputs over the chunks of one pass: sums of losses and statistics, means of metrics."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,11 +24,12 @@ class Said:
             for name in sorted(auxiliary.losses):
                 yield auxiliary.losses[name][0]
 
-    def add(self, said: Sequence[Auxiliary] | None, share: float) -> None:
-        """Take in a chunk that has this share of the tokens, by which its metrics count."""
+    def add(self, said: Sequence[Auxiliary] | None, share: Callable[[], Tensor | float]) -> None:
+        """Take in a chunk; `share` says which part of the tokens it has, padding left out, by which metrics count."""
         if said is None:
             return
-        new = [scaled(auxiliary, share) for auxiliary in said]
+        part = share() if any(auxiliary.metrics for auxiliary in said) else 0.0
+        new = [scaled(auxiliary, part) for auxiliary in said]
         self.layers = new if self.layers is None else list(map(joined, self.layers, new))
 
     def sums(self) -> tuple[Tensor, ...]:
@@ -46,7 +47,7 @@ class Said:
         )
 
 
-def scaled(auxiliary: Auxiliary, share: float) -> Auxiliary:
+def scaled(auxiliary: Auxiliary, share: Tensor | float) -> Auxiliary:
     """With metrics as a part of their mean; nothing belongs to a graph."""
     return Auxiliary(
         {name: (total.detach(), number(divisor)) for name, (total, divisor) in auxiliary.losses.items()},

@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.model.execution.live_bytes import LiveBytes
+from swat_lm.model.execution.unread import last_product, unread
 from tests.layers.in_training import LENGTH, packed_rows, targets_of
 from tests.layers.subject import Subject, close, gradients, name_of, tokens
 
@@ -17,7 +18,8 @@ SUBJECTS = [
         {"kind": "attention", "sliding_window": None, "score_function": "softmax", "slopes": "none",
          "learned_sink": True, "attn_logit_softcapping": 0.8, "norm_placement": "both"},
         {"kind": "attention", "sliding_window": 1, "score_function": "softmax", "slopes": "negative", "qk_norm": True,
-         "qk_norm_over": "layer", "output_norm": True, "learned_sink": True, "attention_bias": True, "norm": "layer"},
+         "qk_norm_over": "layer", "output_norm": True, "learned_sink": True, "attention_bias": True, "mlp_bias": True,
+         "norm": "layer"},
         {"kind": "attention", "sliding_window": None, "score_function": "softmax", "slopes": "negative",
          "use_rotary": False, "qk_norm": True},
     ]),
@@ -103,15 +105,16 @@ def test_the_input_alone_is_held_and_nothing_wide_or_square_is_formed(window: in
     assert found["plain"][1] >= TOKENS * INNER
     # smaller blocks, less memory; and what is left grows with the row by hidden states only
     peaks = {}
-    for size, length in ((80, TOKENS), (16, TOKENS), (80, 2 * TOKENS)):
+    for size, length in ((80, TOKENS), (16, TOKENS), (80, 2 * TOKENS), (80, 4 * TOKENS)):
         model.set_execution("blockwise", block_size=size, key_block_size=32)
         with LiveBytes() as live:
             model(tokens(1, length), labels=tokens(1, length)).loss.backward()
         model.zero_grad(set_to_none=True)
         peaks[size, length] = live.peak
     assert peaks[16, TOKENS] < peaks[80, TOKENS]
-    per_token = (peaks[80, 2 * TOKENS] - peaks[80, TOKENS]) / TOKENS / 4
-    assert per_token < 16 * WIDTH, per_token / WIDTH
+    per_token = (peaks[80, 4 * TOKENS] - peaks[80, 2 * TOKENS]) / (2 * TOKENS) / 4
+    # with a window keys and values are held of as many tokens as it sees
+    assert per_token < (12 if window is None else 5) * WIDTH, per_token / WIDTH
     assert ids.shape[1] == TOKENS
 
 
@@ -208,3 +211,26 @@ def test_what_full_attention_learns_of_scores_is_refused_before_any_work(setting
         model(ids, labels=ids)
     model.model.layers.requires_grad_(False)
     model(ids, labels=ids).loss.backward()
+
+
+def test_the_last_product_comes_again_only_where_somebody_reads_it():
+    model, ids = SUBJECTS[0].model().train(), tokens(2, 20)
+    model.set_execution("blockwise", block_size=8)
+    layer, numbers = model.model.layers[1], []
+    linear = layer.mlp.down_proj
+    with unread(layer):
+        assert not linear(torch.ones(1, 3, linear.in_features, dtype=torch.float64)).any()
+    assert "forward" not in vars(linear)
+    assert last_product(layer) is linear
+    assert last_product(SUBJECTS[2].model().model.layers[0]) is None, "a norm stands behind it"
+    watching = linear.register_forward_hook(lambda module, given, result: numbers.append(result.detach()))
+    assert last_product(layer) is None
+    model(ids, labels=ids).loss.backward()
+    # three blocks, from the first to the last and back
+    assert len(numbers) == 6
+    for first, again in zip(numbers[:3], reversed(numbers[3:]), strict=True):
+        close(again, first, tolerance=EXACT)
+    watching.remove()
+    model(ids, labels=ids).loss.backward()
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["down_proj"]))
+    assert last_product(layer) is None

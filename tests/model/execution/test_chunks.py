@@ -86,9 +86,11 @@ def test_embedded_inputs_positions_and_divisors():
 def test_auxiliary_losses_statistics_and_metrics(monkeypatch):
     monkeypatch.setitem(LAYERS, "speaking", SpeakingLayer)
     model, ids = Subject("speaking", ["speaking", "attention"]).model().train(), tokens(2, LENGTH)
-    found = []
+    # more of some chunks than of others
+    mask, found = torch.ones_like(ids), []
+    mask[0, -20:], mask[1, :3] = 0, 0
     for _ in range(2):
-        outputs = model(ids, labels=ids)
+        outputs = model(ids, labels=ids.masked_fill(mask == 0, -100), attention_mask=mask)
         said = outputs.auxiliary[0]
         total, divisor = said.losses["balance"]
         found.append((total.detach(), divisor, said.statistics["seen"], said.metrics["score"]))

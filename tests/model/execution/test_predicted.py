@@ -83,3 +83,14 @@ def test_what_depends_on_numbers_is_said():
         ValueError, match=r"plain cannot be predicted: what a layer computes depends on numbers.*nonzero"
     ):
         sparse.need(64)
+
+
+def test_a_line_begins_where_two_parts_of_the_loss_live_together(monkeypatch):
+    # logits that outweigh a narrow layer, in parts of 256 tokens
+    monkeypatch.setattr("swat_lm.model.loss.CHUNK_ELEMENTS", 2**17)
+    monkeypatch.setattr("swat_lm.model.execution.predicted.MANY", 2)
+    config, settings = configuration(vocab_size=512, hidden_size=16, intermediate_size=32), {"block_size": 64}
+    blocks = Predicted(config, "blockwise", settings)
+    for length in (200, 400, 900):
+        found = measured(config, "blockwise", settings, 1, length)
+        assert blocks.need(length).one_pass == pytest.approx(found, rel=0.1), length
