@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from swat_lm.layers.base import NOTHING, Auxiliary, InPlace, Layer, Output, Past, Shared, StateTensor
 from swat_lm.layers.both_ways import REFUSAL
-from swat_lm.layers.chunk import FARTHEST, Chunk
+from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.codebook import KeyCodebook
 from swat_lm.layers.far_by_code import attend_by_code, step_by_code
 from swat_lm.layers.longvq_settings import WITHOUT, LongVqSettings, settled
@@ -103,8 +103,7 @@ class LongVqMixer(nn.Module):
             hidden = hidden.masked_fill(~chunk.real[..., None], 0.0)
         mixed = hidden if self.ssm is None else self.ssm(hidden, chunk, past)
         if not self.attends:
-            gate, candidate = self.in_proj(mixed).chunk(2, dim=-1)
-            return gate.sigmoid(), F.silu(candidate), NOTHING
+            return *self._gates_alone(mixed), NOTHING
         made = self._project(hidden, mixed)
         said = NOTHING
         if self.codebook is None:
@@ -120,17 +119,21 @@ class LongVqMixer(nn.Module):
 
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> tuple[Tensor, Tensor]:
         """The same of one normed token per row, `[B, 1, M]`, in place over slots."""
-        if self.codebook is None:
-            # a step is not told how far back a row reaches
-            first = (-past.position).clamp(min=FARTHEST).to(torch.int32)[:, None]
-            return self.forward(hidden, Chunk(chunk.positions, first), past)[:2]
         mixed = hidden if self.ssm is None else self.ssm.step(hidden, chunk, past)
+        if not self.attends:
+            return self._gates_alone(mixed)
         made = self._project(hidden, mixed)
+        if self.codebook is None:
+            return self._finish(made, self._step_exactly(made, past))
         key, code = self.codebook(made.key)
         heads = step_by_code(
             made.query, key.to(hidden.dtype), made.value, code, self.codebook.codes, self.local_bias, past
         )
         return self._finish(made, heads)
+
+    def _gates_alone(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        gate, candidate = self.in_proj(mixed).chunk(2, dim=-1)
+        return gate.sigmoid(), F.silu(candidate)
 
     def _project(self, hidden: Tensor, mixed: Tensor) -> Projected:
         gate, candidate, reset, shared = self.in_proj(mixed).split(self.sizes, dim=-1)
@@ -167,9 +170,18 @@ class LongVqMixer(nn.Module):
             visible = distance >= 0
             visible = visible if first is None else visible & (own >= first[..., None])
             visible = visible if blind is None else visible & ~blind[:, None]
-        return dense_attention(
-            made.query, key, value, self.local_bias, visible, distance, self.settings.bidirectional
-        )  # fmt: skip
+        both_ways = self.settings.bidirectional
+        return dense_attention(made.query, key, value, self.local_bias, visible, distance, both_ways)
+
+    def _step_exactly(self, made: Projected, past: InPlace) -> Tensor:
+        kept, slot, position = past.kept, past.slot, past.position
+        for name, new in (("exact_key", made.key), ("exact_value", made.value)):
+            kept[name][slot, position] = new[:, 0].to(kept[name].dtype)
+        key, value = kept["exact_key"][slot].to(made.query.dtype), kept["exact_value"][slot]
+        distance = (position[:, None] - torch.arange(key.shape[1], device=key.device))[:, None]
+        # what no token has filled yet may be any number
+        value = value.masked_fill((distance < 0).transpose(1, 2), 0.0)
+        return dense_attention(made.query, key, value, self.local_bias, distance >= 0, distance)
 
     def flops(self, num_tokens: int, num_past: int = 0) -> int:
         """Projections, and the two products of attention; a convolution by FFT has no matrix product."""
