@@ -27,7 +27,7 @@ class Seen(NamedTuple):
     """`[S, D]`: their sum."""
     spare_weight: Tensor
     """`[S]`: of the keys that may take a code's place."""
-    spare_total: Tensor
+    spare_totals: Tensor
     """`[S, D]`: their weighted sum."""
 
 
@@ -78,13 +78,12 @@ def seen_of(key: Tensor, code: Tensor, codes: Tensor, waits: Tensor, places: Ten
     """
     size, dim = codes.shape
     code, places, key = code.flatten(), places.flatten(), key.reshape(-1, dim).double()
-    counted = (
-        torch.ones_like(code, dtype=torch.float64) if real is None else real.expand(waits.shape).flatten().double()
-    )
+    counted = torch.ones_like(waits).flatten() if real is None else real.flatten().double()
+    # not even NaN passes
+    key = key.masked_fill((counted == 0)[:, None], 0.0)
     error = (key - codes.double()[code]).square().sum(1) / dim**0.5
     arrival = (waits.flatten() / error).clamp(min=SHORTEST)
     weight = counted * arrival**-SHARPNESS
-    key = key.masked_fill((counted == 0)[:, None], 0.0)
 
     def summed(index: Tensor, values: Tensor) -> Tensor:
         return values.new_zeros(size, *values.shape[1:]).index_add_(0, index, values)
@@ -107,7 +106,7 @@ def absorbed(book: Codebook, seen: Seen, decay: float, dead_below: float) -> Cod
     codes = torch.where((count > 0)[:, None], total / count.clamp(min=1e-300)[:, None], book.codes.double())
     mean = count.mean()
     revived = (count < dead_below * mean) & (seen.spare_weight > 0)
-    spare = seen.spare_total / seen.spare_weight.clamp(min=1e-300)[:, None]
+    spare = seen.spare_totals / seen.spare_weight.clamp(min=1e-300)[:, None]
     codes = torch.where(revived[:, None], spare, codes)
     count = torch.where(revived, mean, count)
     total = torch.where(revived[:, None], spare * mean, total)

@@ -84,5 +84,6 @@ class LossOfParts(SizedExperiment):
         size = DIMENSIONS[scale.name]
         return (
             f"LongVQ (reconstruction), arXiv 2404.11163. {size.codes:,} codes, blocks of {scale.sizes['W'] // 2:,} "
-            f"tokens of which two are near, rows of L = {scale.sizes['L']:,}. Sizes are ours: the paper's are not known."
+            f"tokens of which two are near, rows of L = {scale.sizes['L']:,}. Sizes are ours: the paper's are not "
+            "known."
         )
