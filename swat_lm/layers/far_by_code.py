@@ -63,16 +63,20 @@ def attend_by_code(
         kept, num_past = past.extend(near_key=key, near_value=value, near_code=code)
         items = Items(kept["near_key"], kept["near_value"], kept["near_code"])
     documents = documents_of_chunk(chunk, query)
-    laid = list(lay_out(documents, chunk, num_past, block, past is not None))
+    goes_on = past is not None
+    laid = chunk._once(
+        ("by code", num_past, block, goes_on), lambda: lay_out(documents, chunk, num_past, block, goes_on)
+    )
     if past is not None:
         before = fold(laid, documents, items, past, len(codes), block)
-    output = value.new_zeros(value.shape)
+    # in what is kept, which autocast may have made narrower
+    output = items.value.new_zeros(value.shape)
     for one in laid:
         queries = query[one.row[:, None], (one.index[:, one.lead :] - num_past).clamp(min=0)]
         counts, totals = (None, None) if before is None or not one.lead else (x[one.row] for x in before)
         found = quantised_attention(
-            queries, *(one.take(x) for x in items), codes, bias, block=block, seen=one.seen, counts=counts,
-            totals=totals, both_ways=both_ways,
+            queries, one.take(items.key), one.take(items.value), one.take(items.code), codes, bias, block=block,
+            seen=one.seen, counts=counts, totals=totals, both_ways=both_ways,
         )  # fmt: skip
         row = one.row[:, None].expand_as(one.is_row)[one.is_row]
         column = one.index[:, one.lead :][one.is_row] - num_past

@@ -342,7 +342,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _(grad_output: Tensor, output: Tensor, lse: Tensor, *arguments: Any) -> Gradients:
     call = QuantisedCall(*arguments)
     totals = call.bias.new_empty(0) if call.totals is None else call.totals.new_empty(call.totals.shape)
-    return Gradients(*(x.new_empty(x.shape) for x in (call.query, call.key, call.value, call.bias)), totals)
+    query, key, value, bias = (x.new_empty(x.shape) for x in (call.query, call.key, call.value, call.bias))
+    return Gradients(query, key, value, bias, totals)
 
 
 _TENSORS = tuple(name for name, kind in get_type_hints(QuantisedCall).items() if kind in (Tensor, Tensor | None))
