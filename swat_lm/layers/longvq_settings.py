@@ -54,7 +54,8 @@ class LongVqSettings:
     """How a kernel is made: "powers" of the discrete matrix, or "cauchy" sums; equal up to rounding."""
     time_step_min: float = 0.001
     """Steps are drawn between this and the next at the start; 1 / step tokens back about half is left."""
-    time_step_max: float = 0.1
+    time_step_max: float = 1.0
+    """The fastest channels remember a token or two, as Mega's averages do: a key can know the token before its own."""
     transition_rate: float = 1.0
     """Learning rate of A as a share of the model's; 0 freezes it."""
     entry_rate: float = 1.0
