@@ -1,4 +1,4 @@
-"""Recall tasks drawn from numbers instead of text: rows whose answers stand at a known distance before their question.
+"""Tasks drawn from numbers instead of text: rows whose answers stand at a known distance before their question.
 
 A source of the trainer, `data.sources: ["synthetic:mqar?pairs=8"]`, where only answers are targets, and the rows by
 which `swat-lm evaluate recall` measures what was learnt. A row is a pure function of (seed, split, number).
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from swat_lm.data.batches import IGNORED, Batch, RowSource, noise_seeds
+from swat_lm.data.list_operations import NUM_IDS, draw_expression
 from swat_lm.data.sources import DataError
 from swat_lm.words import counted, did_you_mean
 
@@ -59,6 +60,8 @@ class SyntheticTask:
     - `selective`: values of which some stand behind a mark each, all of those within the first quarter, and at the end
       the marks again in their order. The first mark is always the same, and so on: what is worth keeping can be told
       when it is read, by the mark before it alone.
+    - `listops`: nested operations on digits, each followed by a mark and its result, as many as fit
+      (`swat_lm.data.list_operations`). Their distance is their length.
     """
 
     name: str
@@ -70,10 +73,16 @@ class SyntheticTask:
     """Different values; chance is one in so many for each token of an answer."""
     digits: int = 4
     """Values in the code of `passkey`."""
+    depth: int = 3
+    """Operations within each other of `listops`, at most."""
+    arguments: int = 4
+    """Arguments of an operation of `listops`, at most; at least 2."""
 
     @property
     def num_ids(self) -> int:
         """Token ids that the task uses, from 0."""
+        if self.name == "listops":
+            return FIRST_KEY + NUM_IDS
         return FIRST_KEY + self.keys + self.values
 
     def __str__(self) -> str:
@@ -87,6 +96,8 @@ class SyntheticTask:
             return self.scattered(random, length)
         if self.name == "selective":
             return self.marked(random, length)
+        if self.name == "listops":
+            return self.operations(random, length)
         if self.name == "flag":
             return self.row_at(random, length - 3)
         longest = {"kv": length - 3, "passkey": length - self.digits - 2, "copy": length // 2 - 1}[self.name]
@@ -101,6 +112,8 @@ class SyntheticTask:
 
     def row_at(self, random: np.random.Generator, distance: int) -> SyntheticRow:
         """The shortest row whose answers have exactly this distance; raises DataError if the task cannot have it."""
+        if self.name == "listops":
+            raise DataError(f"{self}: results depend on all of their operations, so they have no distance to ask for")
         together = 2 * self.pairs - 1
         low = {"mqar": together, "selective": together, "passkey": self.digits}.get(self.name, 1)
         if distance < low or (self.name == "kv" and distance % 2 == 0):
@@ -158,6 +171,20 @@ class SyntheticTask:
             answers.append(Answer(asked + 1, asked + 2, asked - (place + 1)))
         return SyntheticRow(tokens, tuple(answers))
 
+    def operations(self, random: np.random.Generator, length: int) -> SyntheticRow:
+        """Operations with their results, and filler before them where no other fits."""
+        rows, free, least = [], length, self.arguments + 4
+        while free >= least:
+            found = draw_expression(random, self.depth, self.arguments, free - 2)
+            rows.append(found)
+            free -= len(found.tokens) + 2
+        parts, answers, end = [self.fillers(random, free)], [], free
+        for tokens, value in rows:
+            parts.append(np.array([*(FIRST_KEY + token for token in tokens), MARK, FIRST_KEY + value]))
+            end += len(parts[-1])
+            answers.append(Answer(end - 1, end, len(tokens)))
+        return SyntheticRow(np.concatenate(parts), tuple(answers))
+
     def draw_pairs(self, random: np.random.Generator) -> np.ndarray:
         """Different keys, each followed by a value; the first keys in order where they are marks."""
         if self.name == "selective":
@@ -190,6 +217,7 @@ class SyntheticTask:
         least = {
             "kv": 6, "mqar": 4 * self.pairs, "passkey": 2 * self.digits + 3, "copy": 6, "flag": 4,
             "selective": 8 * self.pairs,
+            "listops": self.arguments + 4,
         }[self.name]  # fmt: skip
         if length < least:
             raise DataError(f"{self}: needs data.sequence_length of at least {least}, got {length}")
@@ -203,6 +231,7 @@ SETTINGS = {
     "copy": ("values",),
     "flag": ("values",),
     "selective": ("pairs", "keys", "values"),
+    "listops": ("depth", "arguments"),
 }
 
 
@@ -235,7 +264,7 @@ def settings_of(name: str, text: str, known: Sequence[str]) -> Mapping[str, int]
         if key not in known:
             hint = did_you_mean(key, known, f"; known: {', '.join(known)}")
             raise DataError(f"{name}: no setting {key!r}{hint}")
-        least = 2 if key in ("keys", "values") else 1
+        least = 2 if key in ("keys", "values", "arguments") else 1
         if not value.isdigit() or int(value) < least:
             raise DataError(f"{name}: {key} must be a whole number of at least {least}; got {value!r}")
     return {key: int(value) for key, value in pairs}

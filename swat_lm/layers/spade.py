@@ -5,7 +5,6 @@ space is S4's, without activation or projection of its own: norms and the fusion
 Legend: B rows, T tokens, M width.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,11 @@ from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import NORMS
 from swat_lm.layers.per_head import start_per_head
 from swat_lm.layers.pre_norm import Mixer, PreNorm
-from swat_lm.layers.structured_state import RATES, StructuredState
+from swat_lm.layers.state_space_settings import SYSTEMS, check_state_space
+from swat_lm.layers.structured_state import StructuredState
 from swat_lm.layers.window_attention import WindowAttention
 
 FUSIONS = ("concat", "add", "stack")
-SYSTEMS = ("s4", "s4d")
-TAPS = ("powers", "cauchy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +53,10 @@ class SpadeSettings(AttentionSettings):
     def __post_init__(self) -> None:
         """Hold every setting to its range. Raises ValueError, which begins with the setting's name."""
         super().__post_init__()
-        if self.state_size < 2 or self.state_size % 2:
-            raise ValueError(
-                f"state_size: expected an even number of at least 2 (conjugate pairs), got {self.state_size}"
-            )
-        for name, words in (("fusion", FUSIONS), ("ssm", SYSTEMS), ("taps", TAPS)):
+        for name, words in (("fusion", FUSIONS), ("ssm", SYSTEMS)):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, words))}, got {getattr(self, name)!r}")
-        if not 0 < self.time_step_min <= self.time_step_max < math.inf:
-            raise ValueError(
-                "time_step_min: expected 0 < time_step_min <= time_step_max, got "
-                f"{self.time_step_min}, {self.time_step_max}"
-            )
-        for name in RATES:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        check_state_space(self)
 
 
 class SpadeMixer(Mixer):

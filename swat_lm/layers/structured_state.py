@@ -8,7 +8,7 @@ Legend: B rows, T tokens, M channels, N numbers of a state, n = N / 2 pairs.
 import math
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from swat_lm.layers.base import InPlace, Past, StateTensor
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.pre_norm import start
 from swat_lm.layers.precise import Precise, precise_dtype
+from swat_lm.layers.state_space_settings import RATES, StateSpaceSettings
 from swat_lm.ops.long_convolution import long_convolution
 from swat_lm.ops.memory import check_fits
 from swat_lm.ops.precision import sum_dtype
@@ -26,11 +27,6 @@ from swat_lm.ops.structured_state.cauchy import taps_by_cauchy, taps_by_powers
 from swat_lm.ops.structured_state.products import product, squares
 from swat_lm.ops.structured_state.system import Discrete, System, discretise, hippo_legs, reading
 
-if TYPE_CHECKING:
-    from swat_lm.layers.spade import SpadeSettings
-
-# what is trained at a rate of its own, by the setting that says it
-RATES = {"transition_rate": ("log_decay", "angle", "low_rank"), "entry_rate": ("entry",), "step_rate": ("log_step",)}
 # numbers in float64 beside the taps themselves: transforms, blocks of both products, and their gradients
 NUMBERS_PER_TAP = 8
 # of taps that a layer keeps; longer ones are made for every pass, which costs about what their transform does
@@ -46,9 +42,10 @@ class StructuredState(Precise):
     entry: Tensor
     log_step: Tensor
 
-    def __init__(self, settings: "SpadeSettings", width: int) -> None:
+    def __init__(self, settings: StateSpaceSettings, width: int, kind: str = "spade") -> None:
+        """`kind`: of the layer that it is a part of, for messages."""
         super().__init__()
-        self.settings, self.width = settings, width
+        self.settings, self.width, self.kind = settings, width, kind
         pairs, sides = settings.state_size // 2, 2 if settings.bidirectional else 1
         # a step of 8 bits would let poles wander by the thousandth, and a memory of a thousand tokens with them
         precise = precise_dtype()
@@ -175,7 +172,7 @@ class StructuredState(Precise):
         if not torch.compiler.is_compiling():
             check_fits(
                 size * self.width * self.exit.shape[0] * 8, self.exit.device,
-                f"spade: {length:,} taps of {self.width:,} channels",
+                f"{self.kind}: {length:,} taps of {self.width:,} channels",
                 "read the text in chunks after a state, or train on shorter rows",
             )  # fmt: skip
 
@@ -294,7 +291,8 @@ class StructuredState(Precise):
             if getattr(self, name).requires_grad:
                 rate = next(rate for rate, names in RATES.items() if name in names)
                 raise ValueError(
-                    f"spade: {name} is frozen ({rate}: 0) and asked for a gradient; set {rate} above 0 to train it"
+                    f"{self.kind}: {name} is frozen ({rate}: 0) and asked for a gradient; set {rate} above 0 to train "
+                    "it"
                 )
 
     def init_weights(self) -> None:

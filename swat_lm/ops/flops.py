@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 # these define the ops that are counted here
 import swat_lm.ops.library
+import swat_lm.ops.quantised_attention
 import swat_lm.ops.selected
 import swat_lm.ops.state_space.library  # noqa: F401
 
@@ -46,6 +47,38 @@ def selected_flops(
     return 4 * num_heads * head_dim * pairs
 
 
+def quantised_flops(
+    key_size: int, value_size: int, num_queries: int, block: int, codes: int, num_past: int = 0,
+    both_ways: bool = False,
+) -> int:  # fmt: skip
+    """FLOPs of the two products of attention to near keys and to codes, where there are keys farther away.
+
+    The search for the nearest codes, which has no gradient, does not count.
+    """
+    if both_ways:
+        return 2 * (key_size + value_size) * _pairs_both_ways(num_queries, block, codes)
+    pairs = _pairs_by_code(num_past + num_queries, block, codes) - _pairs_by_code(num_past, block, codes)
+    return 2 * (key_size + value_size) * pairs
+
+
+def _pairs_by_code(num_tokens: int, block: int, codes: int) -> int:
+    """What so many first tokens see: keys of their own block and the one before, and codes from the third block on."""
+    whole, rest = divmod(num_tokens, block)
+    near = whole * (block * (block + 1) // 2) + max(0, whole - 1) * block**2
+    near += rest * (rest + 1) // 2 + (rest * block if whole else 0)
+    return near + max(0, num_tokens - 2 * block) * codes
+
+
+def _pairs_both_ways(num_tokens: int, block: int, codes: int) -> int:
+    """The same where a token also sees the block after its own, and codes where there are blocks beyond these."""
+    lengths = [min(block, num_tokens - at) for at in range(0, num_tokens, block)]
+    found = 0
+    for index, own in enumerate(lengths):
+        found += own * sum(lengths[max(0, index - 1) : index + 2])
+        found += own * codes * (index >= 2 or index + 2 < len(lengths))
+    return found
+
+
 def state_space_flops(num_channels: int, state_size: int, num_tokens: int) -> int:
     """FLOPs of the two products of a recurrence with a matrix as its state: what is written to it and read from it."""
     return 4 * num_channels * state_size * num_tokens
@@ -77,6 +110,13 @@ def _selected(query: Any, key: Any, kept_key: Any, window: int, **_: Any) -> int
     return selected_flops(batch * num_heads, head_dim, num_queries, window, kept_key[2], before)
 
 
+def _quantised(query: Any, key: Any, value: Any, codes: Any, block: int, both_ways: bool, **_: Any) -> int:
+    batch, num_queries, key_size = query
+    num_past = key[1] - num_queries
+    each = quantised_flops(key_size, value[-1], num_queries, block, codes[0], num_past, both_ways)
+    return batch * each
+
+
 def _register(operation: Any, count: Callable[..., int], times: int = 1) -> None:
     @register_flop_formula(operation)
     def formula(*args: Any, **kwargs: Any) -> int:
@@ -92,3 +132,5 @@ _register(torch.ops.swat_lm.state_space_scan, _scanned)
 _register(torch.ops.swat_lm.state_space_scan_backward, _scanned, times=2)
 _register(torch.ops.swat_lm.selected_attention, _selected)
 _register(torch.ops.swat_lm.selected_attention_backward, _selected, times=2)
+_register(torch.ops.swat_lm.quantised_attention, _quantised)
+_register(torch.ops.swat_lm.quantised_attention_backward, _quantised, times=2)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from swat_lm.named_recipes import SUFFIXES
 from swat_lm.papers.ecp import ECP
 from swat_lm.papers.experiment import Experiment
+from swat_lm.papers.longvq import LONGVQ
 from swat_lm.papers.spade import SPADE
 from swat_lm.papers.sparsek import SPARSEK
 from swat_lm.papers.studies import load_study
@@ -21,6 +22,7 @@ PAPERS: dict[str, dict[str, Experiment]] = {
     "taipan": TAIPAN,
     "ecp": ECP,
     "sparsek": SPARSEK,
+    "longvq": LONGVQ,
 }
 """Tables and figures of each paper, by the names that `swat-lm reproduce` takes."""
 MEASURED = ("blockwise",)

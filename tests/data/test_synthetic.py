@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from swat_lm.data.batches import IGNORED
+from swat_lm.data.list_operations import CLOSING, DIGITS, NUM_IDS, value_of
 from swat_lm.data.sources import DataError, resolve_sources
 from swat_lm.data.synthetic import FIRST_KEY, MARK, SyntheticRow, SyntheticSource, is_synthetic, synthetic_task
 
@@ -66,6 +67,41 @@ def test_what_is_worth_keeping_is_told_by_its_mark():
     # all others are values, and of the marked ones alone is asked
     assert [answer.start for answer in row.answers] == [43, 45, 47]
     assert [int(row.tokens[place + 1]) for place in marks[:3]] == [int(row.tokens[place + 1]) for place in marks[3:]]
+
+
+def test_operations_have_their_results():
+    """Rows are full of them, nested and not; whoever reads them in another way finds the same results."""
+    task, depths, lengths = synthetic_task("synthetic:listops?depth=3&arguments=3"), set(), []
+    for number in range(40):
+        row = task.row(np.random.default_rng(number), 64)
+        assert len(row.tokens) == 64
+        assert 0 <= row.tokens.min() <= row.tokens.max() < task.num_ids == FIRST_KEY + NUM_IDS
+        for answer in row.answers:
+            assert row.tokens[answer.start - 1] == MARK
+            tokens = (row.tokens[answer.start - 1 - answer.distance : answer.start - 1] - FIRST_KEY).tolist()
+            assert row.tokens[answer.start] - FIRST_KEY == value_of(tokens) < DIGITS
+            depth = np.cumsum([1 if DIGITS <= token < CLOSING else -1 if token == CLOSING else 0 for token in tokens])
+            # one operation, whole
+            assert depth[-1] == 0 < depth[:-1].min()
+            depths.add(int(depth.max()))
+            lengths.append(answer.distance)
+    assert depths == {1, 2, 3}
+    assert min(lengths) >= 4
+    with pytest.raises(DataError, match=r"needs data\.sequence_length of at least 7, got 6"):
+        task.row(np.random.default_rng(0), 6)
+    with pytest.raises(DataError, match="no distance to ask for"):
+        task.row_at(np.random.default_rng(0), 9)
+    with pytest.raises(DataError, match="arguments must be a whole number of at least 2"):
+        synthetic_task("synthetic:listops?arguments=1")
+
+
+def test_operations_by_hand():
+    """[MAX 4 [MIN 2 9 ] 1 ] = 4; the median of an even number is the middle's mean without its fraction."""
+    low, high, middle, total = range(DIGITS, CLOSING)
+    assert value_of([high, 4, low, 2, 9, CLOSING, 1, CLOSING]) == 4
+    assert value_of([middle, 9, 2, 5, CLOSING]) == 5
+    assert value_of([middle, 9, 2, 5, 8, CLOSING]) == 6
+    assert value_of([total, 9, 8, total, 7, 7, CLOSING, CLOSING]) == 1
 
 
 def test_batches_are_a_pure_function_of_seed_and_step():

@@ -11,6 +11,7 @@ SMALL = {
     "spade": {"kind": "spade", "state_size": 8},
     "sparsek": {"kind": "sparsek", "k": 3, "sliding_window": 4},
     "ecp": {"kind": "ecp", "segment": 4},
+    "longvq": {"kind": "longvq", "codes": 6, "block": 3, "key_size": 8, "state_size": 4},
 }
 
 SUBJECTS = [Subject(kind, [SMALL.get(kind, kind)]) for kind in LAYERS if not LAYERS[kind].shortens] + [

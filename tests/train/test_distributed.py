@@ -81,6 +81,13 @@ def speaking_runs(make_recipe, tmp_path: Path) -> tuple[Recipe, list[Recipe]]:
     return speaks("speaking"), split
 
 
+def quantised(make_recipe, name: str, **train) -> Recipe:
+    """LongVQ, whose codebook absorbs what all rows of a step have said."""
+    recipe = make_recipe(name, **train)
+    layer = {"kind": "longvq", "codes": 12, "block": 8, "key_size": 8, "state_size": 4}
+    return replace(recipe, model={**recipe.model, "layers": [layer]})
+
+
 def beside(out: str | Path) -> list[float]:
     """What layers and objective showed beside the loss, at every step."""
     logged = read_metrics(Path(out, "metrics.jsonl"))
@@ -108,6 +115,9 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
     llama = baseline(make_recipe, "llama-single", "llama")
     run(llama)
 
+    codebook = quantised(make_recipe, "quantised")
+    run(codebook)
+
     recipes = [
         other("sharded", export=True),
         other("accumulated", micro_batch_size=1, activation_checkpointing=True),
@@ -119,6 +129,7 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
         replace(single, seed=7),
         baseline(make_recipe, "llama", "llama", export=True),
         *speaking_split,
+        quantised(make_recipe, "quantised-split", micro_batch_size=1, activation_checkpointing=True),
         replace(other("initial"), model={"init": single.out}),
         other("chunks", micro_batch_size=1, **CHUNKS),
         other("counting", objective="counting"),
@@ -140,6 +151,14 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
     assert_close(metrics(llama.out), metrics(tmp_path / "llama"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama" / "export")
     assert type(model).__module__.startswith("transformers.")
+
+    # nor does what a codebook learns of
+    assert said["quantised-split"] == ["done 8"] * 2
+    assert_close(metrics(codebook.out), metrics(tmp_path / "quantised-split"), rel=1e-4)
+    split_codes, codes = weights(replace(codebook, out=str(tmp_path / "quantised-split"))), weights(codebook)
+    for name in ("codes", "counts", "totals"):
+        one = f"model.layers.1.mixer.codebook.{name}"
+        torch.testing.assert_close(split_codes[one], codes[one], rtol=1e-3, atol=1e-5)
 
     # the export is whole, and errors found by the main process reach all
     assert_export_equals(tmp_path / "sharded" / "export", single)
