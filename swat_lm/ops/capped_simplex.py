@@ -9,6 +9,7 @@ Legend: B sequences, K heads, T rows, M candidates, N = M + T all that can enter
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,40 @@ class Prefixes(NamedTuple):
     """int64 `[B, K, N]`: rows in which it is among the k largest."""
     held: Tensor
     """int64 `[B, K, blocks, k]`: the k largest candidates before each block of C rows, the largest first."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Blocks that are looked at together."""
+
+    order: Tensor
+    """int64 `[B, K, g, M + C]`: candidates that any row of a block may have, by falling score."""
+    falling: Tensor
+    """Their scores."""
+    first_row: int
+    segments: Tensor | None
+    """int64 `[B, T]`, of all rows."""
+    total: int
+    """k."""
+    most: int
+    """M."""
+    num_rows: int
+    """T, without those that fill up the last block."""
+
+    @property
+    def num_blocks(self) -> int:
+        """g."""
+        return self.order.shape[2]
+
+    @property
+    def block(self) -> int:
+        """C."""
+        return self.order.shape[3] - self.most
+
+    @property
+    def span(self) -> slice:
+        """Of all rows, those of these blocks."""
+        return slice(self.first_row, self.first_row + self.num_blocks * self.block)
 
 
 def capped_simplex(scores: Tensor, total: float) -> Tensor:
@@ -86,8 +121,8 @@ def prefix_thresholds(entering: Tensor, before: Tensor, segments: Tensor | None,
     num_free = torch.empty_like(entering, dtype=torch.int64)
     found = Prefixes(torch.empty_like(entering), num_free, full, free, chosen, order[..., :0])
     for some, of_one_document in _runs(segments, order.shape[2], block, batch * heads * block * block):
-        fill = _fill_by_places if of_one_document else _fill_by_table
-        fill(found, order[:, :, some], falling[:, :, some], some.start * block, segments, total, most, num_rows)
+        run = Run(order[:, :, some], falling[:, :, some], some.start * block, segments, total, most, num_rows)
+        (_fill_by_places if of_one_document else _fill_by_table)(found, run)
     # what was largest before a block: its first k of those that did not enter with it
     inside = order >= most + block * torch.arange(order.shape[2], device=order.device)[:, None]
     held = order.gather(-1, inside.to(torch.int8).sort(dim=-1, stable=True).indices[..., :total])
@@ -141,72 +176,50 @@ def _sorted_blocks(entering: Tensor, before: Tensor, segments: Tensor | None, bl
     return torch.stack(orders, dim=2), torch.stack(falling, dim=2)
 
 
-def _fill_by_table(
-    found: Prefixes,
-    order: Tensor,
-    falling: Tensor,
-    first_row: int,
-    segments: Tensor | None,
-    total: int,
-    most: int,
-    num_rows: int,
-) -> None:
-    """Find what some blocks `[B, K, g, M + C]` have to say, in tables `[B, K, g, C, M + C]`: documents may begin."""
-    blocks, block = order.shape[2], order.shape[3] - most
-    rows = torch.arange(first_row, first_row + blocks * block, device=order.device).view(blocks, block, 1)
-    entered = (order[..., None, :] - most <= rows) & (falling > NONE)[..., None, :] & (rows < num_rows)
+def _fill_by_table(found: Prefixes, run: Run) -> None:
+    """Find what some blocks have to say, in tables `[B, K, g, C, M + C]`: documents may begin."""
+    order, falling, segments = run.order, run.falling, run.segments
+    rows = torch.arange(run.span.start, run.span.stop, device=order.device).view(run.num_blocks, run.block, 1)
+    entered = (order[..., None, :] - run.most <= rows) & (falling > NONE)[..., None, :] & (rows < run.num_rows)
     if segments is not None:
-        own = torch.cat((segments.new_zeros(len(segments), most), segments), dim=1)
+        own = torch.cat((segments.new_zeros(len(segments), run.most), segments), dim=1)
         of_candidates = own[:, None].expand(-1, order.shape[1], -1).gather(-1, order.flatten(2)).view(order.shape)
-        of_rows = segments[:, first_row : first_row + blocks * block].reshape(-1, 1, blocks, block, 1)
+        of_rows = segments[:, run.span].reshape(-1, 1, run.num_blocks, run.block, 1)
         entered &= of_candidates[..., None, :] == of_rows
     rank = entered.cumsum(-1, dtype=torch.int32)
-    chosen, counted = entered & (rank <= total), entered & (rank <= most)
+    chosen, counted = entered & (rank <= run.total), entered & (rank <= run.most)
     # a row's own candidates in falling order, the others behind
     own = torch.where(counted, falling[..., None, :], NONE)
     place = own.argsort(dim=-1, descending=True, stable=True)
-    tau = Merged(own.gather(-1, place), torch.zeros_like(place), 0, 1).thresholds(total)
+    tau = Merged(own.gather(-1, place), torch.zeros_like(place), 0, 1).thresholds(run.total)
     full = counted & (falling[..., None, :] >= tau + 1)
     free = counted & (falling[..., None, :] > tau) & ~full
-    tau = tau.squeeze(-1)
-    span = slice(first_row, first_row + blocks * block)
-    found.tau[..., span], found.num_free[..., span] = tau.flatten(2), free.sum(-1).flatten(2)
+    found.tau[..., run.span], found.num_free[..., run.span] = tau.squeeze(-1).flatten(2), free.sum(-1).flatten(2)
     for into, where in ((found.full, full), (found.free, free), (found.chosen, chosen)):
         into.scatter_add_(-1, order.flatten(2), where.sum(-2).flatten(2))
 
 
-def _fill_by_places(
-    found: Prefixes,
-    order: Tensor,
-    falling: Tensor,
-    first_row: int,
-    segments: Tensor | None,
-    total: int,
-    most: int,
-    num_rows: int,
-) -> None:
+def _fill_by_places(found: Prefixes, run: Run) -> None:
     """As `_fill_by_table` for blocks in which no document begins, from places in the falling order alone.
 
     In the order of a block the candidates that a row counts end at a place that only falls from row to row, and
     thresholds rise: so the rows of a candidate follow one another, and where they end is looked up.
     """
-    falling = falling.contiguous()
-    blocks, block = order.shape[2], order.shape[3] - most
-    base = first_row + block * torch.arange(blocks, device=order.device)[:, None]
+    order, falling, block = run.order, run.falling.contiguous(), run.block
+    base = run.first_row + block * torch.arange(run.num_blocks, device=order.device)[:, None]
     # the row, of its block, with which a candidate enters
-    entered = order - most - base
+    entered = order - run.most - base
     merged = Merged(falling, entered.clamp(min=0), block, block, is_new=entered >= 0)
-    ends = merged.end_of(most).cummin(-1).values
+    ends = merged.end_of(run.most).cummin(-1).values
     # rising but for rounding
-    tau = merged.thresholds(total, ends).cummax(-1).values
+    tau = merged.thresholds(run.total, ends).cummax(-1).values
     upper = tau + 1
     rising = (-falling).contiguous()
     num_free = merged.count_at(torch.minimum(torch.searchsorted(rising, (-tau).contiguous()), ends)) - merged.count_at(
         torch.minimum(torch.searchsorted(rising, (-upper).contiguous(), right=True), ends)
     )
-    span = slice(first_row, first_row + blocks * block)
-    found.tau[..., span], found.num_free[..., span] = tau.flatten(2), num_free.flatten(2).long()
-    real_rows = (num_rows - base).clamp(max=block)
+    found.tau[..., run.span], found.num_free[..., run.span] = tau.flatten(2), num_free.flatten(2).long()
+    real_rows = (run.num_rows - base).clamp(max=block)
     place = torch.arange(falling.shape[-1], device=order.device).expand(falling.shape)
     begin = entered.clamp(min=0)
 
@@ -221,7 +234,7 @@ def _fill_by_places(
     counted = rows_with(ends)
     full = rows_until(torch.minimum(torch.searchsorted(upper.contiguous(), falling, right=True), counted))
     free = rows_until(torch.minimum(torch.searchsorted(tau.contiguous(), falling), counted)) - full
-    chosen = rows_until(rows_with(merged.end_of(total).cummin(-1).values))
+    chosen = rows_until(rows_with(merged.end_of(run.total).cummin(-1).values))
     for into, number in ((found.full, full), (found.free, free), (found.chosen, chosen)):
         into.scatter_add_(-1, order.flatten(2), number.flatten(2))
 

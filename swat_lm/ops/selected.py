@@ -14,7 +14,8 @@ from torch import Tensor
 from swat_lm.ops import selected_attention as dense
 from swat_lm.ops.calls import schema
 from swat_lm.ops.capped_simplex import NONE, prefix_thresholds
-from swat_lm.ops.selected_attention import MASKINGS, Gradients, SelectedCall
+from swat_lm.ops.selected_attention import MASKINGS, Gradients
+from swat_lm.ops.selected_tables import SelectedCall
 
 BLOCK = 64
 """Rows that are processed as one dense product."""
