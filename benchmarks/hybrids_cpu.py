@@ -22,6 +22,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
 from benchmarks import measure, record
 from benchmarks.hybrid_peers import PEERS, compare_peer
+from benchmarks.rows import Rows
 from swat_lm.layers import Layer
 from swat_lm.layers.base import Shared
 from swat_lm.layers.chunk import Chunk
@@ -134,6 +135,16 @@ def compare_recurrences(lengths: tuple[int, ...], rounds: int) -> list[dict[str,
     return rows
 
 
+def beside_peer(name: str, length: int, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """A row for a mixer of transformers' hybrids."""
+    return [compare_peer(name, WIDTH, length, rounds, steps)]
+
+
+def as_one(task: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
+    """The rows of a task as one that is kept."""
+    return {"rows": task()}
+
+
 def judge(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The goals of one row."""
     where = f"T {row['length']}"
@@ -162,12 +173,20 @@ def main() -> None:
         "tests/ops/test_mamba2.py",
     )  # fmt: skip
     lengths, rounds = (LENGTHS[:1], 3) if arguments.quick else (tuple(sorted(set(arguments.lengths))), 5)
-    tasks = [partial(compare_executions, share, lengths, rounds) for share in SHARES]
-    rows: list[dict[str, Any]] = []
+    settings = {
+        "width": WIDTH, "heads": HEADS, "window": WINDOW, "state size": STATE, "batch": 1, "dtype": "float32",
+        "step": "forward, backward", "seconds": "of one processor", "lengths": list(lengths),
+    }  # fmt: skip
+    kept = None if arguments.quick else Rows("hybrids_cpu", settings)
+    tasks: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        f"taipan {share}": partial(compare_executions, share, lengths, rounds) for share in SHARES
+    }
+    tasks["mamba2"] = partial(compare_recurrences, lengths, rounds)
     steps = 10 if arguments.quick else 40
-    peers = [lambda name=name: [compare_peer(name, WIDTH, lengths[0], rounds, steps)] for name in PEERS]
-    for task in [*tasks, partial(compare_recurrences, lengths, rounds), *peers]:
-        for row in task():
+    tasks |= {name: partial(beside_peer, name, lengths[0], rounds, steps) for name in PEERS}
+    rows: list[dict[str, Any]] = []
+    for label, task in tasks.items():
+        for row in task() if kept is None else kept.measured(label, partial(as_one, task))["rows"]:
             rows.append(row)
             sys.stdout.write(
                 ", ".join(
@@ -175,15 +194,13 @@ def main() -> None:
                 )
                 + "\n"
             )
+            sys.stdout.flush()
     goals = [line for row in rows for line in judge(row)]
     for line in goals:
         sys.stdout.write(f"{'reached' if line['reached'] else 'MISSED '}  {line['goal']}: {line['measured']}\n")
-    if not arguments.quick:
-        settings = {
-            "width": WIDTH, "heads": HEADS, "window": WINDOW, "state size": STATE, "batch": 1, "dtype": "float32",
-            "step": "forward, backward", "seconds": "of one processor",
-        }  # fmt: skip
+    if kept is not None:
         sys.stdout.write(record.finish(record.save("hybrids_cpu", rows, goals, settings), arguments.record))
+        kept.forget()
 
 
 if __name__ == "__main__":

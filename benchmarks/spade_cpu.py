@@ -122,9 +122,10 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(one) > 1:
         shortest, longest = min(one), max(one)
         for name in ("window", "spade kept"):
-            grown = one[longest][f"{name} s"] / one[shortest][f"{name} s"]
-            slope = math.log(grown) / math.log(longest / shortest)
-            found.append(measure.goal(f"{name}: linear in T, 1 / the slope of log time", 1 / SLOPE, 1 / slope))
+            for unit, what in (("s", "time"), ("MiB", "memory")):
+                grown = one[longest][f"{name} {unit}"] / one[shortest][f"{name} {unit}"]
+                slope = math.log(grown) / math.log(longest / shortest)
+                found.append(measure.goal(f"{name}: linear in T, 1 / the slope of log {what}", 1 / SLOPE, 1 / slope))
     return found
 
 

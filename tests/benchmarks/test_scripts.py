@@ -19,6 +19,7 @@ from benchmarks import (
     record,
     selection_cpu,
     selective_copy,
+    spade_cpu,
     table,
     taipan_recall,
     train_cpu,
@@ -98,6 +99,20 @@ def test_rows_of_peers(monkeypatch, name):
     assert row["largest difference"] < 1e-4
     assert row["loss, ours"] == pytest.approx(row["loss, theirs"], abs=1e-4)
     assert hybrids_cpu.judge(row) == []
+
+
+def test_goals_of_a_state_space():
+    """Of time and of memory over both lengths, and a time that grows as the square misses its goal."""
+
+    def row(length, seconds, mebibytes):
+        own = {name: {"s": seconds, "MiB": mebibytes} for name in ("window", "spade kept")}
+        figures = {f"{name} {unit}": value for name, found in own.items() for unit, value in found.items()}
+        return {"length": length, "batch": 1, "spade kept / window": 2.0, "spade anew / window": 4.0, **figures}
+
+    goals = spade_cpu.judge([row(2048, 1.0, 100), row(16384, 64.0, 800), {"taps": 2048}])
+    reached = {line["goal"].split(",")[-1]: line["reached"] for line in goals if "linear" in line["goal"]}
+    assert reached == {" 1 / the slope of log time": False, " 1 / the slope of log memory": True}
+    assert [line["reached"] for line in goals if "kept: a window" in line["goal"]] == [True, True]
 
 
 def test_the_recall_measurement_knows_queries_from_others(tmp_path: Path, monkeypatch):
