@@ -87,7 +87,8 @@ def counted(name: str, size: Size, scale: Scale, tokens: int) -> tuple[int, floa
     torch.manual_seed(0)
     method = METHODS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = SwatForCausalLM(configuration(method, size, scale)).train().to(device)
+    model: Any = SwatForCausalLM(configuration(method, size, scale)).train()
+    model.to(device)
     ids = torch.randint(size.vocabulary, (1, tokens), device=device)
     with tempfile.TemporaryDirectory() as folder:
         own = execution_settings(method, scale)
