@@ -34,6 +34,8 @@ DEMO_PLOT = ROOT / "docs" / "images" / "loss_by_length.png"
 # what `python -m benchmarks.checkpoint --record` found
 CHECKPOINT_RESULT = RESULTS / "smollm2.json"
 CHECKPOINT_PLOT = DEMO_PLOT.with_name("smollm2.png")
+# what `python -m benchmarks.training_memory --record` found
+MEMORY_RESULT = ROOT / "benchmarks" / "results" / "training_memory.json"
 
 
 def main() -> None:
@@ -71,6 +73,7 @@ def blocks() -> dict[Path, dict[str, str]]:
             "demo": demo(result),
             "checkpoint": checkpoint(real, shown=("full", "w256s0", "w1024s4", "third4"), far=True),
             "info": f"```text\n{info('swat-340m')}```",
+            "memory": memory(json.loads(MEMORY_RESULT.read_text(encoding="utf-8"))),
             "claims": claims([json.loads(path.read_text(encoding="utf-8")) for path in records()]),
             "speed": speed(sorted((ROOT / "benchmarks" / "results").glob("*.json"))),
             "tree": f"```\n{tree(ROOT, folders_only=True)}```",
@@ -172,6 +175,19 @@ def speed(results: list[Path]) -> str:
     measured = [one["machine"] for one in records if one["goals"]]
     machines = {f"{machine['processor']}, {machine['threads']} threads" for machine in measured}
     return "\n".join([*lines, "", f"Measured on {' and '.join(sorted(machines))}."])
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Peaks of a training pass in MiB by the tokens of its row, a column for every way to run layers."""
+    names = [key.removesuffix(" MiB") for key in result["rows"][0] if key.endswith(" MiB")]
+    body = [
+        [f"{row['tokens']:,}", *("" if (size := row[f"{name} MiB"]) is None else number(size) for name in names)]
+        for row in result["rows"]
+    ]
+    shown, commit = result["settings"], result["machine"]["commit"]
+    table = rows(["tokens of the row", *(f"{name}, MiB" for name in names)], body)
+    model = f"{shown['layers']} layers of width {shown['width']}, a window of {shown['window']}"
+    return f"{table}\n\nOf {model}; blocks of {shown['block']:,}, chunks of {shown['chunk']}; commit {commit}."
 
 
 def number(value: float) -> str:

@@ -64,7 +64,8 @@ def recipe(folder: Path, name: str, ending: str) -> Recipe:
     """A run of one execution in a folder of its own."""
     train = TrainRecipe(
         steps=STEPS, batch_size=4, micro_batch_size=2, learning_rate=3e-3, warmup_steps=20, log_every=1,
-        evaluate_every=100, evaluate_batches=2, save_every=16, keep=2, export=True, execution=name,
+        evaluate_every=100, evaluate_batches=2, save_every=16, keep=2, export=True,
+        execution=name,  # type: ignore[arg-type]
         execution_settings=EXECUTIONS[name],
     )  # fmt: skip
     data = DataRecipe(

@@ -133,7 +133,8 @@ def _real_first(x: Tensor, documents: Tensor | None, real: Tensor) -> tuple[Tens
     """Order every row's real tokens first, the others as zeros; also by which index `[B, T]`."""
     order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
     x = _take(x, order).masked_fill(~real.gather(1, order)[..., None], 0.0)
-    return x, None if documents is None else documents.gather(1, order), order
+    # the others may have stood before all documents, and numbers never decrease
+    return x, None if documents is None else documents.gather(1, order).cummax(dim=1).values, order
 
 
 def _tail(past: Tensor, x: Tensor, documents: Tensor | None, num_real: Tensor | None) -> Tensor:

@@ -149,7 +149,7 @@ def _by_channel_backward(d_sums: Tensor, inputs: Tensor, columns: Tensor, d_colu
         columns.shape[1], [True, False, False],
     )[0]  # fmt: skip
     batch, num_tokens, num_channels = d_sums.shape
-    length = max(1, BLOCK_BUDGET // (2 * batch * num_channels))
+    length = max(1, BLOCK_BUDGET // max(1, 2 * batch * num_channels))
     product = torch.empty_like(d_sums[:, :length])
     for start in range(0, num_tokens, length):
         some = d_sums[:, start : start + length]

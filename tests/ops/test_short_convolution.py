@@ -111,6 +111,30 @@ def test_blocks_in_float32(monkeypatch, kernel, budget):
     assert d_x[:, 9:41].all()
 
 
+def test_padding_before_documents_keeps_them_apart_in_float32():
+    """Padding has the number of before: a row of it first, or of the document that a past is of."""
+    x, weight, bias, past = (each.float() for each in make_inputs(num_tokens=9, kernel=4))
+    real = torch.tensor([[False, False, *[True] * 7], [*[True] * 4, False, False, *[True] * 3]])
+    segments = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 1, 1]])
+    for before in (None, past):
+        x = x.detach().requires_grad_()
+        output, _ = short_convolution(x, weight, bias, past=before, segments=segments, real=real)
+        alone, _ = short_convolution(x[:, 6:], weight, bias)
+        torch.testing.assert_close(output[:, 6:], alone)
+        (d_x,) = torch.autograd.grad(output[:, 6:].sum(), x)
+        assert not d_x[:, :6].any()
+    begun, _ = short_convolution(x[:1], weight, bias, past=past[:1], segments=segments[:1], real=real[:1])
+    torch.testing.assert_close(begun[:, 2:6], short_convolution(x[:1, 2:6], weight, bias)[0])
+
+
+def test_no_rows_have_gradients():
+    x, weight, bias, _ = (each.float()[:0] if each.dim() == 3 else each.float() for each in make_inputs())
+    output, _ = short_convolution(x.requires_grad_(), weight, bias)
+    output.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
 def test_parts_of_a_stream_are_one_pass_and_so_are_steps():
     x, weight, bias, past = make_inputs(batch=3)
     segments = torch.tensor([0] * 9 + [1] * 2 + [2] * 12).expand(3, -1)

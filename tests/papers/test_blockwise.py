@@ -75,7 +75,7 @@ def test_scales_are_complete():
     assert SCALES.keys() == MEASURES.keys()
     for name, measure in MEASURES.items():
         assert measure.exact == 0 or measure.exact % SCALES[name].sizes["block"]
-        assert max(measure.curve, default=0) <= measure.most_measured
+        assert max(measure.curve, default=0) <= measure.most_windowed
 
 
 def test_the_command_refuses_what_belongs_to_training(cli, here: Path):

@@ -255,9 +255,14 @@ class BlockedLayer:
         """Keys and values of these tokens, in pieces of at most a block."""
         for begin in range(start, stop, self.size):
             end = min(begin + self.size, stop)
-            part = self.chunk._once(("part", begin, end), partial(self.chunk.part, begin, end))
+            index = begin // self.size
+            if slice(begin, end) == self.spans[index]:
+                part = self.parts[index]
+            else:
+                part = self.chunk._once(("part", begin, end), partial(self.chunk.part, begin, end))
             with torch.no_grad(), self.autocast():
-                yield slice(begin, end), self.layer.kept_items(hidden[:, begin:end], part)  # type: ignore[operator]
+                items = self.layer.kept_items(hidden[:, begin:end], part)  # type: ignore[operator]
+            yield slice(begin, end), items
 
     def backward(self, hidden: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """From the gradient of the output to those of `hidden` and of `parameters`, in order."""
@@ -284,7 +289,8 @@ class BlockedLayer:
             for place, part in enumerate(found):
                 if part is not None:
                     total = totals[place]
-                    totals[place] = part if total is None else total.add_(part)
+                    # of its own: what two weights are given may be one tensor
+                    totals[place] = part.clone() if total is None else total.add_(part)
         return of_hidden, *totals
 
 

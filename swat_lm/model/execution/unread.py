@@ -27,7 +27,7 @@ def unread(layer: Layer) -> Iterator[None]:
     if linear is None:
         yield
         return
-    linear.forward = partial(unformed, linear)
+    linear.forward = partial(unformed, linear)  # type: ignore[assignment]
     try:
         yield
     finally:

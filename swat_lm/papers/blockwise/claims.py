@@ -24,7 +24,8 @@ DOUBTFUL = (
     "the paper's accounting has one in two bytes. One that held a fourth would read rows twice as long.",
     "The paper's own memory-efficient baseline keeps or recomputes what its framework chose; ours holds what PyTorch's "
     "autograd saves of a layer whose attention saves queries, keys and values alone.",
-    "Peaks are of live tensors: what kernels and PyTorch's allocator take beside them is not counted.",
+    "Peaks are of live tensors: what kernels and PyTorch's allocator take beside them is not counted, nor, where "
+    "weights are shared out, what is gathered of a layer at a time.",
 )
 
 

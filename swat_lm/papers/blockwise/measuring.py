@@ -34,11 +34,12 @@ def longest_and_peaks(name: str, size: Size, scale: Scale, measure: Measure) -> 
         shards=size.shards,
     )  # fmt: skip
     longest = longest_row(predicted, size.available)
-    lengths = sorted({*measure.curve, longest} if longest <= measure.most_measured else set(measure.curve))
+    most = measure.most_windowed if method.windowed else measure.most_measured
+    lengths = sorted({*measure.curve, longest} if longest <= most else set(measure.curve))
     points = []
     for tokens in lengths:
         need = predicted.need(tokens)
-        if need.total <= size.available and tokens <= measure.most_measured:
+        if need.total <= size.available and tokens <= most:
             peak, seconds = counted(name, size, scale, tokens)
             points.append({
                 "tokens": tokens, "predicted": need.total, "counted": need.weights + need.optimizer + peak,
@@ -86,7 +87,8 @@ def counted(name: str, size: Size, scale: Scale, tokens: int) -> tuple[int, floa
     torch.manual_seed(0)
     method = METHODS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = SwatForCausalLM(configuration(method, size, scale)).train().to(device)
+    model: Any = SwatForCausalLM(configuration(method, size, scale)).train()
+    model.to(device)
     ids = torch.randint(size.vocabulary, (1, tokens), device=device)
     with tempfile.TemporaryDirectory() as folder:
         own = execution_settings(method, scale)

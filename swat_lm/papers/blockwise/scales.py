@@ -37,7 +37,10 @@ class Measure:
 
     sizes: tuple[Size, ...]
     most_measured: int
-    """Longest row that is run and counted; beyond, and where 0, peaks are predicted by running shapes."""
+    """Longest row that is run and counted, of attention to all tokens, whose time grows with the square of the row;
+    beyond, and where 0, peaks are predicted by running shapes."""
+    most_windowed: int
+    """The same of attention to a window."""
     curve: tuple[int, ...]
     """Lengths of the curve of peaks."""
     exact: int
@@ -65,10 +68,10 @@ SCALES = {
 }  # fmt: skip
 MEASURES: Mapping[str, Measure] = {
     "tiny": Measure(
-        (Size("tiny", 32, 4, 4, 1024, 80 * MIB),), 24_576, (512, 1024, 2048, 4096, 8192, 16_384), 700
+        (Size("tiny", 32, 4, 4, 1024, 80 * MIB),), 8192, 24_576, (512, 1024, 2048, 4096, 8192, 16_384), 700
     ),
     "small": Measure(
-        (Size("small", 512, 8, 8, 8192, 16 * GIB),), 16_384, (1024, 2048, 4096, 8192, 16_384), 1500
+        (Size("small", 512, 8, 8, 8192, 16 * GIB),), 16_384, 65_536, (1024, 2048, 4096, 8192, 16_384), 1500
     ),
     "paper": Measure(
         (
@@ -76,7 +79,7 @@ MEASURES: Mapping[str, Measure] = {
             Size("7B", 4096, 32, 32, 50_432, 80 * 10**9, 8, (2, 16, 32)),
             Size("13B", 5120, 40, 40, 50_432, 80 * 10**9, 8, (2, 4, 16)),
         ),
-        0, (), 0, narrow=True,
+        0, 0, (), 0, narrow=True,
     ),
-    "miniature": Measure((Size("miniature", 32, 1, 2, 64, 2 * MIB),), 128, (32, 64), 45),
+    "miniature": Measure((Size("miniature", 32, 1, 2, 64, 2 * MIB),), 128, 128, (32, 64), 45),
 }  # fmt: skip
