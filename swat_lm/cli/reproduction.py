@@ -19,7 +19,10 @@ __all__ = ["reproduce"]
 
 def reproduce(
     experiment: Annotated[
-        str, typer.Argument(help="table1 to table3, figure2, figure3, figure5; spade; taipan, taipan-capacity; ecp.")
+        str,
+        typer.Argument(
+            help="table1 to table3, figure2, figure3, figure5; spade; taipan, taipan-capacity; ecp; longvq."
+        ),
     ],
     scale: Annotated[str, typer.Option(help="tiny (two cores), small (one GPU) or paper (a cluster, by torchrun).")],
     data: Annotated[
