@@ -42,11 +42,10 @@ WITHOUT_SYSTEM = 128 + (3 * STATE + 2) // 3
 
 
 def layer(**settings: Any) -> dict[str, Any]:
-    """A layer of LongVQ at the size of these tasks."""
-    return {
-        "kind": "longvq", "key_size": KEY_SIZE, "block": BLOCK, "state_size": STATE, "intermediate_size": 128,
-        **settings,
-    }  # fmt: skip
+    """A layer of LongVQ at the size of these tasks; in short runs keys move on fast, and codes must follow."""
+    size = {"key_size": KEY_SIZE, "block": BLOCK, "state_size": STATE, "intermediate_size": 128}
+    book = {} if "attention" in settings else {"average_decay": 0.9}
+    return {"kind": "longvq", **size, **book, **settings}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from benchmarks.measure import REPOSITORY, RESULTS
 
 PAGE = REPOSITORY / "docs" / "performance.md"
 BENCHMARKS = (
-    "attention_cpu", "train_cpu", "training_memory", "decode_cpu", "spade_cpu", "hybrids_cpu", "selection_cpu", "serve",
+    "attention_cpu", "train_cpu", "training_memory", "decode_cpu", "spade_cpu", "longvq_cpu", "hybrids_cpu",
+    "selection_cpu", "serve",
     "attention_gpu", "attention_gpu_code",
 )  # fmt: skip
 NOT_RECORDED = "Not recorded yet: `python -m benchmarks.{name} --record` measures it and records it here."

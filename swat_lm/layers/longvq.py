@@ -25,10 +25,13 @@ from swat_lm.layers.pre_norm import FeedForward, start, start_normal
 from swat_lm.layers.structured_state import StructuredState
 from swat_lm.ops.codebook import unit_keys
 from swat_lm.ops.flops import quantised_flops
+from swat_lm.ops.memory import check_fits
 from swat_lm.ops.precision import sum_dtype
 from swat_lm.ops.quantised_attention import dense_attention
 
 BIAS_START = 0.02
+# of all pairs, forward and backward, where keys are as they are
+SCORES_HELD = 6
 
 
 class Projected(NamedTuple):
@@ -52,7 +55,7 @@ class LongVqMixer(nn.Module):
 
     def __init__(self, settings: LongVqSettings, width: int, index: int) -> None:
         super().__init__()
-        self.settings, self.width = settings, width
+        self.settings = settings
         self.value_size = settings.value_expand * width
         self.ssm = None if settings.ssm == WITHOUT else StructuredState(settings, width, "longvq")
         self.attends = settings.attention != WITHOUT
@@ -157,7 +160,14 @@ class LongVqMixer(nn.Module):
         if past is not None:
             items, num_past = past.extend(exact_key=key.to(value.dtype), exact_value=value)
             key, value = items["exact_key"].to(made.query.dtype), items["exact_value"]
-        own = torch.arange(num_past + made.query.shape[1], device=key.device)
+        batch, num_items = key.shape[:2]
+        if not torch.compiler.is_compiling():
+            check_fits(
+                batch * made.query.shape[1] * num_items * key.element_size() * SCORES_HELD, key.device,
+                f"longvq: scores of all pairs of {num_items:,} keys (attention: exact)",
+                "read the text in shorter chunks after a state, train on shorter rows, or quantise",
+            )  # fmt: skip
+        own = torch.arange(num_items, device=key.device)
         distance = (own[num_past:, None] - own)[None]
         blind, first = chunk.hidden_items(num_past), chunk.first_visible(num_past)
         visible = torch.ones_like(distance, dtype=torch.bool)

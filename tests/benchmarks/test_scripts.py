@@ -14,6 +14,7 @@ from benchmarks import (
     ecp_copy,
     hybrid_peers,
     hybrids_cpu,
+    longvq_tasks,
     measure,
     models,
     record,
@@ -131,6 +132,24 @@ def test_the_recall_measurement_knows_queries_from_others(tmp_path: Path, monkey
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "taipan-seed0.json").write_text(json.dumps(record))
     assert taipan_recall.summary(tmp_path)[1].startswith("taipan ")
+
+
+def test_tasks_of_quantised_keys(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(longvq_tasks, "HELD_OUT_BATCHES", 1)
+    monkeypatch.setattr(longvq_tasks, "ROWS", 2)
+    for task, chosen in longvq_tasks.TASKS.items():
+        sizes = [
+            count_model_parameters(configure_model(longvq_tasks.recipe(task, name, 0, tmp_path, 1).model, 259)).total
+            for name in chosen.plans
+        ]
+        assert all(size == pytest.approx(sizes[0], rel=0.01) for size in sizes), sizes
+    record = longvq_tasks.train_and_measure("listops", "quantised", 0, tmp_path, 1)
+    assert record["parameters"] == sizes[0]
+    assert 0 <= record["accuracy"] < 0.6
+    assert record["codes_used_1"] >= 1
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "listops-quantised-seed0.json").write_text(json.dumps(record))
+    assert longvq_tasks.summary(tmp_path)[1].startswith("listops  quantised ")
 
 
 def test_training_row():

@@ -281,3 +281,11 @@ def test_what_does_not_fit_is_named(settings, message):
 def test_an_entry_says_nothing_without_a_meaning(entry, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         SwatConfig(hidden_size=32, num_hidden_layers=1, layers=[{"kind": "longvq", **entry}]).plan()
+
+
+def test_scores_of_all_pairs_that_do_not_fit_are_refused(monkeypatch):
+    entry = {"kind": "longvq", "block": BLOCK, "key_size": 8, "attention": "exact", "ssm": "none"}
+    one, ids = model(entry), tokens(1, 9)
+    monkeypatch.setattr("swat_lm.ops.memory.available_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"longvq: scores of all pairs of 9 keys \(attention: exact\) need about"):
+        one_pass(one, ids)

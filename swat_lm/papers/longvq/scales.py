@@ -15,6 +15,8 @@ class Dimensions:
     """What the layers need beside the budget's shape."""
 
     codes: int
+    average_decay: float
+    """Of the codebook: in short runs keys move on fast, and codes must follow."""
     key_size: int
     state_size: int
     """Of a state space of LongVQ."""
@@ -70,9 +72,9 @@ MINIATURE = Scale(
 
 SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER, MINIATURE)}
 DIMENSIONS = {
-    "tiny": Dimensions(64, 64, 16, 24),
-    "small": Dimensions(256, 128, 16, 40),
-    "paper": Dimensions(512, 128, 16, 48),
-    "miniature": Dimensions(8, 8, 4, 4),
+    "tiny": Dimensions(64, 0.9, 64, 16, 24),
+    "small": Dimensions(256, 0.99, 128, 16, 40),
+    "paper": Dimensions(512, 0.99, 128, 16, 48),
+    "miniature": Dimensions(8, 0.9, 8, 4, 4),
 }
 """By scale."""

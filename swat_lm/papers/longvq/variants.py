@@ -47,12 +47,13 @@ def layer(name: str, scale: Scale) -> dict[str, Any]:
 
     near = {"kind": "longvq", "block": window // 2, "key_size": size.key_size}
     system = {"state_size": size.state_size}
-    quantised = {**near, **system, "codes": size.codes}
+    book = {"codes": size.codes, "average_decay": size.average_decay}
+    quantised = {**near, **system, **book}
     softmax = {"kind": "attention", "score_function": "softmax", "slopes": "none", **wider("all")}
     plans: dict[str, dict[str, Any]] = {
         "longvq": quantised,
         "no-attention": {"kind": "longvq", "attention": "none", **system, **wider("attention")},
-        "no-ssm": {**near, "codes": size.codes, "ssm": "none", **wider("system")},
+        "no-ssm": {**near, **book, "ssm": "none", **wider("system")},
         "exact": {**near, **system, "attention": "exact"},
         "fewer-codes": {**quantised, "codes": size.codes // 4},
         "dead-codes": {**quantised, "dead_below": 0.0},
