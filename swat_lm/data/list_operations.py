@@ -38,21 +38,25 @@ def draw_expression(random: np.random.Generator, depth: int, arguments: int, lon
     `longest` must hold one of `arguments` digits, `arguments + 2` tokens.
     """
     while True:
-        found = _draw(random, depth, arguments)
-        if len(found.tokens) <= longest:
+        found = _draw(random, depth, arguments, longest)
+        if found is not None:
             return found
         depth = max(1, depth - 1) if random.random() < 0.1 else depth
 
 
-def _draw(random: np.random.Generator, depth: int, arguments: int) -> Expression:
+def _draw(random: np.random.Generator, depth: int, arguments: int, room: int) -> Expression | None:
+    """None as soon as it has more than `room` tokens: wide and deep ones would fill any memory."""
     which = int(random.integers(len(OPERATIONS)))
     tokens, values = [DIGITS + which], []
     for _ in range(int(random.integers(2, arguments + 1))):
         if depth > 1 and random.random() < NESTED:
-            inner = _draw(random, depth - 1, arguments)
+            inner = _draw(random, depth - 1, arguments, room - len(tokens) - 1)
         else:
             digit = int(random.integers(DIGITS))
             inner = Expression([digit], digit)
+        # one more closes it
+        if inner is None or len(tokens) + len(inner.tokens) >= room:
+            return None
         tokens += inner.tokens
         values.append(inner.value)
     return Expression([*tokens, CLOSING], OPERATIONS[which][1](values))

@@ -224,6 +224,8 @@ class SyntheticTask:
 
 
 # what each task knows of its dataclass
+DEEPEST = 100
+"""Operations within each other; Long Range Arena (arXiv 2011.04006) has 10."""
 SETTINGS = {
     "kv": ("keys", "values"),
     "mqar": ("pairs", "keys", "values"),
@@ -267,6 +269,10 @@ def settings_of(name: str, text: str, known: Sequence[str]) -> Mapping[str, int]
         least = 2 if key in ("keys", "values", "arguments") else 1
         if not value.isdigit() or int(value) < least:
             raise DataError(f"{name}: {key} must be a whole number of at least {least}; got {value!r}")
+        if key == "depth" and int(value) > DEEPEST:
+            raise DataError(
+                f"{name}: depth must be at most {DEEPEST}, which rows of few tokens never reach; got {value}"
+            )
     return {key: int(value) for key, value in pairs}
 
 

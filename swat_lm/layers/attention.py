@@ -108,6 +108,8 @@ def settle_heads(values: dict[str, Any], given: frozenset[str], width: int) -> d
     Raises ValueError, which begins with the setting's name, for heads that do not divide the width.
     """
     heads = values["num_attention_heads"]
+    if heads < 1:
+        raise ValueError(f"num_attention_heads: expected at least 1, got {heads}")
     if "num_attention_heads" in given:
         # the configuration's own follow from its number of heads
         values = values | dict.fromkeys({"num_key_value_heads", "head_dim"} - given)

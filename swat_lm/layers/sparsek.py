@@ -216,8 +216,8 @@ class SparsekAttention(Mixer):
             return positions.double()
         if self.settings.selection == "random":
             heads = torch.arange(self.settings.num_key_value_heads, device=positions.device)
-            # far enough apart that the mask is 1
-            return uniform(positions, heads, self.index) * 2.0**40
+            # at least 1 apart, so that the mask is 1, and whole numbers whose differences float32 holds
+            return (uniform(positions, heads, self.index) * 2.0**24).floor().double()
         assert learned is not None
         return learned.double() + self.settings.position_slope * positions.double()
 

@@ -53,6 +53,8 @@ class SparsekSettings(HeadsSettings):
         if self.k + window < 1:
             raise ValueError("k: nothing is selected and there is no window; give k or sliding_window")
         most = self.candidates
+        if most is not None and not self.k:
+            raise ValueError(f"candidates: nothing is selected (k is 0), so there are none to choose from; got {most}")
         if most is not None and self.k and most <= self.k:
             raise ValueError(
                 f"candidates: expected more than are selected (k is {self.k}), got {most}: with as many the mask is 1 "

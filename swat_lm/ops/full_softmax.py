@@ -42,7 +42,13 @@ def serves(call: AttentionCall, needs_per_head: bool = False) -> bool:
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """As `blocked.forward`: `(output [B, T, H, D], lse [B, T, H])`."""
-    output, lse = attended(call, *in_heads(call))
+    query, key, value = in_heads(call)
+    output, lse = attended(call, query, key, value)
+    # the kernel makes zeros of rows whose scores are no numbers, and a broken model would look healthy
+    broken = query.isnan().any(dim=-1)
+    if bool(broken.any()):
+        output.masked_fill_(broken[..., None], torch.nan)
+        lse.masked_fill_(broken, torch.nan)
     # one number for all scores of a head moves their lse and nothing else
     lse = lse + call.head_bias().constant[:, None]
     return output.transpose(1, 2).contiguous().to(call.query.dtype), lse.transpose(1, 2).contiguous()
@@ -52,7 +58,7 @@ def backward(call: AttentionCall, grad_output: Tensor) -> tuple[Tensor, Tensor, 
     """The gradients of query, key and value; output and lse are computed anew, as all backwards here do."""
     query, key, value = in_heads(call)
     output, lse = attended(call, query, key, value)
-    gradient = grad_output.to(query.dtype).transpose(1, 2)
+    gradient = grad_output.to(query.dtype).contiguous().transpose(1, 2)
     earlier = key.shape[2] - query.shape[2]
     d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
     # of the part itself, by heads; then of what came before, where a group's heads are rows
@@ -72,9 +78,12 @@ def backward(call: AttentionCall, grad_output: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def in_heads(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Query `[B, H, T, D]`, key and value `[B, K, S, D]`, in the precision of scores."""
+    """Query `[B, H, T, D]`, key and value `[B, K, S, D]`, in the precision of scores, channels side by side."""
     dtype = score_dtype(call.query)
-    return tuple(x.to(dtype).transpose(1, 2) for x in (call.query, call.key, call.value))  # type: ignore[return-value]
+    given = (x.to(dtype) for x in (call.query, call.key, call.value))
+    # the kernel reads them as if they were, whatever the strides say
+    together = (x if x.stride(-1) == 1 else x.contiguous() for x in given)
+    return tuple(x.transpose(1, 2) for x in together)  # type: ignore[return-value]
 
 
 def attended(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

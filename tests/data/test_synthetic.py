@@ -89,6 +89,10 @@ def test_operations_have_their_results():
     assert min(lengths) >= 4
     with pytest.raises(DataError, match=r"needs data\.sequence_length of at least 7, got 6"):
         task.row(np.random.default_rng(0), 6)
+    # those of Long Range Arena, most of which would be far longer than the row
+    assert len(synthetic_task("synthetic:listops?depth=10&arguments=10").row(np.random.default_rng(0), 500).answers) > 3
+    with pytest.raises(DataError, match="depth must be at most 100"):
+        synthetic_task("synthetic:listops?depth=2000")
     with pytest.raises(DataError, match="no distance to ask for"):
         task.row_at(np.random.default_rng(0), 9)
     with pytest.raises(DataError, match="arguments must be a whole number of at least 2"):

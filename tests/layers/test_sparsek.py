@@ -112,6 +112,7 @@ def test_what_is_kept_is_bounded():
     ("changes", "message"),
     [
         ({"k": -1}, "k: expected 0 to"),
+        ({"k": 0, "candidates": 4}, "candidates: nothing is selected"),
         ({"k": 0, "sliding_window": 0}, "k: nothing is selected and there is no window"),
         ({"k": 4, "candidates": 4}, r"candidates: expected more than are selected \(k is 4\), got 4"),
         ({"sliding_window": None}, "sliding_window: a window of all tokens leaves none to select"),
@@ -141,3 +142,16 @@ def test_a_backward_pass_may_stand_under_autocast():
         found.append(one.model.layers[0].self_attn.score_proj.weight.grad.clone())
     torch.testing.assert_close(*found, rtol=0.05, atol=0.01)
     assert found[0].any()
+
+
+@pytest.mark.parametrize("selection", ["learned", "recent", "random"])
+def test_what_is_selected_in_float32_is_so_step_by_step(selection: str):
+    """A threshold that rounds to a score would drop a key of `random`, whose scores are far apart."""
+    one = model({"kind": "sparsek", "k": 3, "sliding_window": 2, "selection": selection}).float()
+    ids = tokens(2, 64)
+    with torch.no_grad():
+        whole = one(ids).logits
+        state = one.init_state(2)
+        steps = torch.stack([one.decode_step(ids[:, at : at + 1], state) for at in range(64)], dim=1)
+        torch.testing.assert_close(steps, whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.double()(ids).logits.float(), whole, rtol=0, atol=1e-5)

@@ -76,3 +76,37 @@ def test_the_gradient_of_an_lse_comes_by_tiles():
         results.append(torch.autograd.grad((output * lse[..., None]).sum(), (query, key, value)))
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, whose channels do not lie side by side."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("strided", ["query", "key", "value", "incoming"])
+def test_any_strides_will_do(strided: str):
+    torch.manual_seed(0)
+    given = {name: torch.randn(1, 9, 2, 8) for name in ("query", "key", "value", "incoming")}
+    given["query"], given["incoming"] = given["query"][:, 4:], given["incoming"][:, 4:]
+    given[strided] = apart(given[strided])
+    results = []
+    for backend in ("reference", "blocked"):
+        leaves = [given[name].detach().requires_grad_() for name in ("query", "key", "value")]
+        output = window_attention(*leaves, window=None, score_function="softmax", backend=backend)
+        results.append((output, *torch.autograd.grad(output, leaves, given["incoming"])))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_what_is_no_number_stays_none():
+    """As in the equation: a query that is broken breaks its own row, a value those that see it."""
+    for broken in ("query", "key", "value"):
+        torch.manual_seed(0)
+        given = {name: torch.randn(1, 5, 2, 4) for name in ("query", "key", "value")}
+        given[broken][0, 2, 1, 3] = torch.nan
+        found, wanted = (
+            window_attention(**given, window=None, score_function="softmax", return_lse=True, backend=backend)
+            for backend in ("blocked", "reference")
+        )
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True)
