@@ -44,6 +44,10 @@ class MeasuredExperiment(ABC):
     def scales(self) -> Mapping[str, Scale]:
         """How large it can be, by name."""
 
+    def settings(self, scale: Scale) -> dict[str, Any]:
+        """What else the figures depend on: a folder of other settings is not gone on with."""
+        return {}
+
     @abstractmethod
     def jobs(self, scale: Scale) -> Mapping[str, str]:
         """What is measured one after the other: names, and what people are told."""
@@ -89,11 +93,15 @@ def reproduce_measured(experiment: MeasuredExperiment, scale_name: str, out: Pat
 
 def begin(experiment: MeasuredExperiment, scale: Scale, out: Path) -> None:
     """Make the folder, or go on in it. Raises ValueError where it holds something else."""
-    plan, wanted = out / "plan.json", {"experiment": experiment.name, "scale": scale.name}
+    plan = out / "plan.json"
+    wanted = {"experiment": experiment.name, "scale": scale.name, "sizes": dict(scale.sizes)}
+    # as it comes back from the file
+    wanted = json.loads(json.dumps({**wanted, "settings": experiment.settings(scale)}))
     if plan.exists():
         held = read_json(plan)
         if held != wanted:
-            raise ValueError(f"{out} holds another experiment or scale ({held}): name another folder for --out")
+            other = next(key for key in wanted if not isinstance(held, dict) or held.get(key) != wanted[key])
+            raise ValueError(f"{out} was measured with another {other}: name another folder for --out")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no reproduction: name another folder for --out")

@@ -50,7 +50,7 @@ def test_it_measures_judges_and_goes_on(tmp_path: Path, monkeypatch):
     path.write_text("{")
     with pytest.raises(ValueError, match=r"miniature-vanilla\.json is damaged"):
         reproduce_measured(find_measured("blockwise"), "miniature", out, notes)
-    with pytest.raises(ValueError, match="holds another experiment or scale"):
+    with pytest.raises(ValueError, match="was measured with another scale: name another folder"):
         reproduce_measured(find_measured("blockwise"), "tiny", out, notes)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()

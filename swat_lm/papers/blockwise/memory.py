@@ -1,6 +1,7 @@
 """The experiment: of every way to train the longest row in a given memory, a curve of peaks, and equal gradients."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ class BlockwiseMemory(MeasuredExperiment):
     @override
     def scales(self) -> Mapping[str, Scale]:
         return SCALES
+
+    @override
+    def settings(self, scale: Scale) -> dict[str, Any]:
+        return {**asdict(MEASURES[scale.name]), "methods": {name: str(method) for name, method in METHODS.items()}}
 
     @override
     def jobs(self, scale: Scale) -> Mapping[str, str]:
