@@ -5,8 +5,8 @@
 
 Each model is trained by the trainer on the same rows, and one JSON record is written for each, with accuracy on rows
 that are never trained on and how many codes are in use. A record that is there is kept, so several commands with other
---variants or --seeds may run side by side on the same folder. Two keys of one code share the sum of their values, so with
-fewer codes than keys attention must add next to nothing to what a state space recalls in short rows by itself.
+--variants or --seeds may run side by side on the same folder. Two keys of one code share the sum of their values, so
+with fewer codes than keys attention must add next to nothing to what a state space recalls in short rows by itself.
 """
 
 import argparse
