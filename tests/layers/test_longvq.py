@@ -247,6 +247,24 @@ def test_a_stream_has_no_end():
     close(logits[0].transpose(0, 1), one_pass(one, ids)[:, 17:])
 
 
+def test_a_step_under_autocast_attends_as_precisely_as_a_chunk(monkeypatch):
+    """Products of queries and keys are not narrowed by either."""
+    widths, matmul = set(), torch.matmul
+
+    def noted(one: Tensor, other: Tensor) -> Tensor:
+        found = matmul(one, other)
+        widths.add(found.dtype)
+        return found
+
+    one, ids = model(longvq(codes=5)).float(), tokens(2, 20)
+    state = one.init_state(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one.prefill(ids[:, :19], state)
+        monkeypatch.setattr(torch, "matmul", noted)
+        one.decode_step(ids[:, 19:], state)
+    assert widths == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
