@@ -64,7 +64,8 @@ class LossOfParts(SizedExperiment):
         for variant in found.chosen.values():
             for seed in found.finished(variant):
                 last = found.training(variant, seed)[-1:]
-                counts = [f"{line[name]:.0f}" for line in last for name in sorted(line) if name.startswith(USED)]
+                layers = sorted(int(name.removeprefix(USED)) for line in last for name in line if name.startswith(USED))
+                counts = [f"{last[0][f'{USED}{layer}']:.0f}" for layer in layers]
                 if counts:
                     used.append([variant.label, str(seed), ", ".join(counts)])
         return [
