@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from swat_lm.model.configuration import SwatConfig
     from swat_lm.model.heads import SwatForQuestionAnswering, SwatForSequenceClassification, SwatForTokenClassification
     from swat_lm.model.modeling import SwatForCausalLM, SwatModel, SwatPreTrainedModel
+    from swat_lm.model.trainer_callback import AbsorbingCallback
     from swat_lm.ops import window_attention, window_attention_step
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AbsorbingCallback": "swat_lm.model.trainer_callback",
     "SwatConfig": "swat_lm.model.configuration",
     "SwatForCausalLM": "swat_lm.model.modeling",
     "SwatForQuestionAnswering": "swat_lm.model.heads",
@@ -33,6 +35,7 @@ _LAZY = {
 _MODEL_PACKAGES = ("transformers", "safetensors", "huggingface_hub", "yaml")
 
 __all__ = [
+    "AbsorbingCallback",
     "SwatConfig",
     "SwatForCausalLM",
     "SwatForQuestionAnswering",

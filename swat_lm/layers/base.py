@@ -129,7 +129,8 @@ class Auxiliary:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """Sums over the chunk that `Layer.absorb` takes in after the optimizer's step."""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Numbers to show: means over the chunk's tokens, padding left out, so that chunks add up to rows."""
+    """Numbers to show: means over the chunk's tokens, padding left out, so that chunks add up to rows. What is no such
+    mean is made of statistics: `Layer.metrics_of`."""
 
 
 # so that whoever looks for tensors in outputs finds these: FSDP gathers weights before the first gradient comes
@@ -304,6 +305,10 @@ class Layer(TokenMixer, GradientCheckpointingLayer):
 
         `weight_decay` stands in the place of the recipe's; `learning_rate_factor` multiplies the step's learning rate.
         """
+        return {}
+
+    def metrics_of(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Numbers to show of the statistics of one step, summed over micro-batches and processes, before `absorb`."""
         return {}
 
     def absorb(self, statistics: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 Legend: B rows, T tokens, S codes, D key size.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -30,6 +31,8 @@ class KeyCodebook(Precise):
     ) -> None:
         super().__init__()
         self.index, self.decay, self.dead_below, self.weight = index, decay, dead_below, commitment_weight
+        self.noticed = False
+        self.version: int | None = None
         precise = precise_dtype()
         self.register_buffer("codes", torch.zeros(num_codes, key_size, dtype=precise))
         self.register_buffer("counts", torch.zeros(num_codes, dtype=precise))
@@ -62,12 +65,35 @@ class KeyCodebook(Precise):
         seed = torch.zeros_like(chunk.positions[:, :1]) if chunk.seed is None else chunk.seed[:, None]
         drawn = [uniform(seed, chunk.positions, self.index, which).expand(code.shape) for which in (0, 1)]
         seen = seen_of(key.detach(), code, self.codes, -drawn[0].log(), (drawn[1] * len(self.codes)).long(), real)
-        used = {f"codes_used_{self.index}": perplexity(seen.counts)}
-        return Auxiliary(losses, {f"codebook_{name}": value for name, value in seen._asdict().items()}, used)
+        return Auxiliary(losses, {f"codebook_{name}": value for name, value in seen._asdict().items()})
+
+    def metrics_of(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How many codes a whole step has used, as a perplexity, which is no mean over its parts."""
+        return {f"codes_used_{self.index}": perplexity(statistics["codebook_counts"])}
+
+    def notice(self, trained: Tensor) -> None:
+        """Warn once where an optimizer has stepped between two passes of training and nothing was ever absorbed.
+
+        `trained`: a parameter that an optimizer changes in place.
+        """
+        if self.noticed or torch.compiler.is_compiling() or trained.is_inference():
+            return
+        before, self.version = self.version, trained._version
+        if before is None or before == self.version:
+            return
+        self.noticed = True
+        if not self.counts.any():
+            warnings.warn(
+                "longvq: the optimizer has stepped and the codebook has absorbed nothing, so it stays as drawn: "
+                "call model.absorb(outputs.auxiliary) after optimizer.step(), or give the Trainer "
+                "callbacks=[swat_lm.AbsorbingCallback()]",
+                stacklevel=2,
+            )
 
     def absorb(self, statistics: Mapping[str, Tensor]) -> None:
         """Take in what a whole step has seen. Raises ValueError for a codebook that asks for a gradient."""
         self.check_untrained()
+        self.noticed = True
         seen = Seen(*(statistics[f"codebook_{name}"].to(self.codes.device) for name in Seen._fields))
         book = absorbed(Codebook(self.codes, self.counts, self.totals), seen, self.decay, self.dead_below)
         for name in BUFFERS:

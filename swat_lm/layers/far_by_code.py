@@ -173,15 +173,16 @@ def step_by_code(
     wide = query.dtype
     counts, totals = kept["code_counts"][slot], kept["code_totals"][slot].to(wide)
     distance = (position[:, None] - torch.arange(window, device=slot.device)) % window
-    near = torch.matmul(query, kept["near_key"][slot].to(wide).transpose(1, 2))
     by_distance = torch.cat((bias.to(wide), bias.new_zeros(window - len(bias), dtype=wide)))
-    near = near + by_distance[distance][:, None]
     is_near = (distance <= position[:, None]) & (distance < window - 1)
-    near = near.masked_fill(~is_near[:, None], -torch.inf)
-    far = torch.matmul(query, codes.to(wide).t()).masked_fill((counts == 0)[:, None], -torch.inf)
-    # the row's own key is always near
-    most = torch.maximum(near.amax(-1), far.amax(-1))[..., None]
-    near, far = (near - most).exp(), (far - most).exp()
-    weight = near.sum(-1, keepdim=True) + (far * counts.to(wide)[:, None]).sum(-1, keepdim=True)
-    found = torch.matmul(near, kept["near_value"][slot].to(wide)) + torch.matmul(far, totals)
-    return (found / weight).to(value.dtype)
+    # as the op of a whole chunk does
+    with torch.autocast(query.device.type, enabled=False):
+        near = torch.matmul(query, kept["near_key"][slot].to(wide).transpose(1, 2)) + by_distance[distance][:, None]
+        near = near.masked_fill(~is_near[:, None], -torch.inf)
+        far = torch.matmul(query, codes.to(wide).t()).masked_fill((counts == 0)[:, None], -torch.inf)
+        # the row's own key is always near
+        most = torch.maximum(near.amax(-1), far.amax(-1))[..., None]
+        near, far = (near - most).exp(), (far - most).exp()
+        weight = near.sum(-1, keepdim=True) + (far * counts.to(wide)[:, None]).sum(-1, keepdim=True)
+        found = torch.matmul(near, kept["near_value"][slot].to(wide)) + torch.matmul(far, totals)
+        return (found / weight).to(value.dtype)

@@ -114,6 +114,8 @@ class LongVqMixer(nn.Module):
         else:
             key, code = self.codebook(made.key)
             said = self.codebook.say(made.key, code, chunk)
+            if self.training:
+                self.codebook.notice(self.shared_scale)
             heads = attend_by_code(
                 made.query, key.to(hidden.dtype), made.value, code, self.codebook.codes, self.local_bias, chunk, past,
                 self.settings.block, self.settings.bidirectional,
@@ -274,6 +276,11 @@ class LongVqLayer(Layer):
         if chunk.last is None:
             return None
         return "what is far is summed up to each block, so it cannot read a prefix in both directions; use attention"
+
+    def metrics_of(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How many codes are in use."""
+        assert self.mixer.codebook is not None, "a layer without a codebook returned statistics"
+        return self.mixer.codebook.metrics_of(statistics)
 
     def absorb(self, statistics: Mapping[str, Tensor]) -> None:
         """The codebook follows the keys of the step."""

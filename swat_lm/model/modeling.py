@@ -21,6 +21,7 @@ import swat_lm.model.tensor_parallel  # noqa: F401 registers the style that the 
 from swat_lm.layers.base import NOTHING, Auxiliary, Layer
 from swat_lm.layers.chunk import Chunk
 from swat_lm.layers.norm import NORMS
+from swat_lm.model.absorbing import Absorbing
 from swat_lm.model.building import build_layers, shared_by
 from swat_lm.model.cache import SlotCache
 from swat_lm.model.configuration import SwatConfig
@@ -28,7 +29,7 @@ from swat_lm.model.embeddings import ScaledHead, output_embedding, token_embeddi
 from swat_lm.model.execution import check_chunk, is_hooked, run_layers, step_layers, stepped_over
 from swat_lm.model.execution.base import Execution
 from swat_lm.model.execution.chunks import ReverseChunks
-from swat_lm.model.execution.table import Checkpointed, Executable, Plain
+from swat_lm.model.execution.table import Executable, Plain
 from swat_lm.model.inputs import documents_from_lengths, draws_noise, plan_carry, plan_chunk, refuse_unknown, row_seeds
 from swat_lm.model.kept import check_kept
 from swat_lm.model.loss import PLAIN_WEIGHTS, chunked_cross_entropy, chunked_cross_entropy_through
@@ -39,7 +40,7 @@ from swat_lm.model.streaming import Streaming
 from swat_lm.model.targets import next_tokens, of_those_handed_on
 
 
-class SwatPreTrainedModel(Checkpointed, PreTrainedModel):
+class SwatPreTrainedModel(Absorbing, PreTrainedModel):
     """What Hugging Face needs to know of these models."""
 
     config: SwatConfig
@@ -210,14 +211,9 @@ class SwatModel(SwatPreTrainedModel):
         return cast(list[Layer], self.layers)
 
     def _run_after(
-        self,
-        carry: Carry,
-        hidden: Tensor,
-        document_ids: Tensor | None,
-        windows: tuple[int | None, ...] | None,
-        seed: Tensor | None,
-        given: dict[str, Any],
-    ) -> SwatModelOutput:
+        self, carry: Carry, hidden: Tensor, document_ids: Tensor | None, windows: tuple[int | None, ...] | None,
+        seed: Tensor | None, given: dict[str, Any],
+    ) -> SwatModelOutput:  # fmt: skip
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name}: a carry knows where its rows stand; give document_ids, or nothing")

@@ -16,6 +16,8 @@ ELEMENTS = 2**22
 # of two waiting times drawn for a place the ratio is uniform: to this power one of them decides, in float64 without
 # overflow from the shortest on
 SHARPNESS, SHORTEST = 40, 1e-7
+# a sum of weights that is lower has lost its digits, and its quotients are anywhere
+LEAST = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps
 
 
 class Seen(NamedTuple):
@@ -53,11 +55,13 @@ def nearest_codes(key: Tensor, codes: Tensor) -> Tensor:
 
     Its products have no gradient, and FLOP counters do not count them.
     """
-    half = codes.square().sum(1) / 2
-    found = [
-        (half - torch.mm(part, codes.t())).argmin(dim=1)
-        for part in key.reshape(-1, key.shape[-1]).split(max(1, ELEMENTS // len(codes)))
-    ]
+    # an op does not leave autocast by itself, and codes are chosen by small differences
+    with torch.autocast(key.device.type, enabled=False):
+        half = codes.square().sum(1) / 2
+        found = [
+            (half - torch.mm(part, codes.t())).argmin(dim=1)
+            for part in key.reshape(-1, key.shape[-1]).split(max(1, ELEMENTS // len(codes)))
+        ]
     return (torch.cat(found) if found else half.new_zeros(0, dtype=torch.int64)).view(key.shape[:-1])
 
 
@@ -98,15 +102,15 @@ def absorbed(book: Codebook, seen: Seen, decay: float, dead_below: float) -> Cod
     """The codebook after a step: running averages, codes as their means, dead codes in the places of drawn keys.
 
     A code is dead whose running count is below `dead_below` of the mean over all codes; it begins anew with that mean.
-    A code that has no count stays where it is.
+    A code that has no count stays where it is; so does a dead one where the keys drawn for its place lie upon codes.
     """
     wide = book.totals.dtype
     count = decay * book.counts.double() + (1 - decay) * seen.counts
     total = decay * book.totals.double() + (1 - decay) * seen.totals
     codes = torch.where((count > 0)[:, None], total / count.clamp(min=1e-300)[:, None], book.codes.double())
     mean = count.mean()
-    revived = (count < dead_below * mean) & (seen.spare_weight > 0)
-    spare = seen.spare_totals / seen.spare_weight.clamp(min=1e-300)[:, None]
+    revived = (count < dead_below * mean) & (seen.spare_weight > LEAST)
+    spare = seen.spare_totals / seen.spare_weight.clamp(min=LEAST)[:, None]
     codes = torch.where(revived[:, None], spare, codes)
     count = torch.where(revived, mean, count)
     total = torch.where(revived[:, None], spare * mean, total)

@@ -13,7 +13,8 @@ Legend: R sequences, A items before the rows (none, or two blocks), T rows, B to
 size, S codes, g blocks at once.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -227,13 +228,25 @@ class Laid:
         blind = ~self.near(self.seen, group)[:, :, None]
         return far, near.masked_fill_(blind if self.later is None else blind | self.later, -torch.inf)
 
-    def starts(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-        """Groups of blocks in order, with what is far of the block before each."""
-        before = self.begun()
-        for group in self.groups():
+    def starts(
+        self, groups: Sequence[slice], before: tuple[Tensor, Tensor]
+    ) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+        """Groups of blocks in order, with what is far of the block before each; `before`: of that before the first."""
+        for at, group in enumerate(groups):
+            if at:
+                counts, totals = self.own_sums(groups[at - 1])
+                before = before[0] + counts.sum(1), before[1] + totals.sum(1)
             yield group, before
-            counts, totals = self.own_sums(group)
-            before = before[0] + counts.sum(1), before[1] + totals.sum(1)
+
+    def starts_backwards(self) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+        """The same from the last group to the first: of n it holds some 2 sqrt(n) sums, and forms each twice."""
+        groups = self.groups()
+        each = math.isqrt(len(groups) - 1) + 1
+        kept = [before for at, (_, before) in enumerate(self.starts(groups, self.begun())) if at % each == 0]
+        for first in reversed(range(0, len(groups), each)):
+            part = list(self.starts(groups[first : first + each], kept.pop()))
+            while part:
+                yield part.pop()
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -278,7 +291,7 @@ def _gradients(call: QuantisedCall, grad_output: Tensor, output: Tensor, lse: Te
     d_bias = torch.zeros_like(laid.bias)
     # later blocks of rows see what earlier ones do: from the last group to the first
     later = torch.zeros_like(laid.begun()[1])
-    for group, before in reversed(list(laid.starts())):
+    for group, before in laid.starts_backwards():
         count, total = laid.far(group, before)
         far, near = (x.sub_(lse[:, group]).exp_() for x in laid.scores(group, count))
         own, value, query = grad[:, group], laid.near(laid.value, group), laid.query[:, group]
@@ -305,7 +318,7 @@ def _gradients(call: QuantisedCall, grad_output: Tensor, output: Tensor, lse: Te
     return Gradients(
         d_query.flatten(1, 2)[:, : laid.num_rows].to(call.query.dtype).contiguous(),
         d_key.to(call.key.dtype).contiguous(), d_value.to(call.value.dtype).contiguous(), bias.to(call.bias.dtype),
-        call.bias.new_empty(0) if call.totals is None else of_total,
+        call.bias.new_empty(0) if call.totals is None else of_total.contiguous(),
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from swat_lm.data import Batch
-from swat_lm.layers.base import Auxiliary, Layer
+from swat_lm.layers.base import Auxiliary
+from swat_lm.model.absorbing import Statistics, absorb_statistics, add_statistics
 from swat_lm.train.engine import Engine
 from swat_lm.train.objectives import Objective
 
@@ -68,7 +69,7 @@ class StepAuxiliary:
         self.engine, self.weights, self.divisors = engine, weights, divisors
         self.losses: dict[str, Tensor] = {}
         self.shown: dict[str, list[Tensor]] = defaultdict(list)
-        self.statistics: dict[int, dict[str, Tensor]] = {}
+        self.statistics: Statistics = {}
 
     def add(self, auxiliary: Sequence[Auxiliary]) -> Tensor | None:
         """Take in one pass; returns what is added to its loss, None where layers give no losses."""
@@ -88,9 +89,7 @@ class StepAuxiliary:
                 added = weighted if added is None else added + weighted
             for name, number in said.metrics.items():
                 self.shown[name].append(number.detach().float())
-            held = self.statistics.setdefault(layer, {}) if said.statistics else {}
-            for name, statistic in said.statistics.items():
-                held[name] = held[name] + statistic.detach() if name in held else statistic.detach()
+        add_statistics(self.statistics, auxiliary)
         return added
 
     def check_weights(self, known: set[str]) -> None:
@@ -112,10 +111,16 @@ class StepAuxiliary:
         return found
 
     @torch.no_grad()
-    def absorb(self, model: nn.Module) -> None:
-        """After the optimizer's step: hand each layer its statistics, summed over micro-batches and processes."""
-        if not self.statistics:
-            return
-        layers = [module for module in model.modules() if isinstance(module, Layer)]
-        for layer, statistics in sorted(self.statistics.items()):
-            layers[layer].absorb({name: self.engine.sum(statistics[name].clone()) for name in sorted(statistics)})
+    def absorb(self, model: nn.Module) -> dict[str, Tensor]:
+        """After the optimizer's step: hand each layer its statistics, summed over micro-batches and processes.
+
+        Returns what layers show of them, as `metrics` does.
+        """
+        step = {
+            layer: {name: self.engine.sum(sums[name].clone()) for name in sorted(sums)}
+            for layer, sums in sorted(self.statistics.items())
+        }
+        shown = absorb_statistics(model, step)
+        return {
+            f"layers_{name}": torch.stack(numbers).mean() / self.engine.num_processes for name, numbers in shown.items()
+        }

@@ -141,7 +141,7 @@ class Run:
         norm = engine.clip_gradients(model, train.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        auxiliary.absorb(model)
+        metrics |= auxiliary.absorb(model)
 
         stop = torch.tensor(float(self.interruption.requested), device=engine.device)
         sums = engine.sum(torch.stack([*metrics.values(), stop])).tolist()

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -180,13 +181,52 @@ def test_it_learns_with_its_codes_in_use():
         total, divisor = said.losses["commitment"]
         assert divisor == 160
         losses.append((total / divisor).item())
-        used.append(said.metrics["codes_used_0"].item())
         (output.loss + total / divisor).backward()
         optimizer.step()
         optimizer.zero_grad()
-        absorbing(one, [dict(said.statistics)])
+        used.append(one.absorb(output.auxiliary)["codes_used_0"])
     assert losses[-1] < 0.6 * losses[0]
     assert used[-1] > 16 / 4
+
+
+def test_a_loop_of_ones_own_absorbs_the_passes_of_a_step_together():
+    """Micro-batches are one step, in the codes, and in how many are in use, which is no mean over parts."""
+    ids, books, used = tokens(3, 20), [], []
+    for rows in (3, 1):
+        one = model(longvq(codes=6), longvq(codes=4)).train()
+        passes = [one(part, labels=part, noise_seed=3).auxiliary for part in ids.split(rows)]
+        used.append(one.absorb(*passes))
+        books.append({name: buffer.clone() for name, buffer in one.named_buffers()})
+    assert used[1] == pytest.approx(used[0], rel=1e-6)
+    assert 1 < used[0]["codes_used_0"] <= 6
+    for name, buffer in books[0].items():
+        torch.testing.assert_close(books[1][name], buffer, rtol=1e-6, atol=1e-9)
+    assert one.eval().absorb(one(ids).auxiliary, None) == {}
+    with pytest.raises(ValueError, match="statistics of layer 1 and the model has 1 layers"):
+        model(longvq(codes=6)).absorb(passes[0])
+
+
+def test_who_never_absorbs_is_told_once():
+    one, ids = model(longvq(codes=6)).train(), tokens(1, 9)
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            # two passes of a step are none
+            for _ in range(2):
+                one(ids, labels=ids).loss.backward()
+            optimizer.step()
+    (warning,) = told
+    assert "model.absorb(outputs.auxiliary) after optimizer.step()" in str(warning.message)
+    one = model(longvq(codes=6)).train()
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            output = one(ids, labels=ids)
+            output.loss.backward()
+            optimizer.step()
+            one.absorb(output.auxiliary)
 
 
 @pytest.mark.parametrize("name", BUFFERS)
@@ -245,6 +285,24 @@ def test_a_stream_has_no_end():
         assert state.layers[0]["code_counts"].sum(1).tolist() == [30 - 2 * BLOCK + 1] * 2
     close(logits[1], logits[0])
     close(logits[0].transpose(0, 1), one_pass(one, ids)[:, 17:])
+
+
+def test_a_step_under_autocast_attends_as_precisely_as_a_chunk(monkeypatch):
+    """Products of queries and keys are not narrowed by either."""
+    widths, matmul = set(), torch.matmul
+
+    def noted(one: Tensor, other: Tensor) -> Tensor:
+        found = matmul(one, other)
+        widths.add(found.dtype)
+        return found
+
+    one, ids = model(longvq(codes=5)).float(), tokens(2, 20)
+    state = one.init_state(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one.prefill(ids[:, :19], state)
+        monkeypatch.setattr(torch, "matmul", noted)
+        one.decode_step(ids[:, 19:], state)
+    assert widths == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DataCollatorWithFlattening, DynamicCache, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from swat_lm import SwatForCausalLM
+from swat_lm import AbsorbingCallback, SwatConfig, SwatForCausalLM
 
 from .models import VOCABULARY, close, tiny_model, tokens
 
@@ -171,3 +171,30 @@ def test_tools_find_every_module_that_stays_whole(plan):
         assert {get_module_class_from_name(model, name) for name in part._no_split_modules} == set(
             map(type, model.model.stack)
         )
+
+
+def quantised() -> SwatForCausalLM:
+    torch.manual_seed(0)
+    layer = {"kind": "longvq", "block": 4, "key_size": 8, "state_size": 4, "codes": 6, "dead_below": 0.0}
+    config = SwatConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, layers=[layer]
+    )  # fmt: skip
+    return SwatForCausalLM(config)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_callback_has_a_codebook_absorb_what_a_step_has_seen(tmp_path, chunked: bool):
+    """All micro-batches of it, once; evaluation and passes without gradients say nothing."""
+    model = quantised()
+    if chunked:
+        model.set_execution("chunks", chunk_size=8)
+    rows = Dataset.from_list([{"input_ids": one.tolist(), "labels": one.tolist()} for one in tokens(8, 20)])
+    options = TrainingArguments(**arguments(tmp_path, eval_strategy="steps", eval_steps=1))
+    trainer = Trainer(model, options, train_dataset=rows, eval_dataset=rows, callbacks=[AbsorbingCallback()])
+    trainer.train()
+    codebook = model.model.layers[0].mixer.codebook
+    # two steps of four rows of 20, by the running average
+    assert codebook.counts.sum().item() == pytest.approx(0.01 * 80 * 1.99, rel=1e-4)
+    assert not model._forward_hooks
+    with pytest.raises(ValueError, match="expected a model of swat_lm, got Linear"):
+        AbsorbingCallback().on_train_begin(options, trainer.state, trainer.control, model=torch.nn.Linear(1, 1))

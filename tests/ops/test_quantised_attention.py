@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from swat_lm.model.execution.live_bytes import LiveBytes
 from swat_lm.ops.codebook import Codebook, Seen, absorbed, nearest_codes, perplexity, seen_of, unit_keys
 from swat_lm.ops.flops import quantised_flops
 from swat_lm.ops.quantised_attention import Laid, QuantisedCall, code_sums, dense_attention, quantised_attention
@@ -119,6 +120,41 @@ def test_the_op_is_one_that_tools_understand():
     torch.library.opcheck(ops.nearest_codes.default, (given["query"].detach(), given["codes"]), test_utils=how)
 
 
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_the_backward_op_gives_what_compilers_are_told(both_ways):
+    """Strides too, of several blocks and sequences, with sums from before."""
+    given = drawn(6 * BLOCK, both_ways)
+    order = [given.get(name) for name in QuantisedCall._fields[:7]]
+    for far in ((None, None), (torch.ones(3, CODES).long(), torch.ones(3, CODES, VALUE, dtype=torch.float64))):
+        if both_ways and far[0] is not None:
+            continue
+        call = (*order, *far, BLOCK, both_ways)
+        output, lse = torch.ops.swat_lm.quantised_attention(*call)
+        torch.library.opcheck(
+            torch.ops.swat_lm.quantised_attention_backward.default, (torch.ones_like(output), output, lse, *call),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+def test_the_backward_pass_holds_sums_of_the_square_root_of_all_blocks(monkeypatch):
+    """64 groups of one block: 8 sums are kept and 8 formed again, beside what each group needs."""
+    monkeypatch.setattr("swat_lm.ops.quantised_attention.ELEMENTS", 1)
+    blocks, codes, size = 64, 64, 32
+    given = drawn(blocks * BLOCK, False, num_codes=codes)
+    given["value"] = torch.randn(3, blocks * BLOCK, size, dtype=torch.float64)
+    call = (*(given.get(name) for name in QuantisedCall._fields[:7]), None, None, BLOCK, False)
+    output, lse = torch.ops.swat_lm.quantised_attention(*call)
+    laid = Laid(QuantisedCall(*call))
+    forwards = list(laid.starts(laid.groups(), laid.begun()))
+    for (group, before), (other, again) in zip(forwards, reversed(list(laid.starts_backwards())), strict=True):
+        assert group == other
+        assert all(torch.equal(one, same) for one, same in zip(before, again, strict=True))
+    del forwards, laid
+    with LiveBytes() as live:
+        torch.ops.swat_lm.quantised_attention_backward(output, output, lse, *call)
+    assert live.peak < 0.6 * blocks * 3 * codes * (size + 1) * 8
+
+
 def test_useful_products_are_counted():
     """What rows see: their pairs counted one by one."""
     for both_ways in (False, True):
@@ -184,6 +220,13 @@ def test_codes_are_the_nearest_and_keys_have_one_length():
     torch.testing.assert_close(key.norm(dim=-1), torch.full((2, 50), KEY**0.25, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
+def test_autocast_chooses_the_same_codes():
+    key, codes = keys(400).float(), keys(64, seed=1)[0].float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = nearest_codes(key, codes)
+    assert torch.equal(found, nearest_codes(key, codes))
+
+
 def test_a_codebook_follows_running_averages():
     """The published update, where no code is dead: c <- g c + (1 - g) sum, C = c_sum / c_count."""
     key, codes = keys(60), keys(4, seed=1)[0]
@@ -225,6 +268,10 @@ def test_dead_codes_begin_anew_at_keys_of_the_step():
     assert distance.max() < 0.5
     # another key for each
     assert len(torch.cdist(revived, key.flatten(0, 1)).argmin(1).unique()) == 6
+    # nor are codes planted where no key is: of weights that are all but zero the quotient would be the origin
+    faint = seen._replace(spare_weight=seen.spare_weight * 0 + 1e-320, spare_totals=seen.spare_totals * 0 + 1e-320)
+    book = absorbed(Codebook(codes, codes[:, 0] * 0, codes * 0), faint, 0.99, 0.1)
+    assert torch.equal(book.codes[2:], codes[2:])
     # keys that are codes already are never drawn: there is nothing to gain
     exact = absorbed(Codebook(codes, codes[:, 0] * 0, codes * 0), told(key[:, :0], codes), 0.99, 0.1)
     assert torch.equal(exact.codes, codes)

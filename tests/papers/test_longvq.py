@@ -8,6 +8,7 @@ import pytest
 
 from swat_lm.papers import PAPERS
 from swat_lm.papers.longvq.claims import CLAIMS
+from swat_lm.papers.longvq.losses import codes_in_use
 from swat_lm.papers.longvq.scales import SCALES
 from swat_lm.papers.reproduction import plan_without_running, reproduce, sources_from_folder
 from tests.papers.test_demo import Notes
@@ -29,6 +30,11 @@ def test_claims_are_about_what_is_trained():
     trained = set(EXPERIMENTS["longvq"].variants(SCALES["tiny"]))
     assert {side.variant for claim in CLAIMS for side in (claim.worse, claim.better)} == trained
     assert "reconstruction" in EXPERIMENTS["longvq"].title.lower()
+
+
+def test_layers_are_in_their_own_order():
+    line = {"loss": 1.0, "layers_codes_used_10": 3.0, "layers_codes_used_2": 4.2, "layers_codes_used_0": 5.0}
+    assert codes_in_use(line) == ["5", "4", "3"]
 
 
 def test_one_command_trains_measures_and_judges(data: Path, tmp_path: Path, in_process: list[str], monkeypatch):

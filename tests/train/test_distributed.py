@@ -155,6 +155,11 @@ def test_two_processes_compute_what_one_does(make_recipe, tmp_path, monkeypatch)
     # nor does what a codebook learns of
     assert said["quantised-split"] == ["done 8"] * 2
     assert_close(metrics(codebook.out), metrics(tmp_path / "quantised-split"), rel=1e-4)
+    used = [
+        [line["layers_codes_used_1"] for line in read_metrics(Path(out, "metrics.jsonl"))]
+        for out in (codebook.out, tmp_path / "quantised-split")
+    ]
+    assert used[1] == pytest.approx(used[0], rel=1e-2)
     split_codes, codes = weights(replace(codebook, out=str(tmp_path / "quantised-split"))), weights(codebook)
     for name in ("codes", "counts", "totals"):
         one = f"model.layers.1.mixer.codebook.{name}"

@@ -19,10 +19,16 @@ from swat_lm.papers.scales import Scale
 from swat_lm.papers.sized import SizedExperiment, SizedVariant
 from swat_lm.papers.verdicts import Verdict
 
-__all__ = ["LossOfParts"]
+__all__ = ["LossOfParts", "codes_in_use"]
 
 USED = "layers_codes_used_"
 """Of metrics.jsonl: the perplexity of a layer's codes over a step."""
+
+
+def codes_in_use(line: Mapping[str, float]) -> list[str]:
+    """Of a line of metrics, in the order of layers."""
+    layers = sorted(int(name.removeprefix(USED)) for name in line if name.startswith(USED))
+    return [f"{line[f'{USED}{layer}']:.0f}" for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,7 @@ class LossOfParts(SizedExperiment):
         used = []
         for variant in found.chosen.values():
             for seed in found.finished(variant):
-                last = found.training(variant, seed)[-1:]
-                counts = [f"{line[name]:.0f}" for line in last for name in sorted(line) if name.startswith(USED)]
+                counts = [count for line in found.training(variant, seed)[-1:] for count in codes_in_use(line)]
                 if counts:
                     used.append([variant.label, str(seed), ", ".join(counts)])
         return [
