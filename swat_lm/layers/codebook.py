@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from swat_lm.layers.base import NOTHING, Auxiliary
 from swat_lm.layers.chunk import Chunk
@@ -32,7 +33,7 @@ class KeyCodebook(Precise):
         super().__init__()
         self.index, self.decay, self.dead_below, self.weight = index, decay, dead_below, commitment_weight
         self.noticed = False
-        self.version: int | None = None
+        self.trained: Tensor | None = None
         precise = precise_dtype()
         self.register_buffer("codes", torch.zeros(num_codes, key_size, dtype=precise))
         self.register_buffer("counts", torch.zeros(num_codes, dtype=precise))
@@ -74,14 +75,20 @@ class KeyCodebook(Precise):
     def notice(self, trained: Tensor) -> None:
         """Warn once where an optimizer has stepped between two passes of training and nothing was ever absorbed.
 
-        `trained`: a parameter that an optimizer changes in place.
+        `trained`: a small parameter that every step changes.
         """
-        if self.noticed or torch.compiler.is_compiling() or trained.is_inference():
+        if (
+            self.noticed
+            or not trained.requires_grad
+            or torch.compiler.is_compiling()
+            or isinstance(trained, FakeTensor)
+        ):
             return
-        before, self.version = self.version, trained._version
-        if before is None or before == self.version:
+        # fused optimizers leave no trace but the numbers
+        before, self.trained = self.trained, trained.detach().clone()
+        if before is None or torch.equal(before, self.trained):
             return
-        self.noticed = True
+        self.noticed, self.trained = True, None
         if not self.counts.any():
             warnings.warn(
                 "longvq: the optimizer has stepped and the codebook has absorbed nothing, so it stays as drawn: "
@@ -93,7 +100,7 @@ class KeyCodebook(Precise):
     def absorb(self, statistics: Mapping[str, Tensor]) -> None:
         """Take in what a whole step has seen. Raises ValueError for a codebook that asks for a gradient."""
         self.check_untrained()
-        self.noticed = True
+        self.noticed, self.trained = True, None
         seen = Seen(*(statistics[f"codebook_{name}"].to(self.codes.device) for name in Seen._fields))
         book = absorbed(Codebook(self.codes, self.counts, self.totals), seen, self.decay, self.dead_below)
         for name in BUFFERS:

@@ -22,19 +22,26 @@ class AbsorbingCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.statistics: Statistics = {}
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
+        self.gathered = False
         self.model: nn.Module | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Hook the model. Raises ValueError for one that holds none of this package."""
         modules = [] if model is None else list(model.modules())
-        # the language model first: where its rows are cut into chunks, the model inside sees a part at a time
-        for kind in (SwatForCausalLM, SwatModel):
-            for module in modules:
-                if isinstance(module, kind):
-                    self._forget()
-                    self.model, self.hook = module, module.register_forward_hook(self._gather)
-                    return
+        self._forget()
+        # trainers may put a forward of their own around the model inside, so that is asked first; where rows are cut
+        # into chunks it is asked for a part at a time, and the language model says the whole
+        for module in modules:
+            if isinstance(module, SwatForCausalLM):
+                self.hooks += [
+                    module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._gather)
+                ]  # fmt: skip
+            elif isinstance(module, SwatModel):
+                self.model = module
+                self.hooks.append(module.register_forward_hook(self._gather))
+        if self.model is not None:
+            return
         raise ValueError(f"AbsorbingCallback: expected a model of swat_lm, got {type(model).__name__}; leave it out")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,12 +55,18 @@ class AbsorbingCallback(TrainerCallback):
         self._forget()
 
     def _forget(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
-        self.statistics, self.hook, self.model = {}, None, None
+        for hook in self.hooks:
+            hook.remove()
+        self.statistics, self.hooks, self.model = {}, [], None
+
+    def _begin(self, module: nn.Module, given: Any) -> None:
+        self.gathered = False
 
     def _gather(self, module: nn.Module, given: Any, output: Any) -> None:
         # a reference's passes, of the same weights but for an adapter, have no gradients; and a pass within a backward
         # pass is one that is computed again, a chunk at a time
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            if isinstance(module, SwatForCausalLM) and self.gathered:
+                return
             add_statistics(self.statistics, getattr(output, "auxiliary", None) or ())
+            self.gathered = True

@@ -198,3 +198,14 @@ def test_a_callback_has_a_codebook_absorb_what_a_step_has_seen(tmp_path, chunked
     assert not model._forward_hooks
     with pytest.raises(ValueError, match="expected a model of swat_lm, got Linear"):
         AbsorbingCallback().on_train_begin(options, trainer.state, trainer.control, model=torch.nn.Linear(1, 1))
+
+
+def test_a_codebook_learns_under_trl_whose_forward_drops_what_layers_say(tmp_path):
+    model = quantised()
+    data = Dataset.from_list([{"text": "the window slides over the text " * 2} for _ in range(8)])
+    options = SFTConfig(**arguments(tmp_path, max_length=64, max_steps=1), bf16=False)
+    trainer = SFTTrainer(
+        model, args=options, train_dataset=data, processing_class=tokenizer(), callbacks=[AbsorbingCallback()]
+    )
+    trainer.train()
+    assert model.model.layers[0].mixer.codebook.counts.any()
