@@ -51,7 +51,9 @@ def backward(
     """
     dtype, bias, softmax, scale = score_dtype(call.query), call.head_bias(), call.softmax, call.scale
     if grad_lse is None and full_softmax.serves(call, needs_per_head):
-        return *full_softmax.backward(call, grad_output), HeadBias(*(None if t is None else t * 0.0 for t in bias))  # type: ignore[arg-type]
+        # a call with a number for each distance is not the kernel's
+        nothing = HeadBias(torch.zeros_like(bias.slopes), torch.zeros_like(bias.constant))
+        return *full_softmax.backward(call, grad_output), nothing
     q, k, v, d_output = (t.to(dtype) for t in (call.query, call.key, call.value, grad_output))
     d_lse = None if grad_lse is None else grad_lse.to(dtype)
     d_query = torch.empty_like(q, memory_format=torch.contiguous_format)
