@@ -2,7 +2,7 @@
 
 Forward, the normaliser of a row is kept up to date as its keys come (online softmax, arXiv 1805.02867); backward, all
 weights come again from the final one, and `rowsum(dO * O)` is of the whole output, never of one block's (blockwise
-parallel transformers, arXiv 2305.19370). Sigmoid weights need neither.
+parallel transformers, arXiv 2305.19370). Sigmoid weights need neither. What PyTorch's fused kernel computes goes to it.
 Legend: B sequences, T queries, S keys, H query heads, K key/value heads, D head size.
 """
 
@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from swat_lm.ops import full_softmax
+from swat_lm.ops.calls import AttentionCall
 from swat_lm.ops.head_bias import HeadBias, head_bias, score_dtype
+from swat_lm.ops.window_attention import window_attention
 
 __all__ = ["streamed_attention"]
 
@@ -52,8 +55,20 @@ def streamed_attention(
     if any(isinstance(each, Tensor) and each.requires_grad for each in (slopes, score_bias)):
         raise ValueError("score_bias: slopes and biases get no gradient here; use window_attention")
     tensor = score_bias if isinstance(score_bias, Tensor) else None
-    bias = head_bias(slopes, tensor, 0.0 if isinstance(score_bias, Tensor) else float(score_bias), query)
+    number = 0.0 if isinstance(score_bias, Tensor) else float(score_bias)
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    whole = AttentionCall(
+        query, key, value, None, score_function, factor, slopes, tensor, number, first_visible, softcap=softcap,
+        hidden=hidden,
+    )  # fmt: skip
+    if full_softmax.serves(whole):
+        # it holds smaller blocks still
+        output, lse = window_attention(
+            query, key, value, window=None, score_function=score_function, score_bias=score_bias, scale=factor,
+            first_visible=first_visible, return_lse=True, backend="blocked",
+        )  # fmt: skip
+        return output, lse
+    bias = head_bias(slopes, tensor, number, query)
     call = Call(bias, first_visible, hidden, score_function == "softmax", factor, softcap, key_block, query.shape[1])
     return _Streamed.apply(query, key, value, call)
 

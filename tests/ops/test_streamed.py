@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from swat_lm.ops import full_softmax
 from swat_lm.ops.reference import window_attention_reference
 from swat_lm.ops.streamed import streamed_attention
 
@@ -54,6 +55,31 @@ def test_it_is_the_definition(score_function: str, num_queries: int, num_keys: i
             assert expected.any() or num_queries == 1, name
         if "first" in more:
             assert not results[1][0][1, -1].any()
+
+
+def test_what_the_fused_kernel_computes_goes_to_it(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    serves = full_softmax.serves
+    monkeypatch.setattr(full_softmax, "serves", lambda *given: asked.append(serves(*given)) or asked[-1])
+    tensors, nothing_before = inputs(9, 30), torch.zeros(2, 9, dtype=torch.int32)
+    for first in (None, nothing_before):
+        asked.clear()
+        expected = window_attention_reference(*tensors, None, 0.7, first, None, None, "softmax", 0.4)
+        actual = streamed_attention(
+            *tensors, key_block=4, score_function="softmax", score_bias=0.7, scale=0.4, first_visible=first
+        )
+        assert asked[0]
+        assert all(asked)
+        # with a gradient of the lse, which the kernel has not, and without
+        for of in (1, 2):
+            losses = [sum(part.sin().sum() for part in each[:of]) for each in (actual, expected)]
+            found, right = (torch.autograd.grad(loss, tensors, retain_graph=True) for loss in losses)
+            for mine, other in zip((*actual, *found), (*expected, *right), strict=True):
+                torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+    for more in ({"slopes": torch.ones(4)}, {"softcap": 3.0}, {"score_function": "sigmoid"}):
+        asked.clear()
+        streamed_attention(*tensors, key_block=4, **{"score_function": "softmax", **more})
+        assert not asked[0], more
 
 
 def test_extreme_scores_stay_finite():
