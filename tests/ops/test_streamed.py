@@ -1,5 +1,7 @@
 """Attention over blocks of keys is the definition's, in output, lse and the gradients of queries, keys and values."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -58,13 +60,20 @@ def test_it_is_the_definition(score_function: str, num_queries: int, num_keys: i
 
 
 def test_what_the_fused_kernel_computes_goes_to_it(monkeypatch: pytest.MonkeyPatch):
-    asked = []
+    asked: list[bool] = []
     serves = full_softmax.serves
-    monkeypatch.setattr(full_softmax, "serves", lambda *given: asked.append(serves(*given)) or asked[-1])
+
+    def served(*given: Any) -> bool:
+        asked.append(serves(*given))
+        return asked[-1]
+
+    monkeypatch.setattr(full_softmax, "serves", served)
     tensors, nothing_before = inputs(9, 30), torch.zeros(2, 9, dtype=torch.int32)
     for first in (None, nothing_before):
         asked.clear()
-        expected = window_attention_reference(*tensors, None, 0.7, first, None, None, "softmax", 0.4)
+        output, lse = window_attention_reference(*tensors, None, 0.7, first, None, None, "softmax", 0.4)
+        assert lse is not None
+        expected = output, lse
         actual = streamed_attention(
             *tensors, key_block=4, score_function="softmax", score_bias=0.7, scale=0.4, first_visible=first
         )
@@ -72,11 +81,12 @@ def test_what_the_fused_kernel_computes_goes_to_it(monkeypatch: pytest.MonkeyPat
         assert all(asked)
         # with a gradient of the lse, which the kernel has not, and without
         for of in (1, 2):
-            losses = [sum(part.sin().sum() for part in each[:of]) for each in (actual, expected)]
-            found, right = (torch.autograd.grad(loss, tensors, retain_graph=True) for loss in losses)
+            sums = [torch.cat([part.sin().flatten() for part in each[:of]]).sum() for each in (actual, expected)]
+            found, right = (torch.autograd.grad(loss, tensors, retain_graph=True) for loss in sums)
             for mine, other in zip((*actual, *found), (*expected, *right), strict=True):
                 torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
-    for more in ({"slopes": torch.ones(4)}, {"softcap": 3.0}, {"score_function": "sigmoid"}):
+    others: tuple[dict[str, Any], ...] = ({"slopes": torch.ones(4)}, {"softcap": 3.0}, {"score_function": "sigmoid"})
+    for more in others:
         asked.clear()
         streamed_attention(*tensors, key_block=4, **{"score_function": "softmax", **more})
         assert not asked[0], more
