@@ -8,6 +8,7 @@ from swat_lm.model.execution.live_bytes import LiveBytes
 from swat_lm.model.execution.predicted import Predicted
 
 FULL = {"kind": "attention", "sliding_window": None, "score_function": "softmax", "slopes": "none"}
+NARROW = {**FULL, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 32}
 EXECUTIONS: dict[str, dict] = {
     "plain": {},
     "checkpoint": {},
@@ -42,7 +43,10 @@ def measured(config: SwatConfig, name: str, settings: dict, rows: int, length: i
     [
         ("plain", None, 2, 700, False),
         ("checkpoint", ["attention", FULL], 1, 900, True),
+        # narrow, so that the fused kernel's part shows
+        ("checkpoint", [NARROW, NARROW], 1, 1100, False),
         ("blockwise", [FULL], 1, 400, False),
+        ("blockwise", [{**FULL, "slopes": "negative"}], 1, 400, False),
         ("chunks", ["mamba2"], 1, 500, False),
         ("chunks", None, 2, 500, True),
         ("chunks", [{"kind": "attention", "sliding_window": 16, "sinks": 2}], 1, 150, False),
