@@ -9,7 +9,7 @@ from swat_lm.layers.first_tokens import SINK_POSITIONS
 from swat_lm.layers.heads_settings import INVERSE_WINDOW, HeadsSettings
 from swat_lm.layers.relative_bias import RELATIVE_BIASES
 from swat_lm.ops.checks import BACKENDS
-from swat_lm.ops.slopes import DEFAULT_SPAN, checked_span, slopes_for
+from swat_lm.ops.slopes import DEFAULT_SPAN, checked_span, slopes_for, split_heads
 
 QK_NORMS = ("head", "layer")
 # kernels count positions in 32 bits, and differences of two of them must fit as well
@@ -28,6 +28,8 @@ class AttentionSettings(HeadsSettings):
     slope_schedule: str = "swat"
     slope_span: float | list[float] = DEFAULT_SPAN
     """Of the schedule "window": what the steepest slope, or the first and the last, come to over the window."""
+    positive_slope_span: float | list[float] | None = None
+    """The same of the heads whose slopes are positive; None: as `slope_span`."""
     learned_slopes: bool = False
     """Slopes are parameters that start so."""
     learned_score_bias: bool = False
@@ -63,8 +65,9 @@ class AttentionSettings(HeadsSettings):
             limit = f"at most {LARGEST_WINDOW}" if window > LARGEST_WINDOW else "at least 1 (a query counts itself)"
             raise ValueError(f"sliding_window: expected {limit} or None for full attention, got {window}")
         self._check_sinks()
-        self.first_slopes()
         checked_span(self.slope_span)
+        self._check_positive_span()
+        self.first_slopes()
         if self.learned_slopes and self.slopes == "none":
             raise ValueError("learned_slopes: slopes is 'none', so there are none to learn; say with which they start")
         if self.learned_score_bias and self.score_function == "softmax" and not self.learned_sink:
@@ -93,6 +96,17 @@ class AttentionSettings(HeadsSettings):
                 "sinks, or relative_bias: none"
             )
         self._check_backend()
+
+    def _check_positive_span(self) -> None:
+        if self.positive_slope_span is None:
+            return
+        checked_span(self.positive_slope_span, "positive_slope_span")
+        positive = 0 if self.slopes == "none" else split_heads(self.num_attention_heads, self.slopes)[1]
+        if self.slope_schedule != "window" or not positive:
+            raise ValueError(
+                f"positive_slope_span: {self.positive_slope_span} is of the positive heads of slope_schedule='window'; "
+                f"the layer has slope_schedule={self.slope_schedule!r} and slopes={self.slopes!r}; leave it out"
+            )
 
     def _check_backend(self) -> None:
         if self.attention_backend != "triton":
@@ -126,8 +140,9 @@ class AttentionSettings(HeadsSettings):
     def first_slopes(self) -> Tensor | None:
         """One slope per query head, float32 `[H]`, with which learned ones start; None: none. Raises ValueError."""
         return slopes_for(
-            self.num_attention_heads, self.slopes, self.slope_schedule, self.sliding_window, self.slope_span
-        )
+            self.num_attention_heads, self.slopes, self.slope_schedule, self.sliding_window, self.slope_span,
+            self.positive_slope_span,
+        )  # fmt: skip
 
     @property
     def most_seen(self) -> int | None:

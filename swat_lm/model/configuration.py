@@ -45,6 +45,7 @@ class SwatConfig(PreTrainedConfig):
         slopes: "balanced", "negative", "positive", "none" or a split such as "8:4"; or one per layer.
         slope_schedule: "swat" (2**-k), "alibi" (standard ALiBi magnitudes) or "window" (slope_span / window * 2**-i).
         slope_span: of "window": one number, or the first and the last of a geometric sequence over the heads.
+        positive_slope_span: the same of the heads with positive slopes; None: as slope_span.
         learned_slopes, learned_score_bias: a parameter per head that starts as slopes and score_bias say.
         score_bias: added to every score; a number or "-log(window)" (arXiv 2409.04431); or one per layer.
         qk_norm: RMS norm on queries and keys before rotary.
@@ -122,6 +123,7 @@ class SwatConfig(PreTrainedConfig):
     slopes: str | list[str] = "balanced"
     slope_schedule: Literal["swat", "alibi", "window"] = "swat"
     slope_span: float | int | list[float | int] = DEFAULT_SPAN
+    positive_slope_span: float | int | list[float | int] | None = None
     learned_slopes: bool = False
     score_bias: float | int | str | list[float | int | str] = 0.0
     learned_score_bias: bool = False
@@ -247,7 +249,7 @@ class SwatConfig(PreTrainedConfig):
 
     def _check_used(self, plan: list[LayerEntry]) -> None:
         """Refuse what is set beside a plan of which no layer has it: two models would be one without a word."""
-        for name in ("learned_slopes", "learned_score_bias", "output_gate", "layer_scale"):
+        for name in ("learned_slopes", "learned_score_bias", "output_gate", "layer_scale", "positive_slope_span"):
             if getattr(self, name) and not any(getattr(entry.settings, name, None) for entry in plan):
                 kinds = ", ".join(dict.fromkeys(entry.kind.name for entry in plan))
                 raise ValueError(f"{name}: it is set, and no layer of this plan ({kinds}) has it; leave it out")

@@ -26,7 +26,8 @@ LATER = {
     "output_bias": None, "attention_multiplier": None, "residual_multiplier": 1.0, "norm_placement": "pre",
     "qk_norm_over": "head", "hidden_act": "silu", "attn_logit_softcapping": None, "norm": "rms",
     "feed_forward": "gated", "sinks": 0, "sink_positions": "cache", "relative_bias": "none", "bidirectional": False,
-    "slope_span": 16.0, "learned_slopes": False, "learned_score_bias": False, "output_gate": False, "layer_scale": None,
+    "slope_span": 16.0, "positive_slope_span": None, "learned_slopes": False, "learned_score_bias": False,
+    "output_gate": False, "layer_scale": None,
 }  # fmt: skip
 # elements at the beginning of a row that tell whether a weight has changed since
 GLIMPSE = 8

@@ -22,7 +22,12 @@ Span = float | tuple[float, float] | list[float]
 
 
 def slopes_for(
-    num_heads: int, kind: str = "balanced", schedule: str = "swat", window: int | None = None, span: Span = DEFAULT_SPAN
+    num_heads: int,
+    kind: str = "balanced",
+    schedule: str = "swat",
+    window: int | None = None,
+    span: Span = DEFAULT_SPAN,
+    positive_span: Span | None = None,
 ) -> Tensor | None:
     """Return the slopes of one layer, negative heads first, float32 `[num_heads]`; None for kind "none".
 
@@ -37,6 +42,7 @@ def slopes_for(
         window: keys a row sees, for the schedule "window".
         span: c, or a and b, of the schedule "window": what the steepest slope, or the first and the last, come to over
             the whole window.
+        positive_span: the same of the positive heads; None: as `span`.
 
     Raises:
         ValueError: a head count below 1, an unknown kind or schedule, a split that does not add up to the heads, a
@@ -55,10 +61,11 @@ def slopes_for(
                 "slope_schedule: 'window' divides by the layer's window, and it has none; use 'alibi' or slopes='none' "
                 "there"
             )
-        magnitudes = partial(_over_window, window, checked_span(span))
+        of_negative = partial(_over_window, window, checked_span(span))
+        of_positive = partial(_over_window, window, checked_span(span if positive_span is None else positive_span))
     else:
-        magnitudes = _powers_of_two if schedule == "swat" else _alibi_magnitudes
-    return torch.tensor([-m for m in magnitudes(negative)] + magnitudes(positive), dtype=torch.float32)
+        of_negative = of_positive = _powers_of_two if schedule == "swat" else _alibi_magnitudes
+    return torch.tensor([-m for m in of_negative(negative)] + of_positive(positive), dtype=torch.float32)
 
 
 def split_heads(num_heads: int, kind: str) -> tuple[int, int]:
@@ -80,11 +87,11 @@ def split_heads(num_heads: int, kind: str) -> tuple[int, int]:
     return negative, positive
 
 
-def checked_span(span: Span) -> float | tuple[float, float]:
-    """One positive number or two. Raises ValueError."""
+def checked_span(span: Span, name: str = "slope_span") -> float | tuple[float, float]:
+    """One positive number or two. Raises ValueError, which begins with the setting's name."""
     numbers = tuple(span) if isinstance(span, list | tuple) else (span,)
     if len(numbers) > 2 or not numbers or not all(0 < number < math.inf for number in numbers):
-        raise ValueError(f"slope_span: expected a positive number, or two as [first, last]; got {span}")
+        raise ValueError(f"{name}: expected a positive number, or two as [first, last]; got {span}")
     return numbers if len(numbers) == 2 else numbers[0]
 
 

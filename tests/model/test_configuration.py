@@ -88,6 +88,15 @@ def test_rotary_base_has_one_home():
         ({"learned_slopes": True, "slopes": "none"}, "learned_slopes: slopes is 'none', so there are none to learn"),
         ({"slope_schedule": "window", "sliding_window": None}, "slope_schedule: 'window' divides by the layer's"),
         ({"slope_span": 0, "slope_schedule": "window"}, "slope_span: expected a positive number, or two"),
+        (
+            {"slopes": "3:1", "slope_schedule": "window", "positive_slope_span": [1, 2, 3]},
+            "positive_slope_span: expected a positive number, or two",
+        ),
+        (
+            {"slopes": "negative", "slope_schedule": "window", "positive_slope_span": 1},
+            "positive_slope_span: 1 is of the positive heads of .* and slopes='negative'; leave it out",
+        ),
+        ({"layers": ["mamba2"], "positive_slope_span": 1}, "positive_slope_span: it is set, and no layer"),
         ({"layer_scale": -0.1}, "layer_scale: expected a positive number"),
         ({"layers": ["mamba2"], "output_gate": True}, r"output_gate: .* no layer of this plan \(mamba2\) has it"),
         ({"slope_span": 8}, "slope_span: 8 belongs to slope_schedule='window'"),

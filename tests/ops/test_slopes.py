@@ -33,6 +33,7 @@ def test_slopes_by_the_window():
     # from a / window to b / window in equal ratios, over any number of heads
     assert slopes_for(3, "negative", "window", 16, (16, 1)).tolist() == [-1.0, -0.25, -0.0625]
     assert slopes_for(1, "negative", "window", 16, [8, 1]).tolist() == [-0.5]
+    assert slopes_for(4, "2:2", "window", 16, 16, (1, 0.25)).tolist() == [-1.0, -0.5, 0.0625, 0.015625]
     # the oldest key of the window pays the same whatever the window
     paid = [slopes_for(8, "negative", "window", window) * window for window in (16, 1024)]
     assert paid[0].tolist() == paid[1].tolist()
