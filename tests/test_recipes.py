@@ -16,8 +16,8 @@ from swat_lm.model.architectures import (
 )
 from swat_lm.model.cost import count_parameters
 from swat_lm.model.modeling import SwatForCausalLM
-from swat_lm.model.presets import preset_names
-from swat_lm.model.recipe_fields import config_from_recipe
+from swat_lm.model.presets import preset_fields, preset_names
+from swat_lm.model.recipe_fields import DEFAULTS, config_from_recipe, written_out
 from swat_lm.named_recipes import recipe_names, recipe_path, recipe_summary
 from swat_lm.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 
@@ -70,6 +70,25 @@ def test_recipe_is_valid(path: Path, tmp_path: Path):
 
     with pytest.raises(RecipeError, match=r"unknown key train\.learning_rat"):
         load_recipe(path, ["train.learning_rat=1"])
+
+
+def test_no_default_can_change_a_preset():
+    pinned = 0
+    for name in preset_names():
+        fields = preset_fields(name)
+        if "layers" not in fields:
+            assert fields.keys() >= DEFAULTS.keys(), name
+            pinned += 1
+        assert written_out({"preset": name}).keys() >= DEFAULTS.keys()
+    assert pinned == 9
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_written_out_model_is_the_same_model(name: str):
+    recipe = load_recipe(name)
+    if recipe.model.get("architecture", "swat") == "swat":
+        written, size = written_out(recipe.model), VOCABULARIES[recipe.data.tokenizer]
+        assert config_from_recipe(written, size).to_dict() == config_from_recipe(recipe.model, size).to_dict()
 
 
 def needs_fla(recipe: Recipe) -> bool:

@@ -12,6 +12,15 @@ from swat_lm.model.presets import preset_fields
 from swat_lm.model.window_plan import with_full_layers
 from swat_lm.words import did_you_mean
 
+# the tokenizer's, the row's, or how a model is run and not what it is
+DECIDED_ELSEWHERE = ("vocab_size", "max_position_embeddings", "use_cache", "attention_backend")
+DEFAULTS = {
+    name: default
+    for name in RECIPE_KEYS
+    if name not in DECIDED_ELSEWHERE and (default := SwatConfig.__dataclass_fields__[name].default) is not None
+}  # fmt: skip
+"""By field, what a recipe that says nothing gets."""
+
 
 def check_fields(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
     """Raise ValueError, naming the nearest valid one, for a key of `what` that is not among `known`."""
@@ -26,6 +35,16 @@ def check_fields(values: Mapping[str, Any], known: Sequence[str], what: str) -> 
     if any(isinstance(spec, int) for spec in (slopes if isinstance(slopes, list) else [slopes])):
         # YAML 1.1 reads 8:4 as a number to the base 60
         raise ValueError(f"{what}: slopes came as a number; a split such as 8:4 must be quoted in YAML: '8:4'")
+
+
+def written_out(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's `model:` with every setting of ours that it leaves open, as it is today.
+
+    Whoever trains on, or trains the same again, from what this gives has the same model after a default has changed.
+    What a tokenizer, the data or other settings decide stays open, and so does what is None.
+    """
+    preset = model.get("preset")
+    return {**DEFAULTS, **({} if preset is None else preset_fields(preset)), **model}
 
 
 def config_from_recipe(model: Mapping[str, Any], vocab_size: int | None = None) -> SwatConfig:

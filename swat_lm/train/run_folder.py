@@ -8,6 +8,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from swat_lm.model.configuration import SwatConfig
+from swat_lm.model.recipe_fields import DEFAULTS
 from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe
 from swat_lm.train.checkpoint import (
     Checkpoint,
@@ -145,11 +147,15 @@ def choose_start(out: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
 
 def check_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     """Raise ValueError, naming each differing field, if the checkpoint's architecture is not that of `model`."""
-    differing = differing_fields(checkpoint.model, model)
+    # what came after the version that wrote it, is as it was before there was a word for it
+    later = DEFAULTS if checkpoint.model.get("model_type") == SwatConfig.model_type else {}
+    differing = differing_fields({**later, **checkpoint.model}, model)
     if differing:
+        own = checkpoint.folder.parent.parent / "recipe.yaml"
+        goes_on = f", which {own} still says" if own.is_file() else ""
         raise ValueError(
             f"checkpoint {checkpoint.folder} has another architecture than the recipe: {', '.join(differing)}; "
-            "change the recipe's model back, or choose another `out`"
+            f"change the recipe's model back{goes_on}, or choose another `out`"
         )
 
 

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from swat_lm.data import (
 )
 from swat_lm.data.synthetic import SyntheticSource, is_synthetic, synthetic_task
 from swat_lm.files import write_text
-from swat_lm.model.architectures import build_model, check_trainable, configure_model, training_flops
+from swat_lm.model.architectures import OURS, build_model, check_trainable, configure_model, training_flops
+from swat_lm.model.recipe_fields import written_out
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import Checkpoint
 from swat_lm.train.engine import Engine
@@ -136,11 +137,18 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     store = source.store if isinstance(source, BatchSource) else None
     earlier = start.folder.resolve().parent.parent if start else initial.folder if initial else None
     engine.on_main(lambda: write_trained_text(out, store, earlier))
-    engine.on_main(lambda: write_text(out / "recipe.yaml", dump_recipe(recipe)))
+    engine.on_main(lambda: write_text(out / "recipe.yaml", dump_recipe(resolved(recipe))))
     return Training(
         recipe, engine, model, optimizer, objective, tokenizer, source, held_out, start, plain_config, key,
         training_flops(config, recipe.data.sequence_length).per_token,
     )  # fmt: skip
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with all settings of a model of ours that it left open; a model that it begins with has its own."""
+    if init_of(recipe) is not None or recipe.model.get("architecture", OURS) != OURS:
+        return recipe
+    return replace(recipe, model=written_out(recipe.model))
 
 
 def check_sources(recipe: Recipe) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from swat_lm.recipe import dump_recipe, load_recipe
+from swat_lm.model.recipe_fields import DEFAULTS, config_from_recipe, written_out
+from swat_lm.recipe import load_recipe
 from swat_lm.train import DivergedError, Event, run
 from swat_lm.train.checkpoint import find_checkpoints
 from swat_lm.train.engine import Engine
@@ -37,7 +38,12 @@ def test_whole_run_leaves_what_it_promises(make_recipe):
     assert (result.last_step, result.interrupted, result.out) == (8, False, out)
     assert result.checkpoint == out / "checkpoints" / "step-00000008"
     assert [path.name for path in find_checkpoints(out)] == ["step-00000006", "step-00000008"]
-    assert load_recipe(out / "recipe.yaml") == recipe
+    kept = load_recipe(out / "recipe.yaml")
+    assert replace(kept, model=recipe.model) == recipe
+    # with what the recipe left open, so that another default is no other model
+    assert kept.model == written_out(recipe.model)
+    assert kept.model.keys() >= DEFAULTS.keys()
+    assert config_from_recipe(kept.model, 259).to_dict() == config_from_recipe(recipe.model, 259).to_dict()
     assert not list(out.rglob(".tmp*"))
 
     lines = read_metrics(out / "metrics.jsonl")
@@ -235,7 +241,8 @@ def test_run_from_another_runs_checkpoint(make_recipe):
     assert run(fork).last_step == 7
     assert [one[0] for one in metrics(fork.out)] == [5, 6, 7]
     assert metrics(fork.out)[0][2] < metrics(first.out)[0][2]
-    assert dump_recipe(fork) == (Path(fork.out) / "recipe.yaml").read_text()
+    kept = load_recipe(Path(fork.out) / "recipe.yaml")
+    assert (replace(kept, model=fork.model), kept.model) == (fork, written_out(fork.model))
 
 
 def test_held_out_rows_are_the_same_for_every_seed(make_recipe):

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from swat_lm.model.recipe_fields import config_from_recipe
 from swat_lm.recipe import DataRecipe, Recipe, TrainRecipe, describe
 from swat_lm.train.checkpoint import Checkpoint, CheckpointError
+from swat_lm.train.initial import plain_values
 from swat_lm.train.run_folder import (
     CHANGEABLE,
     check_continuation,
@@ -77,6 +79,16 @@ def test_other_architecture_is_named_field_by_field():
         ValueError, match=r"hidden_size \(checkpoint 8, recipe 16\), layers \(checkpoint None, recipe 2\)"
     ):
         check_model(CHECKPOINT, {"hidden_size": 16, "layers": 2})
+
+
+def test_settings_that_came_later_are_as_before_there_was_a_word_for_them(tmp_path):
+    now = plain_values(config_from_recipe({"slopes": "negative"}, 259))
+    before = {name: value for name, value in now.items() if name not in ("slope_span", "output_gate", "layer_scale")}
+    (tmp_path / "recipe.yaml").write_text("")
+    checkpoint = replace(CHECKPOINT, folder=tmp_path / "checkpoints" / "step-00000004", model=before)
+    check_model(checkpoint, now)
+    with pytest.raises(ValueError, match=r"output_gate \(checkpoint False, recipe True\).*recipe\.yaml still says"):
+        check_model(checkpoint, {**now, "output_gate": True})
 
 
 def test_the_training_length_is_architecture_only_where_rotary_angles_are_scaled():
