@@ -56,6 +56,22 @@ def test_losses_are_in_the_order_that_the_page_says():
     assert selective == sorted(selective, key=lambda row: abs(math.log2(row[1] / (WINDOW / 4))))
 
 
+def test_biases_are_in_the_order_of_their_selectivity():
+    slopes = slopes_for(HEADS, "negative", "swat", WINDOW)
+    assert slopes is not None
+    sum_to_one = -(slopes.double()[:, None] * torch.arange(WINDOW)).logsumexp(dim=1, keepdim=True)
+    found = []
+    for bias in (torch.zeros(1), sum_to_one, torch.tensor([BIAS])):
+        weights = torch.sigmoid(slopes.double()[:, None] * torch.arange(WINDOW) + bias)
+        found.append(float((weights * (1 - weights)).sum() / weights.sum()))
+    section = " ".join(PAGE.split("## 18. ")[1].split())
+    said = re.findall(r"`R = ([\d.]+)` and (?:came to )?([\d.]+\d)", section)
+    assert [selectivity for selectivity, _ in said] == [f"{each:.3f}" for each in found[:2]]
+    losses = [float(loss) for _, loss in said] + [rows()[-1][-1][-1]]
+    assert found == sorted(found)
+    assert losses == sorted(losses, reverse=True)
+
+
 @pytest.mark.parametrize("slope", [-0.5, -0.125, -0.03, 0.25, 0.5])
 @pytest.mark.parametrize("window", [64, 512])
 def test_the_integrals_are_near_the_sums(slope: float, window: int):
