@@ -152,10 +152,10 @@ def check_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
     differing = differing_fields({**later, **checkpoint.model}, model)
     if differing:
         own = checkpoint.folder.parent.parent / "recipe.yaml"
-        goes_on = f", which {own} still says" if own.is_file() else ""
+        kept = f" (the run's own recipe is {own})" if own.is_file() else ""
         raise ValueError(
             f"checkpoint {checkpoint.folder} has another architecture than the recipe: {', '.join(differing)}; "
-            f"change the recipe's model back{goes_on}, or choose another `out`"
+            f"change the recipe's model back{kept}, or choose another `out`"
         )
 
 
