@@ -87,7 +87,7 @@ def test_settings_that_came_later_are_as_before_there_was_a_word_for_them(tmp_pa
     (tmp_path / "recipe.yaml").write_text("")
     checkpoint = replace(CHECKPOINT, folder=tmp_path / "checkpoints" / "step-00000004", model=before)
     check_model(checkpoint, now)
-    with pytest.raises(ValueError, match=r"output_gate \(checkpoint False, recipe True\).*own recipe is .*recipe\.yaml\)"):
+    with pytest.raises(ValueError, match=r"output_gate \(checkpoint False, recipe True\).*own recipe is .*\.yaml\)"):
         check_model(checkpoint, {**now, "output_gate": True})
 
 
