@@ -13,6 +13,7 @@ from swat_lm.papers.findings import Findings
 from swat_lm.papers.loss_claims import Claim, Loss, claimed
 from swat_lm.papers.measuring import missing_losses
 from swat_lm.papers.page import with_error
+from swat_lm.papers.scales import Scale
 from swat_lm.papers.sized import SizedExperiment, SizedVariant
 from swat_lm.papers.verdicts import Verdict
 
@@ -59,8 +60,11 @@ class LossByLength(SizedExperiment):
             for variant in found.chosen.values()
         ]  # fmt: skip
         columns = "variant", "parameters", *(f"{length:,} tokens" for length in lengths)
-        note = "Nats per token over whole pieces, \u00b1 its standard error over pieces and seeds."
-        return [Section("Loss on held-out text", columns, losses, note=note)]
+        return [Section("Loss on held-out text", columns, losses, note=self.losses_note(found.scale))]
+
+    def losses_note(self, scale: Scale) -> str:
+        """What the numbers under "Loss on held-out text" are."""
+        return "Nats per token over whole pieces, \u00b1 its standard error over pieces and seeds."
 
     @override
     def pictures(self, found: Findings, out: Path) -> dict[str, Path]:

@@ -3,10 +3,9 @@
 Every model reads the same rows from their beginning, and the tokens that count are those that latents predict.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,29 +15,29 @@ from swat_lm.evaluate.curves import summarise
 from swat_lm.evaluate.streaming_model import evaluating
 from swat_lm.evaluate.windows import model_window
 from swat_lm.model.loading import load_causal_lm
+from swat_lm.papers.by_length import LossByLength
 from swat_lm.papers.ecp.claims import CLAIMS, TEXT
 from swat_lm.papers.ecp.scales import SCALES
 from swat_lm.papers.ecp.variants import is_perceiver, variants
-from swat_lm.papers.experiment import Measurement, Progress, Run, Section
+from swat_lm.papers.experiment import Measurement, Progress, Run
 from swat_lm.papers.findings import Findings
-from swat_lm.papers.loss_claims import claimed
+from swat_lm.papers.loss_claims import Claim
 from swat_lm.papers.measuring import curve_path
-from swat_lm.papers.page import with_error
 from swat_lm.papers.scales import Scale
-from swat_lm.papers.sized import SizedExperiment, SizedVariant
-from swat_lm.papers.verdicts import Verdict
+from swat_lm.papers.sized import SizedVariant
 from swat_lm.recipe import Recipe
 
 __all__ = ["LossOfSegments", "losses_of_latents"]
 
 
 @dataclass(frozen=True)
-class LossOfSegments(SizedExperiment):
+class LossOfSegments(LossByLength):
     """Models of the same text and size that differ in what their tokens see."""
 
-    names: tuple[str, ...] = ()
-    texts: ClassVar[tuple[str, ...]] = (TEXT,)
-    lists_losses: ClassVar[bool] = True
+    @property
+    @override
+    def claims(self) -> Sequence[Claim]:
+        return CLAIMS
 
     @property
     @override
@@ -77,21 +76,11 @@ class LossOfSegments(SizedExperiment):
         return [] if path.exists() else [measure]
 
     @override
-    def verdicts(self, found: Findings) -> list[Verdict]:
-        return claimed(found, CLAIMS)
-
-    @override
-    def sections(self, found: Findings) -> list[Section]:
-        length = found.scale.sizes["L"]
-        losses = [
-            [variant.label, f"{found.parameters(variant):,}", with_error(*found.mean_loss(variant, TEXT, length))]
-            for variant in found.chosen.values()
-        ]
-        note = (
-            f"Nats per token over the last {found.scale.sizes['l']:,} of rows of {length:,}, \u00b1 its standard "
+    def losses_note(self, scale: Scale) -> str:
+        return (
+            f"Nats per token over the last {scale.sizes['l']:,} of rows of {scale.sizes['L']:,}, \u00b1 its standard "
             "error over rows and seeds."
         )
-        return [Section("Loss on held-out text", ("variant", "parameters", "loss"), losses, note=note)]
 
     @override
     def pictures(self, found: Findings, out: Path) -> dict[str, Path]:
