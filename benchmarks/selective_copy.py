@@ -18,7 +18,7 @@ from swat_lm import SwatConfig, SwatForCausalLM
 from swat_lm.data.synthetic import SyntheticSource, SyntheticTask
 
 PAIRS, VALUES, LENGTH, WINDOW, ROWS = 4, 16, 96, 4, 32
-TASK = SyntheticTask("selective", pairs=PAIRS, keys=PAIRS, values=VALUES)
+TASK = SyntheticTask("selective", pairs=PAIRS, values=VALUES)
 RATE, WARM_UP, HELD_OUT_BATCHES = 3e-3, 100, 16
 
 SPARSEK = {"kind": "sparsek", "k": PAIRS, "sliding_window": WINDOW}

@@ -68,7 +68,7 @@ class SyntheticTask:
     pairs: int = 8
     """Pairs of `mqar`, marked values of `selective`."""
     keys: int = 64
-    """Different keys."""
+    """Different keys; of `selective` the marks are the keys, as many as `pairs`."""
     values: int = 64
     """Different values; chance is one in so many for each token of an answer."""
     digits: int = 4
@@ -83,7 +83,12 @@ class SyntheticTask:
         """Token ids that the task uses, from 0."""
         if self.name == "listops":
             return FIRST_KEY + NUM_IDS
-        return FIRST_KEY + self.keys + self.values
+        return self.first_value + self.values
+
+    @property
+    def first_value(self) -> int:
+        """The id after the last key."""
+        return FIRST_KEY + (self.pairs if self.name == "selective" else self.keys)
 
     def __str__(self) -> str:
         settings = "&".join(f"{setting}={getattr(self, setting)}" for setting in SETTINGS[self.name])
@@ -197,7 +202,7 @@ class SyntheticTask:
 
     def draw_values(self, random: np.random.Generator, count: int) -> np.ndarray:
         """So many values."""
-        return random.integers(FIRST_KEY + self.keys, self.num_ids, count)
+        return random.integers(self.first_value, self.num_ids, count)
 
     def fillers(self, random: np.random.Generator, count: int) -> np.ndarray:
         """Tokens that mean nothing."""
@@ -232,7 +237,7 @@ SETTINGS = {
     "passkey": ("digits", "values"),
     "copy": ("values",),
     "flag": ("values",),
-    "selective": ("pairs", "keys", "values"),
+    "selective": ("pairs", "values"),
     "listops": ("depth", "arguments"),
 }
 
@@ -251,7 +256,7 @@ def synthetic_task(name: str) -> SyntheticTask:
     if kind not in SETTINGS:
         raise DataError(f"{name}: no task of that name; known: {', '.join(PREFIX + task for task in SETTINGS)}")
     task = replace(SyntheticTask(kind), **settings_of(name, settings, SETTINGS[kind]))
-    if "pairs" in SETTINGS[kind] and task.pairs > task.keys:
+    if {"pairs", "keys"} <= {*SETTINGS[kind]} and task.pairs > task.keys:
         raise DataError(f"{name}: {task.pairs} pairs need as many keys; got {task.keys}")
     return task
 

@@ -23,11 +23,11 @@ def check_row(name: str, row: SyntheticRow) -> None:
     for answer in row.answers:
         for place in range(answer.start, answer.end):
             assert row.tokens[place] == row.tokens[place - 1 - answer.distance]
-            assert row.tokens[place] >= FIRST_KEY + task.keys
+            assert row.tokens[place] >= task.first_value
         # what asks stands before both
         asked, stored = answer.start - 1, answer.start - 2 - answer.distance
         assert row.tokens[asked] == row.tokens[stored]
-        assert row.tokens[asked] == MARK or FIRST_KEY <= row.tokens[asked] < FIRST_KEY + task.keys
+        assert row.tokens[asked] == MARK or FIRST_KEY <= row.tokens[asked] < task.first_value
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,9 +57,9 @@ def test_rows_at_a_distance(name: str, distance: int):
 
 
 def test_what_is_worth_keeping_is_told_by_its_mark():
-    task = synthetic_task("synthetic:selective?pairs=3&keys=5")
+    task = synthetic_task("synthetic:selective?pairs=3")
     row = task.row(np.random.default_rng(0), 48)
-    marks = np.flatnonzero(row.tokens < FIRST_KEY + task.keys)
+    marks = np.flatnonzero(row.tokens < task.first_value)
     # each mark twice, in its order: early, and at the end
     assert (row.tokens[marks] == FIRST_KEY + np.tile(np.arange(3), 2)).all()
     assert marks[2] < 12
@@ -140,7 +140,7 @@ def test_batches_are_a_pure_function_of_seed_and_step():
         ("synthetic:mqar?pairs=0", "pairs must be a whole number of at least 1; got '0'"),
         ("synthetic:mqar?keys=1", "at least 2"),
         ("synthetic:mqar?pairs=9&keys=8", "9 pairs need as many keys; got 8"),
-        ("synthetic:selective?pairs=9&keys=8", "9 pairs need as many keys; got 8"),
+        ("synthetic:selective?keys=8", "no setting 'keys'; known: pairs, values"),
     ],
 )
 def test_bad_names(name: str, message: str):
