@@ -91,16 +91,16 @@ def plot_training(
     check_series(training)
     training, held_out = [drawable(line) for line in training], [drawable(line) for line in held_out]
     figure, axes = new_figure()
-    kind = ", training" if any(line.x for line in held_out) else ""
     for style, line in styled(training):
         axes.plot(line.x, line.y, color=COLOURS[style], linewidth=0.8, alpha=0.3)
-        axes.plot(line.x, running_mean(line.y), **line_style(style, marker=""), label=f"{line.name}{kind}")
+        axes.plot(line.x, running_mean(line.y), **line_style(style, marker=""), label=line.name)
     for style, line in styled(held_out):
         if line.x:
             axes.plot(line.x, line.y, color=COLOURS[style], linestyle="none", marker=MARKERS[style],
-                      markersize=8, markeredgecolor="black", label=f"{line.name}, held out")  # fmt: skip
+                      markersize=8, markeredgecolor="black")  # fmt: skip
     low, high = smoothed_range(training, held_out)
-    axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)")
+    marks = "; marks: held-out text" if any(line.x for line in held_out) else ""
+    axes.set(xlabel="tokens trained on", ylabel=f"loss (nats per token{marks})")
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     finish(figure, path, title)

@@ -27,7 +27,6 @@ __all__ = ["Study", "StudySpec"]
 
 # what all runs share, or their losses could not be paired
 SHARED = re.compile(r"(name|out|seed|data\.(sources|text_field|tokenizer|add_\w+|held_out|split_seed|cache))=")
-PIECES = 16
 BY_RUN = ("run", "early loss", "final loss", "first token", "output norm", "passkey", "mqar", "tokens/s")
 Count = Annotated[int, number(at_least=0)]
 
@@ -54,6 +53,12 @@ class StudySpec:
     """Of the paired runs."""
     outcomes: Several[str] = ()
     """What is measured of each run beside losses: `attention`, `recall`."""
+    vocab_size: int | None = number(None, at_least=259)
+    """Train byte-level BPE of so many ids on the study's text, in OUT/tokenizer; else the base's tokenizer is used."""
+    pieces: Annotated[int, number(at_least=1)] = 16
+    """Of the greatest length, read from the held-out text."""
+    text_bytes: int | None = number(None, at_least=1)
+    """Read about so much of the text, whole documents spread evenly over it; else all of it."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Study(Experiment):
             raise ValueError(f"{self.path}: lengths: expected rising numbers that divide the last; got {lengths}")
         if not self.spec.seeds or len(set(self.spec.seeds)) < len(self.spec.seeds):
             raise ValueError(f"{self.path}: seeds: expected one or more different numbers; got {list(self.spec.seeds)}")
+        self.check_text()
         for name in self.spec.outcomes:
             if name not in OUTCOMES:
                 raise ValueError(f"{self.path}: outcomes: expected some of {', '.join(OUTCOMES)}; got {name!r}")
@@ -96,6 +102,20 @@ class Study(Experiment):
             for scale in ("full", "quick"):
                 if self.load(overrides, scale).model.get("init") is not None:
                     raise ValueError(f"{self.path}: {name}: a study begins its runs anew; leave model.init out")
+
+    def check_text(self) -> None:
+        """Raise ValueError for a text or a tokenizer that is asked for in two ways."""
+        spec = self.spec
+        if spec.vocab_size is not None and any(one.startswith("data.tokenizer=") for one in spec.overrides):
+            raise ValueError(
+                f"{self.path}: vocab_size trains a tokenizer, and overrides name one: leave one of them out"
+            )
+        field = self.load((), "full").data.text_field
+        if field != "text" and (spec.vocab_size, spec.text_bytes) != (None, None):
+            raise ValueError(
+                f"{self.path}: data.text_field is {field!r}, and vocab_size and text_bytes read 'text' alone: "
+                "leave them out, and name a tokenizer with data.tokenizer"
+            )
 
     def shared(self, scale: str) -> list[str]:
         """What all variants override at a scale."""
@@ -119,12 +139,14 @@ class Study(Experiment):
             recipe = self.load((), name)
             train, length = recipe.train, recipe.data.sequence_length
             budget = Budget(
-                recipe.model, train.steps, train.batch_size * length, train.learning_rate, train.warmup_steps, None,
-                tokenizer=recipe.data.tokenizer,
+                recipe.model, train.steps, train.batch_size * length, train.learning_rate, train.warmup_steps,
+                self.spec.vocab_size, tokenizer=None if self.spec.vocab_size else recipe.data.tokenizer,
             )  # fmt: skip
             about = f"{len(self.spec.changes)} variants of {self.spec.base}, {train.steps:,} steps each"
             lengths = tuple(length * times for times in self.spec.lengths)
-            found[name] = Scale(name, about, {self.budget_name: budget}, {}, lengths, PIECES)
+            found[name] = Scale(
+                name, about, {self.budget_name: budget}, {}, lengths, self.spec.pieces, text_bytes=self.spec.text_bytes
+            )
         return found
 
     @override

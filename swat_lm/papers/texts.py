@@ -98,6 +98,7 @@ def prepare_texts(
 
     `recipe` is any of the runs: all read the same tokens.
     """
+    check_same_request(out, {"text_bytes": scale.text_bytes, "vocab_size": experiment.budget(scale).vocab_size})
     if scale.text_bytes is not None and not (out / "text.jsonl").exists():
         sample_text(sources.text, scale.text_bytes, out / "text.jsonl", watcher)
     trained, most = out / "tokenizer", experiment.budget(scale).vocab_size
@@ -119,6 +120,20 @@ def prepare_texts(
         keys[text] = text_store(recipe, sources, text, watcher).key
         evaluation_streams(recipe, sources, scale, watcher, text)
     check_same_texts(out, experiment.budget_name, keys)
+
+
+def check_same_request(out: Path, wanted: dict[str, int | None]) -> None:
+    """Remember how much text is read, and the size of the tokenizer; raises ValueError for others than before."""
+    path = out / "texts.json"
+    known = read_json(path) if path.exists() else {}
+    before = known.get("asked", wanted)
+    changed = [
+        f"{name} was {before.get(name)} and is {value}" for name, value in wanted.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"{out} holds another text or tokenizer ({', '.join(changed)}): name another folder for --out")
+    if "asked" not in known:
+        write_text(path, json.dumps({**known, "asked": wanted}, indent=1) + "\n")
 
 
 def check_same_texts(out: Path, kind: str, keys: dict[str, str]) -> None:

@@ -125,6 +125,24 @@ def test_outcomes_are_kept_beside_losses(study: str, data: Path, tmp_path: Path,
     assert len(in_process) == 2 * first
 
 
+def test_a_tokenizer_of_its_own_on_a_share_of_the_text(study: str, data: Path, tmp_path: Path, in_process: list[str]):
+    Path(study).write_text(STUDY + "vocab_size: 300\ntext_bytes: 20000\n")
+    out, sources = tmp_path / "out", Sources((str(data / "corpus"),), (), "hub")
+    found = reproduce(study, "full", sources, out, [0], Watcher())
+    (row, _) = found["variants"]
+    record = json.loads((out / "records" / "wide-seed0.json").read_text())
+    # two embeddings of 300 ids, an attention and a SwiGLU layer, three norms
+    assert row["parameters"] == record["parameters"] == 2 * 300 * 32 + 4 * 32 * 32 + 3 * 32 * 48 + 3 * 32
+    shares = [json.loads(line)["text"] for line in (out / "text.jsonl").read_text().splitlines()]
+    whole = {path.read_text() for path in (data / "corpus").iterdir()}
+    assert set(shares) < whole
+    assert 20_000 < sum(map(len, shares)) < 40_000
+    # another share or another tokenizer would be another study
+    Path(study).write_text(STUDY + "vocab_size: 280\ntext_bytes: 20000\n")
+    with pytest.raises(ValueError, match=r"vocab_size was 300 and is 280\): name another folder"):
+        reproduce(study, "full", sources, out, [0], Watcher())
+
+
 def test_a_text_that_will_not_do_keeps_the_records(study: str, tmp_path: Path, in_process: list[str]):
     (tmp_path / "out" / "records").mkdir(parents=True)
     (tmp_path / "short.txt").write_text("short")
@@ -153,11 +171,21 @@ def test_a_text_that_will_not_do_keeps_the_records(study: str, tmp_path: Path, i
         ("model.sliding_window=4", "data.held_out=0.5", "the same for all variants"),
         ("train.steps=6", "train.stepz=6", r"train\.stepz"),
         ("title: Two", "title: [", "not valid YAML"),
+        ("lengths: [1, 2]", "lengths: [1, 2]\nvocab_size: 100", "vocab_size must be at least 259; got 100"),
+        ("lengths: [1, 2]", "lengths: [1, 2]\ntext_bytes: 0", "text_bytes must be at least 1; got 0"),
+        ("lengths: [1, 2]", "lengths: [1, 2]\npieces: 0", "pieces must be at least 1; got 0"),
+        ("train.steps=6,", "train.steps=6, data.tokenizer=x,", "vocab_size trains a tokenizer, and overrides name one"),
+        (
+            "train.steps=6,",
+            "train.steps=6, data.text_field=x,",
+            "text_field is 'x', and vocab_size and text_bytes read",
+        ),
         ("lengths: [1, 2]", "lengths: [1, 2]\noutcomes: [sinks]", "outcomes: expected some of attention, recall; got"),
     ],
 )
 def test_a_wrong_file_is_named_before_any_run(study: str, old: str, new: str, message: str):
-    Path(study).write_text(STUDY.replace(old, new))
+    more = "vocab_size: 300\n" if "data.t" in new else ""
+    Path(study).write_text(STUDY.replace(old, new) + more)
     with pytest.raises(ValueError, match=message):
         load_study(study)
 
