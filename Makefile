@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo chat test test-gpu check lint docs site verify setup clean
 
-# trains, evaluates and streams a small SWAT model and its full-attention twin; see README
+# trains, evaluates and streams three small models: SWAT, the paper's slopes, full attention; see README
 demo: $(VENV)/.installed
 	$(BIN)/swat-lm demo --out demo
 

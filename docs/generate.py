@@ -11,13 +11,14 @@
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from file_tree import tree
+from markdown_rows import rows, with_error
+from study_tables import study_tables
 
 from swat_lm.cli.information import describe_model, find_config
 from swat_lm.evaluate.table1 import GUESSING, MEASURED
@@ -81,6 +82,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         ARCHITECTURE: {"files": f"```\n{tree(ROOT)}```"},
         EXPERIMENTS: {
             "smollm2": checkpoint(real),
+            **study_tables(RESULTS / "studies"),
             **{path.stem: recorded(json.loads(path.read_text(encoding="utf-8"))) for path in records()},
         },
     }
@@ -202,28 +204,23 @@ def demo(result: dict[str, Any] | None) -> str:
     """The plot, the table and the verdicts of a recorded demo."""
     if result is None:
         return "No result is recorded here yet: run `make demo`, then `python docs/generate.py --demo demo`."
+    models = list(result["models"].values())
     swat, twin = result["models"]["swat"], result["models"]["twin"]
+    head = [*(f"{model['short']}: loss" for model in models), "SWAT: state", "full attention: state"]
     lines = [
         f"![Loss against evaluation length]({DEMO_PLOT.relative_to(ROOT).as_posix()})",
         "",
-        "| evaluated at | SWAT: loss | full attention: loss | SWAT: state | full attention: state |",
-        "| ---: | ---: | ---: | ---: | ---: |",
+        f"| evaluated at | {' | '.join(head)} |",
+        f"| ---: |{' ---: |' * len(head)}",
     ]
-    for left, right in zip(swat["curve"], twin["curve"], strict=True):
-        mark = " (trained)" if left["length"] == result["training_length"] else ""
-        lines.append(
-            f"| {left['length']:,}{mark} | {left['mean_loss']:.3f} | {right['mean_loss']:.3f} "
-            f"| {left['state_bytes']:,} | {right['state_bytes']:,} |"
-        )
+    for at, point in enumerate(swat["curve"]):
+        mark = " (trained)" if point["length"] == result["training_length"] else ""
+        cells = [f"{model['curve'][at]['mean_loss']:.3f}" for model in models]
+        cells += [f"{model['curve'][at]['state_bytes']:,}" for model in (swat, twin)]
+        lines.append(f"| {point['length']:,}{mark} | {' | '.join(cells)} |")
     machine = result["machine"]
-    ours, theirs = (
-        next(point["mean_loss"] for point in model["curve"] if point["length"] == result["training_length"])
-        for model in (swat, twin)
-    )
-    lower = "SWAT" if ours < theirs else "full attention"
     lines += [
         "",
-        f"At the training length the loss of {lower} is lower by {abs(ours - theirs):.3f}. "
         f"Loss in nats per token of the same held-out text, cut into pieces of each length; state in bytes of one "
         f"stream after a piece. Window {swat['window']}, {swat['parameters']:,} parameters each, {result['steps']:,} "
         f"steps on {swat['tokens_trained']:,} tokens each. What the demo says about itself:",
@@ -359,20 +356,6 @@ def parameter_range(variants: list[dict[str, Any]]) -> str:
 def outcome(verdict: str) -> str:
     """What went against the paper stands out."""
     return f"**{verdict}**" if verdict == "broken" else verdict.removesuffix(" at this scale")
-
-
-def with_error(value: float | None, error: float | None, sign: str = "") -> str:
-    """3.210 ± 0.012, or nothing."""
-    if value is None:
-        return ""
-    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def rows(head: list[str], body: list[list[str]]) -> str:
-    """A table in Markdown, texts to the left, numbers to the right."""
-    numeric = [all(re.match(r"^$|^[-+]?[0-9]", line[column]) for line in body) for column in range(len(head))]
-    rule = ["---:" if right else "---" for right in numeric]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in (head, rule, *body))
 
 
 def minutes(seconds: dict[str, float]) -> str:

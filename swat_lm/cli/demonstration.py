@@ -1,4 +1,4 @@
-"""`swat-lm demo`: train a small model and its twin, compare them, and stream from the first."""
+"""`swat-lm demo`: train a few small models, compare them, and stream from the first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,16 +23,25 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything; continued if begun before.")] = Path(
         "demo"
     ),
-    minutes: Annotated[float, typer.Option(help="Most minutes on this machine; a slow one trains fewer steps.")] = 6.0,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Most minutes on this machine; a slow one trains fewer steps.", show_default="6; with --all 10"
+        ),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also a softmax window, and full attention with ALiBi.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model: does everything work?")] = False,
     source: Annotated[
         list[str] | None, typer.Option(help="Train on this text instead of Python's own library; repeatable.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the generated text begins with.")] = "def main(",
 ) -> None:
-    """Train a small SWAT model and its twin, and compare.
+    """Train a small SWAT model beside one with the paper's slopes and full attention, and compare.
 
-    The twin has full attention; both are evaluated far beyond the length they were trained on. Uses text that every
+    All have one size and one budget, each its best learning rate, and are evaluated far beyond the length they were
+    trained on. Uses text that every
     machine has: Python's own library. Needs no network and no compiler. Everything lands in one
     folder: models, recipes, metrics, results.json, and report.html with the plots. Run it again to continue after an
     interruption.
@@ -40,6 +49,7 @@ def demo(
     \b
     Examples:
       swat-lm demo
+      swat-lm demo --all --out demo-all
       swat-lm demo --out mine --source notes/ --prompt 'Today'
     """
     if not prompt:
@@ -48,8 +58,9 @@ def demo(
     from swat_lm.papers.demo.run import DemoSettings, run_demo
 
     settings = DemoSettings(
-        minutes=minutes, quick=quick, sources=tuple(source) if source else ("python:stdlib",), prompt=prompt
-    )
+        minutes=(10.0 if everything else 6.0) if minutes is None else minutes, quick=quick,
+        sources=tuple(source) if source else ("python:stdlib",), prompt=prompt, all=everything,
+    )  # fmt: skip
     with watching() as watcher:
         found = run_demo(out, settings, watcher)
     show_results(found, out)
@@ -104,15 +115,16 @@ def watching() -> "Iterator[Watcher]":
 def show_results(found: dict[str, Any], out: Path) -> None:
     """The table, the verdicts and where to look."""
     console = results()
+    models = list(found["models"].values())
     swat, twin = found["models"]["swat"], found["models"]["twin"]
-    headings = ("length", "SWAT", "full attention", "SWAT, 2nd half", "full, 2nd half", "SWAT state", "full state")
+    headings = ("length", *(model["short"] for model in models), "SWAT state", "full state")
     rows = [
         [
-            f"{left['length']:,}{' *' if left['length'] == found['training_length'] else ''}",
-            *(f"{point[loss]:.3f}" for loss in ("mean_loss", "tail_loss") for point in (left, right)),
-            *(f"{point['state_bytes']:,}" for point in (left, right)),
+            f"{point['length']:,}{' *' if point['length'] == found['training_length'] else ''}",
+            *(f"{model['curve'][at]['mean_loss']:.3f}" for model in models),
+            *(f"{model['curve'][at]['state_bytes']:,}" for model in (swat, twin)),
         ]
-        for left, right in zip(swat["curve"], twin["curve"], strict=True)
+        for at, point in enumerate(swat["curve"])
     ]
     console.print()
     print_table(text_table(headings, rows, title="loss against evaluation length (nats per token)"), console)

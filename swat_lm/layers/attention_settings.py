@@ -1,7 +1,7 @@
 """What may be set of a layer of windowed attention, and what of it cannot be."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class AttentionSettings(HeadsSettings):
     score_function: str = "sigmoid"
     slopes: str = "balanced"
     slope_schedule: str = "swat"
-    slope_span: float | list[float] = DEFAULT_SPAN
+    slope_span: float | list[float] = field(default_factory=lambda: list(DEFAULT_SPAN))
     """Of the schedule "window": what the steepest slope, or the first and the last, come to over the window."""
     positive_slope_span: float | list[float] | None = None
     """The same of the heads whose slopes are positive; None: as `slope_span`."""

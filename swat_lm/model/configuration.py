@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,9 @@ PER_LAYER = ("sliding_window", "score_function", "slopes", "score_bias", "use_ro
 """Fields that may be a list with one value per layer."""
 
 
+FORMER_SPAN = 16.0
+"""The default until 2026-12, which checkpoints and recipes of then name whatever their schedule."""
+
 HEADS = "swat_heads"
 """The style of swat_lm/model/tensor_parallel.py."""
 
@@ -43,8 +46,8 @@ class SwatConfig(PreTrainedConfig):
             `kind`, settings of that kind, and `repeat`; attention everywhere when None.
         score_function: "sigmoid" or "softmax"; or one per layer.
         slopes: "balanced", "negative", "positive", "none" or a split such as "8:4"; or one per layer.
-        slope_schedule: "swat" (2**-k), "alibi" (standard ALiBi magnitudes) or "window" (slope_span / window * 2**-i).
-        slope_span: of "window": one number, or the first and the last of a geometric sequence over the heads.
+        slope_schedule: "swat" (2**-k), "alibi" (standard ALiBi magnitudes) or "window" (as `slope_span` says).
+        slope_span: of "window": a number c, for `c / window * 2**-i`, or the first and the last of equal ratios.
         positive_slope_span: the same of the heads with positive slopes; None: as slope_span.
         learned_slopes, learned_score_bias: a parameter per head that starts as slopes and score_bias say.
         score_bias: added to every score; a number or "-log(window)" (arXiv 2409.04431); or one per layer.
@@ -122,7 +125,7 @@ class SwatConfig(PreTrainedConfig):
     score_function: str | list[str] = "sigmoid"
     slopes: str | list[str] = "balanced"
     slope_schedule: Literal["swat", "alibi", "window"] = "swat"
-    slope_span: float | int | list[float | int] = DEFAULT_SPAN
+    slope_span: float | int | list[float | int] = field(default_factory=lambda: list(DEFAULT_SPAN))
     positive_slope_span: float | int | list[float | int] | None = None
     learned_slopes: bool = False
     score_bias: float | int | str | list[float | int | str] = 0.0
@@ -254,7 +257,7 @@ class SwatConfig(PreTrainedConfig):
                 kinds = ", ".join(dict.fromkeys(entry.kind.name for entry in plan))
                 raise ValueError(f"{name}: it is set, and no layer of this plan ({kinds}) has it; leave it out")
         scheduled = any(getattr(entry.settings, "slope_schedule", None) == "window" for entry in plan)
-        if self.slope_span != DEFAULT_SPAN and not scheduled:
+        if self.slope_span not in (list(DEFAULT_SPAN), FORMER_SPAN) and not scheduled:
             raise ValueError(
                 f"slope_span: {self.slope_span} belongs to slope_schedule='window', and no layer has that schedule; "
                 "set it, or leave slope_span out"

@@ -77,6 +77,9 @@ def whole_fingerprint(model: "SwatForCausalLM") -> str:
     for entry in model.config.plan():
         # what says how, not what
         settings = {name: value for name, value in asdict(entry.settings).items() if name not in HOW}
+        if settings.get("slope_schedule") != "window":
+            # nothing reads it
+            settings.pop("slope_span", None)
         settings = {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
         found.update(json.dumps([entry.kind.name, settings], sort_keys=True, default=str).encode())
     scaled = [model.config.embedding_multiplier, model.config.logits_scaling]

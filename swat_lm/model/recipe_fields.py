@@ -1,6 +1,7 @@
 """What a recipe's `model:` may say of a model of ours, and the configuration that it describes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -15,9 +16,10 @@ from swat_lm.words import did_you_mean
 # the tokenizer's, the row's, or how a model is run and not what it is
 DECIDED_ELSEWHERE = ("vocab_size", "max_position_embeddings", "use_cache", "attention_backend")
 DEFAULTS = {
-    name: default
-    for name in RECIPE_KEYS
-    if name not in DECIDED_ELSEWHERE and (default := SwatConfig.__dataclass_fields__[name].default) is not None
+    field.name: default
+    for field in fields(SwatConfig)  # type: ignore[arg-type]
+    if field.name in RECIPE_KEYS and field.name not in DECIDED_ELSEWHERE
+    and (default := field.default if field.default_factory is MISSING else field.default_factory()) is not None
 }  # fmt: skip
 """By field, what a recipe that says nothing gets."""
 

@@ -16,7 +16,8 @@ SCHEDULES = ("swat", "alibi", "window")
 KINDS = ("balanced", "negative", "positive", "none")
 
 
-DEFAULT_SPAN = 16.0
+DEFAULT_SPAN = (64.0, 4.0)
+"""Of the schedule "window": of the rules that were tried the one with the lowest loss (docs/experiments.md)."""
 
 Span = float | tuple[float, float] | list[float]
 

@@ -15,6 +15,7 @@ from swat_lm.evaluate.length import loss_on_same_text
 from swat_lm.files import write_text
 from swat_lm.model.architectures import count_model_parameters
 from swat_lm.model.loading import load_causal_lm
+from swat_lm.model.recipe_fields import DEFAULTS as MODEL_DEFAULTS
 from swat_lm.papers.experiment import Progress, Run
 from swat_lm.papers.findings import Findings
 from swat_lm.papers.measuring import parsed, read_json
@@ -22,6 +23,7 @@ from swat_lm.papers.outcomes import measure_outcomes
 from swat_lm.papers.page import machine
 from swat_lm.recipe import DataRecipe, TrainRecipe
 from swat_lm.train.metrics import read_metrics
+from swat_lm.train.setup import resolved
 
 __all__ = ["RecordedFindings", "has_record", "make_record"]
 
@@ -32,7 +34,9 @@ NOT_COMPARED = {
     "train": ("resume", "keep", "save_every", "export", "loggers"),
 }
 # what a record made before a field existed has in its place
-DEFAULTS = json.loads(json.dumps({"data": asdict(DataRecipe(sources=("text",))), "train": asdict(TrainRecipe())}))
+DEFAULTS = json.loads(
+    json.dumps({"data": asdict(DataRecipe(sources=("text",))), "train": asdict(TrainRecipe()), "model": MODEL_DEFAULTS})
+)
 
 
 def record_path(out: Path, name: str) -> Path:
@@ -41,8 +45,11 @@ def record_path(out: Path, name: str) -> Path:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """What makes two runs the same wherever they were trained; the text counts by its tokens, not its place."""
-    recipe = asdict(run.recipe)
+    """What makes two runs the same wherever they were trained; the text counts by its tokens, not its place.
+
+    Of a model of ours every setting is named, so that another default makes another run.
+    """
+    recipe = asdict(resolved(run.recipe))
     for part, keys in NOT_COMPARED.items():
         held = recipe[part] if part else recipe
         for key in keys:
@@ -72,8 +79,8 @@ def difference(held: Any, wanted: Any, at: str = "") -> str | None:
     """The first place in which a record differs, as a sentence; None if in none."""
     if isinstance(held, dict) and isinstance(wanted, dict):
         keys = [*wanted, *(key for key in held if key not in wanted)]
-        old = {**DEFAULTS.get(at, {}), **held}
-        found = (difference(old.get(key), wanted.get(key), f"{at}.{key}".strip(".")) for key in keys)
+        old, new = ({**DEFAULTS.get(at, {}), **one} for one in (held, wanted))
+        found = (difference(old.get(key), new.get(key), f"{at}.{key}".strip(".")) for key in keys)
         return next((place for place in found if place is not None), None)
     return None if held == wanted else f"{at or 'all'} is {held!r} there, {wanted!r} here"
 

@@ -75,7 +75,7 @@ def relay(line: str, watcher: Watcher) -> str | None:
 def run_workers(out: Path, names: Sequence[str], num_threads: int, watcher: Watcher, module: str) -> None:
     """Train and evaluate the models side by side, by `do_model` of the module, and relay what they tell.
 
-    Raises InterruptedRunError after Ctrl-C, when both have saved; ValueError with a worker's own sentence for an error
+    Raises InterruptedRunError after Ctrl-C, when all have saved; ValueError with a worker's own sentence for an error
     of the user's, RuntimeError for any other end.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads)}

@@ -162,11 +162,21 @@ def check_model(checkpoint: Checkpoint, model: Mapping[str, Any]) -> None:
 def differing_fields(checkpoint: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
     """Each field in which two configurations, as plain values, are not the same architecture, with both values."""
     ignored = NOT_ARCHITECTURE if scales_rotary(model) else NOT_ARCHITECTURE | {"max_position_embeddings"}
+    if not (reads_span(checkpoint) or reads_span(model)):
+        # its default is another now
+        ignored |= {"slope_span"}
     return [
         f"{name} (checkpoint {checkpoint.get(name)!r}, recipe {model.get(name)!r})"
         for name in sorted((checkpoint.keys() | model.keys()) - ignored)
         if checkpoint.get(name) != model.get(name)
     ]
+
+
+def reads_span(model: Mapping[str, Any]) -> bool:
+    """Whether slopes of any layer are scaled to its window; only then does `slope_span` say anything."""
+    layers = model.get("layers")
+    own = [entry for entry in layers if isinstance(entry, Mapping)] if isinstance(layers, list) else []
+    return any(values.get("slope_schedule") == "window" for values in (model, *own))
 
 
 def scales_rotary(model: Mapping[str, Any]) -> bool:

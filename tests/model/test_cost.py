@@ -35,7 +35,7 @@ def test_presets_have_exactly_these_parameters(name):
 
 
 def test_presets_are_those_that_are_promised():
-    kinds = ("softmax-window", "swat", "transformer")
+    kinds = ("sigmoid-window", "softmax-window", "swat", "transformer")
     taipan = [f"taipan-{size}" for size in ("190m", "450m", "1.3b")]
     swat = sorted(f"{kind}-{size}" for kind in kinds for size in ("248m", "340m", "760m"))
     assert set(preset_names()) >= {*swat, *taipan}
@@ -54,8 +54,10 @@ def test_presets_are_those_that_are_promised():
     for name in swat:
         config = config_from_recipe({"preset": name})
         settings = config.attention_settings(0)
-        assert settings.score_function == ("sigmoid" if name.startswith("swat") else "softmax")
-        assert settings.slopes == ("balanced" if name.startswith("swat") else "none")
+        kind = name.rsplit("-", 1)[0]
+        assert settings.score_function == ("sigmoid" if kind in ("swat", "sigmoid-window") else "softmax")
+        assert settings.slopes == {"swat": "balanced", "sigmoid-window": "negative"}.get(kind, "none")
+        assert settings.score_bias == ("-log(window)" if kind == "sigmoid-window" else 0.0)
         assert (settings.sliding_window is None) == name.startswith("transformer")
 
 

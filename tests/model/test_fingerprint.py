@@ -34,6 +34,16 @@ def test_equal_models_have_equal_fingerprints(tmp_path):
         assert fingerprint(tiny_model()) == known
 
 
+def test_a_span_that_no_schedule_reads_is_no_other_model():
+    """Checkpoints name the default of their day."""
+    assert fingerprint(tiny_model(slope_span=16.0)) == fingerprint(tiny_model())
+    with pytest.raises(ValueError, match=r"slope_span: 8.0 belongs to"):
+        tiny_config(slope_span=8.0)
+    scheduled = [tiny_model(slopes="negative", slope_schedule="window", **span) for span in ({}, {"slope_span": 16.0})]
+    assert fingerprint(scheduled[0]) != fingerprint(scheduled[1])
+    assert scheduled[0].config.slope_span == [64.0, 4.0]
+
+
 @torch.no_grad()
 def test_other_models_have_others():
     known = {fingerprint(tiny_model())}

@@ -28,7 +28,8 @@ def test_alibis_own_schedule_on_each_side():
 
 
 def test_slopes_by_the_window():
-    assert slopes_for(3, "negative", "window", 64).tolist() == [-0.25, -0.125, -0.0625]
+    assert slopes_for(3, "negative", "window", 64).tolist() == [-1.0, -0.25, -0.0625]
+    assert slopes_for(3, "negative", "window", 64, 16.0).tolist() == [-0.25, -0.125, -0.0625]
     assert slopes_for(4, "3:1", "window", 128, 32.0).tolist() == [-0.25, -0.125, -0.0625, 0.25]
     # from a / window to b / window in equal ratios, over any number of heads
     assert slopes_for(3, "negative", "window", 16, (16, 1)).tolist() == [-1.0, -0.25, -0.0625]

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from swat_lm.evaluate.curves import summarise
+from swat_lm.model.cost import count_parameters
 from swat_lm.model.modeling import SwatForCausalLM
+from swat_lm.model.recipe_fields import config_from_recipe
 from swat_lm.papers.demo.pace import steps_within
 from swat_lm.papers.demo.report import judge
-from swat_lm.papers.demo.run import DemoSettings, evaluation_lengths, open_plan, run_demo
+from swat_lm.papers.demo.run import DemoSettings, evaluation_lengths, load_demo_recipe, open_plan, run_demo
 from swat_lm.papers.watching import Watcher
 from swat_lm.papers.worker import work
 from tests.forked import begin
@@ -65,13 +67,13 @@ def quick(sources: tuple[str, ...]) -> DemoSettings:
 
 def test_demo_leaves_everything_in_one_folder(done: tuple[Path, DemoSettings, Notes, dict]):
     out, _, notes, results = done
-    assert notes.steps == {"swat": 40, "twin": 40}
-    for name in ("swat", "twin"):
+    assert notes.steps == {"swat": 40, "paper": 40, "twin": 40}
+    for name in ("swat", "paper", "twin"):
         for part in ("recipe.yaml", "metrics.jsonl", "length.json", "export/model.safetensors", "checkpoints"):
             assert (out / name / part).exists(), part
-        assert SwatForCausalLM.from_pretrained(out / name / "export").config.window(0) == (
-            16 if name == "swat" else None
-        )
+        config = SwatForCausalLM.from_pretrained(out / name / "export").config
+        assert config.window(0) == (None if name == "twin" else 16)
+        assert config.slopes == {"swat": "negative", "paper": "balanced", "twin": "none"}[name]
     assert json.loads((out / "results.json").read_text()) == results
     assert not list(out.rglob(".tmp*"))
 
@@ -79,8 +81,8 @@ def test_demo_leaves_everything_in_one_folder(done: tuple[Path, DemoSettings, No
     assert [point["length"] for point in curves["swat"]] == [16, 32, 64, 128, 256, 512, 1024]
     assert len({point["state_bytes"] for point in curves["swat"]}) == 1
     assert curves["twin"][-1]["state_bytes"] > 20 * curves["twin"][0]["state_bytes"] // 2
-    assert results["models"]["swat"]["parameters"] == results["models"]["twin"]["parameters"]
-    assert results["models"]["swat"]["tokens_trained"] == results["models"]["twin"]["tokens_trained"]
+    for same in ("parameters", "tokens_trained"):
+        assert len({model[same] for model in results["models"].values()}) == 1
 
     # the state was weighed while it streamed, far beyond the window of 16
     stream = results["models"]["swat"]["stream"]
@@ -98,8 +100,9 @@ def test_page_is_whole_and_says_what_the_numbers_say(done: tuple[Path, DemoSetti
     assert "{{" not in page
     assert page.count('<li class="held">') == sum(claim["held"] for claim in results["claims"])
     assert page.count("<b>did not hold</b>") == sum(not claim["held"] for claim in results["claims"])
-    for point in results["models"]["twin"]["curve"]:
-        assert f"{point['mean_loss']:.3f}" in page
+    for model in results["models"].values():
+        for point in model["curve"]:
+            assert f"<td>{point['mean_loss']:.3f}</td>" in page
     assert results["machine"]["torch"] in page
 
 
@@ -111,8 +114,15 @@ def test_again_does_not_train_again(done: tuple[Path, DemoSettings, Notes, dict]
     assert notes.steps == {}
     assert (out / "swat" / "export" / "model.safetensors").stat().st_mtime_ns == before
     assert again["claims"] == results["claims"]
-    with pytest.raises(ValueError, match="holds a demo with other settings"):
+    with pytest.raises(ValueError, match=r"holds a demo with other settings \(prompt was .* and is 'other'\)"):
         run_demo(out, replace(settings, prompt="other"), notes)
+    # what another version trained is not shown as this one's
+    recipe = out / "paper" / "recipe.yaml"
+    kept = recipe.read_text()
+    recipe.write_text(kept.replace("slopes: balanced", "slopes: negative"))
+    with pytest.raises(ValueError, match=r"recipe\.yaml is not the demo's recipe of today: name another folder"):
+        run_demo(out, settings, notes)
+    recipe.write_text(kept)
 
 
 def test_interrupted_demo_saves_and_goes_on(tmp_path: Path, sources: tuple[str, ...]):
@@ -130,7 +140,7 @@ def test_interrupted_demo_saves_and_goes_on(tmp_path: Path, sources: tuple[str, 
         "    sys.exit(130)\n"
     )
     process = begin(program, output=tmp_path / "said.txt", environment={"OMP_NUM_THREADS": "1"})
-    metrics = [out / name / "metrics.jsonl" for name in ("swat", "twin")]
+    metrics = [out / name / "metrics.jsonl" for name in ("swat", "paper", "twin")]
     try:
         deadline = time.monotonic() + 120
         while not all(path.exists() and path.stat().st_size for path in metrics) and time.monotonic() < deadline:
@@ -142,7 +152,7 @@ def test_interrupted_demo_saves_and_goes_on(tmp_path: Path, sources: tuple[str, 
         assert process.exitcode == 130, (tmp_path / "said.txt").read_text()
     finally:
         process.kill()
-    for name in ("swat", "twin"):
+    for name in ("swat", "paper", "twin"):
         assert len(list((out / name / "checkpoints").iterdir())) == 1
         assert not (out / name / "length.json").exists()
 
@@ -156,17 +166,47 @@ def curve(losses: dict[int, list[float]]):
 @pytest.mark.parametrize(
     ("swat", "twin", "constant", "held"),
     [
-        ([1.9, 2.2], [2.9, 3.1], True, [True, True, True, True]),
-        ([2.5, 2.6], [2.02, 2.03], False, [False, False, False, False]),
+        # SWAT is at 2.0 and 2.1 at the training length
+        ([1.9, 2.0], {64: [2.2, 2.29], 1024: [2.9, 3.1]}, True, [True, True, True, True, True]),
+        ([2.5, 2.6], {64: [1.9, 2.0], 1024: [1.92, 2.03]}, False, [False, True, False, False, False]),
         # the twin is worse on average, but within the noise
-        ([2.0, 2.1], [2.0, 2.9], True, [True, False, False, True]),
+        ([2.0, 2.1], {64: [2.0, 2.6], 1024: [2.0, 3.6]}, True, [False, True, True, False, True]),
     ],
 )
-def test_verdicts_follow_the_numbers(swat: list[float], twin: list[float], constant: bool, held: list[bool]):
-    curves = {"swat": curve({64: [2.0, 2.1], 1024: swat}), "twin": curve({64: [2.0, 2.0], 1024: twin})}
+def test_verdicts_follow_the_numbers(swat: list[float], twin: dict, constant: bool, held: list[bool]):
+    curves = {
+        "swat": curve({64: [2.0, 2.1], 1024: swat}), "twin": curve(twin),
+        "paper": curve({64: [2.5, 2.61], 1024: [2.5, 2.6]}),
+    }  # fmt: skip
     stream = {"state_bytes_first": 8, "state_bytes_last": 8, "state_constant": constant}
-    claims = judge(curves, {"swat": stream, "twin": stream}, 64)
+    claims = judge(curves, {"swat": stream}, 64)
     assert [claim["held"] for claim in claims] == held
+    for words, claim in zip(
+        ("ahead of full attention at", "ahead of SWAT with balanced slopes at"), claims, strict=False
+    ):
+        assert words in claim["claim"]
+    # two more with --all
+    more = judge({**curves, "alibi": curve(twin), "window": curves["swat"]}, {"swat": stream}, 64)
+    assert [claim["held"] for claim in more][2:4] == [held[0], False]
+    assert "with ALiBi at the training length (64 tokens)" in more[2]["claim"]
+
+
+def test_all_adds_two_models_of_the_same_size(tmp_path: Path):
+    settings = DemoSettings(all=True)
+    assert settings.models == ("swat", "paper", "twin", "window", "alibi")
+    recipes = {name: load_demo_recipe(name, tmp_path, settings) for name in settings.models}
+    configs = {name: config_from_recipe(recipe.model, 259) for name, recipe in recipes.items()}
+    assert len({count_parameters(config).total for config in configs.values()}) == 1
+    # one budget and one text
+    assert len({str(replace(recipe.train, learning_rate=1)) + str(recipe.data) for recipe in recipes.values()}) == 1
+    scores = {name: (config.score_function, config.window(0), config.slopes) for name, config in configs.items()}
+    assert scores == {
+        "swat": ("sigmoid", 64, "negative"), "paper": ("sigmoid", 64, "balanced"), "twin": ("softmax", None, "none"),
+        "window": ("softmax", 64, "negative"), "alibi": ("softmax", None, "negative"),
+    }  # fmt: skip
+    assert configs["alibi"].slope_schedule == "alibi"
+    quick = [load_demo_recipe(name, tmp_path, replace(settings, quick=True)) for name in settings.models]
+    assert [recipe.model["sliding_window"] for recipe in quick] == [16, 16, None, 16, None]
 
 
 def test_plan():

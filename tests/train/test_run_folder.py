@@ -91,6 +91,18 @@ def test_settings_that_came_later_are_as_before_there_was_a_word_for_them(tmp_pa
         check_model(checkpoint, {**now, "output_gate": True})
 
 
+def test_the_former_span_is_another_architecture_only_where_a_schedule_reads_it():
+    now, scheduled = (
+        plain_values(config_from_recipe({"slopes": "negative", **more}, 259))
+        for more in ({}, {"slope_schedule": "window"})
+    )
+    check_model(replace(CHECKPOINT, model={**now, "slope_span": 16.0}), now)
+    layers = {**now, "layers": [{"kind": "attention", "slope_schedule": "window"}]}
+    for model in (scheduled, layers):
+        with pytest.raises(ValueError, match=r"slope_span \(checkpoint 16.0, recipe \[64.0, 4.0\]\)"):
+            check_model(replace(CHECKPOINT, model={**model, "slope_span": 16.0}), model)
+
+
 def test_the_training_length_is_architecture_only_where_rotary_angles_are_scaled():
     for rope, refused in (
         ({"rope_type": "default"}, False),

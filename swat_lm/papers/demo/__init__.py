@@ -1,1 +1,1 @@
-"""The demo: a SWAT model and its full-attention twin trained on Python's own sources, compared on one page."""
+"""The demo: SWAT, the paper's slopes and full attention trained on Python's own sources, compared on one page."""

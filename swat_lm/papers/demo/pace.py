@@ -1,6 +1,6 @@
-"""How many steps of both demo models, trained side by side, fit into the minutes allowed; found by timing a few.
+"""How many steps of the demo's models, trained side by side, fit into the minutes allowed; found by timing a few.
 
-The recipe's steps are the most; a slower machine trains fewer, both models the same number.
+The recipe's steps are the most; a slower machine trains fewer, all models the same number.
 """
 
 import time
@@ -19,7 +19,7 @@ __all__ = ["Pace", "find_pace", "steps_within", "threads"]
 
 # what training may use of the minutes; the rest is for start, evaluation, streaming and the page
 TRAINING_SHARE = 0.68
-# a step of the loop, beside its twin (optimizer, clipping, evaluation, shared caches), over the pass timed here
+# a step of the loop, beside the other models (optimizer, clipping, evaluation, shared caches), over the pass timed here
 LOOP_OVERHEAD = 1.35
 FEWEST = 20
 

@@ -1,4 +1,4 @@
-"""The demo: a SWAT model and its full-attention twin trained on Python's own sources, compared far beyond their length.
+"""The demo: small models trained on Python's own sources under one budget, compared far beyond their length.
 
 Each stage leaves a file, so that the same call continues after an interruption. Draws nothing on the terminal: whoever
 calls it watches. The page is report.py's.
@@ -22,15 +22,19 @@ from swat_lm.papers.demo.pace import Pace, find_pace, threads
 from swat_lm.papers.demo.report import write_report
 from swat_lm.papers.watching import InterruptedRunError, Watcher
 from swat_lm.papers.worker import run_workers
-from swat_lm.recipe import Recipe, load_recipe
+from swat_lm.recipe import Recipe, dump_recipe, load_recipe
 from swat_lm.serve.sampling import Sampling
 from swat_lm.serve.stream import Stream
 from swat_lm.train import run
+from swat_lm.train.setup import resolved
 from swat_lm.words import counted
 
 __all__ = ["DemoSettings", "do_model", "run_demo"]
 
-MODELS = ("swat", "twin")
+MODELS = ("swat", "paper", "twin")
+MORE = ("window", "alibi")
+"""With `all`."""
+FULL = ("twin", "alibi")
 WORKER = "swat_lm.papers.demo.run"
 # of evaluation, in training lengths
 LENGTHS = (0.25, 0.5, 1, 2, 4, 8, 16)
@@ -64,10 +68,17 @@ class DemoSettings:
     new_tokens: int = 400
     streams: int = 12
     """Held-out pieces of the longest evaluation length."""
+    all: bool = False
+    """Softmax over the same window, and full attention with slopes, as well."""
 
     def __post_init__(self) -> None:
         if not self.minutes > 0:
             raise ValueError(f"minutes: expected more than 0, got {self.minutes}")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of what is trained."""
+        return (*MODELS, *(MORE if self.all else ()))
 
 
 def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, Any]:
@@ -77,7 +88,7 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
     """
     began = time.monotonic()
     plan = open_plan(out, settings)
-    recipes = {name: load_demo_recipe(name, out, settings) for name in MODELS}
+    recipes = {name: load_demo_recipe(name, out, settings) for name in settings.models}
     watcher.stage("preparing the text")
     store = prepare(recipes["swat"].data, lambda at: watcher.count("preparing", at.bytes_read, at.bytes_total))
     if plan["pace"] is None:
@@ -85,12 +96,19 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
         plan["pace"] = asdict(find_pace(list(recipes.values()), store.vocab_size, settings.minutes))
         write_text(out / "plan.json", write_figures(plan) + "\n")
     pace = Pace(**plan["pace"])
-    recipes = {name: load_demo_recipe(name, out, settings, (f"train.steps={pace.steps}",)) for name in MODELS}
+    recipes = {name: load_demo_recipe(name, out, settings, (f"train.steps={pace.steps}",)) for name in settings.models}
     seconds = dict(plan["seconds"])
-    missing = [name for name in MODELS if not Path(recipes[name].out, "length.json").exists()]
+    missing = [name for name in settings.models if not Path(recipes[name].out, "length.json").exists()]
+    for name in settings.models:
+        path = Path(recipes[name].out, "recipe.yaml")
+        # of one that goes on, training finds out by itself
+        if name not in missing and path.read_text(encoding="utf-8") != dump_recipe(resolved(recipes[name])):
+            raise ValueError(
+                f"{path} is not the demo's recipe of today: name another folder for --out, or remove {out}"
+            )
     if missing:
         watcher.stage(
-            f"training {' and '.join(missing)} side by side: {counted(pace.steps, 'step')} each, then evaluating"
+            f"training {', '.join(missing)} side by side: {counted(pace.steps, 'step')} each, then evaluating"
         )
         started = time.monotonic()
         try:
@@ -105,7 +123,7 @@ def run_demo(out: Path, settings: DemoSettings, watcher: Watcher) -> dict[str, A
     with threads(pace.threads):
         samples = {
             name: stream_one(recipes[name], settings, watcher if name == "swat" else Watcher())
-            for name in reversed(MODELS)
+            for name in reversed(settings.models)
         }
     seconds["last call"] = time.monotonic() - began
     watcher.stage("writing the report")
@@ -131,8 +149,14 @@ def open_plan(out: Path, settings: DemoSettings) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is damaged; remove {out} or name another folder") from None
         # a finished or begun demo keeps its steps, so another limit changes nothing
-        if {**before, "minutes": 0} != {**wanted, "minutes": 0}:
-            raise ValueError(f"{out} holds a demo with other settings ({before}): name another folder, or remove it")
+        changed = [
+            f"{key} was {before.get(key)!r} and is {wanted.get(key)!r}" for key in {**before, **wanted}
+            if key != "minutes" and (key not in before or before[key] != wanted.get(key))
+        ]  # fmt: skip
+        if changed:
+            raise ValueError(
+                f"{out} holds a demo with other settings ({', '.join(changed)}): name another folder, or remove it"
+            )
         return plan
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no demo: name another folder")
@@ -145,9 +169,9 @@ def open_plan(out: Path, settings: DemoSettings) -> dict[str, Any]:
 
 
 def load_demo_recipe(name: str, out: Path, settings: DemoSettings, more: Sequence[str] = ()) -> Recipe:
-    """The recipe of one of the two models with everything inside the demo's folder."""
+    """The recipe of one of the models with everything inside the demo's folder."""
     overrides = (
-        [override for override in QUICK if not (name == "twin" and "sliding_window" in override)]
+        [override for override in QUICK if not (name in FULL and "sliding_window" in override)]
         if settings.quick
         else []
     )
