@@ -125,7 +125,7 @@ def test_what_is_learned_per_head_starts_as_the_settings_say():
         **SHAPE, learned_slopes=True, learned_score_bias=True, score_bias="-log(window)", slope_schedule="window"
     )
     mixer = WindowAttention(settings, 16)
-    torch.testing.assert_close(mixer.slopes.detach(), torch.tensor([-16 / 5, 16 / 5]))
+    torch.testing.assert_close(mixer.slopes.detach(), torch.tensor([-64 / 5, 64 / 5]))
     torch.testing.assert_close(mixer.score_bias.detach(), torch.full((2,), -math.log(5)))
 
 
