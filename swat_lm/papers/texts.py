@@ -98,7 +98,8 @@ def prepare_texts(
 
     `recipe` is any of the runs: all read the same tokens.
     """
-    check_same_request(out, {"text_bytes": scale.text_bytes, "vocab_size": experiment.budget(scale).vocab_size})
+    asked = {"text_bytes": scale.text_bytes, "vocab_size": experiment.budget(scale).vocab_size}
+    check_same_request(out, experiment.budget_name, asked)
     if scale.text_bytes is not None and not (out / "text.jsonl").exists():
         sample_text(sources.text, scale.text_bytes, out / "text.jsonl", watcher)
     trained, most = out / "tokenizer", experiment.budget(scale).vocab_size
@@ -122,18 +123,19 @@ def prepare_texts(
     check_same_texts(out, experiment.budget_name, keys)
 
 
-def check_same_request(out: Path, wanted: dict[str, int | None]) -> None:
-    """Remember how much text is read, and the size of the tokenizer; raises ValueError for others than before."""
+def check_same_request(out: Path, kind: str, wanted: dict[str, int | None]) -> None:
+    """Remember how much text the runs of a kind read, and their tokenizer's size; raises ValueError for others."""
     path = out / "texts.json"
     known = read_json(path) if path.exists() else {}
-    before = known.get("asked", wanted)
+    asked = known.get("asked", {})
+    before = asked.get(kind, wanted)
     changed = [
         f"{name} was {before.get(name)} and is {value}" for name, value in wanted.items() if before.get(name) != value
     ]
     if changed:
         raise ValueError(f"{out} holds another text or tokenizer ({', '.join(changed)}): name another folder for --out")
-    if "asked" not in known:
-        write_text(path, json.dumps({**known, "asked": wanted}, indent=1) + "\n")
+    if kind not in asked:
+        write_text(path, json.dumps({**known, "asked": {**asked, kind: wanted}}, indent=1) + "\n")
 
 
 def check_same_texts(out: Path, kind: str, keys: dict[str, str]) -> None:

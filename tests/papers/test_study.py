@@ -11,6 +11,7 @@ import pytest
 from swat_lm.papers import reproduction
 from swat_lm.papers.reproduction import Sources, reproduce
 from swat_lm.papers.studies import load_study, study_names
+from swat_lm.papers.texts import check_same_request
 from swat_lm.papers.watching import InterruptedRunError, Watcher
 from tests.papers.test_demo import Notes
 
@@ -141,6 +142,13 @@ def test_a_tokenizer_of_its_own_on_a_share_of_the_text(study: str, data: Path, t
     Path(study).write_text(STUDY + "vocab_size: 280\ntext_bytes: 20000\n")
     with pytest.raises(ValueError, match=r"vocab_size was 300 and is 280\): name another folder"):
         reproduce(study, "full", sources, out, [0], Watcher())
+
+
+def test_kinds_of_one_folder_have_tokenizers_of_their_own(tmp_path: Path):
+    check_same_request(tmp_path, "table1", {"vocab_size": 32_000})
+    check_same_request(tmp_path, "analysis", {"vocab_size": 50_257})
+    with pytest.raises(ValueError, match=r"vocab_size was 32000 and is 300"):
+        check_same_request(tmp_path, "table1", {"vocab_size": 300})
 
 
 def test_a_text_that_will_not_do_keeps_the_records(study: str, tmp_path: Path, in_process: list[str]):
