@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from swat_lm.evaluate.curves import LengthCurve, difference
 from swat_lm.evaluate.figures import write_figures
@@ -21,16 +21,25 @@ __all__ = ["TOLERANCE", "judge", "write_report"]
 TOLERANCE = 0.05
 """Nats per token: a smaller change between lengths counts as none."""
 
+
+class Named(NamedTuple):
+    """How a model is called."""
+
+    name: str
+    short: str
+    """In heads of tables, and in legends of many."""
+    other: str
+    """In a claim, as what SWAT is compared with."""
+
+
 NAMES = {
-    "swat": "SWAT with negative slopes (recommended)",
-    "paper": "SWAT with balanced slopes (arXiv 2502.18845)",
-    "twin": "full attention (softmax, RoPE)",
-    "window": "softmax, the same window and slopes",
-    "alibi": "full attention (softmax, RoPE, ALiBi)",
+    "swat": Named("SWAT with negative slopes (recommended)", "SWAT", ""),
+    "twin": Named("full attention (softmax, RoPE)", "full attention", "full attention"),
+    "paper": Named("SWAT with balanced slopes (arXiv 2502.18845)", "balanced slopes", "SWAT with balanced slopes"),
+    "alibi": Named("full attention (softmax, RoPE, ALiBi)", "full, ALiBi", "full attention with ALiBi"),
+    "window": Named("softmax, the same window and slopes", "softmax window", "softmax over the same window and slopes"),
 }
-SHORT = {"swat": "SWAT", "paper": "balanced slopes", "twin": "full attention", "window": "softmax window",
-         "alibi": "full, ALiBi"}  # fmt: skip
-"""For the heads of tables, and legends of many."""
+"""In the order of the claims."""
 PICTURES = ("loss_by_length.png", "training.png", "state_bytes.png")
 
 
@@ -84,16 +93,12 @@ def judge(
     standard errors too. What another seed would change is in no error.
     """
     swat, longest = curves["swat"], curves["swat"].lengths[-1]
-    others = {
-        "twin": "full attention", "paper": "SWAT with balanced slopes", "alibi": "full attention with ALiBi",
-        "window": "softmax over the same window and slopes",
-    }  # fmt: skip
     claims = []
-    for name, words in others.items():
-        if name in curves:
+    for name, called in NAMES.items():
+        if name in curves and name != "swat":
             ahead, error = difference(at_length(curves[name], trained), at_length(swat, trained))
             claims.append({
-                "claim": f"SWAT is ahead of {words} at the training length ({trained:,} tokens)",
+                "claim": f"SWAT is ahead of {called.other} at the training length ({trained:,} tokens)",
                 "held": shown(ahead, error),
                 "numbers": f"the other's loss is {with_error(ahead, error, sign='+')} nats per token against SWAT's"
                 + ("" if shown(abs(ahead), error) else ", which decides nothing"),
@@ -144,8 +149,8 @@ def describe(
     config = SwatConfig.from_pretrained(Path(recipe.out, "export"))
     held_out = [record["held_out_loss"] for record in metrics if "held_out_loss" in record]
     return {
-        "name": NAMES[name],
-        "short": SHORT[name],
+        "name": NAMES[name].name,
+        "short": NAMES[name].short,
         "parameters": count_parameters(config).total,
         "window": curve.window,
         "reach": reach(config),
@@ -175,7 +180,7 @@ def draw(
 ) -> None:
     """The three pictures."""
     trained = recipe.data.sequence_length
-    names = NAMES if len(curves) <= 3 else SHORT
+    names = {name: called.name if len(curves) <= 3 else called.short for name, called in NAMES.items()}
     # errors of the change since the training length: those of the loss itself only say that texts differ
     losses = [
         Series(
