@@ -119,7 +119,10 @@ def prepare_texts(
     for text in experiment.texts:
         # too little text is found here and not after training
         keys[text] = text_store(recipe, sources, text, watcher).key
-        evaluation_streams(recipe, sources, scale, watcher, text)
+        found = len(evaluation_streams(recipe, sources, scale, watcher, text))
+        if found < scale.pieces:
+            tokens = f"{scale.lengths[-1]:,} tokens"
+            watcher.stage(f"the {text} to evaluate on fills {found} pieces of {tokens}, not {scale.pieces}: fewer count")
     check_same_texts(out, experiment.budget_name, keys)
 
 

@@ -144,6 +144,19 @@ def test_a_tokenizer_of_its_own_on_a_share_of_the_text(study: str, data: Path, t
         reproduce(study, "full", sources, out, [0], Watcher())
 
 
+def test_fewer_pieces_than_asked_for_are_told(study: str, data: Path, tmp_path: Path, in_process: list[str]):
+    told = []
+    for pieces in (1, 10_000):
+        Path(study).write_text(STUDY + f"pieces: {pieces}\n")
+        notes = Notes()
+        found = reproduce(study, "full", Sources((str(data / "corpus"),), (), "hub"), tmp_path / str(pieces), [0], notes)
+        assert found["claims"]
+        told.append([stage for stage in notes.stages if "fewer count" in stage])
+    record = json.loads((tmp_path / "10000" / "records" / "wide-seed0.json").read_text())
+    num_pieces = record["curve"]["points"][0]["num_documents"]
+    assert told == [[], [f"the text to evaluate on fills {num_pieces} pieces of 64 tokens, not 10000: fewer count"]]
+
+
 def test_kinds_of_one_folder_have_tokenizers_of_their_own(tmp_path: Path):
     check_same_request(tmp_path, "table1", {"vocab_size": 32_000})
     check_same_request(tmp_path, "analysis", {"vocab_size": 50_257})
