@@ -29,6 +29,20 @@ ARMS = {
     "full": "full attention",
     "full-alibi": "full attention, ALiBi",
 }
+FACTORS = {
+    "base": "the recommended set-up",
+    "bias-zero": "`score_bias: 0`",
+    "bias-6": "`score_bias: -6`",
+    "bias-8": "`score_bias: -8`",
+    "bias-learned": "`learned_score_bias`",
+    "slopes-learned": "`learned_slopes`",
+    "slopes-mixed": "a quarter of the heads with gentle positive slopes",
+    "no-rotary": "no RoPE",
+    "qk-norm": "`qk_norm`",
+    "output-norm": "`output_norm`",
+    "output-gate": "`output_gate`",
+    "output-start": "`output_projection_init_scale: 0.35`",
+}
 
 
 @dataclass(frozen=True)
@@ -111,25 +125,47 @@ def schedule_order(name: str) -> tuple[int, list[int]]:
 
 
 def arms(name: str, records: list[Record]) -> str:
-    """Losses of every arm by length, its gap to the study's baseline, and what else was measured, over all seeds."""
+    """Arms at learning rates: by arm, then by rate."""
+
+    def place(variant: str) -> tuple[int, float]:
+        arm, rate = split_rate(variant)
+        return list(ARMS).index(arm), float(rate)
+
+    called = {}
+    for variant in sorted({one.variant for one in records}, key=place):
+        arm, rate = split_rate(variant)
+        called[variant] = [ARMS[arm], rate]
+    return compared_variants(name, records, ["", "rate"], called)
+
+
+def factors(name: str, records: list[Record]) -> str:
+    """Single changes."""
+    there = {one.variant for one in records}
+    called = {variant: [label] for variant, label in FACTORS.items() if variant in there}
+    return compared_variants(name, records, [""], called)
+
+
+def compared_variants(name: str, records: list[Record], head: list[str], called: dict[str, list[str]]) -> str:
+    """Losses of every variant by length, its gap to the study's baseline, and what else was measured, over all seeds.
+
+    `called` are the first cells of a row, by variant and in their order.
+    """
     runs: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         runs[record.variant].append(record)
-    order = sorted(runs, key=lambda variant: (list(ARMS).index(split_rate(variant)[0]), float(split_rate(variant)[1])))
     first = runs[load_study(name).spec.baseline]
     lengths = [point["length"] for point in first[0].kept["curve"]["points"]]
     losses, outcomes = [], []
-    for variant in order:
-        arm, rate = split_rate(variant)
+    for variant, words in called.items():
         here = runs[variant]
         seeds = counted(len(here), "seed")
         gap = ["", ""] if here is first else [compared(here, first, 0), compared(here, first, -1)]
         means = (f"{mean(run.loss(at) for run in here):.3f}" for at in range(len(lengths)))
-        losses.append([ARMS[arm], rate, seeds, *means, *gap])
-        outcomes.append([ARMS[arm], rate, *measured(here)])
-    heads = ["", "rate", "runs", *(f"{length:,} tokens" for length in lengths)]
+        losses.append([*words, seeds, *means, *gap])
+        outcomes.append([*words, *measured(here)])
+    heads = [*head, "runs", *(f"{length:,} tokens" for length in lengths)]
     gaps = [f"gap to the baseline, at {length:,}" for length in (lengths[0], lengths[-1])]
-    more = ["", "rate", "first token's share (uniform)", "norm of outputs, first and last token",
+    more = [*head, "first token's share (uniform)", "norm of outputs, first and last token",
             "training loss at a quarter", "at the end", "tokens/s"]  # fmt: skip
     return f"{table([*heads, *gaps], losses, records)}\n\n{rows(more, outcomes)}\n\n{recalled(records)}"
 
@@ -215,4 +251,5 @@ def mean(values: Any) -> float:
 TABLES: dict[str, Callable[[list[Record]], str]] = {
     "sigmoid-rates": rates, "slope-schedules": schedules,
     **{name: partial(arms, name) for name in ("sigmoid-windows", "sigmoid-large")},
+    "sigmoid-factors": partial(factors, "sigmoid-factors"),
 }  # fmt: skip

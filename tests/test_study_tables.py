@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from swat_lm.papers.studies import load_study
 from tests.docs_modules import load_module
 
 TABLES = load_module("study_tables")
@@ -84,5 +85,16 @@ def test_arms_are_compared_with_the_baseline(tmp_path: Path, other: list[list[fl
 def test_what_was_not_run_says_how(tmp_path: Path):
     assert set(TABLES.study_tables(tmp_path).values()) == {
         f"Not run yet: `swat-lm study {name}`."
-        for name in ("sigmoid-rates", "slope-schedules", "sigmoid-windows", "sigmoid-large")
+        for name in ("sigmoid-rates", "slope-schedules", "sigmoid-windows", "sigmoid-large", "sigmoid-factors")
     }
+
+
+def test_single_changes_are_called_by_what_they_change(tmp_path: Path):
+    assert set(TABLES.FACTORS) == set(load_study("sigmoid-factors").spec.changes)
+    runs = {f"base-seed{seed}": [1.0, 2.0] for seed in (0, 1)}
+    runs |= {f"qk-norm-seed{seed}": [0.5, 1.5] for seed in (0, 1)}
+    write(tmp_path, "sigmoid-factors", runs)
+    lines = TABLES.study_tables(tmp_path)["study-sigmoid-factors"].splitlines()
+    assert lines[0].startswith("|  | runs | 8 tokens | 32 tokens |")
+    assert lines[2] == "| the recommended set-up | 2 seeds | 1.500 | 1.500 |  |  |"
+    assert lines[3] == "| `qk_norm` | 2 seeds | 1.000 | 1.000 | -0.500 \u00b1 0.000 | -0.500 \u00b1 0.000 |"

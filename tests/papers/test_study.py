@@ -145,12 +145,11 @@ def test_a_tokenizer_of_its_own_on_a_share_of_the_text(study: str, data: Path, t
 
 
 def test_fewer_pieces_than_asked_for_are_told(study: str, data: Path, tmp_path: Path, in_process: list[str]):
-    told = []
+    told, sources = [], Sources((str(data / "corpus"),), (), "hub")
     for pieces in (1, 10_000):
         Path(study).write_text(STUDY + f"pieces: {pieces}\n")
         notes = Notes()
-        found = reproduce(study, "full", Sources((str(data / "corpus"),), (), "hub"), tmp_path / str(pieces), [0], notes)
-        assert found["claims"]
+        assert reproduce(study, "full", sources, tmp_path / str(pieces), [0], notes)["claims"]
         told.append([stage for stage in notes.stages if "fewer count" in stage])
     record = json.loads((tmp_path / "10000" / "records" / "wide-seed0.json").read_text())
     num_pieces = record["curve"]["points"][0]["num_documents"]
