@@ -50,7 +50,7 @@ def backward(
     dQ = scale * dS K; dK = scale * dS^T Q, where a softcap c has multiplied dS by 1 - tanh(scale * q.k / c)^2.
     """
     dtype, bias, softmax, scale = score_dtype(call.query), call.head_bias(), call.softmax, call.scale
-    if grad_lse is None and full_softmax.serves(call, needs_per_head):
+    if grad_lse is None and call.slopes is None and full_softmax.serves(call, needs_per_head):
         # a call with a number for each distance is not the kernel's
         nothing = HeadBias(torch.zeros_like(bias.slopes), torch.zeros_like(bias.constant))
         return *full_softmax.backward(call, grad_output), nothing

@@ -61,7 +61,7 @@ def streamed_attention(
         query, key, value, None, score_function, factor, slopes, tensor, number, first_visible, softcap=softcap,
         hidden=hidden,
     )  # fmt: skip
-    if full_softmax.serves(whole):
+    if slopes is None and full_softmax.serves(whole):
         # it holds smaller blocks still
         output, lse = window_attention(
             query, key, value, window=None, score_function=score_function, score_bias=score_bias, scale=factor,

@@ -122,7 +122,9 @@ def prepare_texts(
         found = len(evaluation_streams(recipe, sources, scale, watcher, text))
         if found < scale.pieces:
             tokens = f"{scale.lengths[-1]:,} tokens"
-            watcher.stage(f"the {text} to evaluate on fills {found} pieces of {tokens}, not {scale.pieces}: fewer count")
+            watcher.stage(
+                f"the {text} to evaluate on fills {found} pieces of {tokens}, not {scale.pieces}: fewer count"
+            )
     check_same_texts(out, experiment.budget_name, keys)
 
 

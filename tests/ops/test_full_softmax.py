@@ -12,13 +12,17 @@ SHAPES = [(2, 5, 5, 4, 2, 8, None), (2, 7, 19, 6, 2, 16, None), (2, 70, 150, 4, 
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-13), (torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("slopes", [None, -1.0, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_the_equation(shape: Any, dtype: torch.dtype, within: float, monkeypatch: pytest.MonkeyPatch):
+def test_it_is_the_equation(
+    shape: Any, slopes: float | None, dtype: torch.dtype, within: float, monkeypatch: pytest.MonkeyPatch
+):
     batch, count, total, heads, kv_heads, size, window = shape
     torch.manual_seed(0)
     query = torch.randn(batch, count, heads, size, dtype=dtype, requires_grad=True)
     key, value = (torch.randn(batch, total, kv_heads, size, dtype=dtype, requires_grad=True) for _ in range(2))
     incoming, called = torch.randn_like(query), []
+    of_heads = None if slopes is None else slopes * 0.5 ** torch.arange(1, heads + 1)
     for name in ("forward", "backward"):
         own = getattr(full_softmax, name)
         monkeypatch.setattr(full_softmax, name, lambda *a, own=own, name=name: (called.append(name), own(*a))[1])
@@ -27,13 +31,16 @@ def test_it_is_the_equation(shape: Any, dtype: torch.dtype, within: float, monke
         # nobody is hidden
         first = torch.zeros(batch, count, dtype=torch.int32)
         output, lse = window_attention(
-            query, key, value, window=window, score_function="softmax", score_bias=0.3, first_visible=first,
-            return_lse=True, backend=backend,
+            query, key, value, window=window, score_function="softmax", slopes=of_heads, score_bias=0.3,
+            first_visible=first, return_lse=True, backend=backend,
         )  # fmt: skip
         results.append((output, lse, *torch.autograd.grad(output, (query, key, value), incoming)))
-    assert called == ["forward", "backward"]
+    # with slopes the gradient comes by tiles
+    assert called == ["forward", "backward"][: 2 if slopes is None else 1]
+    # where the oldest keys weigh most, scores are as large as their bias, and rounded so
+    room = 1 if slopes != 1.0 else max(1, total / 2)
     for found, wanted in zip(*results, strict=True):
-        assert (found - wanted).abs().max() <= within
+        assert (found - wanted).abs().max() <= within * room
 
 
 @pytest.mark.parametrize(
@@ -41,7 +48,7 @@ def test_it_is_the_equation(shape: Any, dtype: torch.dtype, within: float, monke
     [
         {"window": 4},
         {"score_function": "sigmoid"},
-        {"slopes": torch.tensor([0.1, -0.1])},
+        {"slopes": torch.tensor([0.1, -0.1]), "scale": 0.0},
         {"softcap": 2.0},
         {"first_visible": torch.tensor([[0, 0, 0, 2, 2]], dtype=torch.int32)},
         {"hidden": torch.tensor([[True, False, False, False, False]])},
@@ -63,6 +70,29 @@ def test_what_it_does_not_know_is_left_to_the_tiles(asked: dict[str, Any], monke
     ]
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+def test_slopes_that_learn_have_their_gradient():
+    torch.manual_seed(0)
+    given = [torch.randn(1, 70, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    slopes = torch.tensor([0.1, -0.1], dtype=torch.float64, requires_grad=True)
+    results = []
+    for backend in ("reference", "blocked"):
+        output = window_attention(*given, window=None, score_function="softmax", slopes=slopes, backend=backend)
+        results.append((output, *torch.autograd.grad(output.sin().sum(), (*given, slopes))))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_with_slopes_far_into_a_row_float32_is_as_near_as_tiles(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 200, 2, 16), torch.randn(1, 9000, 1, 16), torch.randn(1, 9000, 1, 16)
+    how = {"window": None, "score_function": "softmax", "slopes": torch.tensor([-0.5, -0.001]), "backend": "blocked"}
+    kernel = window_attention(query, key, value, **how)
+    monkeypatch.setattr(full_softmax, "serves", lambda *_: False)
+    tiles = window_attention(query, key, value, **how)
+    exact = window_attention(query.double(), key.double(), value.double(), **how)
+    assert (kernel - exact).abs().max() <= 3 * (tiles - exact).abs().max() <= 1e-5
 
 
 def test_the_gradient_of_an_lse_comes_by_tiles():

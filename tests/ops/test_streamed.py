@@ -89,7 +89,7 @@ def test_what_the_fused_kernel_computes_goes_to_it(monkeypatch: pytest.MonkeyPat
     for more in others:
         asked.clear()
         streamed_attention(*tensors, key_block=4, **{"score_function": "softmax", **more})
-        assert not asked[0], more
+        assert not any(asked), more
 
 
 def test_extreme_scores_stay_finite():
