@@ -22,7 +22,7 @@ from swat_lm.layers.mamba2 import Mamba2Mixer, Mamba2Settings
 from swat_lm.layers.norm import RMSNorm
 
 HEAD, STATE, CHUNK, EPSILON = 64, 128, 64, 1e-5
-VOCABULARY, ROWS, ROW, PERIOD, LEARNING_RATE = 16, 4, 64, 8, 5e-4
+VOCABULARY, ROWS, ROW, PERIOD, LEARNING_RATE = 16, 4, 64, 8, 2e-3
 # of Jamba's mixer, whose path by tokens takes a time that goes as the square of the row
 SHORT = 256
 

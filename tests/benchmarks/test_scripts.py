@@ -3,6 +3,8 @@
 import importlib
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from benchmarks import (
     ecp_copy,
     hybrid_peers,
     hybrids_cpu,
+    layer_steps,
     longvq_tasks,
     measure,
     models,
@@ -67,9 +70,48 @@ def test_selective_copies(monkeypatch, capsys):
     assert all(0 <= float(line.split()[3]) < 0.3 for line in (sparsek, window))
 
 
+def test_a_script_of_layers_keeps_what_it_measured(monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setattr(record, "OWN", tmp_path)
+    monkeypatch.setattr(measure, "require_green_tests", lambda *paths: None)
+    # of one commit, without changes
+    monkeypatch.setattr(measure, "machine", lambda: {"commit": "abc"})
+    done: list[int] = []
+
+    def measured(length: int) -> list[layer_steps.Row]:
+        if length == 16 and len(done) == 1:
+            done.append(0)
+            raise KeyboardInterrupt
+        done.append(length)
+        return [{"length": length, "s": 0.5}]
+
+    def judge(rows: list[layer_steps.Row]) -> list[layer_steps.Row]:
+        return [measure.goal("lengths", 2, len(rows))]
+
+    def tasks(lengths: tuple[int, ...], quick: bool) -> dict[str, Callable[[], list[layer_steps.Row]]]:
+        return {f"T {length}": partial(measured, length) for length in lengths}
+
+    script = layer_steps.Script("selection_cpu", "A script.", (), {}, (8, 16), tasks, judge, quick_lengths=(4,))
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    # goes on after what it has, and leaves the result alone
+    script.main()
+    assert done == [8, 0, 16]
+    assert "reached  lengths: 2" in capsys.readouterr().out
+    (saved,) = tmp_path.iterdir()
+    result = json.loads(saved.read_text())
+    assert [row["length"] for row in result["rows"]] == result["settings"]["lengths"] == [8, 16]
+    for options, lengths in ((["--quick"], [4]), (["--lengths", "16"], [16])):
+        done[:] = [8, 8]
+        monkeypatch.setattr(sys, "argv", ["script", *options])
+        script.main()
+        assert done[2:] == lengths
+    assert json.loads(saved.read_text())["settings"]["lengths"] == [16]
+
+
 def test_rows_of_selections(monkeypatch):
-    monkeypatch.setattr(selection_cpu, "peak", lambda name, length: length * 2**20)
-    rows = [selection_cpu.compare(length, 1) for length in (64, 128)]
+    monkeypatch.setattr(selection_cpu, "peak", lambda script, making, length: length * 2**20)
+    rows = [row for length in (64, 128) for row in selection_cpu.compare(length, 1)]
     goals = selection_cpu.judge(rows)
     assert len(goals) == 2 * len(selection_cpu.MOST) + 2 * len(selection_cpu.MOST)
     assert goals[0]["measured"] == pytest.approx(rows[0]["window s"] / rows[0]["sparsek 64 s"], abs=1e-3)
@@ -77,14 +119,14 @@ def test_rows_of_selections(monkeypatch):
 
 
 def test_rows_of_hybrids(monkeypatch):
-    monkeypatch.setattr(hybrids_cpu, "peak", lambda execution, share, length: length * 1000)
+    monkeypatch.setattr(hybrids_cpu, "peak", lambda script, making, length: length * 1000)
     monkeypatch.setattr(hybrids_cpu, "CHUNKS", (16, 32))
     rows = hybrids_cpu.compare_executions(0.25, (64, 256), 1)
     assert rows[1]["growth of bytes"] == pytest.approx(1)
     assert rows[0]["sparse times dense"] == pytest.approx(rows[0]["dense s"] / rows[0]["sparse s"])
     rows += hybrids_cpu.compare_recurrences((64, 128), 1)
     assert {row["its best"] for row in rows[2:]} <= {"chunk 16", "chunk 32"}
-    goals = [line for row in rows for line in hybrids_cpu.judge(row)]
+    goals = hybrids_cpu.judge(rows)
     assert [line["wanted"] for line in goals] == [1.0, 1.0, 3.0, 3.0]
     assert all(line["measured"] > 0 for line in goals)
 
@@ -99,7 +141,7 @@ def test_rows_of_peers(monkeypatch, name):
         return
     assert row["largest difference"] < 1e-4
     assert row["loss, ours"] == pytest.approx(row["loss, theirs"], abs=1e-4)
-    assert hybrids_cpu.judge(row) == []
+    assert hybrids_cpu.judge([row]) == []
 
 
 def test_goals_of_a_state_space():
