@@ -91,7 +91,7 @@ class Script:
     """A benchmark of layers: what it measures, over which lengths, and the goals that judge it."""
 
     name: str
-    doc: str
+    doc: str | None
     tests: tuple[str, ...]
     """Which must be green."""
     settings: Row

@@ -239,12 +239,15 @@ def _fill_by_places(found: Prefixes, run: Run) -> None:
         into.scatter_add_(-1, order.flatten(2), number.flatten(2))
 
 
-def running_sums(numbers: Tensor) -> Tensor:
-    """Sums of the first numbers, from none to all: `[..., n + 1]`."""
-    found = numbers.new_empty(*numbers.shape[:-1], numbers.shape[-1] + 1)
-    found[..., 0] = 0
-    torch.cumsum(numbers, dim=-1, out=found[..., 1:])
-    return found
+def running_sums(counted: Tensor, numbers: Tensor) -> Tensor:
+    """How many of the first are counted, and their numbers' sum, from none to all: complex `[..., n + 1]`, n + sum i.
+
+    As one number, one look into the table finds both.
+    """
+    found = numbers.new_zeros(*counted.shape[:-1], counted.shape[-1] + 1, 2)
+    torch.cumsum(counted, dim=-1, out=found[..., 1:, 0])
+    torch.cumsum(counted * numbers, dim=-1, out=found[..., 1:, 1])
+    return torch.view_as_complex(found)
 
 
 class Merged:
@@ -261,10 +264,10 @@ class Merged:
         real = falling > NONE
         numbers = torch.where(real, falling, 0.0)
         always = real if is_new is None else real & ~is_new
-        self.count, self.sums = (F.pad(x.cumsum(-1), (1, 0)) for x in (always.to(falling.dtype), numbers * always))
-        self.is_new = is_new
+        self.always = running_sums(always.to(falling.dtype), numbers)
+        self.shape = (*falling.shape[:-1], num_rows)
+        self.new = None
         if is_new is None:
-            self.shape = (*falling.shape[:-1], num_rows)
             return
         self.num_before = F.pad(is_new.cumsum(-1), (1, 0))
         # the new ones in falling order, and which of them each row has
@@ -273,24 +276,21 @@ class Merged:
         # after all rows where there is none
         since = entered.gather(-1, place).masked_fill_(~real.gather(-1, place), num_rows)
         has = (since[..., None, :] <= rows).to(falling.dtype)
-        self.new_count = running_sums(has)
-        self.new_sums = running_sums(has.mul_(numbers.gather(-1, place)[..., None, :]))
-        self.shape = (*falling.shape[:-1], num_rows)
+        self.new = running_sums(has, numbers.gather(-1, place)[..., None, :])
 
     def count_at(self, place: Tensor) -> Tensor:
         """How many of its own each row has before these places `[..., R]`."""
-        return self._at(place, self.count, "new_count")
+        return self._at(place, self.always.real, None if self.new is None else self.new.real)
 
-    def sum_at(self, place: Tensor) -> Tensor:
-        """Their sum."""
-        return self._at(place, self.sums, "new_sums")
+    def sums_at(self, place: Tensor) -> Tensor:
+        """How many, and their sum, as one complex number."""
+        return self._at(place, self.always, self.new)
 
-    def _at(self, place: Tensor, always: Tensor, new: str) -> Tensor:
+    def _at(self, place: Tensor, always: Tensor, new: Tensor | None) -> Tensor:
         found = always.gather(-1, place)
-        if self.is_new is None:
+        if new is None:
             return found
-        before = self.num_before.gather(-1, place)[..., None]
-        return found + getattr(self, new).gather(-1, before).squeeze(-1)
+        return found + new.gather(-1, self.num_before.gather(-1, place)[..., None]).squeeze(-1)
 
     def end_of(self, number: int) -> Tensor:
         """The first place before which a row has so many of its own, `[..., R]`; n where it has fewer."""
@@ -315,18 +315,18 @@ class Merged:
         # are the first in the falling order. Comparing z with t + 1 instead would be wrong by rounding.
         at_end = kind < length
         above = length - at_end.cumsum(-1)
-        full = length - (~at_end).cumsum(-1)
         if ends is None:
             ends = torch.full(self.shape, length, device=falling.device)
 
         def value_at(place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """The corner there `[..., R]`, f, and how many scores f falls with right of it."""
-            at = corners.gather(-1, place)
-            beyond, whole = (torch.minimum(x.gather(-1, place), ends) for x in (above, full))
-            num_beyond, num_whole = self.count_at(beyond), self.count_at(whole)
+            at, beyond = corners.gather(-1, place), above.gather(-1, place)
+            # corners of both kinds up to there are one more than the place
+            whole = (2 * length - 1) - place - beyond
+            beyond, whole = (self.sums_at(torch.minimum(x, ends)) for x in (beyond, whole))
             finite = at.masked_fill(at == NONE, 0.0)
-            reached = self.sum_at(beyond) - finite * num_beyond - (self.sum_at(whole) - (finite + 1) * num_whole)
-            return at, reached.masked_fill(at == NONE, -NONE), num_beyond - num_whole
+            reached = beyond.imag - finite * beyond.real - (whole.imag - (finite + 1) * whole.real)
+            return at, reached.masked_fill(at == NONE, -NONE), beyond.real - whole.real
 
         low = torch.zeros(self.shape, dtype=torch.int64, device=falling.device)
         high = torch.full_like(low, 2 * length)
