@@ -19,6 +19,7 @@ from typing import Any
 from file_tree import tree
 from markdown_rows import rows, with_error
 from study_tables import study_tables
+from task_tables import task_tables
 
 from swat_lm.cli.information import describe_model, find_config
 from swat_lm.evaluate.table1 import GUESSING, MEASURED
@@ -83,6 +84,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         EXPERIMENTS: {
             "smollm2": checkpoint(real),
             **study_tables(RESULTS / "studies"),
+            **task_tables(RESULTS / "tasks"),
             **{path.stem: recorded(json.loads(path.read_text(encoding="utf-8"))) for path in records()},
         },
     }

@@ -55,7 +55,7 @@ class SyntheticTask:
       Middle, arXiv 2307.03172).
     - `mqar`: some pairs, filler, and every key again in another order, anywhere after them (arXiv 2312.04927).
     - `passkey`: a mark and a code somewhere in filler, and the mark again at the end (arXiv 2305.16300).
-    - `copy`: random values and, after a lag of up to half a row, the same again.
+    - `copy`: random values and, after a lag of up to half a row, the same again; with `distance` always so far.
     - `flag`: a mark and a value at the very beginning, filler, and the mark again at the very end.
     - `selective`: values of which some stand behind a mark each, all of those within the first quarter, and at the end
       the marks again in their order. The first mark is always the same, and so on: what is worth keeping can be told
@@ -77,6 +77,8 @@ class SyntheticTask:
     """Operations within each other of `listops`, at most."""
     arguments: int = 4
     """Arguments of an operation of `listops`, at most; at least 2."""
+    distance: int = 0
+    """Of every answer of `copy`; 0: each row draws its own."""
 
     @property
     def num_ids(self) -> int:
@@ -91,7 +93,8 @@ class SyntheticTask:
         return FIRST_KEY + (self.pairs if self.name == "selective" else self.keys)
 
     def __str__(self) -> str:
-        settings = "&".join(f"{setting}={getattr(self, setting)}" for setting in SETTINGS[self.name])
+        held = {setting: getattr(self, setting) for setting in SETTINGS[self.name]}
+        settings = "&".join(f"{setting}={number}" for setting, number in held.items() if number)
         return f"{PREFIX}{self.name}?{settings}"
 
     def row(self, random: np.random.Generator, length: int) -> SyntheticRow:
@@ -107,7 +110,7 @@ class SyntheticTask:
             return self.row_at(random, length - 3)
         longest = {"kv": length - 3, "passkey": length - self.digits - 2, "copy": length // 2 - 1}[self.name]
         shortest = {"kv": 1, "passkey": self.digits, "copy": min(2, longest)}[self.name]
-        distance = int(random.integers(shortest, longest + 1))
+        distance = self.distance or int(random.integers(shortest, longest + 1))
         if self.name == "kv":
             distance -= 1 - distance % 2
         row = self.row_at(random, distance)
@@ -220,9 +223,8 @@ class SyntheticTask:
     def check_length(self, length: int) -> None:
         """Raise DataError for rows that are too short for the task."""
         least = {
-            "kv": 6, "mqar": 4 * self.pairs, "passkey": 2 * self.digits + 3, "copy": 6, "flag": 4,
-            "selective": 8 * self.pairs,
-            "listops": self.arguments + 4,
+            "kv": 6, "mqar": 4 * self.pairs, "passkey": 2 * self.digits + 3, "flag": 4,
+            "copy": max(6, 2 * self.distance + 2), "selective": 8 * self.pairs, "listops": self.arguments + 4,
         }[self.name]  # fmt: skip
         if length < least:
             raise DataError(f"{self}: needs data.sequence_length of at least {least}, got {length}")
@@ -235,7 +237,7 @@ SETTINGS = {
     "kv": ("keys", "values"),
     "mqar": ("pairs", "keys", "values"),
     "passkey": ("digits", "values"),
-    "copy": ("values",),
+    "copy": ("values", "distance"),
     "flag": ("values",),
     "selective": ("pairs", "values"),
     "listops": ("depth", "arguments"),

@@ -13,22 +13,17 @@ import torch
 from benchmarks import (
     attention_cpu,
     decode_cpu,
-    ecp_copy,
     hybrid_peers,
     hybrids_cpu,
     layer_steps,
-    longvq_tasks,
     measure,
     models,
     record,
     selection_cpu,
-    selective_copy,
     spade_cpu,
     table,
-    taipan_recall,
     train_cpu,
 )
-from swat_lm.model.architectures import configure_model, count_model_parameters
 
 WIDTH, VOCABULARY = 64, 97
 
@@ -40,34 +35,6 @@ def test_help(name, monkeypatch, capsys):
         importlib.import_module(f"benchmarks.{name}").main()
     assert left.value.code == 0
     assert "--" in capsys.readouterr().out
-
-
-def test_copies_at_a_lag(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["ecp_copy", "--seeds", "3", "--steps", "1"])
-    monkeypatch.setattr(ecp_copy, "ROWS", 2)
-    monkeypatch.setattr(ecp_copy, "HELD_OUT_ROWS", 48)
-    ecp_copy.main()
-    said = capsys.readouterr().out.splitlines()
-    assert [line.partition(", seed 3: ")[0] for line in said] == [
-        "ecp       lag  8",
-        "disjoint  lag  8",
-        "ecp       lag 13",
-    ]
-    # one step learns nothing
-    assert all(0.05 < float(line.split()[-4]) < 0.25 for line in said)
-
-
-def test_selective_copies(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["selective_copy", "--seeds", "3", "--steps", "2", "--models", "sparsek,window"])
-    monkeypatch.setattr(selective_copy, "ROWS", 4)
-    monkeypatch.setattr(selective_copy, "HELD_OUT_BATCHES", 8)
-    selective_copy.main()
-    sparsek, window = capsys.readouterr().out.splitlines()
-    assert sparsek.startswith("sparsek           seed 3: 0.")
-    # scores have a gradient, and two steps learn nothing
-    assert sparsek.endswith("of their norm")
-    assert "scores" not in window
-    assert all(0 <= float(line.split()[3]) < 0.3 for line in (sparsek, window))
 
 
 def test_a_script_of_layers_keeps_what_it_measured(monkeypatch, capsys, tmp_path: Path):
@@ -156,42 +123,6 @@ def test_goals_of_a_state_space():
     reached = {line["goal"].split(",")[-1]: line["reached"] for line in goals if "linear" in line["goal"]}
     assert reached == {" 1 / the slope of log time": False, " 1 / the slope of log memory": True}
     assert [line["reached"] for line in goals if "kept: a window" in line["goal"]] == [True, True]
-
-
-def test_the_recall_measurement_knows_queries_from_others(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(taipan_recall, "HELD_OUT_BATCHES", 2)
-    sizes = [
-        count_model_parameters(configure_model(taipan_recall.recipe(name, 0, tmp_path, 1).model, 259)).total
-        for name in taipan_recall.PLANS
-    ]
-    assert all(size == pytest.approx(sizes[0], rel=0.03) for size in sizes), sizes
-    record = taipan_recall.train_and_measure("taipan", 0, tmp_path, 1)
-    assert record["parameters"] == sizes[0]
-    assert 0 <= record["accuracy"] < 0.3
-    asked = taipan_recall.PAIRS / taipan_recall.LENGTH
-    together = asked * record["opened_where_asked"] + (1 - asked) * record["opened_elsewhere"]
-    assert record["opened"] == pytest.approx(together)
-    (tmp_path / "records").mkdir()
-    (tmp_path / "records" / "taipan-seed0.json").write_text(json.dumps(record))
-    assert taipan_recall.summary(tmp_path)[1].startswith("taipan ")
-
-
-def test_tasks_of_quantised_keys(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(longvq_tasks, "HELD_OUT_BATCHES", 1)
-    monkeypatch.setattr(longvq_tasks, "ROWS", 2)
-    for task, chosen in longvq_tasks.TASKS.items():
-        sizes = [
-            count_model_parameters(configure_model(longvq_tasks.recipe(task, name, 0, tmp_path, 1).model, 259)).total
-            for name in chosen.plans
-        ]
-        assert all(size == pytest.approx(sizes[0], rel=0.01) for size in sizes), sizes
-    record = longvq_tasks.train_and_measure("listops", "quantised", 0, tmp_path, 1)
-    assert record["parameters"] == sizes[0]
-    assert 0 <= record["accuracy"] < 0.6
-    assert record["codes_used_1"] >= 1
-    (tmp_path / "records").mkdir()
-    (tmp_path / "records" / "listops-quantised-seed0.json").write_text(json.dumps(record))
-    assert longvq_tasks.summary(tmp_path)[1].startswith("listops  quantised ")
 
 
 def test_training_row():

@@ -11,7 +11,7 @@ from swat_lm.data.synthetic import FIRST_KEY, MARK, SyntheticRow, SyntheticSourc
 
 NAMES = [
     "synthetic:kv", "synthetic:mqar?pairs=4", "synthetic:passkey?digits=3", "synthetic:copy?values=16",
-    "synthetic:flag?values=2", "synthetic:selective?pairs=2",
+    "synthetic:copy?values=16&distance=7", "synthetic:flag?values=2", "synthetic:selective?pairs=2",
 ]  # fmt: skip
 
 
@@ -42,6 +42,8 @@ def test_rows_for_training(name: str, length: int):
     # distances are spread, but for those that are most of the row's length
     if "flag" in name:
         assert seen == {length - 3}
+    elif "distance" in name:
+        assert seen == {7}
     elif "selective" in name:
         assert min(seen) > length / 2
     else:
@@ -140,6 +142,7 @@ def test_batches_are_a_pure_function_of_seed_and_step():
         ("synthetic:mqar?pairs=0", "pairs must be a whole number of at least 1; got '0'"),
         ("synthetic:mqar?keys=1", "at least 2"),
         ("synthetic:mqar?pairs=9&keys=8", "9 pairs need as many keys; got 8"),
+        ("synthetic:copy?distance=0", "distance must be a whole number of at least 1; got '0'"),
         ("synthetic:selective?keys=8", "no setting 'keys'; known: pairs, values"),
     ],
 )
