@@ -310,10 +310,9 @@ class Merged:
         at all z and all z - 1. The last corner with f >= k begins the piece that holds tau; it is searched by halves.
         """
         falling, length = self.falling, self.falling.shape[-1]
-        corners, kind = torch.cat((falling, falling - 1), dim=-1).sort(dim=-1)
+        corners, at_end = _corners(falling)
         # a score's corner at z - 1 makes it free, the one at z makes it 0: how many have not come to theirs yet, which
         # are the first in the falling order. Comparing z with t + 1 instead would be wrong by rounding.
-        at_end = kind < length
         above = length - at_end.cumsum(-1)
         if ends is None:
             ends = torch.full(self.shape, length, device=falling.device)
@@ -337,3 +336,20 @@ class Merged:
         at, reached, inside = value_at(low)
         tau = at + torch.where(inside > 0, (reached - total) / inside.clamp(min=1), 0.0)
         return tau.masked_fill(self.count_at(ends) <= total, NONE)
+
+
+def _corners(falling: Tensor) -> tuple[Tensor, Tensor]:
+    """All z and all z - 1 of falling scores `[..., n]`, rising `[..., 2n]`, and which of them are a z.
+
+    Both are in order, so they are merged, which takes half the time of sorting them.
+    """
+    ends = falling.flip(-1).contiguous()
+    begins = ends - 1
+    own = torch.arange(ends.shape[-1], device=ends.device)
+    corners = torch.cat((ends, begins), dim=-1)
+    at_end = torch.zeros_like(corners, dtype=torch.bool)
+    place = own + torch.searchsorted(begins, ends)
+    at_end.scatter_(-1, place, True)
+    corners.scatter_(-1, place, ends)
+    corners.scatter_(-1, own + torch.searchsorted(ends, begins, right=True), begins)
+    return corners, at_end
