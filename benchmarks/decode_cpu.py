@@ -129,7 +129,10 @@ def main() -> None:
         parser.error("--record goes without --quick, whose results are not saved")
     torch.set_num_threads(arguments.threads)
     measure.require_green_tests(
-        "tests/ops/test_step.py", "tests/model/test_conversion.py", "tests/model/test_streaming.py"
+        "tests/ops/test_step.py",
+        "tests/model/test_conversion.py",
+        "tests/model/test_streaming.py",
+        "tests/model/test_decoding_plan.py",
     )
     sizes = QUICK if arguments.quick else Sizes()
     settings = {

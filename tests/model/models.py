@@ -1,5 +1,7 @@
 """Tiny models for the tests of this folder."""
 
+import itertools
+
 import torch
 
 from swat_lm import SwatConfig, SwatForCausalLM
@@ -35,3 +37,9 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5)
     """Equal up to rounding in float32, relative to the largest value."""
     scale = max(1.0, float(expected.detach().abs().max()))
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def split(ids: torch.Tensor, cuts: list[int]) -> list[torch.Tensor]:
+    """Rows `[B, T]` in parts that end at these places, each taken modulo T."""
+    bounds = [0, *sorted(cut % ids.shape[1] for cut in cuts), ids.shape[1]]
+    return [ids[:, start:end] for start, end in itertools.pairwise(bounds) if end > start]

@@ -148,3 +148,28 @@ def same_state(first: tuple[Record, dict], second: tuple[Record, dict]) -> bool:
     """To the bit."""
     return first[0] == second[0] and first[1].keys() == second[1].keys() and all(
         torch.equal(first[1][name], second[1][name]) for name in first[1])  # fmt: skip
+
+
+def capacity(plan: str) -> int | None:
+    """Of a server of such a plan: full attention needs one."""
+    return 200 if plan == "full" else None
+
+
+def check_holds(server: Server, name: str, text: str) -> None:
+    """Its state is that of the model which has read just this text, and nothing else."""
+    record, tensors = server.state(name)
+    tokens = TOKENIZER.encode(text, add_special_tokens=False)
+    assert record.num_tokens == len(tokens)
+    assert list(record.pending) == tokens[record.held :]
+    model, most, slot = server.engine.model, server.engine.scheduler.limits.capacity, torch.zeros(1, dtype=torch.int64)
+    held, alone = model.init_state(1, capacity=most), model.init_state(1, capacity=most)
+    held.restore(slot, tensors)
+    if record.held:
+        model.extend(torch.tensor([tokens[: record.held]]), alone)
+    more = torch.tensor([[*tokens[record.held :], *b"and what follows"]])
+    torch.testing.assert_close(model.extend(more, held), model.extend(more, alone), rtol=1e-3, atol=1e-4)
+
+
+def flipped(content: bytes) -> bytes:
+    """With one bit of the state changed."""
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]

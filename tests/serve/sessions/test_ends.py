@@ -14,9 +14,8 @@ from swat_lm.serve.sessions.outcome import Asked
 from swat_lm.serve.sessions.record import Record, SessionError
 from swat_lm.serve.sessions.store import FolderStore
 from tests.serve.hosting import until
-from tests.serve.sessions.driver import TOKENIZER, Server, built
+from tests.serve.sessions.driver import TOKENIZER, Server, built, check_holds
 from tests.serve.sessions.test_hosted import begin, hosted, whole
-from tests.serve.sessions.test_sessions import check_holds
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
