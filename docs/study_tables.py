@@ -42,6 +42,10 @@ FACTORS = {
     "output-norm": "`output_norm`",
     "output-gate": "`output_gate`",
     "output-start": "`output_projection_init_scale: 0.35`",
+    "softmax": "softmax over the same windows and slopes",
+    "softmax-qk-norm": "softmax, `qk_norm`",
+    "softmax-output-norm": "softmax, `output_norm`",
+    "softmax-output-gate": "softmax, `output_gate`",
 }
 
 
