@@ -2,7 +2,7 @@
 
 Bamba's and Zamba2's mixers are Mamba-2's, so ours takes their weights over and both learn the same. Jamba's is that of
 Mamba-1: with it only the width, the convolution and the task are shared. The losses are those of two mixers, each
-behind a norm and added to the stream, on rows that repeat themselves.
+behind a norm and added to the stream, on rows that repeat themselves every four tokens, which their convolutions reach.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from swat_lm.layers.mamba2 import Mamba2Mixer, Mamba2Settings
 from swat_lm.layers.norm import RMSNorm
 
 HEAD, STATE, CHUNK, EPSILON = 64, 128, 64, 1e-5
-VOCABULARY, ROWS, ROW, PERIOD, LEARNING_RATE = 16, 4, 64, 8, 2e-3
+VOCABULARY, ROWS, ROW, PERIOD, LEARNING_RATE = 16, 4, 64, 4, 1e-3
 # of Jamba's mixer, whose path by tokens takes a time that goes as the square of the row
 SHORT = 256
 

@@ -111,7 +111,7 @@ def judge(rows: list[Row]) -> list[Row]:
 
 def tasks(lengths: tuple[int, ...], quick: bool) -> Mapping[str, Callable[[], list[Row]]]:
     """Each share of tokens, the recurrence, and the mixers of hybrids at the shortest length."""
-    rounds, steps = (3, 10) if quick else (5, 160)
+    rounds, steps = (3, 10) if quick else (5, 80)
     found: dict[str, Callable[[], list[Row]]] = {
         f"taipan {share}": partial(compare_executions, share, lengths, rounds) for share in SHARES
     }
