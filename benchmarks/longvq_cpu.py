@@ -48,7 +48,7 @@ def judge(rows: list[Row]) -> list[Row]:
         return []
     return [
         measure.goal(
-            f"{what} linear in T, 1 / its slope",
+            f"longvq: {what} linear in T, 1 / its slope",
             1 / LINEAR,
             1 / growth({row["length"]: row[f"longvq {unit}"] for row in rows}),
         )

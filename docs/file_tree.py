@@ -69,8 +69,8 @@ def listed_files(folder: Path) -> list[Path]:
     )
 
 
-def describe(path: Path) -> str:
-    """The first words of a module's docstring, of a recipe's first comment, or of a page's first paragraph."""
+def describe(path: Path, width: int = WIDTH) -> str:
+    """The first words, in a line of so many letters, of a module, of a recipe's first comment or of a page."""
     if not path.exists():
         return ""
     text = path.read_text(encoding="utf-8")
@@ -80,17 +80,17 @@ def describe(path: Path) -> str:
         words = re.sub(r"^# ?", "", text.split("\n\n")[0].partition("\n")[0]) if text.startswith("#") else ""
     else:
         words = next((part for part in text.split("\n\n")[1:] if not part.startswith(("#", "<", "|", "`"))), "")
-    return shorten(words.split("\n\n")[0])
+    return shorten(words.split("\n\n")[0], width)
 
 
-def shorten(text: str) -> str:
+def shorten(text: str, width: int) -> str:
     """The first sentence without its full stop, cut where a part of it ends if it is too long for a line."""
     text = re.split(r"\.\s+(?=[A-Z])", " ".join(text.split()))[0].removesuffix(".")
-    if len(text) <= WIDTH:
+    if len(text) <= width:
         return text
     for marks in (r"[;:](?= )", r"(,(?= )| \()"):
-        ends = [place.start() for place in re.finditer(marks, text[: WIDTH + 1]) if place.start() > 20]
+        ends = [place.start() for place in re.finditer(marks, text[: width + 1]) if place.start() > 20]
         ends = [end for end in ends if text[:end].count("(") == text[:end].count(")")]
         if ends:
             return text[: ends[-1]]
-    return text[:WIDTH].rsplit(" ", 1)[0]
+    return text[:width].rsplit(" ", 1)[0]

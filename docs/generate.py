@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from file_tree import tree
+from file_tree import describe, tree
 from markdown_rows import rows, with_error
 from study_tables import study_tables
 from task_tables import task_tables
@@ -166,19 +166,26 @@ def info(preset: str) -> str:
 
 
 def speed(results: list[Path]) -> str:
-    """The goals of every recorded benchmark, reached or missed."""
+    """Of every recorded benchmark with goals, how many are reached, the two farthest beyond, and those that are not."""
     if not results:
         return "No benchmark is recorded yet: see docs/performance.md for how to run them."
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in results]
-    lines = ["| measured | goal: at least | result |", "| --- | ---: | ---: |"]
-    for record in records:
-        for goal in record["goals"]:
-            result = number(goal["measured"]) if goal["reached"] else f"**{number(goal['measured'])}** (missed)"
-            lines.append(f"| {goal['goal']} | {number(goal['wanted'])} | {result} |")
-    # what is only computed has no goals, and no machine that matters
-    measured = [one["machine"] for one in records if one["goals"]]
-    machines = {f"{machine['processor']}, {machine['threads']} threads" for machine in measured}
-    return "\n".join([*lines, "", f"Measured on {' and '.join(sorted(machines))}."])
+    body, machines = [], set()
+    for path in results:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        goals, machine = record["goals"], record["machine"]
+        if not goals:
+            continue
+        reached = [goal for goal in goals if goal["reached"]]
+        reached.sort(key=lambda goal: goal["wanted"] / goal["measured"])
+        beyond, missed = (
+            "; ".join(f"{goal['goal']} **{number(goal['measured'])}** ({number(goal['wanted'])})" for goal in some)
+            for some in (reached[:2], [goal for goal in goals if not goal["reached"]])
+        )
+        about = describe(ROOT / "benchmarks" / f"{path.stem}.py", width=200) or path.stem
+        body.append([about, f"{len(reached)} of {len(goals)}", beyond, missed])
+        machines.add(f"{machine['processor']}, {machine['threads']} threads")
+    table = rows(["measured: **result** (at least)", "goals reached", "farthest beyond", "missed"], body)
+    return f"{table}\n\nMeasured on {' and '.join(sorted(machines))}."
 
 
 def memory(result: dict[str, Any]) -> str:

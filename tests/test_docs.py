@@ -132,7 +132,7 @@ def test_speed_block_tells_what_was_missed(tmp_path: Path):
     path = tmp_path / "one.json"
     path.write_text(json.dumps({"goals": goals, "machine": {"processor": "P", "threads": 2}}))
     block = GENERATOR.speed([path])
-    assert "| A | 0.8 | 0.91 |\n| B | 40 | **31.4** (missed) |\n| C | 2 | 1,234 |" in block
+    assert "| one | 2 of 3 | C **1,234** (2); A **0.91** (0.8) | B **31.4** (40) |" in block
     assert "P, 2 threads" in block
 
 
