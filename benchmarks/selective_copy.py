@@ -24,7 +24,8 @@ def case(label: str, entry: dict[str, Any]) -> Case:
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 1, "max_position_embeddings": LENGTH, "initializer_range": 0.05, "layers": [entry],
     }  # fmt: skip
-    return Case(label, f"synthetic:selective?pairs={PAIRS}&values={VALUES}", LENGTH, 1 / VALUES, model)
+    source, draws = f"synthetic:selective?pairs={PAIRS}&values={VALUES}", entry.get("selection") == "random"
+    return Case(label, source, LENGTH, 1 / VALUES, model, draws=draws)
 
 
 CASES = {

@@ -54,6 +54,8 @@ class Case:
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     held_out_batches: int = 32
+    draws: bool = False
+    """Whether what it sees is drawn by chance: then anew for each held-out row too, as in training."""
 
     def recipe(self, name: str, seed: int, out: Path, steps: int) -> Recipe:
         """Its run with one seed."""
@@ -82,8 +84,10 @@ def accuracy(model: PreTrainedModel, case: Case, seed: int, look: Look | None = 
     )  # fmt: skip
     right = []
     with evaluating(model), torch.inference_mode():
+        model.train(case.draws)
         for batch in rows.pass_over(num_batches=case.held_out_batches):
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]
+            drawn = {"noise_seed": batch.noise_seed} if case.draws else {}
+            logits = model(input_ids=batch.input_ids, use_cache=False, **drawn).logits[:, :-1]
             asked = batch.labels[:, 1:] >= 0
             right.append((logits.argmax(dim=-1) == batch.labels[:, 1:])[asked].double().mean().item())
             if look is not None:

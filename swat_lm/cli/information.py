@@ -99,6 +99,8 @@ def info(
 
 def find_config(target: str, overrides: list[str], is_any: bool = False) -> "tuple[PreTrainedConfig, int]":
     """The configuration and training length behind a recipe, a preset or a checkpoint (see `load_config`)."""
+    from swat_lm.model.building import check_rows
+    from swat_lm.model.configuration import SwatConfig
     from swat_lm.model.presets import preset_names
     from swat_lm.model.recipe_fields import config_from_recipe
 
@@ -106,7 +108,10 @@ def find_config(target: str, overrides: list[str], is_any: bool = False) -> "tup
         from swat_lm.recipe import load_recipe
 
         recipe = load_recipe(target, overrides)
-        return find_recipe_config(recipe), recipe.data.sequence_length
+        config = find_recipe_config(recipe)
+        if isinstance(config, SwatConfig):
+            check_rows(config, recipe.data.sequence_length)
+        return config, recipe.data.sequence_length
     if overrides:
         raise ValueError(
             f"settings such as {overrides[0]!r} only go with a recipe (a .yaml file, or a name that `swat-lm recipes` "

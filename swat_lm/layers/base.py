@@ -178,6 +178,8 @@ class Shared:
     """Multiplies the start of the projections that write to the residual stream."""
     rotary: Callable[[int, Mapping[str, Any]], Rotary] | None = None
     """Rotary of a head size and Hugging Face's `rope_parameters`."""
+    nth: int = 0
+    """Of the layer that is built: its number, from 0, among those of its kind."""
     modules: dict[str, nn.Module] = field(default_factory=dict)
     """What several layers hold one of, by name: made by the first that asks, and owned by the model."""
 
@@ -296,6 +298,10 @@ class Layer(TokenMixer, GradientCheckpointingLayer):
     def num_handed_on(self, num_tokens: int) -> int:
         """How many of so many tokens it hands on; another number only where it `shortens`."""
         return num_tokens
+
+    def idle_in(self, num_tokens: int) -> str | None:
+        """What of the layer does nothing in rows of so many tokens, in words, and what to do; None where all counts."""
+        return None
 
     def init_weights(self, shared: Shared) -> None:
         """Start the parameters that are neither linear, embedding nor norm weights; others may be started again."""

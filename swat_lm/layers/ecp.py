@@ -162,8 +162,15 @@ class EcpLayer(HeadsLayer):
     self_attn: EcpAttention
 
     def __init__(self, settings: EcpSettings, width: int, index: int, shared: Shared) -> None:
-        rotary = own_rotary(settings, shared) if settings.rotary_layers == "all" or index == 0 else None
+        rotary = own_rotary(settings, shared) if settings.rotary_layers == "all" or not shared.nth else None
         super().__init__(EcpAttention(settings, width, index, rotary), settings, width, shared)
+
+    def idle_in(self, num_tokens: int) -> str | None:
+        """What stands beyond one segment."""
+        segment = self.self_attn.settings.segment
+        if num_tokens > segment:
+            return None
+        return f"a segment of {segment:,} tokens holds the whole row, so none sees another: take a shorter segment"
 
     @staticmethod
     def layer_type(settings: EcpSettings) -> str:

@@ -24,7 +24,7 @@ class EcpSettings(HeadsSettings):
     first_projection: bool = True
     """Tokens of a document's first segment have an output projection of their own."""
     rotary_layers: str = "first"
-    """Rotary in the model's "first" layer alone, or in "all"."""
+    """Rotary in the "first" layer of this kind alone, or in "all"."""
     attention_backend: str = "auto"
 
     def check_own(self) -> None:

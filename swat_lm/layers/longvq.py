@@ -240,6 +240,13 @@ class LongVqLayer(Layer):
             return None
         return "a summary"
 
+    def idle_in(self, num_tokens: int) -> str | None:
+        """Codes, where all keys are near."""
+        near = 2 * self.settings.block
+        if not self.settings.quantises or num_tokens > near:
+            return None
+        return f"two blocks of {self.settings.block:,} tokens hold the row, so no code is read: take shorter blocks"
+
     def state_spec(self) -> tuple[StateTensor, ...]:
         """What the mixer keeps."""
         return self.mixer.state_spec()

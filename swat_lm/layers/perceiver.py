@@ -200,7 +200,7 @@ class PerceiverLayer(HeadsLayer):
     self_attn: PerceiverAttention
 
     def __init__(self, settings: PerceiverSettings, width: int, index: int, shared: Shared) -> None:
-        rotary = own_rotary(settings, shared) if settings.rotary_layers == "all" or index == 0 else None
+        rotary = own_rotary(settings, shared) if settings.rotary_layers == "all" or not shared.nth else None
         super().__init__(PerceiverAttention(settings, width, index, rotary, shared.norm_eps), settings, width, shared)
         self.settings = settings
         self.compress = None
@@ -220,6 +220,16 @@ class PerceiverLayer(HeadsLayer):
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
         """Refused by name."""
         return self.forward(hidden, chunk, past).hidden
+
+    def idle_in(self, num_tokens: int) -> str | None:
+        """Segments of the history that are longer than it is."""
+        segment, history = self.settings.segment, num_tokens - self.settings.latents
+        if segment is None or segment < history:
+            return None
+        return (
+            f"a segment of {segment:,} tokens holds the whole history of {max(history, 0):,}: take a shorter segment, "
+            "or history: whole"
+        )
 
     def num_handed_on(self, num_tokens: int) -> int:
         """The latents, and what is left of the history."""

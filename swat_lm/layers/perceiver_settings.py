@@ -30,7 +30,7 @@ class PerceiverSettings(HeadsSettings):
     kv_norm: bool = True
     """LayerNorm over each head of what serves as keys and values, before rotary."""
     rotary_layers: str = "first"
-    """Rotary in the model's "first" layer alone, or in "all"."""
+    """Rotary in the "first" layer of this kind alone, or in "all"."""
     attention_backend: str = "auto"
 
     def check_own(self) -> None:

@@ -210,14 +210,19 @@ class SparsekAttention(Mixer):
         return query, new
 
     def _scores(self, learned: Tensor | None, chunk: Chunk) -> Tensor:
-        """float64 `[B or 1, T, K or 1]`: only differences count, and these are exact far into a stream."""
+        """float64 `[B or 1, T, K or 1]`: only differences count, and these are exact far into a stream.
+
+        By chance, they are a function of the row's seed, the layer, the head and the position.
+        """
         positions = chunk.positions[..., None]
         if self.settings.selection == "recent":
             return positions.double()
         if self.settings.selection == "random":
             heads = torch.arange(self.settings.num_key_value_heads, device=positions.device)
-            # at least 1 apart, so that the mask is 1, and whole numbers whose differences float32 holds
-            return (uniform(positions, heads, self.index) * 2.0**24).floor().double()
+            # without a training step to draw for, the same places of every row
+            seed = 0 if chunk.seed is None else chunk.seed[:, None, None]
+            # whole numbers whose differences float32 holds, and 1 apart but where two are alike, so that the mask is 1
+            return (uniform(seed, self.index, heads, positions) * 2.0**24).floor().double()
         assert learned is not None
         return learned.double() + self.settings.position_slope * positions.double()
 
@@ -254,6 +259,17 @@ class SparsekLayer(HeadsLayer):
     def __init__(self, settings: SparsekSettings, width: int, index: int, shared: Shared) -> None:
         mixer = SparsekAttention(settings, width, index, own_rotary(settings, shared))
         super().__init__(mixer, settings, width, shared)
+        self.draws_noise = settings.selection == "random"
+
+    def idle_in(self, num_tokens: int) -> str | None:
+        """Scores, where all that leaves the window is kept."""
+        settings = self.self_attn.settings
+        if not settings.k or settings.k + settings.window < num_tokens:
+            return None
+        return (
+            f"k + sliding_window are {settings.k + settings.window:,}, so no key is ever left out and scores have no "
+            "gradient: take less of one"
+        )
 
     def init_weights(self, shared: Shared) -> None:
         """Scores of normed tokens begin with the standard deviation that is asked for."""

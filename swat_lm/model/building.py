@@ -1,6 +1,8 @@
 """Builds a model's layers from its configuration, with what they share: rotary frequencies, norms, initialisation."""
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +17,11 @@ from swat_lm.ops.rotary import inverse_frequencies
 
 def build_layers(config: SwatConfig) -> tuple[nn.ModuleList, nn.ModuleDict]:
     """Every layer of the plan, with fresh weights; and by name what several of them share, which the model owns."""
-    shared = shared_by(config)
-    layers = [
-        kind.build(settings, config.hidden_size, index, shared) for index, (kind, settings) in enumerate(config.plan())
-    ]
+    shared, layers = shared_by(config), []
+    counts = Counter[type[Layer]]()
+    for index, (kind, settings) in enumerate(config.plan()):
+        layers.append(kind.build(settings, config.hidden_size, index, replace(shared, nth=counts[kind])))
+        counts[kind] += 1
     return nn.ModuleList(layers), nn.ModuleDict(shared.modules)
 
 
@@ -26,6 +29,19 @@ def layers_without_weights(config: SwatConfig) -> list[Layer]:
     """Every layer of the plan as a shape: what it costs and keeps follows from that."""
     with torch.device("meta"):
         return list(build_layers(config)[0])  # type: ignore[arg-type]
+
+
+def check_rows(config: SwatConfig, num_tokens: int) -> None:
+    """Raise ValueError, naming the layer, where a part of it would do nothing in rows of so many tokens."""
+    given = num_tokens
+    for index, layer in enumerate(layers_without_weights(config)):
+        idle = layer.idle_in(num_tokens)
+        if idle is not None:
+            raise ValueError(
+                f"data.sequence_length: {given:,} tokens are too few for layer {index} ({layer.name}): {idle}, or "
+                "longer rows"
+            )
+        num_tokens = layer.num_handed_on(num_tokens)
 
 
 def shared_parameters(config: SwatConfig) -> int:

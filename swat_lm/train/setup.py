@@ -22,6 +22,8 @@ from swat_lm.data import (
 from swat_lm.data.synthetic import SyntheticSource, is_synthetic, synthetic_task
 from swat_lm.files import write_text
 from swat_lm.model.architectures import OURS, build_model, check_trainable, configure_model, training_flops
+from swat_lm.model.building import check_rows
+from swat_lm.model.configuration import SwatConfig
 from swat_lm.model.recipe_fields import written_out
 from swat_lm.recipe import Recipe, dump_recipe
 from swat_lm.train.checkpoint import Checkpoint
@@ -107,6 +109,8 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     plain_config = plain_values(config)
     check_execution(recipe.train, config)
     check_layers(recipe.train.objective, config)
+    if isinstance(config, SwatConfig):
+        check_rows(config, recipe.data.sequence_length)
     if start is not None:
         check_model(start, plain_config)
 

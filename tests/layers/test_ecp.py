@@ -10,6 +10,7 @@ from swat_lm.evaluate.windows import theoretical_reach
 from swat_lm.layers.chunk import FARTHEST, Chunk
 from swat_lm.layers.ecp_settings import EcpSettings
 from swat_lm.model import cost
+from swat_lm.model.building import layers_without_weights
 from swat_lm.ops.rotary import apply_rotary
 
 VOCABULARY, SEGMENT = 40, 4
@@ -134,6 +135,15 @@ def test_what_is_kept_is_half_of_what_a_window_keeps():
         return cost.state_bytes(model(layer).config)
 
     assert 2 * held(ecp()) == held(ecp(tied=False)) == held({"kind": "attention", "sliding_window": 2 * SEGMENT})
+
+
+def test_rotary_is_in_the_first_layer_of_the_kind():
+    config = SwatConfig(
+        vocab_size=8, hidden_size=32, num_attention_heads=2, num_hidden_layers=5,
+        layers=["mamba2", {"kind": "ecp", "segment": 4}, {"kind": "ecp", "segment": 8, "repeat": 2}, "mamba2"],
+    )  # fmt: skip
+    rotary = [layer.self_attn.rotary is not None for layer in layers_without_weights(config)[1:4]]
+    assert rotary == [True, False, False]
 
 
 @pytest.mark.parametrize(

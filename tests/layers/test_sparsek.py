@@ -72,7 +72,7 @@ def test_far_into_a_stream():
             for name in ("near_score", "top_score"):
                 layer[name] += 1e-6 * position
         logits = [one.decode_step(token, state) for token in ids[:, 20:].split(1, dim=1)]
-        return torch.stack(logits, dim=1), state.num_bytes if hasattr(state, "num_bytes") else 0
+        return torch.stack(logits, dim=1), state.num_bytes
 
     # a multiple of the ring's places, so that its items stay where they are
     near, far = read(0), read(10**8 - 10**8 % 5)
@@ -95,6 +95,20 @@ def test_controls_select_without_learning(selection):
         assert 3 < len(seen) <= 3 + 2 * 4
         assert seen[-3:] == [27, 28, 29]
         assert seen[0] < 20
+
+
+def test_by_chance_each_row_and_each_seed_keeps_others():
+    one = model({"kind": "sparsek", "k": 4, "sliding_window": 3, "selection": "random"}).train()
+    embedded = one.model.embed_tokens(tokens(1, 40).expand(3, -1)).detach().requires_grad_()
+
+    def kept(*seeds: int) -> list[list[int]]:
+        embedded.grad = None
+        one(inputs_embeds=embedded, noise_seed=torch.tensor(seeds)).logits[:, -1].sum().backward()
+        return [row.abs().sum(-1).nonzero().flatten().tolist() for row in embedded.grad]
+
+    first, second, third = kept(1, 2, 1)
+    assert first == third != second
+    assert kept(3, 1, 2) == [kept(3, 3, 3)[0], first, second]
 
 
 def test_what_is_kept_is_bounded():

@@ -18,6 +18,7 @@ def lower(says: str, paper: str, worse: str, better: str) -> Claim:
 CLAIMS = (
     lower("ECP has a lower loss than Perceiver AR", ABSTRACT, "perceiver-ar", "ecp"),
     lower("ECP has a lower loss than V1", ABSTRACT, "perceiver-v1", "ecp"),
+    lower("ECP has a lower loss than V2", ABSTRACT, "perceiver-v2", "ecp"),
     lower("ECP has a lower loss than V3", ABSTRACT, "perceiver-v3", "ecp"),
     lower("V1 has a lower loss than Perceiver AR", ABSTRACT, "perceiver-ar", "perceiver-v1"),
     lower("V1 has a lower loss than V2", ABSTRACT, "perceiver-v2", "perceiver-v1"),

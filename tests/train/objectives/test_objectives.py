@@ -217,3 +217,29 @@ def test_layers_that_see_their_targets_are_refused_before_anything_is_written(ma
         with pytest.raises(ValueError, match=message):
             run(changed)
         assert not Path(recipe.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"kind": "sparsek", "k": 8, "sliding_window": 9},
+            r"\(sparsek\): k \+ sliding_window are 17, so no key is",
+        ),
+        ({"kind": "ecp", "segment": 16}, r"\(ecp\): a segment of 16 tokens holds the whole row"),
+        ({"kind": "longvq", "block": 8, "codes": 4}, r"\(longvq\): two blocks of 8 tokens hold the row, so no code"),
+        (
+            {"kind": "perceiver", "latents": 6, "history": "segments", "segment": 10},
+            r"\(perceiver\): a segment of 10 tokens holds the whole history of 10",
+        ),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_rows_that_leave_a_part_of_a_layer_idle_are_refused_before_anything_is_written(make_recipe, entry, message):
+    recipe = make_recipe("run")
+    last = [{"kind": "perceiver", "latents": 6}] if entry["kind"] == "perceiver" else ["attention"]
+    model = {**recipe.model, "layers": [entry, *last], "num_hidden_layers": 2}
+    changed = replace(recipe, model=model, data=replace(recipe.data, sequence_length=16))
+    with pytest.raises(ValueError, match=rf"^data.sequence_length: 16 tokens are too few for layer 0 {message}"):
+        run(changed)
+    assert not Path(recipe.out).exists()
