@@ -50,7 +50,7 @@ def test_gradients():
     assert not confident.grad.any()
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.05, 0.5, 2.0])
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.5, 2.0, 20.0])
 @pytest.mark.parametrize(("block", "documents"), [(4, False), (4, True), (16, True)])
 def test_every_prefix_by_the_definition(spread, block, documents):
     generator = torch.Generator().manual_seed(block)
@@ -66,7 +66,7 @@ def test_every_prefix_by_the_definition(spread, block, documents):
     owner = torch.zeros(2, most + num_rows, dtype=torch.int64)
     if segments is not None:
         owner[:, most:] = segments
-    chosen = torch.zeros_like(found.chosen)
+    chosen, full, free = (torch.zeros_like(found.chosen) for _ in range(3))
     for b, h, row in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(num_rows)).tolist():
         mine = 0 if segments is None else int(segments[b, row])
         own = [s for s in range(most + row + 1) if scores[b, h, s] > NONE and owner[b, s] == mine]
@@ -76,4 +76,10 @@ def test_every_prefix_by_the_definition(spread, block, documents):
         weights = (scores[b, h, own] - tau).clamp(0, 1)
         torch.testing.assert_close(weights, capped_simplex(scores[b, h, own], total), rtol=0, atol=1e-12)
         assert (tau == NONE) == (len(own) <= total)
-    assert torch.equal(found.chosen, chosen)
+        is_full = scores[b, h, own] >= tau + 1
+        is_free = (scores[b, h, own] > tau) & ~is_full
+        full[b, h, own] += is_full
+        free[b, h, own] += is_free
+        assert found.num_free[b, h, row] == is_free.sum()
+    for name, expected in (("chosen", chosen), ("full", full), ("free", free)):
+        assert torch.equal(getattr(found, name), expected), name

@@ -97,7 +97,50 @@ def test_it_is_attention_over_what_is_selected(shape, masking, score_function):
         ("query", "key", "value", "scores", "kept key", "kept value"), mine, theirs, strict=True
     ):
         other = torch.zeros_like(one) if other is None else other
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+ADVERSARIAL = {
+    "ties": lambda drawn: (drawn * 4).round() / 4,
+    "flat": torch.zeros_like,
+    "apart": lambda drawn: 20 * drawn,
+    # the next candidate is exactly 1 away, where a mask begins or ends
+    "whole": lambda drawn: (3 * drawn).round(),
+}
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("scores", ADVERSARIAL)
+def test_adversarial_scores(scores: str, masking: str, documents: bool):
+    num_rows, window, count, most, block = 29, 3, 3, 9, 6
+    generator = torch.Generator().manual_seed(len(scores))
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=generator).requires_grad_()
+
+    query, key, value = draw(1, num_rows, 2, 4), draw(1, num_rows, 2, 4), draw(1, num_rows, 2, 4)
+    kept = draw(1, 2, count, 4), draw(1, 2, count, 4)
+    # one document ends in each block, anywhere in it
+    segments = None if not documents else ((torch.arange(num_rows) + 2) // block)[None]
+    first = torch.zeros(1, num_rows, dtype=torch.int64)
+    if segments is not None:
+        first = torch.searchsorted(segments[0], segments[0])[None]
+    entering = ADVERSARIAL[scores](torch.randn(1, 2, num_rows, dtype=torch.float64, generator=generator))
+    entering = entering.masked_fill(((torch.arange(num_rows) - window)[None] < first)[:, None], NONE)
+    before = torch.randn(1, 2, most, dtype=torch.float64, generator=generator)
+    before = ADVERSARIAL[scores](before).sort(descending=True).values
+    inputs = query, key, value, torch.cat((before, entering), dim=-1).requires_grad_(), *kept
+    how = {
+        "window": window, "segments": segments, "first_visible": first.int(), "hidden": None, "scale": 0.7,
+        "score_bias": 0.0, "score_function": "softmax", "masking": masking,
+    }  # fmt: skip
+    found, expected = selected_attention(*inputs, block=block, **how), row_by_row(*inputs, **how)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    along = torch.randn(found.shape, dtype=torch.float64, generator=generator)
+    mine, theirs = (torch.autograd.grad((each * along).sum(), inputs) for each in (found, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_the_blocks_change_nothing():
