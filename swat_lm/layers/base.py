@@ -261,6 +261,8 @@ class Layer(TokenMixer, GradientCheckpointingLayer):
     """What `SwatConfig.layers` calls it."""
     Settings: ClassVar[type]
     """A frozen dataclass of what may be set; a configuration's fields of the same names are its defaults."""
+    remark: ClassVar[str] = ""
+    """What must be said wherever its name is shown to people."""
     shortens: ClassVar[bool] = False
     """Whether it returns fewer tokens than it gets."""
     draws_noise: bool = False

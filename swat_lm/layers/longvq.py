@@ -215,6 +215,7 @@ class LongVqLayer(Layer):
     """LongVQ (reconstruction): the gated block, then a feed-forward, each behind a norm."""
 
     name = "longvq"
+    remark = "reconstruction"
     Settings = LongVqSettings
 
     def __init__(self, settings: LongVqSettings, width: int, index: int, shared: Shared) -> None:

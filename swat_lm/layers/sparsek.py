@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swat_lm.layers.attention import HeadsLayer, own_rotary
-from swat_lm.layers.base import InPlace, Output, Part, Past, Shared, StateTensor, lay_out
+from swat_lm.layers.base import NOTHING, Auxiliary, InPlace, Output, Part, Past, Shared, StateTensor, lay_out
 from swat_lm.layers.chunk import FARTHEST, Chunk, Rotary
 from swat_lm.layers.pre_norm import Mixer, start_normal
 from swat_lm.layers.precise import PreciseLinear
@@ -61,9 +61,16 @@ class SparsekAttention(Mixer):
         )
 
     def forward(self, hidden: Tensor, chunk: Chunk, past: Past | None = None) -> Output:
-        """Mix a chunk `[B, T, M]`; the past, if any, is extended."""
-        mixed = self.o_proj(self._mix(self._project(hidden, chunk), chunk, past).flatten(2))
-        return Output(mixed, None if past is None else past.after())
+        """Mix a chunk `[B, T, M]`; the past, if any, is extended. In training, say how many scores are free."""
+        attended, num_free = self._mix(self._project(hidden, chunk), chunk, past)
+        said = NOTHING
+        if self.training and self.score_proj is not None:
+            real = torch.ones_like(chunk.positions, dtype=torch.bool) if chunk.real is None else chunk.real
+            counted = real.expand(len(hidden), -1).to(torch.float32)
+            # of a row's heads, so that none of many: their scores have run off, and learn no more
+            mean = (num_free.float().mean(1) * counted).sum() / counted.sum().clamp(min=1)
+            said = Auxiliary(metrics={"free_scores": mean, f"free_scores_{self.index}": mean})
+        return Output(self.o_proj(attended.flatten(2)), None if past is None else past.after(), said)
 
     def forward_packed(self, hidden: Tensor, parts: Sequence[Part]) -> Tensor:
         """Mix parts of a row `[1, T, M]`: projections for all at once."""
@@ -73,7 +80,7 @@ class SparsekAttention(Mixer):
         for part in parts:
             own = part.tokens
             taken = query[:, own], key[:, own], value[:, own], None if score is None else score[:, own]
-            mixed.append(self._mix(self._placed(*taken, part.chunk), part.chunk, part.past))
+            mixed.append(self._mix(self._placed(*taken, part.chunk), part.chunk, part.past)[0])
         return self.o_proj(lay_out(parts, mixed, hidden.shape[1]).flatten(2))
 
     def step(self, hidden: Tensor, chunk: Chunk, past: InPlace) -> Tensor:
@@ -103,8 +110,8 @@ class SparsekAttention(Mixer):
         )  # fmt: skip
         return self.o_proj(mixed.flatten(2))
 
-    def _mix(self, projected: tuple[Tensor, Tensors], chunk: Chunk, past: Past | None) -> Tensor:
-        """What the heads give to queries, `[B, T, H, D]`; the past, if any, is extended."""
+    def _mix(self, projected: tuple[Tensor, Tensors], chunk: Chunk, past: Past | None) -> tuple[Tensor, Tensor]:
+        """What heads give to queries, `[B, T, H, D]`, and how many scores are free; the past, if any, is extended."""
         settings, num_past = self.settings, 0
         query, items = projected
         if past is not None:
@@ -122,12 +129,14 @@ class SparsekAttention(Mixer):
             scores = torch.cat((top_score, entering), dim=-1)
         else:
             scores = query.new_full((len(query), settings.num_key_value_heads, query.shape[1]), NONE).double()
-        return selected_attention(
+        found = selected_attention(
             query, items["near_key"], items["near_value"], scores, top_key, top_value, window=settings.window,
             segments=chunk.segments, first_visible=chunk.first_visible(num_past), hidden=chunk.hidden_items(num_past),
             scale=self.scale, score_function=settings.score_function, score_bias=settings.bias(),
-            masking=settings.masking, block=max(1, min(BLOCK, query.shape[1])),
+            masking=settings.masking, block=max(1, min(BLOCK, query.shape[1])), return_free=True,
         )  # fmt: skip
+        assert isinstance(found, tuple)
+        return found
 
     def _nothing(self, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Candidates from before where there are none."""

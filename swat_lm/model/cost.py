@@ -69,7 +69,7 @@ def plan_costs(config: SwatConfig, context: int) -> list[LayerCost]:
     """Every layer of a plan, for rows or streams of `context` tokens."""
     found, num_tokens = [], context
     for index, (layer, entry) in enumerate(zip(layers_without_weights(config), config.plan(), strict=True)):
-        words = entry.kind.name
+        words = entry.kind.name + (f" ({entry.kind.remark})" if entry.kind.remark else "")
         if words == "attention":
             window = entry.settings.sliding_window
             words = "full attention" if window is None else f"window {window:,}"

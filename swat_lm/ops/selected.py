@@ -38,7 +38,8 @@ def selected_attention(
     score_bias: float = 0.0,
     masking: str = "value",
     block: int = BLOCK,
-) -> Tensor:
+    return_free: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to a window and to the k candidates with the largest scores, weighed by the capped simplex.
 
     Row i sees items `i - W + 1 .. i` of its window, and of the candidates that have entered by row i, those before all
@@ -56,9 +57,11 @@ def selected_attention(
         score_bias: added to products, for sigmoid.
         masking: "value" (p multiplies the value), "both" (and the key), "straight" (nothing; its gradient is kept).
         block: rows of a dense product; the result does not depend on it.
+        return_free: also count.
 
     Returns:
-        `[B, T, H, D]` in the query's dtype.
+        `[B, T, H, D]` in the query's dtype; and if asked for, int64 `[B, K, T]`, how many candidates have 0 < p < 1:
+        those alone give scores a gradient.
 
     Raises:
         ValueError: a masking that does not exist, more items before the rows than the window has, fewer candidates than
@@ -72,10 +75,11 @@ def selected_attention(
         raise ValueError(f"key: expected at most {window} items before the rows, got {key.shape[1] - num_rows}")
     if num_kept > most:
         raise ValueError(f"scores: expected at least {num_kept} candidates from before, got {most}")
+    num_free = torch.zeros_like(scores[..., most:], dtype=torch.int64)
     if not num_rows:
-        return query
+        return (query, num_free) if return_free else query
     if num_kept:
-        tau, _, full, free, chosen, held = torch.ops.swat_lm.capped_simplex_prefixes(
+        tau, num_free, full, free, chosen, held = torch.ops.swat_lm.capped_simplex_prefixes(
             scores, segments, most, num_kept, block
         )
     else:
@@ -86,7 +90,8 @@ def selected_attention(
         query, key, value, kept_key, kept_value, scores, tau, chosen, held, full, free, first_visible, hidden, window,
         block, float(scale), float(score_bias), score_function == "softmax", masking,
     )  # fmt: skip
-    return torch.ops.swat_lm.selected_attention(*call)
+    output = torch.ops.swat_lm.selected_attention(*call)
+    return (output, num_free) if return_free else output
 
 
 @torch.library.custom_op("swat_lm::capped_simplex_prefixes", mutates_args=())

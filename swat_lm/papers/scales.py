@@ -30,6 +30,8 @@ class Budget:
     """What the paper trained on, where no data is named; None: data must be named."""
     tokenizer: str | None = None
     """Of the hub; None: byte-level BPE trained on the text."""
+    final_learning_rate_ratio: float = 0.1
+    """Of the last step's learning rate to the highest."""
 
 
 @dataclass(frozen=True)

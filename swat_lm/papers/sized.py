@@ -77,6 +77,7 @@ class SizedExperiment(Experiment):
             micro_batch_size=per_pass,
             learning_rate=budget.learning_rate,
             warmup_steps=budget.warmup_steps,
+            final_learning_rate_ratio=budget.final_learning_rate_ratio,
             log_every=max(1, budget.steps // 200),
             evaluate_every=max(1, budget.steps // 8),
             evaluate_batches=8,

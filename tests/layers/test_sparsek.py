@@ -71,13 +71,27 @@ def test_far_into_a_stream():
         for layer in state.layers:
             for name in ("near_score", "top_score"):
                 layer[name] += 1e-6 * position
-        logits = [one.decode_step(token, state) for token in ids[:, 20:].split(1, dim=1)]
-        return torch.stack(logits, dim=1), state.num_bytes
+        # a chunk, then steps
+        chunk = one.lm_head(one.extend(ids[:, 20:30], state))
+        steps = [one.decode_step(token, state) for token in ids[:, 30:].split(1, dim=1)]
+        return torch.cat((chunk, torch.stack(steps, dim=1)), dim=1), state.num_bytes
 
     # a multiple of the ring's places, so that its items stay where they are
     near, far = read(0), read(10**8 - 10**8 % 5)
     torch.testing.assert_close(far[0], near[0], rtol=0, atol=1e-7)
     assert near[1] == far[1]
+
+
+def test_training_tells_how_many_scores_are_free():
+    one, ids = model({"kind": "sparsek", "k": 4, "sliding_window": 3}).train(), tokens(2, 30)
+    told = one(ids, labels=ids).auxiliary[0].metrics
+    assert told["free_scores"] == told["free_scores_0"]
+    # close together at the start: most of the candidates; far apart: none, and scores learn no more
+    assert told["free_scores"] > 3
+    with torch.no_grad():
+        one.model.layers[0].self_attn.score_proj.weight.mul_(1e4)
+    assert one(ids, labels=ids).auxiliary[0].metrics["free_scores"] < 0.5
+    assert one.eval()(ids, labels=ids).auxiliary is None
 
 
 @pytest.mark.parametrize("selection", ["recent", "random"])

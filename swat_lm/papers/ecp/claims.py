@@ -37,6 +37,8 @@ DOUBTFUL = (
     "The tables of perplexity could not be consulted: claims are those of the abstract.",
     "A reviewer notes that ECP at 2,048 tokens is compared with Perceiver AR at 1,024; here all read the same rows.",
     "The official code validates on the test set, and its perplexity is per WordPiece, not per word.",
+    "Here nothing is selected on any text: losses are of the last step, in nats per token.",
+    "The code halves its rate every 100,000 steps and has dropout; here a cosine with warm-up, and no dropout.",
     "The share of latents is not known to us; ours is half of the row, so Perceivers learn from half of the tokens.",
     "Mathematically ECP is block-local attention with one block of look-back: nothing is seen beyond (layers + 1) m.",
 )

@@ -37,11 +37,11 @@ SMALL = Scale(
 
 PAPER = Scale(
     name="paper",
-    about="the official code's defaults: 130M parameters and 16.4B tokens a variant; for a cluster",
+    about="the official code's sizes, rate and steps: 130M parameters and 16.4B tokens a variant; for a cluster",
     budgets={
         "analysis": Budget(
             {**shape(768, 3072, 12, 6), **CODE}, 500_000, 32_768, 2e-4, 1000, 28_996, 16_384,
-            "hub:Salesforce/wikitext:wikitext-103-raw-v1:train", "google-bert/bert-base-cased",
+            "hub:Salesforce/wikitext:wikitext-103-raw-v1:train", "google-bert/bert-base-cased", 0.03125,
         ),
     },
     sizes=sizes(256),
