@@ -19,6 +19,7 @@ from typing import Any
 
 from swat_lm.files import write_text
 from verification import (
+    codebook_peer,
     execution_runs,
     lm_eval_truth,
     long_document,
@@ -40,6 +41,7 @@ CHECKS = {
     "torchao": torchao.check,
     "serve_clients": serve_clients.check,
     "segment_peers": segment_peers.check,
+    "codebook_peer": codebook_peer.check,
     "execution_runs": execution_runs.check,
     "memory_slopes": memory_slopes.check,
 }
