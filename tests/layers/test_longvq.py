@@ -191,6 +191,28 @@ def test_it_learns_with_its_codes_in_use():
     assert used[-1] > 16 / 4
 
 
+def test_a_code_that_nobody_uses_begins_anew_at_a_key():
+    one, ids = model(longvq(codes=6, average_decay=0.5)).train(), tokens(3, 30)
+    book = layer_of(one).mixer.codebook
+    with torch.no_grad():
+        # far from every key
+        book.codes[4:] = 100.0
+        book.counts.fill_(1.0)
+        book.totals.copy_(book.codes)
+    for step in range(8):
+        one.absorb(one(ids, labels=ids, noise_seed=step).auxiliary)
+    assert (book.codes.abs() < 10).all()
+    used = one.absorb(one(ids, labels=ids, noise_seed=99).auxiliary)["codes_used_0"]
+    assert used > 4
+    # and stays where it is if nothing is to be revived
+    still = model(longvq(codes=6, average_decay=0.5, dead_below=0.0)).train()
+    with torch.no_grad():
+        layer_of(still).mixer.codebook.codes[4:] = 100.0
+    for step in range(5):
+        still.absorb(still(ids, labels=ids, noise_seed=step).auxiliary)
+    assert (layer_of(still).mixer.codebook.codes[4:] == 100.0).all()
+
+
 def test_a_loop_of_ones_own_absorbs_the_passes_of_a_step_together():
     """Micro-batches are one step, in the codes, and in how many are in use, which is no mean over parts."""
     ids, books, used = tokens(3, 20), [], []

@@ -203,10 +203,12 @@ def test_a_row_is_the_same_to_the_bit_whatever_its_mates_hold(is_arranged: bool)
         {"kind": "spade", "sliding_window": 6, "state_size": 8},
         {"kind": "sparsek", "k": 3, "sliding_window": 4, "score_function": "sigmoid"},
         {"kind": "ecp", "segment": 3, "score_function": "sigmoid"},
+        {"kind": "longvq", "codes": 4, "block": 3, "key_size": 16, "state_size": 4},
+        {"kind": "taipan", "sliding_window": 6},
     ]
     torch.manual_seed(0)
     model = SwatForCausalLM(SwatConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=len(layers), num_attention_heads=4,
         num_key_value_heads=2, layers=layers,
     )).eval()  # fmt: skip
     if is_arranged:

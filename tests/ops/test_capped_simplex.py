@@ -50,6 +50,20 @@ def test_gradients():
     assert not confident.grad.any()
 
 
+def test_so_many_candidates_are_enough():
+    """With the scores' spread at the start, 4 k largest hold all that is free; with fewer the threshold is too low."""
+    scores = 0.7 * torch.randn(1, 1, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = capped_simplex(scores[0, 0], 32)
+    support = int((exact > 0).sum())
+    assert 40 < support < 128
+    for most, is_enough in ((128, True), (support, True), (40, False)):
+        before = torch.full((1, 1, most), NONE, dtype=torch.float64)
+        found = prefix_thresholds(scores, before, None, 32, 64)
+        error = ((scores[0, 0] - found.tau[0, 0, -1]).clamp(0, 1) - exact).abs().max()
+        assert error < 1e-12 if is_enough else error > 0.05
+        assert found.num_free[0, 0, -1] <= most
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.05, 0.5, 2.0, 20.0])
 @pytest.mark.parametrize(("block", "documents"), [(4, False), (4, True), (16, True)])
 def test_every_prefix_by_the_definition(spread, block, documents):

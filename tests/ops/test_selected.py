@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from swat_lm.model.execution.live_bytes import LiveBytes
 from swat_lm.ops import selected_attention as dense
 from swat_lm.ops.capped_simplex import NONE, capped_simplex
 from swat_lm.ops.selected import selected_attention
@@ -155,6 +156,23 @@ def test_the_blocks_change_nothing():
     ]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=1e-13)
+
+
+def test_memory_is_linear_in_the_rows():
+    """Forward and backward hold so many bytes a row, whatever the length."""
+
+    def held(num_rows: int) -> int:
+        query, key, value = (torch.randn(1, num_rows, 2, 8, requires_grad=True) for _ in range(3))
+        entering = torch.randn(1, 2, num_rows, dtype=torch.float64)
+        scores = torch.cat((torch.full((1, 2, 16), NONE, dtype=torch.float64), entering), dim=-1).requires_grad_()
+        kept = torch.zeros(1, 2, 4, 8)
+        with LiveBytes() as live:
+            selected_attention(query, key, value, scores, kept, kept, window=4, scale=0.5).sum().backward()
+        return live.peak
+
+    short, long, longest = (held(num_rows) for num_rows in (4096, 8192, 16384))
+    assert long < 2.1 * short
+    assert longest < 2.1 * long
 
 
 def test_refusals():
