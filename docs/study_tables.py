@@ -44,6 +44,8 @@ FACTORS = {
     "output-start": "`output_projection_init_scale: 0.35`",
     "softmax": "softmax over the same windows and slopes",
     "softmax-qk-norm": "softmax, `qk_norm`",
+    "full-qk-norm": "full attention, `qk_norm`",
+    "full-alibi-qk-norm": "full attention, ALiBi, `qk_norm`",
     "softmax-output-norm": "softmax, `output_norm`",
     "softmax-output-gate": "softmax, `output_gate`",
 }
