@@ -228,10 +228,11 @@ def demo(result: dict[str, Any] | None) -> str:
         cells += [f"{model['curve'][at]['state_bytes']:,}" for model in (swat, twin)]
         lines.append(f"| {point['length']:,}{mark} | {' | '.join(cells)} |")
     machine = result["machine"]
+    sizes = " to ".join(f"{size:,}" for size in sorted({model["parameters"] for model in models}))
     lines += [
         "",
         f"Loss in nats per token of the same held-out text, cut into pieces of each length; state in bytes of one "
-        f"stream after a piece. Window {swat['window']}, {swat['parameters']:,} parameters each, {result['steps']:,} "
+        f"stream after a piece. Window {swat['window']}, {sizes} parameters, {result['steps']:,} "
         f"steps on {swat['tokens_trained']:,} tokens each. What the demo says about itself:",
         "",
         *(

@@ -143,7 +143,7 @@ def test_taipan_reads_as_many_tokens_as_the_paper_s(size: str, billions: float):
 TWINS = {
     "transformer": ({"score_function", "slopes"}, {"sliding_window", "layer_types"}),
     "softmax-window": ({"score_function", "slopes"}, set()),
-    "sigmoid-window": ({"slopes", "score_bias"}, {"slope_schedule", "slope_span"}),
+    "sigmoid-window": ({"slopes", "score_bias", "qk_norm"}, {"slope_schedule", "slope_span"}),
 }
 
 

@@ -29,7 +29,10 @@ def test_presets_have_exactly_these_parameters(name):
         model = SwatForCausalLM(config)
     counted = sum(parameter.numel() for parameter in model.parameters())
     counts = cost.count_parameters(config)
-    assert (counts.total, counts.without_input_embedding) == EXPECTED[name.rsplit("-", 1)[1]]
+    # gains of queries and keys
+    gains = 2 * config.num_hidden_layers * config.head_dim if name.startswith("sigmoid-window") else 0
+    expected = tuple(number + gains for number in EXPECTED[name.rsplit("-", 1)[1]])
+    assert (counts.total, counts.without_input_embedding) == expected
     assert counted == counts.total
     assert counts.embedding == model.model.embed_tokens.weight.numel()
 
@@ -58,6 +61,7 @@ def test_presets_are_those_that_are_promised():
         assert settings.score_function == ("sigmoid" if kind in ("swat", "sigmoid-window") else "softmax")
         assert settings.slopes == {"swat": "balanced", "sigmoid-window": "negative"}.get(kind, "none")
         assert settings.score_bias == ("-log(window)" if kind == "sigmoid-window" else 0.0)
+        assert settings.qk_norm == (kind == "sigmoid-window")
         assert (settings.sliding_window is None) == name.startswith("transformer")
 
 

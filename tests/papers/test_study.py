@@ -132,8 +132,8 @@ def test_a_tokenizer_of_its_own_on_a_share_of_the_text(study: str, data: Path, t
     found = reproduce(study, "full", sources, out, [0], Watcher())
     (row, _) = found["variants"]
     record = json.loads((out / "records" / "wide-seed0.json").read_text())
-    # two embeddings of 300 ids, an attention and a SwiGLU layer, three norms
-    assert row["parameters"] == record["parameters"] == 2 * 300 * 32 + 4 * 32 * 32 + 3 * 32 * 48 + 3 * 32
+    # two embeddings of 300 ids, an attention and a SwiGLU layer, three norms, and those of queries and keys of a head
+    assert row["parameters"] == record["parameters"] == 2 * 300 * 32 + 4 * 32 * 32 + 3 * 32 * 48 + 3 * 32 + 2 * 16
     shares = [json.loads(line)["text"] for line in (out / "text.jsonl").read_text().splitlines()]
     whole = {path.read_text() for path in (data / "corpus").iterdir()}
     assert set(shares) < whole
