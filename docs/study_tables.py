@@ -30,7 +30,7 @@ ARMS = {
     "full-alibi": "full attention, ALiBi",
 }
 FACTORS = {
-    "base": "the recommended set-up",
+    "base": "sigmoid, slopes from 64 to 4 over the window",
     "bias-zero": "`score_bias: 0`",
     "bias-6": "`score_bias: -6`",
     "bias-8": "`score_bias: -8`",

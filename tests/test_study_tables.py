@@ -96,5 +96,5 @@ def test_single_changes_are_called_by_what_they_change(tmp_path: Path):
     write(tmp_path, "sigmoid-factors", runs)
     lines = TABLES.study_tables(tmp_path)["study-sigmoid-factors"].splitlines()
     assert lines[0].startswith("|  | runs | 8 tokens | 32 tokens |")
-    assert lines[2] == "| the recommended set-up | 2 seeds | 1.500 | 1.500 |  |  |"
+    assert lines[2] == "| sigmoid, slopes from 64 to 4 over the window | 2 seeds | 1.500 | 1.500 |  |  |"
     assert lines[3] == "| `qk_norm` | 2 seeds | 1.000 | 1.000 | -0.500 \u00b1 0.000 | -0.500 \u00b1 0.000 |"

@@ -34,9 +34,9 @@ class Named(NamedTuple):
 
 NAMES = {
     "swat": Named("SWAT with negative slopes (recommended)", "SWAT", ""),
-    "twin": Named("full attention (softmax, RoPE, QK-norm)", "full attention", "full attention"),
+    "twin": Named("full attention (RoPE, QK-norm)", "full attention", "full attention"),
     "paper": Named("SWAT with balanced slopes (arXiv 2502.18845)", "balanced slopes", "SWAT with balanced slopes"),
-    "alibi": Named("full attention (softmax, RoPE, QK-norm, ALiBi)", "full, ALiBi", "full attention with ALiBi"),
+    "alibi": Named("full attention (RoPE, QK-norm, ALiBi)", "full, ALiBi", "full attention with ALiBi"),
     "window": Named("softmax, the same window and slopes", "softmax window", "softmax over the same window and slopes"),
 }
 """In the order of the claims."""
