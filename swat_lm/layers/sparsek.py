@@ -67,7 +67,7 @@ class SparsekAttention(Mixer):
         if self.training and self.score_proj is not None:
             real = torch.ones_like(chunk.positions, dtype=torch.bool) if chunk.real is None else chunk.real
             counted = real.expand(len(hidden), -1).to(torch.float32)
-            # of a row's heads, so that none of many: their scores have run off, and learn no more
+            # a mean over heads: near 0, scores lie so far apart that they have no gradient any more
             mean = (num_free.float().mean(1) * counted).sum() / counted.sum().clamp(min=1)
             said = Auxiliary(metrics={"free_scores": mean, f"free_scores_{self.index}": mean})
         return Output(self.o_proj(attended.flatten(2)), None if past is None else past.after(), said)

@@ -109,7 +109,8 @@ def set_up(engine: Engine, recipe: Recipe, on_progress: Callable[[Progress], Non
     plain_config = plain_values(config)
     check_execution(recipe.train, config)
     check_layers(recipe.train.objective, config)
-    if isinstance(config, SwatConfig):
+    # a run of before goes on as it began
+    if start is None and isinstance(config, SwatConfig):
         check_rows(config, recipe.data.sequence_length)
     if start is not None:
         check_model(start, plain_config)
